@@ -1,0 +1,55 @@
+"""Reward: +15 / -15 at the end, SOFA and lactate in between (Raghu et al., arXiv 1711.09602).
+
+A step that does not end the episode earns
+
+    r = -0.025 [SOFA' = SOFA and SOFA' > 0] - 0.125 (SOFA' - SOFA) - 2 tanh(lactate' - lactate)
+
+and the step that ends it earns the terminal reward alone. The total is not discounted.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+TERMINAL = 15.0
+
+
+def step_reward(
+    sofa_t: jax.Array, sofa_tp1: jax.Array, lactate_t: jax.Array, lactate_tp1: jax.Array
+) -> jax.Array:
+    """Reward of a step that does not end the episode.
+
+    Args:
+      sofa_t, sofa_tp1: [...] SOFA before and after the step.
+      lactate_t, lactate_tp1: [...] lactate before and after the step, mmol/L.
+    """
+    unchanged = jnp.where((sofa_tp1 == sofa_t) & (sofa_tp1 > 0), -0.025, 0.0)
+    return unchanged - 0.125 * (sofa_tp1 - sofa_t) - 2.0 * jnp.tanh(lactate_tp1 - lactate_t)
+
+
+def terminal_reward(died: jax.Array) -> jax.Array:
+    """-15 for death within 90 days, +15 for release; `died` may be a probability."""
+    return TERMINAL * (1.0 - 2.0 * jnp.asarray(died, jnp.float32))
+
+
+def trajectory_rewards(
+    sofa: jax.Array, lactate: jax.Array, length: jax.Array, died: jax.Array
+) -> jax.Array:
+    """Rewards of recorded trajectories.
+
+    Args:
+      sofa, lactate: [N, T] per step.
+      length: [N] recorded steps.
+      died: [N] bool, death within 90 days.
+
+    Returns:
+      [N, T] float32: shaping for the step from row t to row t + 1, the terminal reward in
+      the last recorded row, zero afterwards.
+    """
+    shaping = step_reward(sofa[:, :-1], sofa[:, 1:], lactate[:, :-1], lactate[:, 1:])
+    shaping = jnp.pad(shaping, ((0, 0), (0, 1)))
+    step = jnp.arange(sofa.shape[1])
+    last = length[:, None] - 1
+    reward = jnp.where(step < last, shaping, 0.0)
+    return jnp.where(step == last, terminal_reward(died)[:, None], reward)
