@@ -1,0 +1,1 @@
+"""The Flax models: architecture, training, metrics, checkpoints."""

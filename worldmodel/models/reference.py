@@ -1,0 +1,165 @@
+"""SepsisAgent's published checkpoint folder, read and written without torch.
+
+The folder holds `state_model_log.pt`, `outcome.pt` (torch state dicts),
+`scaler_params_log.json` and `episode_feature_config.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from worldmodel import schema
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, write_json
+from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, StateModel
+from worldmodel.models.torch_files import read_state_dict, write_state_dict
+from worldmodel.models.world_model import WorldModel
+from worldmodel.scaling import FEATURE_FILE, SCALER_FILE, Scaler
+
+STATE_FILE = "state_model_log.pt"
+OUTCOME_FILE = "outcome.pt"
+
+_STATE_LINEARS = {
+    "static_embed": "static_embed",
+    "act_embed": "act_embed",
+    "vent_hidden": "vent_head.0",
+    "vent_out": "vent_head.2",
+    "trans_pre": "trans_pre.0",
+    "mu_head": "mu_head",
+    "log_sigma_head": "log_sigma_head",
+}
+_OUTCOME_LINEARS = {
+    "static_embed": "static_embed",
+    "act_embed": "act_embed",
+    "outcome_hidden": "outcome_head.0",
+    "outcome_out": "outcome_head.3",
+}
+_CONFIG = ModelConfig(variant="reference")
+
+
+def is_reference_folder(path: str | Path) -> bool:
+    """Whether a folder looks like a published checkpoint."""
+    return (Path(path) / STATE_FILE).exists()
+
+
+def load_reference(path: str | Path) -> WorldModel:
+    """A world model from a published checkpoint folder.
+
+    Raises:
+      InputError: a file is missing or unreadable, or a tensor is missing, superfluous or of
+        another shape.
+    """
+    path = Path(path)
+    state = _blank(StateModel)
+    outcome = _blank(OutcomeModel)
+    _fill(state, _STATE_LINEARS, path / STATE_FILE)
+    _fill(outcome, _OUTCOME_LINEARS, path / OUTCOME_FILE)
+    return WorldModel(
+        state_model=jax.tree.map(lambda leaf: leaf[None], state),
+        outcome_model=jax.tree.map(lambda leaf: leaf[None], outcome),
+        scaler=Scaler.from_reference(path),
+        config=_CONFIG,
+    )
+
+
+def save_reference(world_model: WorldModel, path: str | Path) -> Path:
+    """Writes a world model of the reference variant as a published checkpoint folder.
+
+    Raises:
+      InputError: the variant is not "reference" or the model is an ensemble.
+    """
+    path = Path(path)
+    if world_model.config != _CONFIG:
+        raise InputError(
+            "only the reference variant in its published shape fits the published folder; "
+            "train with --variant reference"
+        )
+    if world_model.num_members != 1:
+        raise InputError("the published folder holds one model; pick one with .member(i)")
+
+    def first(model: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[0], model)
+
+    with atomic_folder(path) as folder:
+        state, outcome = first(world_model.state_model), first(world_model.outcome_model)
+        write_state_dict(_tensors(state, _STATE_LINEARS), folder / STATE_FILE)
+        write_state_dict(_tensors(outcome, _OUTCOME_LINEARS), folder / OUTCOME_FILE)
+        scaler = world_model.scaler
+        write_json(
+            folder / SCALER_FILE,
+            {
+                "dyn_cols": list(schema.FEATURE_NAMES),
+                "dyn_mean": np.asarray(scaler.mean, np.float64).tolist(),
+                "dyn_std": np.asarray(scaler.std, np.float64).tolist(),
+                "urine_log_transform": True,
+                "urine_idx": schema.URINE,
+            },
+        )
+        write_json(
+            folder / FEATURE_FILE,
+            {
+                "dynamic_cols": list(schema.FEATURE_NAMES),
+                "mask_cols": [f"{name}_mask" for name in schema.MASKED_NAMES],
+                "static_cols": ["age", "gender", "charlson_comorbidity_index"],
+                "act_onehot_cols": [f"act_{i}" for i in range(schema.ACTION_WIDTH)],
+                "static_scaler_mean": np.asarray(scaler.static_mean)[[0, 2]].tolist(),
+                "static_scaler_std": np.asarray(scaler.static_std)[[0, 2]].tolist(),
+            },
+        )
+    return path
+
+
+Visit = Callable[[nnx.Param, str, bool], None]
+
+
+def _walk(model: Any, linears: dict[str, str], visit: Visit) -> None:
+    """Calls `visit(parameter, torch name, transposed)` for every parameter."""
+    for ours, theirs in linears.items():
+        visit(getattr(model, ours).kernel, f"{theirs}.weight", True)
+        visit(getattr(model, ours).bias, f"{theirs}.bias", False)
+    for layer, cell in enumerate(model.gru.cells):
+        visit(cell.weight_input, f"gru.weight_ih_l{layer}", True)
+        visit(cell.weight_hidden, f"gru.weight_hh_l{layer}", True)
+        visit(cell.bias_input, f"gru.bias_ih_l{layer}", False)
+        visit(cell.bias_hidden, f"gru.bias_hh_l{layer}", False)
+
+
+def _blank(model_class: type) -> Any:
+    return model_class(_CONFIG, rngs=nnx.Rngs(0))
+
+
+def _fill(model: Any, linears: dict[str, str], path: Path) -> None:
+    tensors = read_state_dict(path)
+
+    def put(parameter: nnx.Param, name: str, transposed: bool) -> None:
+        if name not in tensors:
+            raise InputError(f"{path}: tensor {name} is missing")
+        value = tensors.pop(name)
+        value = value.T if transposed else value
+        if value.shape != parameter.shape:
+            raise InputError(f"{path}: {name} has shape {value.shape}, expected {parameter.shape}")
+        if not np.isfinite(value).all():
+            raise InputError(f"{path}: {name} holds NaN or infinite values")
+        parameter[...] = jnp.asarray(value, jnp.float32)
+
+    _walk(model, linears, put)
+    if tensors:
+        raise InputError(f"{path}: unknown tensors: {', '.join(sorted(tensors)[:3])}")
+
+
+def _tensors(model: Any, linears: dict[str, str]) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+
+    def take(parameter: nnx.Param, name: str, transposed: bool) -> None:
+        value = np.asarray(parameter[...])
+        out[name] = value.T if transposed else value
+
+    _walk(model, linears, take)
+    return out

@@ -1,0 +1,110 @@
+"""The Clinical World Model: both models, their scaler, and an ensemble axis."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from worldmodel import schema
+from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, Prediction, StateModel
+from worldmodel.scaling import Scaler
+
+
+@struct.dataclass
+class WorldModel:
+    """A PyTree: pass it through `jax.jit`, `jax.vmap`, `jax.device_put` as it is.
+
+    The parameters of both models have a leading ensemble axis [E, ...].
+    """
+
+    state_model: StateModel
+    outcome_model: OutcomeModel
+    scaler: Scaler
+    config: ModelConfig = struct.field(pytree_node=False)
+    step_hours: float = struct.field(pytree_node=False, default=schema.STEP_HOURS)
+    dose_edges: schema.DoseEdges = struct.field(
+        pytree_node=False, default=schema.DEFAULT_DOSE_EDGES
+    )
+
+    @property
+    def num_members(self) -> int:
+        """Ensemble size E."""
+        return jax.tree.leaves(self.state_model)[0].shape[0]
+
+    def member(self, index: int) -> WorldModel:
+        """The world model of one ensemble member."""
+        return self.replace(
+            state_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.state_model),
+            outcome_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.outcome_model),
+        )
+
+    def transitions(
+        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+    ) -> Prediction:
+        """Every member's prediction: arguments as `transition`, results [E, B, ...]."""
+        return jax.vmap(lambda model: model(obs, observed, static, action))(self.state_model)
+
+    def transition(
+        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+    ) -> Prediction:
+        """Mean and spread of the next state, in z-space, and the ventilation logit.
+
+        An ensemble answers with the moments of its mixture (law of total variance).
+
+        Args:
+          obs: [B, 6, 39] z-scores, left-padded with zero rows.
+          observed: [B, 6, 38] measured in the step.
+          static: [B, 3] scaled.
+          action: [B, 6, 10] one-hot pairs; the last row holds the treatment in question.
+
+        Returns:
+          `(mu [B, 39], log_sigma [B, 39], vent_logit [B])`.
+        """
+        members = self.transitions(obs, observed, static, action)
+        if self.num_members == 1:
+            return Prediction(*(value[0] for value in members))
+        mu = members.mu.mean(0)
+        variance = jnp.exp(2 * members.log_sigma).mean(0) + members.mu.var(0)
+        vent = _logit(jax.nn.sigmoid(members.vent_logit).mean(0))
+        return Prediction(mu, 0.5 * jnp.log(variance), vent)
+
+    def mortality_logit(
+        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        """Logit [B] of death within 90 days; arguments as `transition`, window 12."""
+        logits = jax.vmap(lambda model: model(obs, observed, static, action))(self.outcome_model)
+        if self.num_members == 1:
+            return logits[0]
+        return _logit(jax.nn.sigmoid(logits).mean(0))
+
+
+def init_world_model(
+    key: jax.Array,
+    scaler: Scaler,
+    config: ModelConfig | None = None,
+    *,
+    members: int = 1,
+    step_hours: float = schema.STEP_HOURS,
+    dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
+) -> WorldModel:
+    """An untrained world model; the key is consumed."""
+    config = config or ModelConfig()
+    key_state, key_outcome = jax.random.split(key)
+    return WorldModel(
+        state_model=jax.vmap(lambda k: StateModel(config, rngs=nnx.Rngs(k)))(
+            jax.random.split(key_state, members)
+        ),
+        outcome_model=jax.vmap(lambda k: OutcomeModel(config, rngs=nnx.Rngs(k)))(
+            jax.random.split(key_outcome, members)
+        ),
+        scaler=scaler,
+        config=config,
+        step_hours=step_hours,
+        dose_edges=dose_edges,
+    )
+
+
+def _logit(probability: jax.Array) -> jax.Array:
+    probability = jnp.clip(probability, 1e-7, 1 - 1e-7)
+    return jnp.log(probability) - jnp.log1p(-probability)
