@@ -1,0 +1,90 @@
+"""The recorded clinician: a stochastic policy with known probabilities.
+
+Level v of each drug gets the logit -(v - wanted)^2 / (2 width^2), with the wanted level a
+function of the row seen and of the level before; a share of all decisions is uniform, which
+gives every action support.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.synthetic.view import View
+
+_LEVELS = tuple(range(schema.NUM_LEVELS))
+
+
+@struct.dataclass
+class ClinicianParams:
+    """Habits; wanted levels are in units of levels."""
+
+    floor: float = 0.002  # least probability of any action
+    vasopressor_width: float = 0.60  # levels
+    vasopressor_inertia: float = 0.93  # share of the level before that is kept
+    vasopressor_map: float = 0.055  # levels per mmHg of MAP below the target
+    vasopressor_target: float = 68.0  # mmHg
+    vasopressor_wean: float = 0.030  # levels per mmHg of MAP above the target
+    vasopressor_lactate: float = 0.06  # levels per mmol/L above 2
+    vasopressor_reluctance: float = 2.2  # logit for staying without, if without
+    vasopressor_start: float = 0.16  # of that logit lost per mmHg of MAP below 67
+    fluid_width: float = 1.05
+    fluid_base: float = 0.9
+    fluid_inertia: float = 0.35
+    fluid_early: float = 1.5  # at admission, fading over `fluid_fade` steps
+    fluid_fade: float = 3.0
+    fluid_hypotension: float = 0.9  # at MAP far below 66
+    fluid_lactate: float = 0.18  # per mmol/L above 2, up to 4
+    fluid_oliguria: float = 0.5  # at no urine
+    fluid_hypoxaemia: float = -0.4  # at a P/F far below 180
+    confounding: float = 0.0  # levels wanted more per SD of the unrecorded frailty
+
+
+def probabilities(view: View, frailty: jax.Array, params: ClinicianParams) -> jax.Array:
+    """[25] probabilities of the joint actions.
+
+    Args:
+      view: what the clinician sees.
+      frailty: [] unrecorded severity, seen only where `params.confounding` is not 0.
+      params: habits.
+    """
+    p = params
+    pressure = view.dynamic[schema.INDEX["meanbp"]]
+    lactate = view.dynamic[schema.INDEX["lactate"]]
+    before = view.vasopressor.astype(jnp.float32)
+    hidden = p.confounding * frailty
+
+    lacking = jnp.clip(p.vasopressor_target - pressure, -30.0, 30.0)
+    wanted = p.vasopressor_inertia * before
+    wanted += jnp.where(lacking > 0, p.vasopressor_map, p.vasopressor_wean) * lacking
+    wanted += p.vasopressor_lactate * jnp.clip(lactate - 2.0, 0.0, 6.0) + hidden
+    reluctance = p.vasopressor_reluctance - p.vasopressor_start * jnp.clip(
+        67.0 - pressure, 0.0, 30.0
+    )
+    stay = jnp.where(view.vasopressor == 0, jnp.maximum(reluctance, 0.0), 0.0)
+    vasopressor = _softmax(wanted, p.vasopressor_width, stay)
+
+    oxygen = view.dynamic[schema.INDEX["pao2"]] / view.dynamic[schema.INDEX["fio2"]] * 100.0
+    early = jnp.exp(-view.step / p.fluid_fade)
+    wanted = (
+        p.fluid_base
+        + p.fluid_inertia * (view.fluid - 1.5) * (view.step > 0)
+        + p.fluid_early * early
+        + p.fluid_hypotension * jax.nn.sigmoid((66.0 - pressure) / 3.0)
+        + p.fluid_lactate * jnp.clip(lactate - 2.0, 0.0, 4.0)
+        + p.fluid_oliguria * jax.nn.sigmoid((120.0 - view.dynamic[schema.URINE]) / 40.0)
+        + p.fluid_hypoxaemia * jax.nn.sigmoid((180.0 - oxygen) / 30.0)
+        + hidden
+    )
+    fluid = _softmax(wanted, p.fluid_width, jnp.zeros(()))
+    joint = jnp.outer(vasopressor, fluid).reshape(schema.NUM_ACTIONS)
+    return (1.0 - schema.NUM_ACTIONS * p.floor) * joint + p.floor
+
+
+def _softmax(wanted: jax.Array, width: jax.Array, stay: jax.Array) -> jax.Array:
+    """[5] probabilities of the levels; `stay` is added to the logit of level 0."""
+    logits = [-((level - wanted) ** 2) / (2.0 * width**2) for level in _LEVELS]
+    logits[0] += stay
+    return jax.nn.softmax(jnp.stack(logits))

@@ -1,0 +1,131 @@
+"""Episodes from the synthetic world, with the truth behind them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.synthetic.noise import patient_key
+from worldmodel.synthetic.physiology import Latent
+from worldmodel.synthetic.simulate import Rows, Stays, actor_of, run
+from worldmodel.synthetic.view import Policy
+from worldmodel.synthetic.world import Config, Params
+
+_SPLIT_TAG = 1 << 22  # outside the range of steps
+_SPLIT_SHARES = (0.70, 0.15, 0.15)
+
+
+@struct.dataclass
+class Truth:
+    """What the records do not say; enough to ask the world again about the same patients."""
+
+    key: jax.Array  # the world's key
+    patient: jax.Array  # [N] int32 patient numbers
+    probabilities: jax.Array  # [N, T, 25] of the policy that generated; 0 on padding
+    reward: jax.Array  # [N, T] float32; 0 on padding
+    latent: Latent | None  # leaves [N, T, ...]; undefined on padding
+    params: Params
+    config: Config = struct.field(pytree_node=False)
+
+
+def generate(
+    key: jax.Array,
+    num_patients: int,
+    *,
+    config: Config | None = None,
+    params: Params | None = None,
+    policy: Policy | None = None,
+    first_patient: int = 0,
+    keep_latent: bool = True,
+    chunk: int = 4096,
+) -> tuple[Episodes, Truth]:
+    """Stays under the clinician (or another policy) as Episodes, and the truth behind them.
+
+    Patient i is the same whatever `num_patients` and `chunk` are.
+
+    Args:
+      key: of the world; not consumed by the call, since the same key means the same world.
+      num_patients: number of stays.
+      config: static settings.
+      params: coefficients.
+      policy: who treats; None for the clinician.
+      first_patient: number of the first patient.
+      keep_latent: keep latent states; about 170 bytes per patient-step.
+      chunk: patients per call; bounds the memory.
+
+    Raises:
+      InputError: no patients are asked for.
+    """
+    if num_patients < 1:
+        raise InputError(f"number of patients is {num_patients}; ask for at least 1")
+    config, params = config or Config(), params or Params()
+    patients = np.arange(first_patient, first_patient + num_patients, dtype=np.int32)
+    stays, rows = run(
+        key, patients, None, actor_of(policy), params=params, config=config, collect=True,
+        keep_latent=keep_latent, chunk=chunk,
+    )  # fmt: skip
+    assert rows is not None
+    truth = Truth(
+        key=key,
+        patient=jnp.asarray(patients),
+        probabilities=_zeroed(rows.probabilities, rows.valid),
+        reward=_zeroed(rows.reward, rows.valid),
+        latent=rows.latent,
+        params=params,
+        config=config,
+    )
+    return to_episodes(key, patients, stays, rows), truth
+
+
+def to_episodes(key: jax.Array, patients: np.ndarray, stays: Stays, rows: Rows) -> Episodes:
+    """Episodes of simulated stays.
+
+    `sofa` of a row counts the vasopressor that was running when the row was recorded, that is
+    the dose of the step before.
+    """
+    vasopressor, fluid = schema.action_levels(rows.action)
+    chosen = jnp.take_along_axis(
+        jnp.asarray(rows.probabilities), jnp.asarray(rows.action)[..., None], -1
+    )[..., 0]
+    per_step = {
+        "dynamic": rows.dynamic,
+        "measured": rows.measured,
+        "vasopressor": vasopressor,
+        "fluid": fluid,
+        "vasopressor_dose": rows.vasopressor_dose,
+        "fluid_dose": rows.fluid_dose,
+        "ventilated": rows.ventilated,
+        "sofa": rows.sofa,
+        "urine_24h": rows.urine_24h,
+        "behavior_prob": chosen,
+    }
+    return Episodes(
+        **{name: _zeroed(value, rows.valid) for name, value in per_step.items()},
+        static=jnp.asarray(stays.static),
+        length=jnp.asarray(stays.length),
+        died_90d=jnp.asarray(stays.died_90d),
+        died_in_hospital=jnp.asarray(stays.died_in_hospital),
+        stay_id=jnp.asarray(patients),
+        subject_id=jnp.asarray(patients),
+        split=_splits(key, jnp.asarray(patients)),
+    )
+
+
+def _splits(key: jax.Array, patients: jax.Array) -> jax.Array:
+    """[N] int32 index into schema.SPLITS, by the patient's key alone."""
+
+    def one(patient: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.fold_in(patient_key(key, patient), _SPLIT_TAG))
+
+    limits = jnp.asarray(np.cumsum(_SPLIT_SHARES)[:-1], jnp.float32)
+    return jnp.searchsorted(limits, jax.vmap(one)(patients), side="right").astype(jnp.int32)
+
+
+def _zeroed(values: jax.Array, valid: jax.Array) -> jax.Array:
+    keep = jnp.reshape(valid, (*valid.shape, *[1] * (values.ndim - 2)))
+    return jnp.where(keep, values, jnp.zeros((), values.dtype))

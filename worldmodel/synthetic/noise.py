@@ -1,0 +1,85 @@
+"""All randomness of one patient and one step, from one draw of random words.
+
+The noise of a step depends on the patient's key and the step alone: never on the action, on
+the position in a batch or on the batch size. Two runs that differ in their treatment
+therefore meet the same luck (common random numbers).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+
+PROCESS_NAMES: tuple[str, ...] = (
+    "pathogen", "inflammation", "tone", "volume", "heart", "lung", "brain", "carbon_dioxide",
+    "bicarbonate", "lactate", "urine", "oxygen",
+)  # fmt: skip
+SLOW_NAMES: tuple[str, ...] = (
+    "temp_c", "albumin", "alt", "ast", "bilirubin_total", "bun", "calcium_free", "calcium_total",
+    "chloride", "creatinine", "glucose", "hemoglobin", "inr", "magnesium", "platelet",
+    "potassium", "ptt", "sodium", "wbc",
+)  # fmt: skip
+NUM_SLOW = len(SLOW_NAMES)
+_EVENT_NAMES: tuple[str, ...] = (
+    "action", "vasopressor_dose", "fluid_dose", "ventilation", "death", "discharge", "outcome",
+    "hospital",
+)  # fmt: skip
+_NUM_NORMAL = len(PROCESS_NAMES) + NUM_SLOW + schema.NUM_FEATURES
+_NUM_WORDS = _NUM_NORMAL + len(_EVENT_NAMES)
+
+
+@struct.dataclass
+class Noise:
+    """Exogenous noise of one step of one patient."""
+
+    process: dict[str, jax.Array]  # standard normals, one per name in PROCESS_NAMES
+    slow: jax.Array  # [19] standard normals
+    observation: jax.Array  # [39] standard normals
+    missing: jax.Array  # [39] uniform in (0, 1), 512 levels
+    panel: jax.Array  # [31] uniform in (0, 1), 512 levels
+    event: dict[str, jax.Array]  # uniform in (0, 1), one per decision by chance
+
+
+def patient_key(key: jax.Array, patient: jax.Array) -> jax.Array:
+    """The key of one patient: the whole of that patient's luck."""
+    return jax.random.fold_in(key, patient)
+
+
+def draw(key: jax.Array, step: jax.Array) -> Noise:
+    """Noise of one step.
+
+    Args:
+      key: the patient's key.
+      step: [] int32; 0 is admission, t + 1 the step that follows row t.
+    """
+    words = jax.random.bits(jax.random.fold_in(key, step), (_NUM_WORDS,))
+    normal = _normal(words[:_NUM_NORMAL])
+    # The normals use the upper 23 bits of a word; the lower 9 are independent of them.
+    spare = ((words[:_NUM_NORMAL] & 511).astype(jnp.float32) + 0.5) / 512
+    events = _uniform(words[_NUM_NORMAL:])
+    first, second = len(PROCESS_NAMES), len(PROCESS_NAMES) + NUM_SLOW
+    return Noise(
+        process={name: normal[i] for i, name in enumerate(PROCESS_NAMES)},
+        slow=normal[first:second],
+        observation=normal[second:],
+        missing=spare[second:],
+        panel=spare[:second],
+        event={name: events[i] for i, name in enumerate(_EVENT_NAMES)},
+    )
+
+
+def draw_normals(key: jax.Array, tag: int, count: int) -> jax.Array:
+    """[count] standard normals of a patient; `tag` must lie outside the range of steps."""
+    return _normal(jax.random.bits(jax.random.fold_in(key, tag), (count,)))
+
+
+def _uniform(words: jax.Array) -> jax.Array:
+    """Strictly between 0 and 1."""
+    return ((words >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+
+
+def _normal(words: jax.Array) -> jax.Array:
+    return jnp.float32(2**0.5) * jax.lax.erf_inv(2.0 * _uniform(words) - 1.0)

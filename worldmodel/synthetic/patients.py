@@ -1,0 +1,123 @@
+"""Who falls ill: traits that stay fixed during a stay."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel.synthetic.noise import NUM_SLOW, SLOW_NAMES, draw_normals
+
+_TRAIT_TAG = 1 << 20  # outside the range of steps
+# name: (set-point, spread between patients); exp() of those in LOG_SLOW is in schema units.
+_SETPOINTS: dict[str, tuple[float, float]] = {
+    "temp_c": (36.75, 0.30),
+    "albumin": (3.15, 0.45),
+    "alt": (3.20, 0.55),
+    "ast": (3.45, 0.55),
+    "bilirubin_total": (-0.45, 0.65),
+    "bun": (2.85, 0.55),
+    "calcium_free": (1.15, 0.06),
+    "calcium_total": (8.75, 0.60),
+    "chloride": (103.0, 5.8),
+    "creatinine": (-0.15, 0.45),
+    "glucose": (4.80, 0.28),
+    "hemoglobin": (10.7, 1.7),
+    "inr": (0.18, 0.20),
+    "magnesium": (2.05, 0.30),
+    "platelet": (5.35, 0.50),
+    "potassium": (4.00, 0.42),
+    "ptt": (3.45, 0.28),
+    "sodium": (138.7, 4.7),
+    "wbc": (2.05, 0.38),
+}
+LOG_SLOW: tuple[str, ...] = (
+    "alt", "ast", "bilirubin_total", "bun", "creatinine", "glucose", "inr", "platelet", "ptt",
+    "wbc",
+)  # fmt: skip
+
+
+def _column(index: int) -> np.ndarray:
+    return np.array([_SETPOINTS[name][index] for name in SLOW_NAMES], np.float32)
+
+
+@struct.dataclass
+class PatientParams:
+    """Distribution of traits; log spreads are of lognormals with median 1."""
+
+    age_mean: float = 64.2  # years; published cohort 63.8 (SD 16.1), truncated at 18-95
+    age_std: float = 16.3  # years
+    male: float = 0.57  # share, usual in ICU sepsis
+    charlson_mean: float = 5.2  # points, published 5.3 (SD 3.0)
+    charlson_std: float = 3.1  # points
+    charlson_age_share: float = 0.55  # correlation with age, whose points it contains
+    baseline_map_mean: float = 92.0  # mmHg at normal tone, output and no drug
+    baseline_map_std: float = 9.0  # mmHg
+    baseline_map_age: float = 2.0  # mmHg per SD of age: hypertension
+    sensitivity_spread: float = 0.30  # log, vasopressor response
+    contractility_spread: float = 0.14  # log, cardiac reserve
+    contractility_charlson: float = -0.05  # log per SD of Charlson: heart disease
+    leak_spread: float = 0.35  # log, capillary leak
+    virulence_spread: float = 0.35  # log, pathogen growth
+    delay_mean: float = 0.6  # steps until antibiotics act
+    delay_std: float = 1.2  # steps
+    chronic_co2_std: float = 6.0  # mmHg, chronic lung disease
+    lung_reserve_spread: float = 0.18  # log of the healthy P/F
+    setpoint: jax.Array = struct.field(default_factory=lambda: _column(0))  # [19]
+    setpoint_spread: jax.Array = struct.field(default_factory=lambda: _column(1))  # [19]
+    creatinine_charlson: float = 0.15  # log per SD of Charlson: chronic kidney disease
+
+
+@struct.dataclass
+class Traits:
+    """What a patient brings along; frailty is never recorded."""
+
+    static: jax.Array  # [3] age in years, 1 = male, Charlson index
+    frailty: jax.Array  # [] standard normal, unrecorded severity
+    baseline_map: jax.Array  # [] mmHg
+    sensitivity: jax.Array  # [] relative vasopressor response
+    contractility: jax.Array  # [] relative
+    leak: jax.Array  # [] relative
+    virulence: jax.Array  # [] relative
+    antibiotic_delay: jax.Array  # [] steps
+    chronic_co2: jax.Array  # [] mmHg above 40
+    lung_reserve: jax.Array  # [] relative healthy P/F
+    setpoint: jax.Array  # [19] of the slow variables
+    start: jax.Array  # [12] standard normals that place the state at admission
+
+
+_NUM_START = 12
+
+
+def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
+    """Traits of one patient from the patient's key."""
+    z = draw_normals(key, _TRAIT_TAG, 12 + NUM_SLOW + _NUM_START)
+    age = jnp.clip(params.age_mean + params.age_std * z[0], 18.0, 95.0)
+    share = params.charlson_age_share
+    z_charlson = share * z[0] + jnp.sqrt(1.0 - share**2) * z[1]
+    charlson = jnp.clip(
+        jnp.round(params.charlson_mean + params.charlson_std * z_charlson), 0.0, 20.0
+    )
+    setpoint = params.setpoint + params.setpoint_spread * z[12 : 12 + NUM_SLOW]
+    renal = SLOW_NAMES.index("creatinine"), SLOW_NAMES.index("bun")
+    for index in renal:
+        setpoint = setpoint.at[index].add(params.creatinine_charlson * z_charlson)
+    return Traits(
+        static=jnp.stack([age, (jax.scipy.special.ndtr(z[2]) < params.male) * 1.0, charlson]),
+        frailty=z[3],
+        baseline_map=params.baseline_map_mean
+        + params.baseline_map_std * z[4]
+        + params.baseline_map_age * z[0],
+        sensitivity=jnp.exp(params.sensitivity_spread * z[5]),
+        contractility=jnp.exp(
+            params.contractility_spread * z[6] + params.contractility_charlson * z_charlson
+        ),
+        leak=jnp.exp(params.leak_spread * z[7]),
+        virulence=jnp.exp(params.virulence_spread * z[8]),
+        antibiotic_delay=jnp.maximum(params.delay_mean + params.delay_std * z[9], 0.0),
+        chronic_co2=params.chronic_co2_std * z[10],
+        lung_reserve=jnp.exp(params.lung_reserve_spread * z[11]),
+        setpoint=setpoint,
+        start=z[12 + NUM_SLOW :],
+    )

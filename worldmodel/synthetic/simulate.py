@@ -1,0 +1,252 @@
+"""Whole stays of many patients: one scan over steps, mapped over patients.
+
+Everything that runs the world (generation, counterfactuals, true values) goes through
+`simulate_chunk`, so that the same stay comes out the same to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.errors import InputError
+from worldmodel.synthetic import clinician
+from worldmodel.synthetic.noise import draw, patient_key
+from worldmodel.synthetic.physiology import Latent
+from worldmodel.synthetic.view import Policy
+from worldmodel.synthetic.world import Config, Params, State, reset, sample_action, step_with_noise
+
+FOLLOW_POLICY = -1  # in a plan: let the policy choose
+_POLICY_TAG = 1 << 21  # outside the range of steps: keys handed to policies
+_WIDTH = 64  # chunks are a multiple of this, so that every patient runs in full vectors
+
+Actor = Callable[[jax.Array, State, Params], jax.Array]  # (key, state, params) -> [25]
+
+
+@struct.dataclass
+class Rows:
+    """Recorded rows, [C, T, ...]; undefined where `valid` is False."""
+
+    dynamic: jax.Array  # [C, T, 39]
+    measured: jax.Array  # [C, T, 38]
+    ventilated: jax.Array  # [C, T]
+    sofa: jax.Array  # [C, T]
+    urine_24h: jax.Array  # [C, T]
+    action: jax.Array  # [C, T] int32
+    probabilities: jax.Array  # [C, T, 25] of the policy that was asked
+    vasopressor_dose: jax.Array  # [C, T]
+    fluid_dose: jax.Array  # [C, T]
+    reward: jax.Array  # [C, T]
+    valid: jax.Array  # [C, T] bool, the row exists
+    latent: Latent | None  # leaves [C, T, ...], true state at the start of the step
+
+
+@struct.dataclass
+class Stays:
+    """Sums and ends of stays, [C]."""
+
+    total: jax.Array  # undiscounted total reward
+    discounted: jax.Array
+    length: jax.Array  # int32 rows
+    died_90d: jax.Array  # bool
+    died_in_hospital: jax.Array  # bool
+    static: jax.Array  # [C, 3]
+
+
+def clinician_actor(key: jax.Array, state: State, params: Params) -> jax.Array:
+    """The recorded clinician as an actor."""
+    del key
+    return clinician.probabilities(state.view, state.traits.frailty, params.clinician)
+
+
+def actor_of(policy: Policy | None) -> Any:
+    """A PyTree that acts for a policy on views; None is the recorded clinician.
+
+    A policy with arrays inside should come as `jax.tree_util.Partial(function, arrays)`, so
+    that new arrays need no new compilation.
+    """
+    if policy is None:
+        return jax.tree_util.Partial(clinician_actor)
+    if not isinstance(policy, jax.tree_util.Partial):
+        policy = jax.tree_util.Partial(policy)
+    return jax.tree_util.Partial(_act_on_view, policy)
+
+
+def _act_on_view(policy: Policy, key: jax.Array, state: State, params: Params) -> jax.Array:
+    del params
+    return policy(key, state.view)
+
+
+def simulate_chunk(
+    key: jax.Array,
+    patients: jax.Array,
+    plans: jax.Array,
+    actor: Any,
+    params: Params,
+    discount: jax.Array,
+    *,
+    config: Config,
+    collect: bool,
+    keep_latent: bool,
+) -> tuple[Stays, Rows | None]:
+    """Stays of C patients.
+
+    Args:
+      key: the world's key.
+      patients: [C] int32 patient numbers.
+      plans: [C, T] int32 actions, `FOLLOW_POLICY` where the actor chooses.
+      actor: PyTree `(key, state, params) -> [25]`.
+      params: coefficients.
+      discount: [] per step, of `Stays.discounted`.
+      config: static settings.
+      collect: whether to return the rows.
+      keep_latent: whether rows hold the latent state.
+
+    Returns:
+      Sums and ends of the stays, and their rows where asked for.
+    """
+    keys = jax.vmap(patient_key, (None, 0))(key, patients)
+    start = jax.vmap(lambda k: reset(k, params, config=config))(keys)
+
+    def one(k: jax.Array, state: State, planned: jax.Array) -> tuple[State, Any, Rows | None]:
+        number = state.view.step
+        noise = draw(k, number + 1)
+        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), number)
+        probabilities = actor(policy_key, state, params)
+        chosen = sample_action(probabilities, noise)
+        action = jnp.where(planned == FOLLOW_POLICY, chosen, planned)
+        after, transition = step_with_noise(noise, state, action, params, config=config)
+        if not collect:
+            return after, transition, None
+        rows = Rows(
+            dynamic=state.view.dynamic,
+            measured=state.view.measured,
+            ventilated=state.view.ventilated,
+            sofa=state.view.sofa,
+            urine_24h=state.view.urine_24h,
+            action=action,
+            probabilities=probabilities,
+            vasopressor_dose=transition.vasopressor_dose,
+            fluid_dose=transition.fluid_dose,
+            reward=transition.reward,
+            valid=~state.done,
+            latent=state.latent if keep_latent else None,
+        )
+        return after, transition, rows
+
+    def body(carry: Any, planned: jax.Array) -> tuple[Any, Rows | None]:
+        state, sums, weight = carry
+        after, transition, rows = jax.vmap(one)(keys, state, planned)
+        ends = transition.done & ~state.done
+        sums = replace(
+            sums,
+            total=sums.total + transition.reward,
+            discounted=sums.discounted + weight * transition.reward,
+            length=sums.length + ~state.done,
+            died_90d=sums.died_90d | (ends & transition.died_90d),
+            died_in_hospital=sums.died_in_hospital | (ends & transition.died_in_hospital),
+        )
+        return (after, sums, weight * discount), rows
+
+    zeros = jnp.zeros(patients.shape)
+    none = jnp.zeros(patients.shape, bool)
+    sums = Stays(zeros, zeros, none.astype(jnp.int32), none, none, start.traits.static)
+    carry = (start, sums, jnp.ones(()))
+    (_, sums, _), rows = jax.lax.scan(body, carry, plans.T)
+    if rows is not None:
+        rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), rows)
+    return sums, rows
+
+
+_simulate = jax.jit(simulate_chunk, static_argnames=("config", "collect", "keep_latent"))
+
+
+def run(
+    key: jax.Array,
+    patients: np.ndarray,
+    plans: np.ndarray | None,
+    actor: Any,
+    *,
+    params: Params,
+    config: Config,
+    discount: float = 1.0,
+    collect: bool = False,
+    keep_latent: bool = False,
+    chunk: int = 4096,
+) -> tuple[Stays, Rows | None]:
+    """Stays of any number of patients, chunk by chunk, as NumPy arrays.
+
+    Args:
+      key: the world's key.
+      patients: [N] patient numbers.
+      plans: [N, <=T] actions, `FOLLOW_POLICY` where the actor chooses; None for all.
+      actor: from `actor_of`.
+      params, config: the world.
+      discount: per step.
+      collect, keep_latent: what to return.
+      chunk: patients per call; bounds the memory, does not change the result.
+    """
+    parts = list(
+        _chunks(key, patients, plans, actor, params, config, discount, collect, keep_latent, chunk)
+    )
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _chunks(
+    key: jax.Array,
+    patients: np.ndarray,
+    plans: np.ndarray | None,
+    actor: Any,
+    params: Params,
+    config: Config,
+    discount: float,
+    collect: bool,
+    keep_latent: bool,
+    chunk: int,
+) -> Iterator[tuple[Stays, Rows | None]]:
+    patients = np.asarray(patients, np.int32)
+    full = _check_plans(plans, len(patients), config.horizon)
+    size = min(chunk, len(patients))
+    size += -size % _WIDTH
+    for first in range(0, len(patients), size):
+        here = slice(first, first + size)
+        count = len(patients[here])
+        padding = size - count
+        result = _simulate(
+            key,
+            jnp.asarray(np.pad(patients[here], (0, padding))),
+            jnp.asarray(np.pad(full[here], ((0, padding), (0, 0)))),
+            actor,
+            params,
+            jnp.float32(discount),
+            config=config,
+            collect=collect,
+            keep_latent=keep_latent,
+        )
+        yield jax.tree.map(lambda leaf, count=count: np.asarray(leaf)[:count], result)
+
+
+def _check_plans(plans: np.ndarray | None, count: int, horizon: int) -> np.ndarray:
+    full = np.full((count, horizon), FOLLOW_POLICY, np.int32)
+    if plans is None:
+        return full
+    plans = np.asarray(plans)
+    if plans.ndim != 2 or len(plans) != count or plans.shape[1] > horizon:
+        raise InputError(
+            f"plans: shape {plans.shape}, expected ({count}, at most {horizon}); "
+            "give one row of actions per patient"
+        )
+    if plans.size and (plans.min() < FOLLOW_POLICY or plans.max() >= schema.NUM_ACTIONS):
+        raise InputError(
+            f"plans: actions must be 0 to {schema.NUM_ACTIONS - 1}, "
+            f"or {FOLLOW_POLICY} to let the policy choose"
+        )
+    full[:, : plans.shape[1]] = plans
+    return full

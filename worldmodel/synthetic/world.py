@@ -1,0 +1,247 @@
+"""The synthetic world as an environment: `reset` and `step` on one patient.
+
+Both are pure, vmappable and free of Python control flow on values; jit them at the outermost
+call. With the same patient key two runs differ only by their actions (common random numbers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import reward, sofa
+from worldmodel.synthetic import clinician, observation, outcome, physiology, support
+from worldmodel.synthetic.noise import Noise, draw
+from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
+from worldmodel.synthetic.view import History, View
+
+
+@dataclass(frozen=True)
+class Config:
+    """What changes compilation.
+
+    Attributes:
+      horizon: most steps of a stay.
+      history: rows that `View.history` holds; 0 leaves it out.
+      dose_edges: edges of the dose levels.
+    """
+
+    horizon: int = 20
+    history: int = 0
+    dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES
+
+
+@struct.dataclass
+class Params:
+    """Every coefficient of the world; a PyTree, so that worlds can be mapped over."""
+
+    patient: PatientParams = struct.field(default_factory=PatientParams)
+    physiology: physiology.PhysiologyParams = struct.field(
+        default_factory=physiology.PhysiologyParams
+    )
+    support: support.SupportParams = struct.field(default_factory=support.SupportParams)
+    observation: observation.ObservationParams = struct.field(
+        default_factory=observation.ObservationParams
+    )
+    clinician: clinician.ClinicianParams = struct.field(default_factory=clinician.ClinicianParams)
+    outcome: outcome.OutcomeParams = struct.field(default_factory=outcome.OutcomeParams)
+    dose_spread: float = 0.5  # spread of doses within a level, share of the level's half-width
+
+
+@struct.dataclass
+class State:
+    """One patient at the start of a step."""
+
+    traits: Traits
+    latent: physiology.Latent
+    support: support.Support
+    record: observation.Record
+    view: View
+    done: jax.Array  # [] bool, the stay has ended; further steps change nothing of value
+
+
+class Transition(NamedTuple):
+    """What a step brought; all scalars."""
+
+    reward: jax.Array  # shaping, or the terminal reward where the stay ends; 0 after the end
+    done: jax.Array  # bool, the stay has ended with this step or before
+    died_icu: jax.Array  # bool
+    died_90d: jax.Array  # bool, meaningful where the stay ends with this step
+    died_in_hospital: jax.Array  # bool, likewise
+    vasopressor_dose: jax.Array  # mcg/kg/min given
+    fluid_dose: jax.Array  # mL given
+
+
+def reset(key: jax.Array, params: Params, *, config: Config) -> State:
+    """A patient at ICU admission.
+
+    Args:
+      key: the patient's key (`noise.patient_key`), not consumed: give the same to `step`.
+      params: coefficients.
+      config: static settings.
+    """
+    noise = draw(key, jnp.int32(0))
+    traits = draw_traits(key, params.patient)
+    latent = physiology.start(traits, noise, params.physiology)
+    care = support.update(None, latent, traits, noise, params.support, params.physiology)
+    record = observation.observe(
+        None, latent, care, traits, noise, params.observation, params.physiology
+    )
+    step = jnp.int32(0)
+    view = _view(record, care, traits, step, step, jnp.zeros(()), step, None, config)
+    return State(traits, latent, care, record, view, done=jnp.bool_(False))
+
+
+def step(
+    key: jax.Array, state: State, action: jax.Array, params: Params, *, config: Config
+) -> tuple[State, Transition]:
+    """Four hours under one of the 25 actions.
+
+    Args:
+      key: the patient's key, the same for all steps (the step number is folded in).
+      state: from `reset` or `step`.
+      action: [] int32 joint action 0-24.
+      params: coefficients.
+      config: static settings.
+    """
+    return step_with_noise(draw(key, state.view.step + 1), state, action, params, config=config)
+
+
+def step_with_noise(
+    noise: Noise, state: State, action: jax.Array, params: Params, *, config: Config
+) -> tuple[State, Transition]:
+    """`step` with its noise given."""
+    vasopressor, fluid = schema.action_levels(action)
+    dose = doses(vasopressor, fluid, noise, params, config)
+    before, count = state.view, state.view.step + 1
+    latent = physiology.advance(
+        state.latent, *dose, before.step, state.traits, noise, params.physiology
+    )
+    care = support.update(
+        state.support, latent, state.traits, noise, params.support, params.physiology
+    )
+    record = observation.observe(
+        state.record, latent, care, state.traits, noise, params.observation, params.physiology
+    )
+    view = _view(
+        record, care, state.traits, vasopressor, fluid, dose[0], count, before.history, config
+    )
+    ending = outcome.end(
+        latent, state.traits, care.ventilated, vasopressor, count, noise, params.outcome
+    )
+    ended = ending.died_icu | ending.released | (count >= config.horizon)
+    shaping = reward.step_reward(
+        before.sofa, view.sofa, before.dynamic[_LACTATE], view.dynamic[_LACTATE]
+    )
+    earned = jnp.where(ended, reward.terminal_reward(ending.died_90d), shaping)
+    transition = Transition(
+        reward=jnp.where(state.done, 0.0, earned),
+        done=state.done | ended,
+        died_icu=ending.died_icu,
+        died_90d=ending.died_90d,
+        died_in_hospital=ending.died_in_hospital,
+        vasopressor_dose=dose[0],
+        fluid_dose=dose[1],
+    )
+    return State(state.traits, latent, care, record, view, transition.done), transition
+
+
+def sample_action(probabilities: jax.Array, noise: Noise) -> jax.Array:
+    """[] int32 joint action by the inverse of the cumulative probabilities [25]."""
+    total = jnp.cumsum(probabilities)
+    below = (total <= noise.event["action"] * total[-1]).sum()
+    return jnp.minimum(below, schema.NUM_ACTIONS - 1).astype(jnp.int32)
+
+
+def doses(
+    vasopressor: jax.Array, fluid: jax.Array, noise: Noise, params: Params, config: Config
+) -> tuple[jax.Array, jax.Array]:
+    """Doses of two levels, in mcg/kg/min and mL, symmetric about `schema.level_doses`."""
+    edges = config.dose_edges
+    return (
+        _dose(vasopressor, edges.vasopressor, noise.event["vasopressor_dose"], params.dose_spread),
+        _dose(fluid, edges.fluid, noise.event["fluid_dose"], params.dose_spread),
+    )
+
+
+def _dose(
+    level: jax.Array, edges: tuple[float, float, float], chance: jax.Array, spread: float
+) -> jax.Array:
+    middle = schema.level_doses(edges)
+    half = (0.0, *(m - low for m, low in zip(middle[1:], (0.0, *edges), strict=True)))
+    return _pick(middle, level) + spread * (2.0 * chance - 1.0) * _pick(half, level)
+
+
+def _pick(table: tuple[float, ...], level: jax.Array) -> jax.Array:
+    return sum(
+        (jnp.where(level == i, value, 0.0) for i, value in enumerate(table)), start=jnp.zeros(())
+    )
+
+
+_LACTATE = schema.INDEX["lactate"]
+
+
+def _view(
+    record: observation.Record,
+    care: support.Support,
+    traits: Traits,
+    vasopressor: jax.Array,
+    fluid: jax.Array,
+    dose: jax.Array,
+    step: jax.Array,
+    history: History | None,
+    config: Config,
+) -> View:
+    """The row after a step, whose levels and vasopressor dose are given."""
+    urine = observation.urine_24h(record.urine, step)
+    score = sofa.standard(
+        record.filled, ventilated=care.ventilated, vasopressor_dose=dose, urine_24h=urine
+    )
+    measured = record.measured[: schema.NUM_MASKED]
+    return View(
+        dynamic=record.filled,
+        measured=measured,
+        static=traits.static,
+        ventilated=care.ventilated,
+        sofa=score.total,
+        urine_24h=urine,
+        vasopressor=vasopressor,
+        fluid=fluid,
+        step=step,
+        history=_remember(history, record.filled, measured, vasopressor, fluid, config),
+    )
+
+
+def _remember(
+    history: History | None,
+    dynamic: jax.Array,
+    measured: jax.Array,
+    vasopressor: jax.Array,
+    fluid: jax.Array,
+    config: Config,
+) -> History | None:
+    if not config.history:
+        return None
+    if history is None:
+        rows = config.history
+        history = History(
+            dynamic=jnp.zeros((rows, schema.NUM_FEATURES)),
+            measured=jnp.zeros((rows, schema.NUM_MASKED), bool),
+            vasopressor=jnp.zeros(rows, jnp.int32),
+            fluid=jnp.zeros(rows, jnp.int32),
+            valid=jnp.zeros(rows, bool),
+        )
+    else:
+        # The row before now has its treatment.
+        history = replace(
+            history,
+            vasopressor=history.vasopressor.at[-1].set(vasopressor),
+            fluid=history.fluid.at[-1].set(fluid),
+        )
+    newest = History(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), history, newest)
