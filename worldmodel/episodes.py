@@ -160,16 +160,16 @@ def from_table(table: pd.DataFrame, *, source: str = "table") -> Episodes:
         name: table[name].to_numpy(stay_dtypes.get(name, np.bool_))[first] for name in STAY_COLUMNS
     }
     split = pd.Categorical(table["split"].to_numpy()[first], categories=list(schema.SPLITS))
-    episodes = Episodes(
-        dynamic=padded(block(schema.FEATURE_NAMES, np.float32)),
-        measured=padded(block(MASK_NAMES, np.bool_)),
-        static=block(schema.STATIC_NAMES, np.float32)[first],
-        length=lengths.astype(np.int32),
-        split=split.codes.astype(np.int32),
+    arrays = {
+        "dynamic": padded(block(schema.FEATURE_NAMES, np.float32)),
+        "measured": padded(block(MASK_NAMES, np.bool_)),
+        "static": block(schema.STATIC_NAMES, np.float32)[first],
+        "length": lengths.astype(np.int32),
+        "split": split.codes.astype(np.int32),
         **per_step,
         **per_stay,
-    )
-    return jax.tree.map(jnp.asarray, episodes)
+    }
+    return Episodes(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
 def _check_table(table: pd.DataFrame, source: str) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file
 
-_DTYPES = {
+_DTYPES: dict[str, np.dtype] = {
     "FloatStorage": np.dtype("<f4"),
     "DoubleStorage": np.dtype("<f8"),
     "HalfStorage": np.dtype("<f2"),
@@ -74,7 +74,7 @@ class _StateDictUnpickler(pickle.Unpickler):
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("unknown storage")
         raw = self._archive.read(f"{self._root}/data/{key}")
-        return np.frombuffer(raw, storage.dtype, count)
+        return np.frombuffer(raw, storage.dtype, int(count))
 
 
 def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:

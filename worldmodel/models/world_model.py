@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -34,7 +36,8 @@ class WorldModel:
 
     def member(self, index: int) -> WorldModel:
         """The world model of one ensemble member."""
-        return self.replace(
+        return replace(
+            self,
             state_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.state_model),
             outcome_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.outcome_model),
         )

@@ -1,0 +1,183 @@
+"""Checkpoints: a training run's state after every epoch, and finished world models.
+
+Both are Orbax folders of arrays with JSON beside them; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from worldmodel import schema
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, read_json, write_json
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.reference import is_reference_folder, load_reference
+from worldmodel.models.world_model import WorldModel, init_world_model
+from worldmodel.scaling import Scaler
+
+KIND = "sepsis-jax world model"
+
+
+class Saver:
+    """Keeps the newest training state of one run in a folder.
+
+    Args:
+      folder: made if missing.
+      fingerprint: what the run depends on; a folder of another run is refused.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]):
+        self._folder = Path(folder).absolute()
+        self._fingerprint = dict(fingerprint)
+        file = self._folder / "run.json"
+        if file.exists() and read_json(file) != self._fingerprint:
+            raise InputError(
+                f"{self._folder}: holds the state of a run with other settings or data; "
+                "remove it or train into another folder"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, self._fingerprint)
+
+    def save(self, epoch: int, state: Any, history: list[dict[str, float]]) -> None:
+        """Saves after an epoch; the previous state goes when the new one is complete."""
+        with atomic_folder(self._folder / "state") as temporary:
+            _save_arrays(temporary / "arrays", _without_keys(state))
+            write_json(temporary / "history.json", {"epoch": epoch, "history": history})
+
+    def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:
+        """The saved state and history, or the given state where nothing was saved."""
+        folder = self._folder / "state"
+        if not folder.exists():
+            return state, []
+        arrays = _load_arrays(folder / "arrays", _without_keys(state))
+        restored = jax.tree.map(
+            lambda new, old: jax.random.wrap_key_data(new) if _is_key(old) else new, arrays, state
+        )
+        return restored, read_json(folder / "history.json")["history"]
+
+
+def save_world_model(
+    world_model: WorldModel, path: str | Path, *, manifest: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes a world model as a folder that appears whole or not at all.
+
+    Args:
+      world_model: what to save.
+      path: folder to make; an existing world model there is replaced.
+      manifest: metrics and provenance to keep beside the parameters.
+    """
+    path = Path(path).absolute()
+    if path.exists() and any(path.iterdir()) and not (path / "manifest.json").exists():
+        raise InputError(f"{path}: exists and is not a world model; choose another name")
+    with atomic_folder(path) as folder:
+        _save_arrays(folder / "params", _params(world_model))
+        write_json(folder / "scaler.json", world_model.scaler.to_dict())
+        write_json(
+            folder / "manifest.json",
+            {
+                "kind": KIND,
+                "schema_version": schema.SCHEMA_VERSION,
+                "config": asdict(world_model.config),
+                "members": world_model.num_members,
+                "step_hours": world_model.step_hours,
+                "dose_edges": {
+                    "vasopressor_mcg_kg_min": list(world_model.dose_edges.vasopressor),
+                    "fluid_ml": list(world_model.dose_edges.fluid),
+                },
+                **(manifest or {}),
+            },
+        )
+    return path
+
+
+def load_world_model(path: str | Path) -> WorldModel:
+    """A world model from our checkpoint folder, or from SepsisAgent's folder of `.pt` files.
+
+    Raises:
+      InputError: the folder is missing, is not a world model, or holds other shapes.
+    """
+    path = Path(path).absolute()
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; train one with `sepsis-jax world-model train`")
+    if is_reference_folder(path):
+        return load_reference(path)
+    manifest = read_json(path / "manifest.json")
+    if manifest.get("kind") != KIND:
+        raise InputError(f"{path}: not a world model (its manifest says {manifest.get('kind')!r})")
+    if manifest.get("schema_version") != schema.SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema version {manifest.get('schema_version')}, this software reads "
+            f"{schema.SCHEMA_VERSION}; train the model again"
+        )
+    edges = manifest["dose_edges"]
+    try:
+        config = ModelConfig(**manifest["config"])
+    except TypeError as error:
+        raise InputError(f"{path / 'manifest.json'}: config: {error}") from None
+    world_model = jax.eval_shape(
+        lambda: init_world_model(
+            jax.random.key(0),
+            Scaler(*(jnp.zeros(n) for n in (39, 39, 3, 3))),
+            config,
+            members=manifest["members"],
+        )
+    )
+    state_model, outcome_model = _load_arrays(path / "params", _params(world_model))
+    return WorldModel(
+        state_model=state_model,
+        outcome_model=outcome_model,
+        scaler=Scaler.from_dict(read_json(path / "scaler.json"), source=str(path)),
+        config=config,
+        step_hours=manifest["step_hours"],
+        dose_edges=schema.DoseEdges(
+            tuple(edges["vasopressor_mcg_kg_min"]), tuple(edges["fluid_ml"])
+        ),
+    )
+
+
+def _params(world_model: WorldModel) -> tuple[Any, Any]:
+    return world_model.state_model, world_model.outcome_model
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+
+
+def _save_arrays(folder: Path, tree: Any) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, _named(tree))
+
+
+def _load_arrays(folder: Path, like: Any) -> Any:
+    abstract = _named(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: missing; the checkpoint is incomplete")
+    with ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(folder)
+        found = {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
+        wanted = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
+        if found != wanted:
+            name = next(n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n))
+            raise InputError(
+                f"{folder}: {name} has shape {found.get(name)}, expected {wanted.get(name)}; "
+                "the checkpoint belongs to another model configuration"
+            )
+        restored = checkpointer.restore(folder, abstract)
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in abstract])
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """Leaves by their path, such as `0.gru.cells.1.weight_hidden.value`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -1,0 +1,239 @@
+"""One training loop for both models: ensembles, early stopping, exact resume.
+
+An epoch is one jitted scan over shuffled minibatches. Ensemble members differ in their
+initial parameters and in their order of minibatches, and each keeps its own best parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from worldmodel.errors import InputError
+from worldmodel.models.checkpoint import Saver
+from worldmodel.models.windows import Sequences
+
+Loss = Callable[[Any, Sequences, jax.Array, jax.Array | None], jax.Array]
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Optimisation settings.
+
+    Attributes:
+      epochs: at most this many passes over the training windows.
+      batch_size: windows per update.
+      learning_rate: peak of a warm-up and cosine schedule.
+      weight_decay: decoupled, on matrices only.
+      clip_norm: global norm of the gradient.
+      patience: epochs without a better validation loss before a member stops.
+    """
+
+    epochs: int = 20
+    batch_size: int = 512
+    learning_rate: float = 2e-3
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+
+
+@struct.dataclass
+class FitState:
+    """Everything a resumed run needs; every leaf has a leading ensemble axis but `epoch`."""
+
+    model: Any
+    best: Any
+    optimizer: optax.OptState
+    key: jax.Array  # [E] typed keys
+    best_loss: jax.Array  # [E]
+    since_best: jax.Array  # [E] int32, epochs since the best one
+    epoch: jax.Array  # [] int32, epochs done
+
+
+def make_optimizer(config: FitConfig, steps_per_epoch: int) -> optax.GradientTransformation:
+    """AdamW with clipping, warm-up over half an epoch and cosine decay to 5%."""
+    total = config.epochs * steps_per_epoch
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=config.learning_rate,
+        warmup_steps=max(min(steps_per_epoch // 2, total // 10), 1),
+        decay_steps=max(total, 2),
+        end_value=0.05 * config.learning_rate,
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule,
+            weight_decay=config.weight_decay,
+            mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
+        ),
+    )
+
+
+def fit(
+    key: jax.Array,
+    model: Any,
+    loss: Loss,
+    train: tuple[Sequences, np.ndarray],
+    validation: tuple[Sequences, np.ndarray],
+    config: FitConfig,
+    *,
+    saver: Saver | None = None,
+    progress: Progress | None = None,
+) -> tuple[Any, list[dict[str, float]]]:
+    """Trains an ensemble and returns each member's best parameters.
+
+    Args:
+      key: consumed; orders the minibatches and drives dropout.
+      model: PyTree with a leading ensemble axis on every leaf.
+      loss: `loss(member, sequences, index [B, 2], key or None)`; no key means evaluation.
+      train, validation: sequences and the (stay, step) rows [K, 2] to use.
+      config: optimisation settings.
+      saver: saves the whole state after every epoch and restores it, so that an interrupted
+        run continues to the same result.
+      progress: called after each epoch with (epochs done, epochs, metrics).
+
+    Returns:
+      The best model and one record of metrics per epoch.
+
+    Raises:
+      InputError: a split has no windows.
+    """
+    for name, (_, index) in (("training", train), ("validation", validation)):
+        if not len(index):
+            raise InputError(f"the {name} split has no windows; use a larger cohort")
+    batch = min(config.batch_size, len(train[1]))
+    optimizer = make_optimizer(config, len(train[1]) // batch)
+    members = jax.tree.leaves(model)[0].shape[0]
+    state = FitState(
+        model=model,
+        best=model,
+        optimizer=jax.vmap(optimizer.init)(model),
+        key=jax.random.split(key, members),
+        best_loss=jnp.full(members, jnp.inf, jnp.float32),
+        since_best=jnp.zeros(members, jnp.int32),
+        epoch=jnp.int32(0),
+    )
+    history: list[dict[str, float]] = []
+    if saver is not None:
+        state, history = saver.restore(state)
+    run_epoch = jax.jit(
+        partial(_epoch, loss=loss, optimizer=optimizer, batch=batch, patience=config.patience)
+    )
+    train_data = (train[0], jnp.asarray(train[1]))
+    validation_data = (validation[0], jnp.asarray(validation[1]))
+    while int(state.epoch) < config.epochs and not _stopped(state, config):
+        state, train_loss, validation_loss = run_epoch(state, train_data, validation_data)
+        if not np.isfinite(np.asarray(train_loss)).all():
+            raise FloatingPointError(
+                f"training loss is not finite in epoch {int(state.epoch)}; "
+                "lower the learning rate or look for extreme values in the episodes"
+            )
+        record = {
+            "epoch": int(state.epoch),
+            "train_loss": float(train_loss.mean()),
+            "validation_loss": float(validation_loss.mean()),
+            "best_validation_loss": float(state.best_loss.mean()),
+        }
+        history.append(record)
+        if saver is not None:
+            saver.save(int(state.epoch), state, history)
+        if progress is not None:
+            progress(int(state.epoch), config.epochs, record)
+    return state.best, history
+
+
+def _stopped(state: FitState, config: FitConfig) -> bool:
+    return bool((state.since_best >= config.patience).all())
+
+
+def _epoch(
+    state: FitState,
+    train: tuple[Sequences, jax.Array],
+    validation: tuple[Sequences, jax.Array],
+    *,
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    batch: int,
+    patience: int,
+) -> tuple[FitState, jax.Array, jax.Array]:
+    def member_epoch(carry):
+        model, best, opt_state, key, best_loss, since_best = carry
+        key_next, key_order, key_dropout = jax.random.split(key, 3)
+        new_model, new_opt, train_loss = _updates(
+            model, opt_state, key_order, key_dropout, train, loss, optimizer, batch
+        )
+        validation_loss = mean_loss(new_model, loss, *validation, batch=4 * batch)
+        better = validation_loss < best_loss
+        running = since_best < patience  # a stopped member keeps what it has
+
+        def keep(new, old, when):
+            return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+
+        carry = (
+            keep(new_model, model, running),
+            keep(new_model, best, better & running),
+            keep(new_opt, opt_state, running),
+            key_next,
+            jnp.where(better & running, validation_loss, best_loss),
+            jnp.where(better, 0, since_best + 1),
+        )
+        return carry, train_loss, validation_loss
+
+    carry = (
+        state.model, state.best, state.optimizer, state.key, state.best_loss, state.since_best,
+    )  # fmt: skip
+    # Members in turn: a batched product over members is slower than several plain ones on CPU.
+    carry, train_loss, validation_loss = jax.lax.map(member_epoch, carry)
+    model, best, opt, key, best_loss, since = carry
+    state = FitState(model, best, opt, key, best_loss, since, state.epoch + 1)
+    return state, train_loss, validation_loss
+
+
+def _updates(model, opt_state, key_order, key_dropout, train, loss, optimizer, batch):
+    sequences, index = train
+    steps = index.shape[0] // batch
+    order = jax.random.permutation(key_order, index.shape[0])[: steps * batch]
+
+    def update(carry, inputs):
+        model, opt_state = carry
+        rows, key = inputs
+        value, gradient = jax.value_and_grad(loss)(model, sequences, index[rows], key)
+        updates, opt_state = optimizer.update(gradient, opt_state, model)
+        return (optax.apply_updates(model, updates), opt_state), value
+
+    inputs = (order.reshape(steps, batch), jax.random.split(key_dropout, steps))
+    (model, opt_state), values = jax.lax.scan(update, (model, opt_state), inputs)
+    return model, opt_state, values.mean()
+
+
+def mean_loss(
+    model: Any, loss: Loss, sequences: Sequences, index: jax.Array, *, batch: int
+) -> jax.Array:
+    """Evaluation loss, averaged over whole batches of `index` and its remainder."""
+    count = index.shape[0]
+    batch = min(batch, count)
+    whole = count // batch
+    values = jax.lax.map(
+        lambda rows: loss(model, sequences, rows, None),
+        index[: whole * batch].reshape(whole, batch, 2),
+    )
+    total = values.sum() * batch
+    if count > whole * batch:
+        rest = index[whole * batch :]
+        total = total + loss(model, sequences, rest, None) * rest.shape[0]
+    return total / count

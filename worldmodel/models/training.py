@@ -1,0 +1,292 @@
+"""Training and judging a world model on episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.files import digest
+from worldmodel.models import baselines, metrics
+from worldmodel.models.baselines import HostPrediction
+from worldmodel.models.checkpoint import Saver
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.fitting import FitConfig, fit
+from worldmodel.models.losses import outcome_model_loss, state_model_loss
+from worldmodel.models.windows import (
+    Sequences,
+    every_step_index,
+    last_step_index,
+    to_sequences,
+    transition_index,
+)
+from worldmodel.models.world_model import WorldModel, init_world_model
+from worldmodel.scaling import Scaler
+
+Progress = Callable[[str, int, int, dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train a world model.
+
+    Attributes:
+      model: shape and variant.
+      state, outcome: optimisation of the two models.
+      members: ensemble size.
+      seed: of initialisation, minibatch order and dropout.
+      imputed_weight: weight of imputed entries in the State Model's loss. None: 1 for the
+        reference variant (all entries alike), 0.1 for the residual variant.
+      vent_weight: weight of the ventilation loss.
+      outcome_prefixes: train the Outcome Model on every row instead of last rows only, so
+        that it can be asked in mid-trajectory. None: only for the residual variant.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    state: FitConfig = field(default_factory=FitConfig)
+    outcome: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, learning_rate=1e-3))
+    members: int = 1
+    seed: int = 0
+    imputed_weight: float | None = None
+    vent_weight: float = 0.3
+    outcome_prefixes: bool | None = None
+
+    @property
+    def resolved_imputed_weight(self) -> float:
+        if self.imputed_weight is not None:
+            return self.imputed_weight
+        return 1.0 if self.model.variant == "reference" else 0.1
+
+    @property
+    def resolved_prefixes(self) -> bool:
+        if self.outcome_prefixes is not None:
+            return self.outcome_prefixes
+        return self.model.variant != "reference"
+
+
+class Trained(NamedTuple):
+    """A trained world model and how it was judged."""
+
+    world_model: WorldModel
+    metrics: dict[str, Any]
+    history: dict[str, list[dict[str, float]]]
+
+
+def train_world_model(
+    episodes: Episodes,
+    scaler: Scaler,
+    config: TrainConfig | None = None,
+    *,
+    step_hours: float = schema.STEP_HOURS,
+    dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
+    state_folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Trains State and Outcome Model and judges them on the test split.
+
+    Args:
+      episodes: with training, validation and test stays.
+      scaler: fitted on the training split.
+      config: settings.
+      step_hours, dose_edges: of the episodes; kept with the model.
+      state_folder: where to keep the state after every epoch; the same call again continues
+        from there to the same result.
+      progress: called after each epoch with (model name, epoch, epochs, metrics).
+
+    Returns:
+      The world model with each member's best parameters, metrics beside two baselines, and
+      the losses per epoch.
+
+    Raises:
+      InputError: a split is too small, or `state_folder` belongs to another run.
+    """
+    config = config or TrainConfig()
+    key_init, key_state, key_outcome = jax.random.split(jax.random.key(config.seed), 3)
+    world_model = init_world_model(
+        key_init,
+        scaler,
+        config.model,
+        members=config.members,
+        step_hours=step_hours,
+        dose_edges=dose_edges,
+    )
+    parts = {name: episodes.of_split(name) for name in schema.SPLITS}
+    sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
+    transitions = {name: transition_index(part) for name, part in parts.items()}
+    fingerprint = {"config": asdict(config), "data": digest(jax.tree.leaves((episodes, scaler)))}
+
+    def run(name, key, model, loss, index, fit_config):
+        saver = None
+        if state_folder is not None:
+            saver = Saver(Path(state_folder) / name, fingerprint)
+        return fit(
+            key,
+            model,
+            loss,
+            (sequences["train"], index(parts["train"])),
+            (sequences["validation"], index(parts["validation"])),
+            fit_config,
+            saver=saver,
+            progress=None if progress is None else partial(progress, name),
+        )
+
+    state_model, state_history = run(
+        "state",
+        key_state,
+        world_model.state_model,
+        partial(
+            state_model_loss,
+            window=schema.STATE_WINDOW,
+            imputed_weight=config.resolved_imputed_weight,
+            vent_weight=config.vent_weight,
+        ),
+        transition_index,
+        config.state,
+    )
+    outcome_model, outcome_history = run(
+        "outcome",
+        key_outcome,
+        world_model.outcome_model,
+        partial(outcome_model_loss, window=schema.OUTCOME_WINDOW),
+        every_step_index if config.resolved_prefixes else last_step_index,
+        config.outcome,
+    )
+    world_model = replace(world_model, state_model=state_model, outcome_model=outcome_model)
+    if config.model.variant == "residual":
+        world_model = calibrate_sigma(
+            world_model, sequences["validation"], transitions["validation"]
+        )
+    return Trained(
+        world_model,
+        evaluate_world_model(world_model, episodes),
+        {"state": state_history, "outcome": outcome_history},
+    )
+
+
+def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> WorldModel:
+    """Scales each feature's sigma to the validation errors, by maximum likelihood.
+
+    For a fixed mu the best scale of sigma_j is the root mean square of error / sigma over the
+    measured entries; features measured fewer than 30 times keep theirs.
+    """
+    recorded = sequences.target(index)
+    measured, target = np.asarray(recorded.measured), np.asarray(recorded.obs)
+    mu, log_sigma, _ = _predict_members(world_model, sequences, index)
+    z2 = np.square((target - mu) * np.exp(-log_sigma))  # [E, K, 39]
+    count = measured.sum(0)
+    scale = np.where(count >= 30, (z2 * measured).sum(1) / np.maximum(count, 1), 1.0)
+    offset = 0.5 * np.log(np.clip(scale, 1e-2, 1e2))
+    state_model = jax.tree.map(lambda leaf: leaf, world_model.state_model)
+    state_model.log_sigma_offset[...] = state_model.log_sigma_offset[...] + jnp.asarray(offset)
+    return replace(world_model, state_model=state_model)
+
+
+def evaluate_world_model(
+    world_model: WorldModel, episodes: Episodes, *, split: str = "test"
+) -> dict[str, Any]:
+    """Metrics of a world model on one split, beside both baselines.
+
+    The baselines are fitted on the training split of the same episodes.
+    """
+    scaler = world_model.scaler
+    train, test = episodes.of_split("train"), episodes.of_split(split)
+    train_sequences, sequences = to_sequences(train, scaler), to_sequences(test, scaler)
+    index = transition_index(test)
+    train_rows = baselines.transition_rows(train_sequences, transition_index(train))
+    rows = baselines.transition_rows(sequences, index)
+    predictions = {
+        "model": predict(world_model, sequences, index),
+        "last_value": baselines.last_value(train_rows, rows),
+        "linear": baselines.linear_autoregression(train_rows, rows),
+    }
+    died = np.asarray(test.died_90d).astype(float)
+    last = last_step_index(test)
+    probability = predict_mortality(world_model, sequences, last)
+    return {
+        "split": split,
+        "stays": test.num_stays,
+        "transitions": len(index),
+        "state": {
+            name: metrics.state_metrics(prediction, rows)
+            for name, prediction in predictions.items()
+        },
+        "features": {
+            name: metrics.feature_metrics(prediction, rows)
+            for name, prediction in predictions.items()
+        },
+        "outcome": {
+            "model": metrics.outcome_metrics(probability, died),
+            "linear": metrics.outcome_metrics(
+                _linear_outcome(train_sequences, train, sequences, last), died
+            ),
+        },
+    }
+
+
+def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> HostPrediction:
+    """The world model's (ensemble) prediction of the transitions `index` [K, 2]."""
+    outputs = _in_batches(
+        lambda rows: world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)), index
+    )
+    return HostPrediction(
+        mu=outputs[0],
+        sigma=np.exp(outputs[1]),
+        ventilation=1 / (1 + np.exp(-outputs[2].astype(np.float64))),
+    )
+
+
+def predict_mortality(
+    world_model: WorldModel, sequences: Sequences, index: np.ndarray
+) -> np.ndarray:
+    """Probability [K] of death within 90 days, asked at the rows `index` [K, 2]."""
+    logit = _in_batches(
+        lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
+        index,
+    )[0]
+    return 1 / (1 + np.exp(-logit.astype(np.float64)))
+
+
+def _predict_members(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> Any:
+    outputs = _in_batches(
+        lambda rows: jax.tree.map(
+            lambda leaf: jnp.swapaxes(leaf, 0, 1),
+            world_model.transitions(*sequences.window(rows, schema.STATE_WINDOW)),
+        ),
+        index,
+    )
+    return tuple(np.swapaxes(output, 0, 1) for output in outputs)
+
+
+def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray, *, batch: int = 4096):
+    """Applies a function of index rows in equal batches; the last one is padded and cut."""
+    jitted = jax.jit(function)
+    count = len(index)
+    batch = min(batch, count)
+    outputs = []
+    for start in range(0, count, batch):
+        rows = index[start : start + batch]
+        padded = np.concatenate([rows, np.repeat(rows[:1], batch - len(rows), axis=0)])
+        outputs.append([np.asarray(leaf)[: len(rows)] for leaf in jitted(jnp.asarray(padded))])
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _linear_outcome(
+    train_sequences: Sequences, train: Episodes, sequences: Sequences, last: np.ndarray
+) -> np.ndarray:
+    def inputs(source: Sequences, index: np.ndarray) -> np.ndarray:
+        window = source.window(index, 1)
+        return np.concatenate([np.asarray(window.obs[:, 0]), np.asarray(window.static)], axis=1)
+
+    return baselines.logistic(
+        inputs(train_sequences, last_step_index(train)),
+        np.asarray(train.died_90d),
+        inputs(sequences, last),
+    )

@@ -1,0 +1,125 @@
+"""Training windows: fixed-length looks back into episodes, cut on the device.
+
+Rows before ICU admission are all zero (observation, mask and action), as in SepsisAgent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.scaling import Scaler
+
+
+class Window(NamedTuple):
+    """Inputs of the State Model (W = 6) or the Outcome Model (W = 12)."""
+
+    obs: jax.Array  # [B, W, 39] z-scores
+    observed: jax.Array  # [B, W, 38] float32
+    static: jax.Array  # [B, 3] scaled
+    action: jax.Array  # [B, W, 10] one-hot pairs
+
+
+class Target(NamedTuple):
+    """What the State Model should say of the row after the window."""
+
+    obs: jax.Array  # [B, 39] z-scores
+    measured: jax.Array  # [B, 39] bool; urine always counts as measured
+    ventilated: jax.Array  # [B] bool
+
+
+@struct.dataclass
+class Sequences:
+    """Episodes in model space, left-padded so that every window is a plain slice."""
+
+    obs: jax.Array  # [N, P + T, 39] z-scores
+    observed: jax.Array  # [N, P + T, 38] bool
+    action: jax.Array  # [N, P + T] int32, -1 in the padding
+    ventilated: jax.Array  # [N, P + T] bool
+    static: jax.Array  # [N, 3] scaled
+    length: jax.Array  # [N] int32
+    died_90d: jax.Array  # [N] bool
+    padding: int = struct.field(pytree_node=False)
+
+    @property
+    def num_steps(self) -> int:
+        """Padded number of steps T."""
+        return self.obs.shape[1] - self.padding
+
+    def window(self, index: jax.Array | np.ndarray, width: int) -> Window:
+        """Windows that end at the rows `index` [B, 2] (stay, step)."""
+        stay, step = index[:, 0], index[:, 1]
+        rows = self.padding + step[:, None] + jnp.arange(1 - width, 1)
+        stays = stay[:, None]
+        return Window(
+            obs=self.obs[stays, rows],
+            observed=self.observed[stays, rows].astype(jnp.float32),
+            static=self.static[stay],
+            action=encode_action(self.action[stays, rows]),
+        )
+
+    def target(self, index: jax.Array | np.ndarray) -> Target:
+        """The rows after `index` [B, 2] (stay, step)."""
+        stay, row = index[:, 0], self.padding + index[:, 1] + 1
+        measured = self.observed[stay, row]
+        return Target(
+            obs=self.obs[stay, row],
+            measured=jnp.pad(measured, ((0, 0), (0, 1)), constant_values=True),
+            ventilated=self.ventilated[stay, row],
+        )
+
+
+def encode_action(action: jax.Array) -> jax.Array:
+    """Joint actions [...] to one-hot pairs [..., 10]; -1 becomes all zeros."""
+    vasopressor, fluid = schema.action_levels(action)
+    valid = (action >= 0)[..., None]
+    pair = [jax.nn.one_hot(level, schema.NUM_LEVELS) for level in (vasopressor, fluid)]
+    return jnp.where(valid, jnp.concatenate(pair, axis=-1), 0.0)
+
+
+def to_sequences(
+    episodes: Episodes, scaler: Scaler, *, padding: int = schema.OUTCOME_WINDOW - 1
+) -> Sequences:
+    """Scales episodes and pads them on the left by `padding` zero rows."""
+    valid = episodes.valid
+
+    def padded(values: jax.Array, fill: float = 0) -> jax.Array:
+        mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
+        widths = [(0, 0), (padding, 0), *[(0, 0)] * (values.ndim - 2)]
+        blank = jnp.asarray(fill, values.dtype)
+        return jnp.pad(jnp.where(mask, values, blank), widths, constant_values=blank)
+
+    return Sequences(
+        obs=padded(scaler.normalize(episodes.dynamic)),
+        observed=padded(episodes.measured),
+        action=padded(episodes.action, fill=-1),
+        ventilated=padded(episodes.ventilated),
+        static=scaler.normalize_static(episodes.static),
+        length=episodes.length,
+        died_90d=episodes.died_90d,
+        padding=padding,
+    )
+
+
+def transition_index(episodes: Episodes) -> np.ndarray:
+    """All (stay, step) pairs with a recorded next row: [K, 2] int32."""
+    length = np.asarray(episodes.length)
+    pairs = np.argwhere(np.arange(episodes.num_steps) < length[:, None] - 1)
+    return pairs.astype(np.int32)
+
+
+def last_step_index(episodes: Episodes) -> np.ndarray:
+    """The last (stay, step) of every stay: [N, 2] int32."""
+    length = np.asarray(episodes.length)
+    return np.stack([np.arange(len(length)), length - 1], axis=1).astype(np.int32)
+
+
+def every_step_index(episodes: Episodes) -> np.ndarray:
+    """All recorded (stay, step) pairs: [K, 2] int32."""
+    return np.argwhere(np.asarray(episodes.valid)).astype(np.int32)
