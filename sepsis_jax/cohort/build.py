@@ -1,0 +1,267 @@
+"""From MIMIC-IV files to a folder of episodes."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import jax.numpy as jnp
+import numpy as np
+
+from sepsis_jax.cohort import ingest, measurements, sepsis3, treatments
+from sepsis_jax.cohort.options import CohortOptions
+from sepsis_jax.cohort.source import attach_source, describe_files
+from sepsis_jax.cohort.workspace import Workspace, open_workspace
+from worldmodel import schema
+from worldmodel.episodes import Episodes, save_episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder
+from worldmodel.imputation import impute, training_medians
+
+Progress = Callable[[str, float], None]
+
+# Typical values of ICU patients, for features that no training stay records.
+TYPICAL = np.array(
+    [
+        88, 117, 62, 78, 20, 97, 37, 40, 3, 3, 5, 2.9, 30, 40, 0, 23, 0.7, 23, 1.12, 8.3, 104, 1.1,
+        130, 10, 30.5, 1.3, 1.5, 2.1, 41, 95, 7.38, 190, 4.1, 14, 33, 139, 25, 10, 100,
+    ]
+)  # fmt: skip
+_CHUNK = 4096  # stays imputed at a time, which bounds the float64 copies
+
+
+@dataclass(frozen=True)
+class CohortReport:
+    """What a build made.
+
+    Attributes:
+      path: the folder of episodes.
+      stays, patients, rows: numbers of stays, patients and stay-steps.
+      consort: lines {step, reason, excluded, remaining}.
+      counts: values left out, clipped or imputed; also in the manifest.
+      seconds: wall time of each phase.
+      manifest: what was written beside the episodes.
+    """
+
+    path: Path
+    stays: int
+    patients: int
+    rows: int
+    consort: tuple[dict[str, Any], ...]
+    counts: dict[str, Any]
+    seconds: dict[str, float]
+    manifest: dict[str, Any]
+
+
+def build_cohort(
+    data: Path | str,
+    out: Path | str,
+    options: CohortOptions | None = None,
+    progress: Progress | None = None,
+) -> CohortReport:
+    """Makes a folder of episodes from MIMIC-IV.
+
+    Args:
+      data: folder with `hosp/` and `icu/`, or a DuckDB file.
+      out: folder to write; it appears whole or not at all.
+      options: choices; the defaults are in docs/cohort.md.
+      progress: called with the name of each phase and the share done (0 to 1) before it.
+
+    Raises:
+      InputError: bad input or options, named in one line.
+    """
+    data, out = Path(data), Path(out)
+    options = options or CohortOptions()
+    if out.exists() and not (out / "manifest.json").exists() and any(out.iterdir()):
+        raise InputError(f"{out}: exists and is not a folder of episodes; choose another name")
+    clock = _Clock(progress)
+    with open_workspace(out, options) as work:
+        clock.start("find tables", 0.0)
+        tables = attach_source(work.connection, data)
+        clock.start("read stays and infections", 0.02)
+        ingest.read_stays(work, tables)
+        ingest.read_infections(work, tables)
+        sepsis3.narrow_scope(work)
+        ingest.read_diagnoses(work, tables)
+        clock.start("read treatments", 0.08)
+        counts: dict[str, Any] = {"treatments": ingest.read_inputs(work, tables)}
+        ingest.read_outputs(work, tables)
+        clock.start("read charts", 0.15)
+        ingest.read_chart(work, tables)
+        clock.start("read laboratory results", 0.5)
+        ingest.read_labs(work, tables)
+        clock.start("score SOFA and find sepsis", 0.65)
+        sepsis3.find_sepsis(work)
+        if options.derived_out is not None:
+            clock.start("write derived tables", 0.75)
+            work.run("weight")
+            with atomic_folder(Path(options.derived_out)) as folder:
+                sepsis3.write_derived(work, folder)
+        consort = [asdict(line) for line in sepsis3.choose_stays(work)]
+        clock.start("bin measurements", 0.8)
+        episodes, edges, binned = _make_episodes(work)
+        counts |= binned
+    clock.start("write episodes", 0.95)
+    manifest = {
+        "source": "mimic-iv",
+        "options": options.to_dict(),
+        "consort": consort,
+        "counts": counts,
+        "inputs": describe_files(tables),
+        "versions": {
+            "python": platform.python_version(),
+            "duckdb": duckdb.__version__,
+            "numpy": np.__version__,
+            "sepsis-jax": metadata.version("sepsis-jax"),
+        },
+    }
+    save_episodes(episodes, out, dose_edges=edges, step_hours=options.step_hours, manifest=manifest)
+    clock.stop()
+    return CohortReport(
+        path=out,
+        stays=episodes.num_stays,
+        patients=len(np.unique(episodes.subject_id)),
+        rows=int(np.sum(episodes.length)),
+        consort=tuple(consort),
+        counts=counts,
+        seconds=clock.seconds,
+        manifest=manifest,
+    )
+
+
+def split_of(subject_ids: np.ndarray, shares: tuple[float, float, float], seed: int) -> np.ndarray:
+    """Split of each patient, from a hash of seed and patient: other patients do not matter.
+
+    Args:
+      subject_ids: [N] patients.
+      shares: of training, validation and test.
+      seed: another seed gives another split.
+
+    Returns:
+      [N] int32 index into `schema.SPLITS`.
+    """
+    patients, where = np.unique(subject_ids, return_inverse=True)
+    digests = [hashlib.blake2b(f"{seed}:{int(patient)}".encode(), digest_size=8).digest()
+               for patient in patients]  # fmt: skip
+    uniform = np.array([int.from_bytes(digest, "big") for digest in digests]) / 2.0**64
+    edges = np.cumsum(shares)[:2]
+    return np.searchsorted(edges, uniform, side="right").astype(np.int32)[where]
+
+
+def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[str, Any]]:
+    options = work.options
+    stays = work.execute(
+        "SELECT c.stay_id, c.subject_id, c.steps, c.age, "
+        "CASE WHEN c.gender = 'M' THEN 1 ELSE 0 END AS male, m.charlson, "
+        "coalesce(c.death_day - c.day_zero BETWEEN 0 AND "
+        f"{options.death_days}, false) AS died_90d, c.died_in_hospital "
+        "FROM cohort AS c INNER JOIN charlson AS m USING (hadm_id) ORDER BY c.row"
+    ).fetchnumpy()
+    length = stays["steps"].astype(np.int32)
+    split = split_of(stays["subject_id"], options.split, options.seed)
+    train = split == 0
+    if not train.any():
+        raise InputError(
+            f"the training split is empty ({len(length)} stays); use another seed or split"
+        )
+    values, problems = measurements.bin_measurements(work)
+    urine, urine_24h, urine_counts = measurements.bin_urine(work)
+    ventilated, sofa = measurements.bin_status(work)
+    vasopressor, fluid = treatments.bin_doses(work)
+    edges, defaulted = treatments.fit_dose_edges(vasopressor, fluid, train)
+
+    measured = np.isfinite(values[..., : schema.NUM_MASKED])
+    no_urine = int((np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])).sum())
+    values[..., schema.URINE] = np.nan_to_num(urine) if options.missing_urine == "zero" else urine
+    medians = training_medians(values, train, TYPICAL)
+    filled, imputation = _impute(values, length, medians, options)
+    episodes = Episodes(
+        dynamic=filled,
+        measured=measured,
+        static=np.stack([stays["age"], stays["male"], stays["charlson"]], -1).astype(np.float32),
+        vasopressor=schema.dose_level(vasopressor, edges.vasopressor).astype(np.int32),
+        fluid=schema.dose_level(fluid, edges.fluid).astype(np.int32),
+        vasopressor_dose=vasopressor,
+        fluid_dose=fluid,
+        ventilated=ventilated,
+        sofa=sofa,
+        urine_24h=urine_24h,
+        behavior_prob=np.full(sofa.shape, np.nan, np.float32),
+        length=length,
+        died_90d=stays["died_90d"].astype(np.bool_),
+        died_in_hospital=stays["died_in_hospital"].astype(np.bool_),
+        stay_id=stays["stay_id"].astype(np.int32),
+        subject_id=stays["subject_id"].astype(np.int32),
+        split=split,
+    )
+    counts = {
+        "values_left_out": problems,
+        "urine": urine_counts | {"steps without a urine record": no_urine},
+        "imputation": imputation,
+        "dose_edges_defaulted": defaulted,
+        "split": {name: int((split == i).sum()) for i, name in enumerate(schema.SPLITS)},
+    }
+    return _zero_padding(episodes), edges, counts
+
+
+def _impute(
+    values: np.ndarray, length: np.ndarray, medians: np.ndarray, options: CohortOptions
+) -> tuple[np.ndarray, dict[str, int]]:
+    parts, totals = [], {"measured": 0, "held": 0, "filled": 0}
+    for start in range(0, len(values), _CHUNK):
+        part, counts = impute(
+            values[start : start + _CHUNK],
+            length[start : start + _CHUNK],
+            medians,
+            step_hours=options.step_hours,
+            carry_forever=options.carry_forever,
+        )
+        parts.append(part)
+        for name, count in asdict(counts).items():
+            totals[name] += count
+    return np.concatenate(parts), totals
+
+
+def _zero_padding(episodes: Episodes) -> Episodes:
+    """Zero in rows at or after a stay's length, and arrays of JAX."""
+    valid = np.arange(episodes.ventilated.shape[1]) < np.asarray(episodes.length)[:, None]
+    fields: dict[str, Any] = {}
+    for name, value in vars(episodes).items():
+        value = np.asarray(value)
+        if value.ndim >= 2 and value.shape[:2] == valid.shape:
+            value = np.where(valid.reshape(*valid.shape, *(1,) * (value.ndim - 2)), value, 0)
+        fields[name] = jnp.asarray(value)
+    return Episodes(**fields)
+
+
+class _Clock:
+    """Tells the progress callback and keeps the wall time of each phase."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+        self._phase: str | None = None
+        self._since = 0.0
+
+    def start(self, phase: str, share: float) -> None:
+        self._close()
+        self._phase, self._since = phase, time.monotonic()
+        if self._progress:
+            self._progress(phase, share)
+
+    def stop(self) -> None:
+        self._close()
+        if self._progress:
+            self._progress("done", 1.0)
+
+    def _close(self) -> None:
+        if self._phase:
+            self.seconds[self._phase] = round(time.monotonic() - self._since, 2)
+            self._phase = None

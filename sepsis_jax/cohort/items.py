@@ -1,0 +1,385 @@
+"""Which MIMIC-IV items mean what: item numbers, units, ranges and factors.
+
+Item numbers and limits agree with mimic-code where it defines the concept; the extra numbers of
+the same laboratory test (`FEATURE_LABS`) are used for features only, never for Sepsis-3.
+"""
+
+from __future__ import annotations
+
+HEART_RATE = 220045
+
+# feature -> item -> (scale, offset): value * scale + offset is in the schema's unit.
+_AS_IS = (1.0, 0.0)
+_FAHRENHEIT = (1 / 1.8, -32 / 1.8)
+FEATURE_CHART: dict[str, dict[int, tuple[float, float]]] = {
+    "heart_rate": {HEART_RATE: _AS_IS},
+    "sysbp": dict.fromkeys((220179, 220050, 225309), _AS_IS),
+    "diabp": dict.fromkeys((220180, 220051, 225310), _AS_IS),
+    "meanbp": dict.fromkeys((220181, 220052, 225312), _AS_IS),
+    "resp_rate": dict.fromkeys((220210, 224690), _AS_IS),
+    "spo2": {220277: _AS_IS},
+    "temp_c": {223762: _AS_IS, 223761: _FAHRENHEIT},
+    "fio2": {223835: _AS_IS},
+    "glucose": dict.fromkeys((225664, 220621, 226537), _AS_IS),
+}
+GCS_MOTOR, GCS_VERBAL, GCS_EYES = 223901, 223900, 220739
+FIO2_CHART = 223835
+WEIGHT_ADMIT, WEIGHT_DAILY = 226512, 224639
+VENTILATOR_MODE, HAMILTON_MODE = 223849, 229314
+OXYGEN_DEVICE = 226732
+OXYGEN_FLOW = (223834, 227582, 227287)
+
+# Chart items whose text matters; for the others the number is enough.
+TEXT_ITEMS = (GCS_VERBAL, VENTILATOR_MODE, HAMILTON_MODE, OXYGEN_DEVICE)
+CHART_ITEMS = tuple(
+    sorted(
+        {item for items in FEATURE_CHART.values() for item in items}
+        | {GCS_MOTOR, GCS_VERBAL, GCS_EYES, WEIGHT_ADMIT, WEIGHT_DAILY, VENTILATOR_MODE}
+        | {HAMILTON_MODE, OXYGEN_DEVICE, *OXYGEN_FLOW}
+    )
+)
+
+# feature -> items of labevents.
+FEATURE_LABS: dict[str, tuple[int, ...]] = {
+    "albumin": (50862,),
+    "alt": (50861,),
+    "ast": (50878,),
+    "base_excess": (50802,),
+    "bicarbonate": (50882,),
+    "bilirubin_total": (50885,),
+    "bun": (51006, 52647),
+    "calcium_free": (50808,),
+    "calcium_total": (50893,),
+    "chloride": (50902, 50806),
+    "creatinine": (50912, 52546),
+    "glucose": (50931, 50809),
+    "hemoglobin": (51222, 50811),
+    "hematocrit": (51221, 50810),
+    "inr": (51237,),
+    "lactate": (50813, 52442, 53154),
+    "magnesium": (50960,),
+    "paco2": (50818,),
+    "pao2": (50821,),
+    "ph": (50820,),
+    "platelet": (51265,),
+    "potassium": (50971, 50822),
+    "pt": (51274,),
+    "ptt": (51275,),
+    "sodium": (50983, 50824),
+    "total_co2": (50804,),
+    "wbc": (51301, 51300),
+}
+# Known units per feature, lower case, blanks removed; a row without unit is taken as known.
+LAB_UNITS: dict[str, tuple[str, ...]] = {
+    "albumin": ("g/dl",),
+    "alt": ("iu/l", "u/l"),
+    "ast": ("iu/l", "u/l"),
+    "base_excess": ("meq/l", "mmol/l"),
+    "bicarbonate": ("meq/l", "mmol/l"),
+    "bilirubin_total": ("mg/dl",),
+    "bun": ("mg/dl",),
+    "calcium_free": ("mmol/l",),
+    "calcium_total": ("mg/dl",),
+    "chloride": ("meq/l", "mmol/l"),
+    "creatinine": ("mg/dl",),
+    "glucose": ("mg/dl",),
+    "hemoglobin": ("g/dl",),
+    "hematocrit": ("%",),
+    "inr": ("ratio", "inr"),
+    "lactate": ("mmol/l", "meq/l"),
+    "magnesium": ("mg/dl",),
+    "paco2": ("mmhg",),
+    "pao2": ("mmhg",),
+    "ph": ("units", "ph"),
+    "platelet": ("k/ul", "10*3/ul"),
+    "potassium": ("meq/l", "mmol/l"),
+    "pt": ("sec", "s"),
+    "ptt": ("sec", "s"),
+    "sodium": ("meq/l", "mmol/l"),
+    "total_co2": ("meq/l", "mmol/l"),
+    "wbc": ("k/ul", "10*3/ul"),
+}
+SPECIMEN_TYPE, LAB_FIO2, LAB_PO2 = 52033, 50816, 50821
+LAB_ITEMS = tuple(
+    sorted({item for items in FEATURE_LABS.values() for item in items} | {SPECIMEN_TYPE, LAB_FIO2})
+)
+ARTERIAL_FEATURES = ("paco2", "pao2", "ph")
+
+URINE_ITEMS = (
+    226559, 226560, 226561, 226584, 226563, 226564, 226565, 226567, 226557, 226558, 227488, 227489,
+)  # fmt: skip
+IRRIGANT_IN = 227488  # volume put in, so it counts against the urine that comes out
+
+# drug -> (items, unit of the rate, cap in that unit). Rates above the cap are charting errors:
+# the caps are about ten times usual maximal doses.
+VASOACTIVES: dict[str, tuple[tuple[int, ...], str, float]] = {
+    "norepinephrine": ((221906,), "mcg/kg/min", 10.0),
+    "epinephrine": ((221289,), "mcg/kg/min", 10.0),
+    "phenylephrine": ((221749,), "mcg/kg/min", 100.0),
+    "dopamine": ((221662,), "mcg/kg/min", 100.0),
+    "vasopressin": ((222315,), "units/hour", 100.0),
+    "dobutamine": ((221653,), "mcg/kg/min", 100.0),
+    "milrinone": ((221986,), "mcg/kg/min", 10.0),
+}
+# What mimic-code leaves out; `extended_vasopressors` adds them.
+EXTENDED_VASOACTIVES: dict[str, tuple[tuple[int, ...], str, float]] = {
+    "phenylephrine": ((229630, 229631, 229632, 229789), "mcg/kg/min", 100.0),
+    "angiotensin": ((229709, 229764), "mcg/kg/min", 1.0),
+}
+# (unit of the drug, unit in the file) -> (factor, per kg): rate * factor, divided by the
+# patient's weight where the file's unit is not per kg.
+RATE_UNITS: dict[tuple[str, str], tuple[float, bool]] = {
+    ("mcg/kg/min", "mcg/kg/min"): (1.0, False),
+    ("mcg/kg/min", "mcg/kg/hour"): (1 / 60, False),
+    ("mcg/kg/min", "mg/kg/min"): (1000.0, False),
+    ("mcg/kg/min", "mg/kg/hour"): (1000 / 60, False),
+    ("mcg/kg/min", "ng/kg/min"): (0.001, False),
+    ("mcg/kg/min", "mcg/min"): (1.0, True),
+    ("mcg/kg/min", "mcg/hour"): (1 / 60, True),
+    ("mcg/kg/min", "mg/min"): (1000.0, True),
+    ("mcg/kg/min", "mg/hour"): (1000 / 60, True),
+    ("units/hour", "units/hour"): (1.0, False),
+    ("units/hour", "units/min"): (60.0, False),
+}
+# Norepinephrine equivalents, mcg/kg/min per unit of the drug's rate. mimic-code after Goradia
+# et al. 2021; AI Clinician after Komorowski et al. 2018 (vasopressin 5 per unit/min).
+NE_FACTORS: dict[str, dict[str, float]] = {
+    "mimic-code": {
+        "norepinephrine": 1.0,
+        "epinephrine": 1.0,
+        "phenylephrine": 0.1,
+        "dopamine": 0.01,
+        "vasopressin": 2.5 / 60,
+        "angiotensin": 10.0,
+    },
+    "ai-clinician": {
+        "norepinephrine": 1.0,
+        "epinephrine": 1.0,
+        "phenylephrine": 0.45,
+        "dopamine": 0.01,
+        "vasopressin": 5 / 60,
+        "angiotensin": 10.0,
+    },
+}
+
+# Fluids: item -> volume of isotonic fluid that one mL stands for (AI Clinician).
+FLUIDS: dict[int, float] = {
+    225158: 1.0,  # NaCl 0.9%
+    225828: 1.0,  # lactated Ringer's
+    225943: 1.0,  # solution
+    226089: 1.0,  # piggyback
+    225168: 1.0,  # packed red cells
+    225170: 1.0,  # platelets
+    225171: 1.0,  # cryoprecipitate
+    220970: 1.0,  # fresh frozen plasma
+    220864: 1.0,  # albumin 5%
+    225825: 1.0,  # dextrose 5% in NaCl 0.9%
+    225827: 1.0,  # dextrose 5% in lactated Ringer's
+    225941: 1.0,  # dextrose 5% in NaCl 0.225%
+    225823: 0.5,  # dextrose 5% in NaCl 0.45%
+    225159: 0.5,  # NaCl 0.45%
+    227531: 2.75,  # mannitol
+    225161: 3.0,  # NaCl 3%
+    220862: 5.0,  # albumin 25%
+    220995: 6.66,  # sodium bicarbonate 8.4%
+    227533: 6.66,  # sodium bicarbonate 8.4% (ampoule)
+    228341: 8.0,  # NaCl 23.4%
+}
+# Unit of the amount -> mL: sodium bicarbonate 8.4% holds 1 mEq per mL, mannitol is taken as 20%.
+FLUID_UNITS: dict[str, float] = {"ml": 1.0, "l": 1000.0, "meq": 1.0, "grams": 5.0}
+
+# Parts of antibiotic names, as lower case; drugs for eyes, ears and skin are left out by route
+# and form.
+ANTIBIOTICS: tuple[str, ...] = tuple(
+    name.replace("_", " ")
+    for name in [
+        "adoxa",
+        "ala-tet",
+        "alodox",
+        "amikacin",
+        "amikin",
+        "amoxicill",
+        "amphotericin",
+        "ampicillin",
+        "ancef",
+        "anidulafungin",
+        "augmentin",
+        "avelox",
+        "avidoxy",
+        "axetil",
+        "azactam",
+        "azithromycin",
+        "aztreonam",
+        "bactocill",
+        "bactrim",
+        "bactroban",
+        "bethkis",
+        "biaxin",
+        "bicillin_l-a",
+        "cayston",
+        "cedax",
+        "cefaclor",
+        "cefadroxil",
+        "cefazolin",
+        "cefdinir",
+        "cefditoren",
+        "cefepime",
+        "cefotan",
+        "cefotaxime",
+        "cefotetan",
+        "cefoxitin",
+        "cefpirome",
+        "cefpodoxime",
+        "cefprozil",
+        "ceftaroline",
+        "ceftazidime",
+        "ceftibuten",
+        "ceftin",
+        "ceftriaxone",
+        "cefuroxime",
+        "cephalexin",
+        "cephalothin",
+        "cephapririn",
+        "chloramphenicol",
+        "cipro",
+        "claforan",
+        "clarithromycin",
+        "clavulanate",
+        "cleocin",
+        "clindamycin",
+        "cubicin",
+        "dirithromycin",
+        "doryx",
+        "doxycy",
+        "duricef",
+        "dynacin",
+        "ery-tab",
+        "eryc",
+        "eryped",
+        "erythrocin",
+        "erythromycin",
+        "factive",
+        "flagyl",
+        "fortaz",
+        "furadantin",
+        "garamycin",
+        "gentamicin",
+        "kanamycin",
+        "keflex",
+        "kefzol",
+        "ketek",
+        "levaquin",
+        "lincocin",
+        "linezolid",
+        "macrobid",
+        "macrodantin",
+        "maxipime",
+        "mefoxin",
+        "meropenem",
+        "methicillin",
+        "metronidazole",
+        "minocin",
+        "minocycline",
+        "monodox",
+        "monurol",
+        "morgidox",
+        "moxatag",
+        "moxifloxacin",
+        "mupirocin",
+        "myrac",
+        "nafcillin",
+        "neomycin",
+        "nicazel_doxy_30",
+        "nitrofurantoin",
+        "norfloxacin",
+        "noroxin",
+        "ocudox",
+        "ofloxacin",
+        "omnicef",
+        "oracea",
+        "oraxyl",
+        "oxacillin",
+        "panixine",
+        "pc_pen_vk",
+        "pce_dispertab",
+        "pediazole",
+        "penicillin",
+        "periostat",
+        "pfizerpen",
+        "piperacillin",
+        "primsol",
+        "proquin",
+        "raniclor",
+        "rifadin",
+        "rifampin",
+        "rocephin",
+        "septra",
+        "smz-tmp",
+        "solodyn",
+        "spectracef",
+        "streptomycin",
+        "sulfadiazine",
+        "sulfamethoxazole",
+        "sulfatrim",
+        "sulfisoxazole",
+        "suprax",
+        "synercid",
+        "tazicef",
+        "tazobactam",
+        "tetracycline",
+        "timentin",
+        "tobramycin",
+        "trimethoprim",
+        "unasyn",
+        "vancocin",
+        "vancomycin",
+        "vantin",
+        "vibativ",
+        "vibra-tabs",
+        "vibramycin",
+        "zinacef",
+        "zithromax",
+        "zosyn",
+        "zyvox",
+    ]
+)
+TOPICAL_ROUTES = ("OU", "OS", "OD", "AU", "AS", "AD", "TP")
+TOPICAL_ROUTE_PARTS = ("ear", "eye")
+TOPICAL_DRUG_PARTS = ("cream", "desensitization", "ophth oint", "gel")
+
+# Ventilation statuses, most invasive first; the first that applies to a moment wins.
+VENTILATION_STATUSES = (
+    "Tracheostomy", "InvasiveVent", "NonInvasiveVent", "HFNC", "SupplementalOxygen", "None",
+)  # fmt: skip
+# item -> status -> charted texts. Some texts end in a blank in MIMIC-IV.
+VENTILATION_TERMS: dict[int, dict[str, tuple[str, ...]]] = {
+    OXYGEN_DEVICE: {
+        "Tracheostomy": ("Tracheostomy tube", "Trach mask "),
+        "InvasiveVent": ("Endotracheal tube",),
+        "NonInvasiveVent": ("Bipap mask ", "CPAP mask "),
+        "HFNC": ("High flow nasal cannula",),
+        "SupplementalOxygen": (
+            "Non-rebreather", "Face tent", "Aerosol-cool", "Venti mask ", "Medium conc mask ",
+            "Ultrasonic neb", "Vapomist", "Oxymizer", "High flow neb", "Nasal cannula",
+        ),
+        "None": ("None",),
+    },
+    VENTILATOR_MODE: {
+        "InvasiveVent": (
+            "(S) CMV", "APRV", "APRV/Biphasic+ApnPress", "APRV/Biphasic+ApnVol", "APV (cmv)",
+            "Ambient", "Apnea Ventilation", "CMV", "CMV/ASSIST", "CMV/ASSIST/AutoFlow",
+            "CMV/AutoFlow", "CPAP/PPS", "CPAP/PSV", "CPAP/PSV+Apn TCPL", "CPAP/PSV+ApnPres",
+            "CPAP/PSV+ApnVol", "MMV", "MMV/AutoFlow", "MMV/PSV", "MMV/PSV/AutoFlow", "P-CMV",
+            "PCV+", "PCV+/PSV", "PCV+Assist", "PRES/AC", "PRVC/AC", "PRVC/SIMV", "PSV/SBT", "SIMV",
+            "SIMV/AutoFlow", "SIMV/PRES", "SIMV/PSV", "SIMV/PSV/AutoFlow", "SIMV/VOL",
+            "SYNCHRON MASTER", "SYNCHRON SLAVE", "VOL/AC",
+        ),
+    },
+    HAMILTON_MODE: {
+        "InvasiveVent": (
+            "APRV", "APV (cmv)", "Ambient", "(S) CMV", "P-CMV", "SIMV", "APV (simv)", "P-SIMV",
+            "VS", "ASV",
+        ),
+        "NonInvasiveVent": ("DuoPaP", "NIV", "NIV-ST"),
+    },
+}  # fmt: skip

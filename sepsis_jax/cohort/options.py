@@ -1,0 +1,144 @@
+"""What a cohort is made with: every choice that sources make differently has a name here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from worldmodel.errors import InputError
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "step_hours": (1, 2, 4, 8),
+    "stays": ("first", "first-septic", "all"),
+    "vasopressor_factors": ("mimic-code", "ai-clinician"),
+    "vasopressor_dose": ("max", "time-weighted"),
+    "base_excess": ("keep", "positive-only"),
+    "gcs_intubated": ("raw", "mimic-code"),
+    "blood_gas": ("arterial", "all"),
+    "age": ("years", "fractional"),
+    "charlson_age_bands": ("2026-07", "before"),
+    "sofa": ("rolling-24h", "step"),
+    "ventilation": ("invasive", "invasive-or-tracheostomy"),
+    "missing_urine": ("zero", "impute"),
+    "death_clock": ("icu-admission", "hospital-admission"),
+    "unknown_units": ("error", "drop"),
+}
+
+
+@dataclass(frozen=True)
+class CohortOptions:
+    """Choices behind a cohort; the defaults are explained in docs/cohort.md.
+
+    Attributes:
+      step_hours: length of a step: 1, 2, 4 or 8 hours, counted from ICU admission.
+      max_hours: longest part of a stay that is kept, from ICU admission.
+      min_steps: shortest stay that is kept.
+      min_age: youngest age at hospital admission, in years.
+      stays: "first" ICU stay of each patient, the patient's "first-septic" one, or "all".
+      require_sepsis: keep Sepsis-3 stays only; False keeps every ICU stay with a heart rate.
+      vasopressor_factors: norepinephrine equivalents after "mimic-code" or the "ai-clinician".
+      extended_vasopressors: also count the newer phenylephrine items and angiotensin II, which
+        mimic-code leaves out.
+      vasopressor_dose: the "max" rate within a step or the "time-weighted" mean.
+      cap_vasopressors: bring implausible rates down to the cap of the drug (counted).
+      base_excess: "keep" every sign, or "positive-only" as the reference system's scaler shows.
+      gcs_intubated: "raw" charted parts (verbal 1 when intubated), or the "mimic-code" rule
+        (a patient who cannot speak for a tube counts as 15).
+      blood_gas: PaO2, PaCO2 and pH from "arterial" samples or from "all" samples.
+      age: whole "years" (anchor age plus calendar years, as in BigQuery) or "fractional" (as
+        mimic-code's DuckDB translation has it).
+      charlson_age_bands: bands with upper ends excluded ("2026-07") or included ("before").
+      sofa: written per step: mimic-code's worst of the last 24 h at the end of the step
+        ("rolling-24h"), or the worst within the "step", unmeasured parts counting 0.
+      ventilation: "invasive", or "invasive-or-tracheostomy".
+      missing_urine: steps without a record are "zero" mL, or left to "impute".
+      max_urine_ml: a single urine record above this is a charting error (dropped, counted).
+      carry_forever: hold a measurement without time limit.
+      death_days: horizon of the death flag, in days.
+      death_clock: day 0 of that horizon: "icu-admission" or "hospital-admission".
+      unknown_units: "error" stops at a unit that is not known; "drop" leaves the rows out and
+        counts them.
+      split: shares of patients for training, validation and test.
+      seed: of the split.
+      threads: of DuckDB; None takes every core.
+      memory_limit: of DuckDB, such as "8GB"; what does not fit goes to disk.
+      derived_out: folder for the derived tables of all stays, as Parquet; None writes none.
+    """
+
+    step_hours: int = 4
+    max_hours: float = 80.0
+    min_steps: int = 2
+    min_age: float = 18.0
+    stays: str = "first"
+    require_sepsis: bool = True
+    vasopressor_factors: str = "mimic-code"
+    extended_vasopressors: bool = False
+    vasopressor_dose: str = "max"
+    cap_vasopressors: bool = True
+    base_excess: str = "keep"
+    gcs_intubated: str = "raw"
+    blood_gas: str = "arterial"
+    age: str = "years"
+    charlson_age_bands: str = "2026-07"
+    sofa: str = "rolling-24h"
+    ventilation: str = "invasive"
+    missing_urine: str = "zero"
+    max_urine_ml: float = 5000.0
+    carry_forever: bool = False
+    death_days: int = 90
+    death_clock: str = "icu-admission"
+    unknown_units: str = "error"
+    split: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    seed: int = 0
+    threads: int | None = None
+    memory_limit: str = "8GB"
+    derived_out: Path | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(str(choice) for choice in allowed)
+                raise InputError(f"option {name}: {value!r} is unknown; choose one of {known}")
+        self._require("max_hours", self.max_hours >= self.step_hours, "at least one step")
+        self._require("min_steps", 1 <= self.min_steps <= self.num_steps, "1 to max_hours / step")
+        self._require("min_age", self.min_age >= 0, "0 or more years")
+        self._require("death_days", self.death_days > 0, "1 or more days")
+        self._require("threads", self.threads is None or self.threads > 0, "1 or more")
+        self._require("max_urine_ml", self.max_urine_ml > 0, "a volume above 0 mL")
+        shares_fit = len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6
+        self._require(
+            "split",
+            shares_fit and min(self.split) >= 0 and self.split[0] > 0,
+            "three shares that add up to 1, the first above 0",
+        )
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InputError(f"option {name}: {getattr(self, name)!r} does not fit; use {rule}")
+
+    @property
+    def num_steps(self) -> int:
+        """Most steps of a stay."""
+        return int(self.max_hours // self.step_hours)
+
+    @property
+    def worker_threads(self) -> int:
+        """Threads in effect."""
+        return self.threads or os.cpu_count() or 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["split"] = list(self.split)
+        values["derived_out"] = str(self.derived_out) if self.derived_out else None
+        values["threads"] = self.worker_threads
+        return values
+
+
+def parity_options(**changes: Any) -> CohortOptions:
+    """The options under which derived tables equal mimic-code's DuckDB tables."""
+    base = CohortOptions(age="fractional", charlson_age_bands="before", cap_vasopressors=False)
+    return replace(base, **changes)

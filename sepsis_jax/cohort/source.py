@@ -1,0 +1,256 @@
+"""Where MIMIC-IV lies and how it is read: files in the official layout, or a DuckDB file.
+
+Every needed table and column is found before any large file is read, and every column has an
+explicit type, so that nothing depends on what a reader guesses from the first rows.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from worldmodel.errors import InputError
+
+_ID, _TIME, _TEXT, _NUMBER = "BIGINT", "TIMESTAMP", "VARCHAR", "DOUBLE"
+
+# module -> table -> column -> type. Dates are read as timestamps: some releases write a time.
+TABLES: dict[str, dict[str, dict[str, str]]] = {
+    "hosp": {
+        "patients": {
+            "subject_id": _ID, "gender": _TEXT, "anchor_age": "INTEGER",
+            "anchor_year": "INTEGER", "dod": _TIME,
+        },
+        "admissions": {
+            "subject_id": _ID, "hadm_id": _ID, "admittime": _TIME, "dischtime": _TIME,
+            "deathtime": _TIME, "hospital_expire_flag": "INTEGER",
+        },
+        "diagnoses_icd": {"hadm_id": _ID, "icd_code": _TEXT, "icd_version": "INTEGER"},
+        "prescriptions": {
+            "subject_id": _ID, "hadm_id": _ID, "starttime": _TIME, "stoptime": _TIME,
+            "drug_type": _TEXT, "drug": _TEXT, "route": _TEXT,
+        },
+        "microbiologyevents": {
+            "subject_id": _ID, "hadm_id": _ID, "micro_specimen_id": _ID, "chartdate": _TIME,
+            "charttime": _TIME, "spec_type_desc": _TEXT, "org_itemid": _ID, "org_name": _TEXT,
+        },
+        "labevents": {
+            "subject_id": _ID, "hadm_id": _ID, "specimen_id": _ID, "itemid": "INTEGER",
+            "charttime": _TIME, "value": _TEXT, "valuenum": _NUMBER, "valueuom": _TEXT,
+        },
+    },
+    "icu": {
+        "icustays": {
+            "subject_id": _ID, "hadm_id": _ID, "stay_id": _ID, "intime": _TIME, "outtime": _TIME,
+        },
+        "chartevents": {
+            "subject_id": _ID, "stay_id": _ID, "charttime": _TIME, "itemid": "INTEGER",
+            "value": _TEXT, "valuenum": _NUMBER,
+        },
+        "inputevents": {
+            "stay_id": _ID, "starttime": _TIME, "endtime": _TIME, "itemid": "INTEGER",
+            "amount": _NUMBER, "amountuom": _TEXT, "rate": _NUMBER, "rateuom": _TEXT,
+            "patientweight": _NUMBER, "statusdescription": _TEXT,
+        },
+        "outputevents": {
+            "stay_id": _ID, "charttime": _TIME, "itemid": "INTEGER", "value": _NUMBER,
+        },
+    },
+}  # fmt: skip
+
+_HINT = "get MIMIC-IV 2.2 to 3.1 from PhysioNet and give the folder that holds hosp/ and icu/"
+_HASHED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class RawTable:
+    """One table of the source.
+
+    Attributes:
+      name: table name, also of the DuckDB view `raw_<name>`.
+      place: file, folder of Parquet parts, or schema-qualified table; named in errors.
+      reader: SQL expression to select from.
+      columns: column names found there.
+      files: files behind it.
+    """
+
+    name: str
+    place: str
+    reader: str
+    columns: tuple[str, ...]
+    files: tuple[Path, ...]
+
+
+def attach_source(connection: duckdb.DuckDBPyConnection, data: Path) -> dict[str, RawTable]:
+    """Makes a typed view `raw_<table>` for every needed table.
+
+    Args:
+      connection: where the views are made.
+      data: folder with `hosp/` and `icu/` (`.csv.gz`, `.csv`, `.parquet`, or folders of
+        Parquet parts), or a DuckDB file.
+
+    Returns:
+      Tables by name.
+
+    Raises:
+      InputError: a table or a column is missing, or a file cannot be read.
+    """
+    if not data.exists():
+        raise InputError(f"{data}: no such file or folder; {_HINT}")
+    find = _duckdb_finder(connection, data) if data.is_file() else _file_finder(connection, data)
+    tables: dict[str, RawTable] = {}
+    for module, names in TABLES.items():
+        for name, columns in names.items():
+            table = find(module, name)
+            _check_columns(table, columns)
+            tables[name] = table
+    for name, table in tables.items():
+        module = "hosp" if name in TABLES["hosp"] else "icu"
+        types = TABLES[module][name]
+        chosen = ", ".join(
+            f'CAST("{column}" AS {kind}) AS {column}' for column, kind in types.items()
+        )
+        connection.execute(f"CREATE TEMP VIEW raw_{name} AS SELECT {chosen} FROM {table.reader}")
+    return tables
+
+
+@contextmanager
+def reading(table: RawTable) -> Iterator[None]:
+    """Turns what goes wrong while a table is read into one clear `InputError`."""
+    try:
+        yield
+    except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
+        raise InputError(
+            f"{table.place}: a value does not fit its column ({_first_lines(error)}); "
+            "the file is damaged or altered, download it again"
+        ) from None
+    except duckdb.IOException as error:
+        raise InputError(
+            f"{table.place}: unreadable or truncated ({_first_lines(error)}); download it again"
+        ) from None
+
+
+def describe_files(tables: dict[str, RawTable]) -> list[dict[str, Any]]:
+    """Name, size and a cheap hash (first and last MiB) of every input file."""
+    seen: dict[Path, dict[str, Any]] = {}
+    for table in tables.values():
+        for file in table.files:
+            if file not in seen:
+                size = file.stat().st_size
+                digest = hashlib.sha256(str(size).encode())
+                with file.open("rb") as stream:
+                    digest.update(stream.read(_HASHED_BYTES))
+                    stream.seek(max(size - _HASHED_BYTES, 0))
+                    digest.update(stream.read(_HASHED_BYTES))
+                name = f"{file.parent.name}/{file.name}"
+                seen[file] = {"file": name, "bytes": size, "sha256_ends": digest.hexdigest()}
+    return list(seen.values())
+
+
+def _file_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+    for module in TABLES:
+        if not (data / module).is_dir():
+            raise InputError(f"{data}: has no folder {module}/; {_HINT}")
+
+    def find(module: str, name: str) -> RawTable:
+        base = data / module / name
+        for suffix in (".csv.gz", ".csv"):
+            file = base.with_name(name + suffix)
+            if file.is_file():
+                return _csv_table(name, file, TABLES[module][name])
+        for place in (base.with_name(name + ".parquet"), base):
+            parts = (place,) if place.is_file() else tuple(sorted(place.glob("*.parquet")))
+            if parts:
+                return _parquet_table(connection, name, place, parts)
+        raise InputError(
+            f"{base}: no {name}.csv.gz, .csv or .parquet; table {module}.{name} is needed, {_HINT}"
+        )
+
+    return find
+
+
+def _csv_table(name: str, file: Path, types: dict[str, str]) -> RawTable:
+    opener = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opener(file, "rt", encoding="utf-8", newline="") as stream:
+            header = tuple(next(csv.reader(stream), ()))
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise InputError(f"{file}: unreadable ({error}); download it again") from None
+    if not header:
+        raise InputError(f"{file}: empty; download it again")
+    columns = ", ".join(f"{_quoted(column)}: '{types.get(column, _TEXT)}'" for column in header)
+    reader = (
+        f"read_csv({_quoted(str(file))}, auto_detect=false, header=true, delim=',', quote='\"', "
+        f"escape='\"', columns={{{columns}}})"
+    )
+    return RawTable(name, str(file), reader, header, (file,))
+
+
+def _parquet_table(
+    connection: duckdb.DuckDBPyConnection, name: str, place: Path, parts: tuple[Path, ...]
+) -> RawTable:
+    reader = f"read_parquet([{', '.join(_quoted(str(part)) for part in parts)}])"
+    return RawTable(name, str(place), reader, _columns(connection, reader, str(place)), parts)
+
+
+def _duckdb_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+    try:
+        connection.execute(f"ATTACH {_quoted(str(data))} AS source (READ_ONLY)")
+    except duckdb.Error as error:
+        raise InputError(
+            f"{data}: not a readable DuckDB file ({_first_lines(error)}); {_HINT}"
+        ) from None
+    present = set(
+        connection.execute(
+            "SELECT table_schema, table_name FROM information_schema.tables "
+            "WHERE table_catalog = 'source'"
+        ).fetchall()
+    )
+
+    def find(module: str, name: str) -> RawTable:
+        for schema in (f"mimiciv_{module}", module, "main"):
+            if (schema, name) in present:
+                reader = f'source."{schema}"."{name}"'
+                place = f"{data} table {schema}.{name}"
+                return RawTable(name, place, reader, _columns(connection, reader, place), (data,))
+        raise InputError(
+            f"{data}: has no table {name} in schema mimiciv_{module}, {module} or main; "
+            "load it into the DuckDB file"
+        )
+
+    return find
+
+
+def _columns(connection: duckdb.DuckDBPyConnection, reader: str, place: str) -> tuple[str, ...]:
+    try:
+        rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()
+    except duckdb.Error as error:
+        raise InputError(f"{place}: unreadable ({_first_lines(error)}); replace it") from None
+    return tuple(row[0] for row in rows)
+
+
+def _check_columns(table: RawTable, needed: dict[str, str]) -> None:
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"{table.place}: column {', '.join(missing)} missing (it has "
+            f"{', '.join(table.columns[:8])}{' ...' if len(table.columns) > 8 else ''}); "
+            "use the column names of MIMIC-IV 2.2 to 3.1"
+        )
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _first_lines(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300]

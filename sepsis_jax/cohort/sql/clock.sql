@@ -1,0 +1,27 @@
+-- The hours of each stay, counted from the first heart rate, as mimic-code does: hour h ends h
+-- full hours after the first whole hour.
+CREATE TABLE clock AS
+SELECT
+    s.subject_id,
+    s.hadm_id,
+    s.stay_id,
+    min(c.charttime) AS first_heart_rate,
+    max(c.charttime) AS last_heart_rate,
+    date_trunc('hour', min(c.charttime) + INTERVAL 1 HOUR - INTERVAL 1 MICROSECOND) AS hour_zero,
+    CAST(ceil(
+        (epoch_us(max(c.charttime)) - epoch_us(min(c.charttime))) / 3600000000.0
+    ) AS INTEGER) AS last_hour
+FROM stays AS s
+INNER JOIN chart AS c ON s.stay_id = c.stay_id AND c.itemid = getvariable('heart_rate')
+GROUP BY ALL;
+
+CREATE TABLE hours AS
+SELECT
+    stay_id,
+    CAST(hr AS INTEGER) AS hr,
+    hour_zero + to_hours(hr) AS endtime
+FROM (SELECT stay_id, hour_zero, unnest(generate_series(-24, last_hour)) AS hr FROM clock);
+
+-- The hour that holds a moment: (end of hour - 1 h, end of hour].
+CREATE MACRO hour_of(moment, hour_zero) AS
+    CAST(ceil((epoch_us(moment) - epoch_us(hour_zero)) / 3600000000.0) AS INTEGER);

@@ -1,0 +1,70 @@
+-- Everything charted or measured within the kept part of each stay, as (row, step, feature,
+-- value) in the schema's units; `problem` names why a value is not used.
+CREATE TABLE observations AS
+WITH charted AS (
+    SELECT
+        c.row,
+        CAST(floor(epoch(e.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        i.feature,
+        CASE
+            WHEN i.is_fio2 AND e.valuenum > 0 AND e.valuenum <= 1 THEN e.valuenum * 100
+            ELSE e.valuenum * i.scale + i.shift
+        END AS value,
+        NULL AS unit_problem
+    FROM chart AS e
+    INNER JOIN feature_chart AS i USING (itemid)
+    INNER JOIN cohort AS c
+        ON e.stay_id = c.stay_id AND e.charttime >= c.intime AND e.charttime < c.endtime
+    WHERE e.valuenum IS NOT NULL
+),
+
+conscious AS (
+    SELECT
+        c.row,
+        CAST(floor(epoch(g.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        g.part AS feature,
+        g.value,
+        NULL AS unit_problem
+    FROM gcs_parts AS g
+    INNER JOIN cohort AS c
+        ON g.stay_id = c.stay_id AND g.charttime >= c.intime AND g.charttime < c.endtime
+    WHERE g.value IS NOT NULL
+),
+
+measured AS (
+    SELECT
+        c.row,
+        CAST(floor(epoch(e.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        i.feature,
+        e.valuenum AS value,
+        CASE
+            WHEN e.valueuom IS NOT NULL
+                AND NOT list_contains(i.units, replace(lower(e.valueuom), ' ', ''))
+                THEN 'unit'
+        END AS unit_problem
+    FROM lab AS e
+    INNER JOIN feature_labs AS i USING (itemid)
+    INNER JOIN cohort AS c
+        ON e.subject_id = c.subject_id AND e.charttime >= c.intime AND e.charttime < c.endtime
+    WHERE e.valuenum IS NOT NULL
+        AND (
+            NOT i.arterial_only
+            OR e.specimen_id IN (
+                SELECT specimen_id FROM lab
+                WHERE itemid = getvariable('specimen_type') AND value = 'ART.'
+            )
+        )
+)
+
+SELECT
+    o.row,
+    CAST(o.step AS SMALLINT) AS step,
+    f.index AS feature,
+    CAST(o.value AS FLOAT) AS value,
+    CASE
+        WHEN o.unit_problem IS NOT NULL THEN 'unknown unit'
+        WHEN o.value < f.low OR o.value > f.high THEN 'outside range'
+        WHEN f.positive_only AND o.value <= 0 THEN 'not positive'
+    END AS problem
+FROM (FROM charted UNION ALL FROM conscious UNION ALL FROM measured) AS o
+INNER JOIN feature_limits AS f ON o.feature = f.name;

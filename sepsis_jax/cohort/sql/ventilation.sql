@@ -1,0 +1,74 @@
+-- Spells of respiratory support, from ventilator modes and oxygen devices.
+CREATE TABLE ventilation AS
+WITH modes AS (
+    SELECT subject_id, max(stay_id) AS stay_id, charttime, itemid, max(value) AS term
+    FROM chart
+    WHERE itemid IN (getvariable('ventilator_mode'), getvariable('hamilton_mode'))
+        AND stay_id IS NOT NULL AND value IS NOT NULL
+    GROUP BY subject_id, charttime, itemid
+),
+
+-- mimic-code sees a device only where an oxygen flow was charted at the same moment, and takes
+-- the first device in alphabetical order, a missing text before all others.
+devices AS (
+    SELECT
+        subject_id,
+        max(stay_id) AS stay_id,
+        charttime,
+        getvariable('oxygen_device') AS itemid,
+        CASE
+            WHEN count(*) FILTER (WHERE itemid = getvariable('oxygen_device'))
+                = count(value) FILTER (WHERE itemid = getvariable('oxygen_device'))
+                THEN min(value) FILTER (WHERE itemid = getvariable('oxygen_device'))
+        END AS term
+    FROM chart
+    WHERE itemid = getvariable('oxygen_device')
+        OR (list_contains(getvariable('oxygen_flow'), itemid) AND has_value)
+    GROUP BY subject_id, charttime
+    HAVING bool_or(itemid <> getvariable('oxygen_device'))
+),
+
+moments AS (
+    SELECT charted.stay_id, charted.charttime, min(t.rank) AS rank
+    FROM (SELECT * FROM modes UNION ALL SELECT * FROM devices) AS charted
+    INNER JOIN ventilation_terms AS t
+        ON charted.itemid = t.itemid AND charted.term = t.term
+    GROUP BY charted.stay_id, charted.charttime
+),
+
+linked AS (
+    SELECT
+        stay_id,
+        charttime,
+        rank,
+        lag(rank) OVER stay AS previous_rank,
+        lead(charttime) OVER stay AS next_time,
+        lag(charttime) OVER (PARTITION BY stay_id, rank ORDER BY charttime) AS same_time
+    FROM moments
+    WINDOW stay AS (PARTITION BY stay_id ORDER BY charttime)
+),
+
+numbered AS (
+    SELECT
+        *,
+        count_if(
+            previous_rank IS DISTINCT FROM rank
+            OR charttime - same_time >= INTERVAL 14 HOUR
+        ) OVER (PARTITION BY stay_id ORDER BY charttime) AS spell
+    FROM linked
+)
+
+SELECT
+    n.stay_id,
+    min(n.charttime) AS starttime,
+    max(
+        CASE
+            WHEN n.next_time - n.charttime < INTERVAL 14 HOUR THEN n.next_time
+            ELSE n.charttime
+        END
+    ) AS endtime,
+    any_value(s.status) AS ventilation_status
+FROM numbered AS n
+INNER JOIN ventilation_statuses AS s USING (rank)
+GROUP BY n.stay_id, n.spell
+HAVING min(n.charttime) <> max(n.charttime);

@@ -1,0 +1,174 @@
+"""The on-disk DuckDB database that a cohort is made in, and the SQL files that fill it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pandas as pd
+
+from sepsis_jax.cohort import items
+from sepsis_jax.cohort.options import CohortOptions
+from worldmodel import schema
+from worldmodel.errors import InputError
+
+
+class Workspace:
+    """A connection with the item tables and variables that the SQL files use."""
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection, options: CohortOptions) -> None:
+        self.connection = connection
+        self.options = options
+        self._set_variables()
+        self._make_tables()
+
+    def run(self, name: str) -> None:
+        """Runs `sql/<name>.sql`."""
+        file = resources.files("sepsis_jax.cohort").joinpath("sql", f"{name}.sql")
+        self.connection.execute(file.read_text(encoding="utf-8"))
+
+    def execute(self, sql: str) -> duckdb.DuckDBPyConnection:
+        """Runs one statement."""
+        return self.connection.execute(sql)
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """All rows of a query."""
+        return self.connection.execute(sql).fetchall()
+
+    def scalar(self, sql: str) -> Any:
+        """The single value of a query."""
+        return self.rows(sql)[0][0]
+
+    def create(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Makes a small table from Python rows."""
+        frame = pd.DataFrame([list(row) for row in rows], columns=list(columns))
+        self.connection.register("incoming", frame)
+        self.connection.execute(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+        self.connection.unregister("incoming")
+
+    def _set_variables(self) -> None:
+        statuses = ["InvasiveVent"]
+        if self.options.ventilation == "invasive-or-tracheostomy":
+            statuses.append("Tracheostomy")
+        variables: dict[str, Any] = {
+            "step_seconds": self.options.step_hours * 3600,
+            "age": self.options.age,
+            "death_clock": self.options.death_clock,
+            "antibiotic_pattern": "|".join(items.ANTIBIOTICS),
+            "topical_routes": list(items.TOPICAL_ROUTES),
+            "topical_route_pattern": "|".join(items.TOPICAL_ROUTE_PARTS),
+            "topical_drug_pattern": "|".join(items.TOPICAL_DRUG_PARTS),
+            "heart_rate": items.HEART_RATE,
+            "mean_pressure": list(items.FEATURE_CHART["meanbp"]),
+            "gcs_motor": items.GCS_MOTOR,
+            "gcs_verbal": items.GCS_VERBAL,
+            "gcs_eyes": items.GCS_EYES,
+            "fio2_chart": items.FIO2_CHART,
+            "weight_admit": items.WEIGHT_ADMIT,
+            "weight_daily": items.WEIGHT_DAILY,
+            "ventilator_mode": items.VENTILATOR_MODE,
+            "hamilton_mode": items.HAMILTON_MODE,
+            "oxygen_device": items.OXYGEN_DEVICE,
+            "oxygen_flow": list(items.OXYGEN_FLOW),
+            "specimen_type": items.SPECIMEN_TYPE,
+            "lab_fio2": items.LAB_FIO2,
+            "lab_po2": items.LAB_PO2,
+            "creatinine": items.FEATURE_LABS["creatinine"][0],
+            "bilirubin": items.FEATURE_LABS["bilirubin_total"][0],
+            "platelet": items.FEATURE_LABS["platelet"][0],
+            "irrigant_in": items.IRRIGANT_IN,
+            "invasive_statuses": statuses,
+            "cap_vasopressors": self.options.cap_vasopressors,
+        }
+        for name, value in variables.items():
+            self.connection.execute(f"SET VARIABLE {name} = ?", [value])
+
+    def _make_tables(self) -> None:
+        self.create(
+            "feature_chart",
+            ("itemid", "feature", "scale", "shift", "is_fio2"),
+            (
+                (item, name, scale, shift, name == "fio2")
+                for name, per_item in items.FEATURE_CHART.items()
+                for item, (scale, shift) in per_item.items()
+            ),
+        )
+        arterial = items.ARTERIAL_FEATURES if self.options.blood_gas == "arterial" else ()
+        self.create(
+            "feature_labs",
+            ("itemid", "feature", "units", "arterial_only"),
+            (
+                (item, name, list(items.LAB_UNITS[name]), name in arterial)
+                for name, per_feature in items.FEATURE_LABS.items()
+                for item in per_feature
+            ),
+        )
+        positive = ("base_excess",) if self.options.base_excess == "positive-only" else ()
+        self.create(
+            "feature_limits",
+            ("name", "index", "low", "high", "positive_only"),
+            (
+                (feature.name, i, float(feature.low), float(feature.high), feature.name in positive)
+                for i, feature in enumerate(schema.FEATURES)
+            ),
+        )
+        self.create(
+            "ventilation_statuses",
+            ("rank", "status"),
+            enumerate(items.VENTILATION_STATUSES),
+        )
+        self.create(
+            "ventilation_terms",
+            ("itemid", "term", "rank"),
+            (
+                (item, term, items.VENTILATION_STATUSES.index(status))
+                for item, statuses in items.VENTILATION_TERMS.items()
+                for status, terms in statuses.items()
+                for term in terms
+            ),
+        )
+        self.create(
+            "ne_factors",
+            ("drug", "factor"),
+            items.NE_FACTORS[self.options.vasopressor_factors].items(),
+        )
+
+
+@contextmanager
+def open_workspace(beside: Path, options: CohortOptions) -> Iterator[Workspace]:
+    """A workspace in a temporary folder beside `beside`, removed at the end.
+
+    Raises:
+      InputError: the folder cannot be written, or the memory limit is malformed.
+    """
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{beside.name}.work.", dir=beside.parent))
+    except OSError as error:
+        raise InputError(f"{beside.parent}: cannot be written ({error.strerror})") from None
+    try:
+        config = {
+            "memory_limit": options.memory_limit,
+            "threads": options.worker_threads,
+            "temp_directory": str(folder / "spill"),
+            "preserve_insertion_order": False,
+        }
+        try:
+            connection = duckdb.connect(str(folder / "work.duckdb"), config=config)
+        except duckdb.Error as error:
+            raise InputError(
+                f"option memory_limit: {options.memory_limit!r} does not fit "
+                f"({str(error).splitlines()[0]}); use a size such as 8GB"
+            ) from None
+        try:
+            yield Workspace(connection, options)
+        finally:
+            connection.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
