@@ -148,11 +148,14 @@ def split_of(subject_ids: np.ndarray, shares: tuple[float, float, float], seed: 
       [N] int32 index into `schema.SPLITS`.
     """
     patients, where = np.unique(subject_ids, return_inverse=True)
-    digests = [hashlib.blake2b(f"{seed}:{int(patient)}".encode(), digest_size=8).digest()
-               for patient in patients]  # fmt: skip
-    uniform = np.array([int.from_bytes(digest, "big") for digest in digests]) / 2.0**64
+    uniform = [_uniform(f"{seed}:{int(patient)}") for patient in patients]
     edges = np.cumsum(shares)[:2]
     return np.searchsorted(edges, uniform, side="right").astype(np.int32)[where]
+
+
+def _uniform(text: str) -> float:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2.0**64
 
 
 def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[str, Any]]:
@@ -178,11 +181,13 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[st
     edges, defaulted = treatments.fit_dose_edges(vasopressor, fluid, train)
 
     measured = np.isfinite(values[..., : schema.NUM_MASKED])
-    no_urine = int((np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])).sum())
-    values[..., schema.URINE] = np.nan_to_num(urine) if options.missing_urine == "zero" else urine
+    no_urine = np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])
+    if options.missing_urine == "zero":
+        urine[no_urine] = 0
+    values[..., schema.URINE] = urine
     medians = training_medians(values, train, TYPICAL)
     filled, imputation = _impute(values, length, medians, options)
-    episodes = Episodes(
+    fields: dict[str, np.ndarray] = dict(
         dynamic=filled,
         measured=measured,
         static=np.stack([stays["age"], stays["male"], stays["charlson"]], -1).astype(np.float32),
@@ -203,12 +208,12 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[st
     )
     counts = {
         "values_left_out": problems,
-        "urine": urine_counts | {"steps without a urine record": no_urine},
+        "urine": urine_counts | {"steps without a urine record": int(no_urine.sum())},
         "imputation": imputation,
         "dose_edges_defaulted": defaulted,
         "split": {name: int((split == i).sum()) for i, name in enumerate(schema.SPLITS)},
     }
-    return _zero_padding(episodes), edges, counts
+    return _episodes(fields), edges, counts
 
 
 def _impute(
@@ -229,16 +234,16 @@ def _impute(
     return np.concatenate(parts), totals
 
 
-def _zero_padding(episodes: Episodes) -> Episodes:
-    """Zero in rows at or after a stay's length, and arrays of JAX."""
-    valid = np.arange(episodes.ventilated.shape[1]) < np.asarray(episodes.length)[:, None]
-    fields: dict[str, Any] = {}
-    for name, value in vars(episodes).items():
-        value = np.asarray(value)
-        if value.ndim >= 2 and value.shape[:2] == valid.shape:
-            value = np.where(valid.reshape(*valid.shape, *(1,) * (value.ndim - 2)), value, 0)
-        fields[name] = jnp.asarray(value)
-    return Episodes(**fields)
+def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
+    """Episodes with zeros in the rows at or after each stay's length."""
+    valid = np.arange(fields["sofa"].shape[1]) < fields["length"][:, None]
+    padded = {}
+    for name, value in fields.items():
+        if value.shape[:2] == valid.shape:
+            inside = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
+            value = np.where(inside, value, np.zeros((), value.dtype))
+        padded[name] = jnp.asarray(value)
+    return Episodes(**padded)
 
 
 class _Clock:

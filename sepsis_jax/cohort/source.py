@@ -112,13 +112,14 @@ def attach_source(connection: duckdb.DuckDBPyConnection, data: Path) -> dict[str
             table = find(module, name)
             _check_columns(table, columns)
             tables[name] = table
-    for name, table in tables.items():
-        module = "hosp" if name in TABLES["hosp"] else "icu"
-        types = TABLES[module][name]
+    for table in tables.values():
+        types = next(names[table.name] for names in TABLES.values() if table.name in names)
         chosen = ", ".join(
             f'CAST("{column}" AS {kind}) AS {column}' for column, kind in types.items()
         )
-        connection.execute(f"CREATE TEMP VIEW raw_{name} AS SELECT {chosen} FROM {table.reader}")
+        connection.execute(
+            f"CREATE TEMP VIEW raw_{table.name} AS SELECT {chosen} FROM {table.reader}"
+        )
     return tables
 
 

@@ -41,13 +41,18 @@ def fit_dose_edges(
       The edges, and the names of the drugs whose edges are the published defaults because the
       training stays never received them.
     """
-    edges, defaulted = {}, []
-    for name, dose in (("vasopressor", vasopressor), ("fluid", fluid)):
+    defaulted = []
+
+    def edges(name: str, dose: np.ndarray) -> tuple[float, float, float]:
         given = dose[train]
         given = given[given > 0]
-        if given.size:
-            edges[name] = tuple(float(edge) for edge in np.quantile(given, QUARTILES))
-        else:
-            edges[name] = getattr(schema.DEFAULT_DOSE_EDGES, name)
+        if not given.size:
             defaulted.append(name)
-    return schema.DoseEdges(**edges), defaulted
+            return getattr(schema.DEFAULT_DOSE_EDGES, name)
+        first, second, third = (float(edge) for edge in np.quantile(given, QUARTILES))
+        return first, second, third
+
+    fitted = schema.DoseEdges(
+        vasopressor=edges("vasopressor", vasopressor), fluid=edges("fluid", fluid)
+    )
+    return fitted, defaulted

@@ -153,7 +153,7 @@ def open_workspace(beside: Path, options: CohortOptions) -> Iterator[Workspace]:
     except OSError as error:
         raise InputError(f"{beside.parent}: cannot be written ({error.strerror})") from None
     try:
-        config = {
+        config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": options.memory_limit,
             "threads": options.worker_threads,
             "temp_directory": str(folder / "spill"),
