@@ -1,0 +1,1 @@
+"""Playing patients forward in the world model."""

@@ -1,0 +1,127 @@
+"""Where a patient stands: the window that the models see, and how it moves on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import sofa
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.models.windows import Window, encode_action, to_sequences
+from worldmodel.models.world_model import WorldModel
+
+URINE_STEPS = 6  # rows of urine that SOFA looks back on
+
+
+@struct.dataclass
+class History:
+    """The last rows of B patients (or branches); the newest row awaits its treatment.
+
+    Rows before ICU admission are zero, with action -1.
+    """
+
+    obs: jax.Array  # [B, 12, 39] z-scores
+    observed: jax.Array  # [B, 12, 38] float32
+    action: jax.Array  # [B, 12] int32 joint action 0-24; the newest is -1 until it is chosen
+    static: jax.Array  # [B, 3] scaled
+    urine: jax.Array  # [B, 6] mL per step, oldest first, 0 before admission
+    sofa: jax.Array  # [B] SOFA of the newest row
+    step: jax.Array  # [B] int32 index of the newest row, 0 at admission
+    patient: jax.Array  # [B] int32 identity, which the noise depends on
+
+    def window(self, width: int) -> Window:
+        """Model inputs of the newest `width` rows."""
+        return Window(
+            obs=self.obs[..., -width:, :],
+            observed=self.observed[..., -width:, :],
+            static=self.static,
+            action=encode_action(self.action[..., -width:]),
+        )
+
+    def choose(self, action: jax.Array) -> History:
+        """Sets the treatment [B] of the newest row."""
+        return replace(self, action=self.action.at[..., -1].set(action))
+
+    def append(self, obs: jax.Array, urine: jax.Array, score: jax.Array) -> History:
+        """Moves on by one row; the pattern of measurements stays that of the last row."""
+
+        def push(rows: jax.Array, row: jax.Array) -> jax.Array:
+            return jnp.concatenate([rows[:, 1:], row[:, None]], axis=1)
+
+        return replace(
+            self,
+            obs=push(self.obs, obs),
+            observed=push(self.observed, self.observed[:, -1]),
+            action=push(self.action, jnp.full_like(self.action[:, -1], -1)),
+            urine=push(self.urine, urine),
+            sofa=score,
+            step=self.step + 1,
+        )
+
+    def urine_24h(self) -> jax.Array:
+        """Urine of the last 24 h, mL, scaled up where the stay is shorter: [B]."""
+        steps = jnp.minimum(self.step + 1, URINE_STEPS)
+        return self.urine.sum(-1) * (URINE_STEPS / steps)
+
+
+def start_history(
+    world_model: WorldModel,
+    episodes: Episodes,
+    step: int | np.ndarray | jax.Array,
+    *,
+    recorded_sofa: bool = False,
+) -> History:
+    """Patients at a recorded row, about to be treated.
+
+    Args:
+      world_model: whose scaler and dose edges are used.
+      episodes: P stays.
+      step: row to start from, one for all or [P].
+      recorded_sofa: take SOFA from the record (reference mode) instead of scoring the row as
+        simulated rows are scored.
+
+    Raises:
+      InputError: a stay has no such row.
+    """
+    step = np.broadcast_to(np.asarray(step, np.int32), (episodes.num_stays,))
+    short = (step < 0) | (step >= np.asarray(episodes.length))
+    if short.any():
+        stay = int(np.asarray(episodes.stay_id)[np.argmax(short)])
+        last = int(np.asarray(episodes.length)[np.argmax(short)]) - 1
+        raise InputError(
+            f"step: stay {stay} has rows 0 to {last}, got {int(step[np.argmax(short)])}"
+        )
+    stays = np.arange(episodes.num_stays)
+    index = np.stack([stays, step], axis=1)
+    sequences = to_sequences(episodes, world_model.scaler)
+    window = sequences.window(index, schema.OUTCOME_WINDOW)
+    rows = step[:, None] + np.arange(1 - schema.OUTCOME_WINDOW, 1)
+    action = sequences.action[stays[:, None], sequences.padding + rows].at[:, -1].set(-1)
+    urine_rows = rows[:, -URINE_STEPS:]
+    urine = episodes.dynamic[stays[:, None], np.maximum(urine_rows, 0), schema.URINE]
+    history = History(
+        obs=window.obs,
+        observed=window.observed,
+        action=action,
+        static=window.static,
+        urine=jnp.where(urine_rows >= 0, urine, 0.0),
+        sofa=episodes.sofa[stays, step],
+        step=jnp.asarray(step),
+        patient=episodes.stay_id,
+    )
+    if recorded_sofa:
+        return history
+    given = jnp.where(step > 0, episodes.vasopressor_dose[stays, np.maximum(step - 1, 0)], 0.0)
+    score = sofa.standard(
+        episodes.dynamic[stays, step],
+        ventilated=episodes.ventilated[stays, step],
+        vasopressor_dose=given,
+        urine_24h=history.urine_24h(),
+    )
+    return replace(history, sofa=score.total)

@@ -1,0 +1,398 @@
+"""Counterfactual rollouts: patients x plans x noise samples x horizon in one jitted call.
+
+Branch noise comes from `fold_in(fold_in(fold_in(key, patient), step), sample)`, so a branch is
+the same whatever the batch, and by default the same noise meets every plan (common random
+numbers), which removes noise from comparisons between plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import reward, sofa
+from worldmodel.errors import InputError
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import History
+from worldmodel.simulate.projection import project
+
+MODES = ("corrected", "reference")
+CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
+MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
+
+PolicyFn = Callable[[jax.Array, History], jax.Array]
+"""`policy(keys [B], history) -> joint action [B]`, traced inside the rollout."""
+
+_LACTATE = schema.INDEX["lactate"]
+_NOISE_STREAM, _POLICY_STREAM = 0, 1
+
+
+@struct.dataclass
+class Rollouts:
+    """What happened on P patients x K plans x S samples over H steps."""
+
+    values: jax.Array  # [P, K, S, H, F] physical units of the features asked for
+    sofa: jax.Array  # [P, K, S, H]
+    ventilation: jax.Array  # [P, K, S, H] probability
+    reward: jax.Array  # [P, K, S, H] shaping of each step; the terminal reward is apart
+    action: jax.Array  # [P, K, S, H] int32 joint action taken
+    mortality: jax.Array  # [P, K, S] probability of death within 90 days, asked at the end
+    projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
+    features: tuple[str, ...] = struct.field(pytree_node=False)
+    mode: str = struct.field(pytree_node=False)
+
+    @property
+    def total_reward(self) -> jax.Array:
+        """[P, K, S] undiscounted: shaping plus the terminal reward.
+
+        The terminal reward is its expectation in corrected mode; in reference mode a
+        mortality above 0.5 is death.
+        """
+        died = self.mortality if self.mode == "corrected" else self.mortality > 0.5
+        return self.reward.sum(-1) + reward.terminal_reward(died)
+
+    def feature(self, name: str) -> jax.Array:
+        """[P, K, S, H] one of the collected features, in physical units."""
+        return self.values[..., self.features.index(name)]
+
+
+class _Branch(NamedTuple):
+    history: History
+    projected: jax.Array  # [B] int32
+    last_action: jax.Array  # [B] int32
+
+
+def rollout(
+    world_model: WorldModel,
+    key: jax.Array,
+    start: History,
+    plans_or_policy: np.ndarray | jax.Array | PolicyFn,
+    *,
+    horizon: int | None = None,
+    samples: int = 1,
+    features: tuple[str, ...] = CHART_FEATURES,
+    common_noise: bool = True,
+    noise: jax.Array | None = None,
+    mode: str = "corrected",
+    max_branches: int = MAX_BRANCHES,
+) -> Rollouts:
+    """Plays patients forward under plans or a policy.
+
+    Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
+
+    Args:
+      world_model: the model to play in.
+      key: not consumed by position: branch noise is folded in from patient, step and sample.
+      start: P patients, from `start_history`.
+      plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H]; or a policy
+        traced into the rollout (K = 1), called with one key per branch.
+      horizon: steps H; needed for a policy, otherwise the plans' length.
+      samples: noise samples S per patient and plan; a multiple of the ensemble size.
+      features: names to return.
+      common_noise: the same noise under every plan; otherwise each plan draws its own.
+      noise: [P, S, H, 39] standard normal values to use instead of drawing them, as
+        `abduct_noise` returns them.
+      mode: "corrected" (projection into physiologic ranges, standard SOFA, scaled urine) or
+        "reference" (SepsisAgent's rules: neither).
+      max_branches: bound on the branches simulated at a time.
+
+    Returns:
+      The rollouts; arrays are on the device.
+
+    Raises:
+      InputError: an action outside 0-24, an unknown feature or mode, or sizes that do not fit.
+    """
+    plans, policy = _resolve(plans_or_policy, start, horizon)
+    horizon = plans.shape[-1] if plans is not None else int(horizon or 0)
+    if mode not in MODES:
+        raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
+    unknown = [name for name in features if name not in schema.INDEX]
+    if unknown:
+        raise InputError(f"features: {unknown[0]!r} is unknown; see worldmodel.schema.FEATURES")
+    members = world_model.num_members
+    if samples < 1 or samples % members:
+        raise InputError(f"samples: got {samples}, expected a multiple of {members} (members)")
+    patients = start.step.shape[0]
+    if noise is not None and noise.shape != (patients, samples, horizon, schema.NUM_FEATURES):
+        raise InputError(
+            f"noise: got shape {noise.shape}, expected {(patients, samples, horizon, 39)}"
+        )
+    num_plans = 1 if plans is None else plans.shape[1]
+    per_member = samples // members
+    chunk = _chunk(per_member, max(max_branches // (patients * num_plans), 1))
+    # Sample s belongs to member s mod E.
+    sample_ids = jnp.arange(samples).reshape(per_member // chunk, chunk, members)
+    return _rollout(
+        world_model,
+        key,
+        start,
+        plans,
+        noise,
+        sample_ids,
+        policy=policy,
+        horizon=horizon,
+        features=tuple(features),
+        common_noise=common_noise,
+        mode=mode,
+    )
+
+
+def _resolve(
+    plans_or_policy: Any, start: History, horizon: int | None
+) -> tuple[jax.Array | None, PolicyFn | None]:
+    if callable(plans_or_policy):
+        if horizon is None or horizon < 1:
+            raise InputError(f"horizon: got {horizon}, expected at least 1 step for a policy")
+        return None, plans_or_policy
+    plans = np.asarray(plans_or_policy)
+    if plans.ndim not in (2, 3) or plans.shape[-1] < 1:
+        raise InputError(f"plans: got shape {plans.shape}, expected [K, H] or [P, K, H]")
+    if not np.issubdtype(plans.dtype, np.integer):
+        raise InputError(f"plans: got {plans.dtype} values, expected integers 0 to 24")
+    bad = (plans < 0) | (plans >= schema.NUM_ACTIONS)
+    if bad.any():
+        raise InputError(f"plans: joint action {plans[bad][0]} is outside 0 to 24")
+    if horizon is not None and horizon != plans.shape[-1]:
+        raise InputError(f"horizon: got {horizon}, but the plans have {plans.shape[-1]} steps")
+    patients = start.step.shape[0]
+    if plans.ndim == 3 and plans.shape[0] != patients:
+        raise InputError(f"plans: for {plans.shape[0]} patients, but {patients} start")
+    plans = np.broadcast_to(plans, (patients, *plans.shape[-2:]))
+    return jnp.asarray(plans, jnp.int32), None
+
+
+def _chunk(count: int, most: int) -> int:
+    """The largest divisor of `count` that is at most `most`."""
+    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+
+
+@partial(jax.jit, static_argnames=("policy", "horizon", "features", "common_noise", "mode"))
+def _rollout(
+    world_model: WorldModel,
+    key: jax.Array,
+    start: History,
+    plans: jax.Array | None,
+    noise: jax.Array | None,
+    sample_ids: jax.Array,
+    *,
+    policy: PolicyFn | None,
+    horizon: int,
+    features: tuple[str, ...],
+    common_noise: bool,
+    mode: str,
+) -> Rollouts:
+    """Members one by one, and each one's samples [chunks, C] chunk by chunk."""
+
+    def of_member(inputs: tuple[Any, Any, jax.Array]) -> dict[str, jax.Array]:
+        state_model, outcome_model, chunks = inputs
+        add_axis = partial(jax.tree.map, lambda leaf: leaf[None])
+        member = replace(
+            world_model, state_model=add_axis(state_model), outcome_model=add_axis(outcome_model)
+        )
+        simulate = partial(
+            _simulate, member, key, start, plans, noise,
+            policy=policy, horizon=horizon, features=features, common_noise=common_noise, mode=mode,
+        )  # fmt: skip
+        return jax.lax.map(simulate, chunks)
+
+    models = (world_model.state_model, world_model.outcome_model, jnp.moveaxis(sample_ids, -1, 0))
+    results = jax.lax.map(of_member, models)  # leaves [E, chunks, P, K, C, ...]
+
+    def merge_samples(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.transpose(2, 3, 1, 4, 0, *range(5, leaf.ndim))
+        return leaf.reshape(*leaf.shape[:2], -1, *leaf.shape[5:])
+
+    return Rollouts(**jax.tree.map(merge_samples, results), features=features, mode=mode)
+
+
+def _simulate(
+    world_model: WorldModel,
+    key: jax.Array,
+    start: History,
+    plans: jax.Array | None,
+    noise: jax.Array | None,
+    samples: jax.Array,
+    *,
+    policy: PolicyFn | None,
+    horizon: int,
+    features: tuple[str, ...],
+    common_noise: bool,
+    mode: str,
+) -> dict[str, jax.Array]:
+    """One member's branches [P, K, C] for the samples [C]."""
+    shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
+    columns = np.array([schema.INDEX[name] for name in features])
+    # Under common noise all plans share one draw per patient and sample.
+    plan_ids = jnp.zeros(1, jnp.int32) if common_noise else jnp.arange(shape[1])
+
+    def flat(leaf: jax.Array) -> jax.Array:
+        """[P, K or 1, C or 1, ...] to branches [B, ...]."""
+        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
+
+    def unflat(leaf: jax.Array) -> jax.Array:
+        """Stacked scan outputs [H, B, ...] to [P, K, C, H, ...]."""
+        leaf = leaf.reshape(horizon, *shape, *leaf.shape[2:])
+        return jnp.moveaxis(leaf, 0, 3)
+
+    def step(branch: _Branch, h: jax.Array) -> tuple[_Branch, dict[str, jax.Array]]:
+        keys = _branch_keys(key, start, h, plan_ids, samples)
+        if noise is not None:
+            eps = noise[:, None, samples, h]
+        else:
+            eps = jax.vmap(lambda k: jax.random.normal(k, (schema.NUM_FEATURES,)))(
+                _fold(keys.reshape(-1), _NOISE_STREAM)
+            ).reshape(*keys.shape, -1)
+        if policy is None:
+            assert plans is not None
+            action = flat(plans[:, :, h][..., None])
+        else:
+            action = policy(flat(_fold(keys, _POLICY_STREAM)), branch.history)
+        moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=mode)
+        record = {
+            "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
+            "sofa": moved.sofa,
+            "ventilation": outputs.ventilation,
+            "reward": outputs.reward,
+            "action": action,
+        }
+        return _Branch(moved, branch.projected + outputs.projected, action), record
+
+    branches = shape[0] * shape[1] * shape[2]
+    first = _Branch(
+        history=jax.tree.map(lambda leaf: flat(leaf[:, None, None]), start),
+        projected=jnp.zeros(branches, jnp.int32),
+        last_action=jnp.zeros(branches, jnp.int32),
+    )
+    last, records = jax.lax.scan(step, first, jnp.arange(horizon))
+    # The outcome is asked of the last row as if its treatment went on.
+    final = last.history.choose(last.last_action).window(schema.OUTCOME_WINDOW)
+    mortality = jax.nn.sigmoid(world_model.mortality_logit(*final))
+    return {
+        **{name: unflat(leaf) for name, leaf in records.items()},
+        "mortality": mortality.reshape(shape),
+        "projected": last.projected.reshape(shape),
+    }
+
+
+class StepOutputs(NamedTuple):
+    """What a simulated step brought, each [B]."""
+
+    ventilation: jax.Array  # probability
+    reward: jax.Array
+    projected: jax.Array  # int32 entries moved into range
+
+
+def advance(
+    world_model: WorldModel, history: History, action: jax.Array, eps: jax.Array, *, mode: str
+) -> tuple[History, StepOutputs]:
+    """One step of B branches in a world model of one member.
+
+    Args:
+      world_model: of ensemble size 1.
+      history: branches, each about to be treated.
+      action: [B] joint action 0-24.
+      eps: [B, 39] standard normal noise.
+      mode: "corrected" or "reference".
+    """
+    history = history.choose(action)
+    prediction = world_model.transition(*history.window(schema.STATE_WINDOW))
+    obs = prediction.mu + jnp.exp(prediction.log_sigma) * eps
+    projected = jnp.zeros(action.shape, jnp.int32)
+    if mode == "corrected":
+        obs, projected = project(obs, world_model.scaler)
+    dynamic = world_model.scaler.denormalize(obs)
+    before = world_model.scaler.denormalize(history.obs[:, -1])
+    ventilation = jax.nn.sigmoid(prediction.vent_logit)
+    moved = history.append(obs, dynamic[:, schema.URINE], history.sofa)
+    score = _score(world_model, dynamic, ventilation > 0.5, action, history, moved, mode).total
+    step_reward = reward.step_reward(history.sofa, score, before[:, _LACTATE], dynamic[:, _LACTATE])
+    return replace(moved, sofa=score), StepOutputs(ventilation, step_reward, projected)
+
+
+def _score(
+    world_model: WorldModel,
+    dynamic: jax.Array,
+    ventilated: jax.Array,
+    action: jax.Array,
+    history: History,
+    moved: History,
+    mode: str,
+) -> sofa.SofaScore:
+    vasopressor, _ = schema.action_levels(action)
+    if mode == "reference":
+        return sofa.reference(
+            dynamic,
+            ventilated=ventilated,
+            vasopressor_level=vasopressor,
+            urine_before=history.urine.sum(-1),
+        )
+    doses = jnp.asarray(schema.level_doses(world_model.dose_edges.vasopressor))
+    return sofa.standard(
+        dynamic,
+        ventilated=ventilated,
+        vasopressor_dose=doses[vasopressor],
+        urine_24h=moved.urine_24h(),
+    )
+
+
+def abduct_noise(
+    world_model: WorldModel, start: History, plan: jax.Array, recorded: jax.Array
+) -> jax.Array:
+    """The noise that explains what was recorded: eps = (x' - mu) / sigma (Pearl's abduction).
+
+    Replayed under the factual plan it gives back the factual rows; under another plan it gives
+    the counterfactual ones.
+
+    Args:
+      world_model: of ensemble size 1.
+      start: P patients.
+      plan: [P, H] the treatments really given, joint actions.
+      recorded: [P, H, 39] the rows that followed, z-scores.
+
+    Returns:
+      [P, 1, H, 39], for `rollout(..., samples=1, noise=...)`.
+
+    Raises:
+      InputError: the world model is an ensemble.
+    """
+    if world_model.num_members != 1:
+        raise InputError("noise is abducted in one model; pick one with .member(i)")
+
+    def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> tuple[History, jax.Array]:
+        action, obs = inputs
+        history = history.choose(action)
+        mu, log_sigma, _ = world_model.transition(*history.window(schema.STATE_WINDOW))
+        urine = world_model.scaler.denormalize(obs)[:, schema.URINE]
+        return history.append(obs, urine, history.sofa), (obs - mu) * jnp.exp(-log_sigma)
+
+    inputs = (jnp.moveaxis(jnp.asarray(plan), 1, 0), jnp.moveaxis(jnp.asarray(recorded), 1, 0))
+    _, eps = jax.lax.scan(step, start, inputs)
+    return jnp.moveaxis(eps, 0, 1)[:, None]
+
+
+def _branch_keys(
+    key: jax.Array, start: History, h: jax.Array, plan_ids: jax.Array, samples: jax.Array
+) -> jax.Array:
+    """Keys [P, K or 1, C] by patient, step, sample and (if not common) plan."""
+
+    def of(patient: jax.Array, step: jax.Array, plan: jax.Array, sample: jax.Array) -> jax.Array:
+        folded = jax.random.fold_in(jax.random.fold_in(key, patient), step + h)
+        return jax.random.fold_in(jax.random.fold_in(folded, sample), plan)
+
+    over_samples = jax.vmap(of, in_axes=(None, None, None, 0))
+    over_plans = jax.vmap(over_samples, in_axes=(None, None, 0, None))
+    return jax.vmap(over_plans, in_axes=(0, 0, None, None))(
+        start.patient, start.step, plan_ids, samples
+    )
+
+
+def _fold(keys: jax.Array, data: int) -> jax.Array:
+    return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys.reshape(-1)).reshape(keys.shape)
