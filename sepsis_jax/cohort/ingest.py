@@ -13,12 +13,12 @@ from worldmodel.errors import InputError
 def read_stays(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Tables `stays` and `people`: every ICU stay with its times, and its patient."""
     with reading(tables["icustays"]):
-        work.execute(
-            "CREATE TABLE stays AS SELECT * FROM raw_icustays "
-            "WHERE intime IS NOT NULL AND outtime > intime"
-        )
-    with reading(tables["admissions"]), reading(tables["patients"]):
-        work.run("people")
+        work.execute("CREATE TABLE icustays AS FROM raw_icustays")
+    work.execute("CREATE TABLE stays AS FROM icustays WHERE outtime > intime")
+    for name in ("admissions", "patients"):
+        with reading(tables[name]):
+            work.execute(f"CREATE TABLE {name} AS FROM raw_{name}")
+    work.run("people")
     if not work.scalar("SELECT count(*) FROM people"):
         raise InputError(
             f"{tables['icustays'].place}: no stay matches patients and admissions by "
@@ -28,8 +28,10 @@ def read_stays(work: Workspace, tables: dict[str, RawTable]) -> None:
 
 def read_infections(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `suspicion`: antibiotic orders of ICU patients with their cultures."""
-    with reading(tables["prescriptions"]), reading(tables["microbiologyevents"]):
+    with reading(tables["prescriptions"]):
         work.run("orders")
+    with reading(tables["microbiologyevents"]):
+        work.run("cultures")
     work.run("infection")
 
 

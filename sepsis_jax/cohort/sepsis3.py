@@ -91,7 +91,7 @@ def choose_stays(work: Workspace) -> list[Exclusion]:
         f"least({options.num_steps}, CAST(ceil(epoch(outtime - intime) / {seconds}) AS INTEGER)) "
         "AS steps FROM people AS p"
     )
-    total = work.scalar("SELECT count(*) FROM raw_icustays")
+    total = work.scalar("SELECT count(*) FROM icustays")
     consort = [Exclusion("source", "all ICU stays", 0, total)]
 
     def keep(step: str, reason: str, condition: str) -> None:

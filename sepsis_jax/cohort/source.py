@@ -130,12 +130,15 @@ def reading(table: RawTable) -> Iterator[None]:
         yield
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise InputError(
-            f"{table.place}: a value does not fit its column ({_first_lines(error)}); "
+            f"{table.place}: a value does not fit its column ({_explain(error)}); "
             "the file is damaged or altered, download it again"
         ) from None
     except duckdb.IOException as error:
+        # Trouble with the working folder is not the table's fault.
+        if not any(str(file) in str(error) for file in table.files):
+            raise
         raise InputError(
-            f"{table.place}: unreadable or truncated ({_first_lines(error)}); download it again"
+            f"{table.place}: unreadable or truncated ({_explain(error)}); download it again"
         ) from None
 
 
@@ -207,7 +210,7 @@ def _duckdb_finder(connection: duckdb.DuckDBPyConnection, data: Path):
         connection.execute(f"ATTACH {_quoted(str(data))} AS source (READ_ONLY)")
     except duckdb.Error as error:
         raise InputError(
-            f"{data}: not a readable DuckDB file ({_first_lines(error)}); {_HINT}"
+            f"{data}: not a readable DuckDB file ({_explain(error)}); {_HINT}"
         ) from None
     present = set(
         connection.execute(
@@ -234,7 +237,7 @@ def _columns(connection: duckdb.DuckDBPyConnection, reader: str, place: str) -> 
     try:
         rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()
     except duckdb.Error as error:
-        raise InputError(f"{place}: unreadable ({_first_lines(error)}); replace it") from None
+        raise InputError(f"{place}: unreadable ({_explain(error)}); replace it") from None
     return tuple(row[0] for row in rows)
 
 
@@ -252,6 +255,8 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def _first_lines(error: Exception) -> str:
+def _explain(error: Exception) -> str:
+    """What DuckDB says, in one line and without the line of patient data that it quotes."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in lines if not line.startswith("Original Line")]
     return " ".join(lines[:2])[:300]

@@ -168,6 +168,16 @@ def open_workspace(beside: Path, options: CohortOptions) -> Iterator[Workspace]:
             ) from None
         try:
             yield Workspace(connection, options)
+        except duckdb.OutOfMemoryException:
+            raise InputError(
+                f"option memory_limit: {options.memory_limit} and the free disk space beside "
+                f"{beside} do not suffice; give more of either, or fewer threads"
+            ) from None
+        except duckdb.IOException as error:
+            raise InputError(
+                f"{beside.parent}: the working files cannot be written there "
+                f"({str(error).splitlines()[0]}); free disk space or choose another folder"
+            ) from None
         finally:
             connection.close()
     finally:

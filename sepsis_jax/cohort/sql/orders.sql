@@ -1,4 +1,4 @@
--- Antibiotic orders of ICU patients and their cultures.
+-- Antibiotic orders of ICU patients.
 -- A name and route count as antibiotic when any order of that name and route passes the filters.
 CREATE TABLE orders AS
 WITH prescribed AS (
@@ -32,19 +32,3 @@ FROM prescribed AS p
 SEMI JOIN systemic AS y ON p.drug = y.drug AND p.route = y.route
 LEFT JOIN stays AS s
     ON p.hadm_id = s.hadm_id AND p.starttime >= s.intime AND p.starttime < s.outtime;
-
-CREATE TABLE cultures AS
-SELECT
-    micro_specimen_id,
-    max(subject_id) AS subject_id,
-    date_trunc('day', max(chartdate)) AS chartdate,
-    max(charttime) AS charttime,
-    coalesce(max(charttime), date_trunc('day', max(chartdate))) AS culture_time,
-    max(spec_type_desc) AS specimen,
-    coalesce(bool_or(
-        org_name IS NOT NULL AND org_name NOT IN ('', 'CANCELLED')
-        AND org_itemid NOT IN (90856, 90760)
-    ), false) AS positive_culture
-FROM raw_microbiologyevents
-WHERE subject_id IN (SELECT subject_id FROM stays)
-GROUP BY micro_specimen_id;

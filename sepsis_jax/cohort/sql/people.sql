@@ -17,5 +17,5 @@ SELECT
     coalesce(a.hospital_expire_flag, 0) = 1 AS died_in_hospital,
     row_number() OVER (PARTITION BY s.subject_id ORDER BY s.intime, s.stay_id) AS nth_stay
 FROM stays AS s
-INNER JOIN raw_admissions AS a USING (hadm_id)
-INNER JOIN raw_patients AS p ON s.subject_id = p.subject_id;
+INNER JOIN admissions AS a USING (hadm_id)
+INNER JOIN patients AS p ON s.subject_id = p.subject_id;
