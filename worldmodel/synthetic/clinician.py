@@ -22,17 +22,17 @@ class ClinicianParams:
     """Habits; wanted levels are in units of levels."""
 
     floor: float = 0.002  # least probability of any action
-    vasopressor_width: float = 0.60  # levels
-    vasopressor_inertia: float = 0.93  # share of the level before that is kept
+    vasopressor_width: float = 0.7  # levels
+    vasopressor_inertia: float = 0.97  # share of the level before that is kept
     vasopressor_map: float = 0.055  # levels per mmHg of MAP below the target
     vasopressor_target: float = 68.0  # mmHg
-    vasopressor_wean: float = 0.030  # levels per mmHg of MAP above the target
+    vasopressor_wean: float = 0.018  # levels per mmHg of MAP above the target
     vasopressor_lactate: float = 0.06  # levels per mmol/L above 2
-    vasopressor_reluctance: float = 2.2  # logit for staying without, if without
+    vasopressor_reluctance: float = 3.0  # logit for staying without, if without
     vasopressor_start: float = 0.16  # of that logit lost per mmHg of MAP below 67
     fluid_width: float = 1.05
     fluid_base: float = 0.9
-    fluid_inertia: float = 0.35
+    fluid_inertia: float = 0.5
     fluid_early: float = 1.5  # at admission, fading over `fluid_fade` steps
     fluid_fade: float = 3.0
     fluid_hypotension: float = 0.9  # at MAP far below 66
@@ -83,7 +83,7 @@ def probabilities(view: View, frailty: jax.Array, params: ClinicianParams) -> ja
     return (1.0 - schema.NUM_ACTIONS * p.floor) * joint + p.floor
 
 
-def _softmax(wanted: jax.Array, width: jax.Array, stay: jax.Array) -> jax.Array:
+def _softmax(wanted: jax.Array, width: float, stay: jax.Array) -> jax.Array:
     """[5] probabilities of the levels; `stay` is added to the logit of level 0."""
     logits = [-((level - wanted) ** 2) / (2.0 * width**2) for level in _LEVELS]
     logits[0] += stay

@@ -12,7 +12,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic.noise import patient_key
 from worldmodel.synthetic.physiology import Latent
-from worldmodel.synthetic.simulate import Rows, Stays, actor_of, run
+from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.view import Policy
 from worldmodel.synthetic.world import Config, Params
 
@@ -42,11 +42,11 @@ def generate(
     policy: Policy | None = None,
     first_patient: int = 0,
     keep_latent: bool = True,
-    chunk: int = 4096,
+    block: int = BLOCK,
 ) -> tuple[Episodes, Truth]:
     """Stays under the clinician (or another policy) as Episodes, and the truth behind them.
 
-    Patient i is the same whatever `num_patients` and `chunk` are.
+    Patient i is the same whatever `num_patients` and `block` are.
 
     Args:
       key: of the world; not consumed by the call, since the same key means the same world.
@@ -56,18 +56,36 @@ def generate(
       policy: who treats; None for the clinician.
       first_patient: number of the first patient.
       keep_latent: keep latent states; about 170 bytes per patient-step.
-      chunk: patients per call; bounds the memory.
+      block: patients per call; bounds the memory.
 
     Raises:
       InputError: no patients are asked for.
     """
     if num_patients < 1:
         raise InputError(f"number of patients is {num_patients}; ask for at least 1")
-    config, params = config or Config(), params or Params()
     patients = np.arange(first_patient, first_patient + num_patients, dtype=np.int32)
+    return generate_patients(
+        key, patients, None, config=config, params=params, policy=policy,
+        keep_latent=keep_latent, block=block,
+    )  # fmt: skip
+
+
+def generate_patients(
+    key: jax.Array,
+    patients: np.ndarray,
+    plans: np.ndarray | None,
+    *,
+    config: Config | None = None,
+    params: Params | None = None,
+    policy: Policy | None = None,
+    keep_latent: bool = True,
+    block: int = BLOCK,
+) -> tuple[Episodes, Truth]:
+    """`generate` for named patients [N], with the actions in `plans` [N, <=T] where not -1."""
+    config, params = config or Config(), params or Params()
     stays, rows = run(
-        key, patients, None, actor_of(policy), params=params, config=config, collect=True,
-        keep_latent=keep_latent, chunk=chunk,
+        key, patients, plans, actor_of(policy), params=params, config=config, collect=True,
+        keep_latent=keep_latent, block=block,
     )  # fmt: skip
     assert rows is not None
     truth = Truth(

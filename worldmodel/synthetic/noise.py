@@ -71,6 +71,19 @@ def draw(key: jax.Array, step: jax.Array) -> Noise:
     )
 
 
+def middle_noise() -> Noise:
+    """No luck at all: normals 0, uniforms one half."""
+    half = jnp.full((), 0.5)
+    return Noise(
+        process={name: jnp.zeros(()) for name in PROCESS_NAMES},
+        slow=jnp.zeros(NUM_SLOW),
+        observation=jnp.zeros(schema.NUM_FEATURES),
+        missing=jnp.full(schema.NUM_FEATURES, 0.5),
+        panel=jnp.full(len(PROCESS_NAMES) + NUM_SLOW, 0.5),
+        event={name: half for name in _EVENT_NAMES},
+    )
+
+
 def draw_normals(key: jax.Array, tag: int, count: int) -> jax.Array:
     """[count] standard normals of a patient; `tag` must lie outside the range of steps."""
     return _normal(jax.random.bits(jax.random.fold_in(key, tag), (count,)))

@@ -34,17 +34,17 @@ _PANELS: dict[str, tuple[float, float, float]] = {
 _PANEL_NAMES = tuple(_PANELS)
 # feature: (panel, chance of being kept within the panel, additive noise, relative noise)
 _RECORDS: dict[str, tuple[str, float, float, float]] = {
-    "heart_rate": ("monitor", 1.0, 6.0, 0.0),
+    "heart_rate": ("monitor", 1.0, 7.0, 0.0),
     "sysbp": ("monitor", 0.99, 4.0, 0.0),
     "diabp": ("monitor", 0.99, 3.0, 0.0),
     "meanbp": ("monitor", 0.99, 2.5, 0.0),
-    "resp_rate": ("monitor", 0.99, 3.0, 0.0),
-    "spo2": ("monitor", 0.99, 1.6, 0.0),
+    "resp_rate": ("monitor", 0.99, 3.8, 0.0),
+    "spo2": ("monitor", 0.99, 1.9, 0.0),
     "temp_c": ("temperature", 1.0, 0.15, 0.0),
     "fio2": ("oxygen", 1.0, 0.0, 0.0),
-    "gcs_eye": ("neurology", 1.0, 0.55, 0.0),
+    "gcs_eye": ("neurology", 1.0, 0.8, 0.0),
     "gcs_verbal": ("neurology", 1.0, 0.6, 0.0),
-    "gcs_motor": ("neurology", 1.0, 0.7, 0.0),
+    "gcs_motor": ("neurology", 1.0, 1.1, 0.0),
     "albumin": ("liver", 0.7, 0.10, 0.0),
     "alt": ("liver", 1.0, 0.0, 0.06),
     "ast": ("liver", 1.0, 0.0, 0.06),
@@ -62,8 +62,8 @@ _RECORDS: dict[str, tuple[str, float, float, float]] = {
     "inr": ("coagulation", 1.0, 0.0, 0.03),
     "lactate": ("lactate", 1.0, 0.0, 0.05),
     "magnesium": ("chemistry", 0.85, 0.08, 0.0),
-    "paco2": ("gas", 1.0, 1.5, 0.0),
-    "pao2": ("gas", 1.0, 0.0, 0.30),
+    "paco2": ("gas", 1.0, 2.0, 0.0),
+    "pao2": ("gas", 1.0, 0.0, 0.48),
     "ph": ("gas", 1.0, 0.008, 0.0),
     "platelet": ("count", 1.0, 0.0, 0.05),
     "potassium": ("chemistry", 1.0, 0.12, 0.0),
@@ -92,13 +92,13 @@ def _panel(index: int) -> np.ndarray:
 
 # Medians of recorded values in a pilot of this world: what stands where nothing is held.
 _FILL: dict[str, float] = {
-    "heart_rate": 88, "sysbp": 116, "diabp": 61, "meanbp": 77, "resp_rate": 20, "spo2": 97,
-    "temp_c": 37.0, "fio2": 45, "gcs_eye": 3, "gcs_verbal": 3, "gcs_motor": 5, "albumin": 2.8,
-    "alt": 35, "ast": 50, "base_excess": -1, "bicarbonate": 23, "bilirubin_total": 0.8,
-    "bun": 23, "calcium_free": 1.12, "calcium_total": 8.3, "chloride": 104, "creatinine": 1.1,
-    "glucose": 132, "hemoglobin": 10.0, "hematocrit": 30.0, "inr": 1.3, "lactate": 1.7,
-    "magnesium": 2.1, "paco2": 41, "pao2": 95, "ph": 7.38, "platelet": 180, "potassium": 4.1,
-    "pt": 14.5, "ptt": 34, "sodium": 139, "total_co2": 25, "wbc": 10.0, "output_4hourly": 200,
+    "heart_rate": 87, "sysbp": 114, "diabp": 61, "meanbp": 76, "resp_rate": 20, "spo2": 97,
+    "temp_c": 37.0, "fio2": 45, "gcs_eye": 3, "gcs_verbal": 2, "gcs_motor": 5, "albumin": 2.8,
+    "alt": 33, "ast": 51, "base_excess": -1, "bicarbonate": 23, "bilirubin_total": 0.8,
+    "bun": 24, "calcium_free": 1.12, "calcium_total": 8.4, "chloride": 104, "creatinine": 1.2,
+    "glucose": 134, "hemoglobin": 10.1, "hematocrit": 30.0, "inr": 1.4, "lactate": 1.8,
+    "magnesium": 2.1, "paco2": 39, "pao2": 88, "ph": 7.38, "platelet": 160, "potassium": 4.2,
+    "pt": 15.4, "ptt": 36.8, "sodium": 139, "total_co2": 24, "wbc": 10.1, "output_4hourly": 200,
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ class ObservationParams:
         default_factory=lambda: np.array([_FILL[n] for n in schema.FEATURE_NAMES], np.float32)
     )  # [39] schema units
     urine_charted: float = 0.86  # chance per step; uncharted output is charted with the next
-    pulse_base: float = 52.0  # mmHg, pulse pressure at normal output
+    pulse_base: float = 54.5  # mmHg, pulse pressure at normal output
     pulse_age: float = 0.22  # mmHg per year above 64: stiff arteries
     pulse_output: float = 22.0  # mmHg per unit of relative output
     pulse_map: float = 0.30  # mmHg per mmHg of MAP above 78
@@ -173,9 +173,9 @@ def signals(
         "resp_rate": 16.0 + 8.0 * latent.lung + 0.35 * (25.0 - latent.bicarbonate),
         "spo2": 100.0 * _saturation(pao2),
         "fio2": support.fio2,
-        "gcs_eye": 4.4 - 2.9 * lost,
+        "gcs_eye": 4.65 - 3.4 * lost,
         "gcs_verbal": jnp.where(support.ventilated, 0.0, 5.5 - 4.6 * lost),
-        "gcs_motor": 6.5 - 3.2 * lost,
+        "gcs_motor": 7.2 - 4.8 * lost,
         "base_excess": 0.93 * (gas_bicarbonate - 24.4 + 14.8 * (ph - 7.4)),
         "bicarbonate": latent.bicarbonate,
         "hematocrit": 2.862 * slow["hemoglobin"] + 1.216,
@@ -188,7 +188,10 @@ def signals(
         "output_4hourly": latent.urine,
     }
     stacked = jnp.stack([values[name] for name in schema.FEATURE_NAMES])
-    return stacked * (1.0 + params.relative * noise) + jnp.where(_DERIVED, 0.0, error)
+    # A square keeps the factor positive and skews it, as a lognormal would; its mean is 1.
+    half = 0.5 * params.relative
+    factor = (1.0 + half * noise) ** 2 - half**2
+    return stacked * factor + jnp.where(_DERIVED, 0.0, error)
 
 
 _LN10 = float(np.log(10.0))

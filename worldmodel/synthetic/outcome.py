@@ -18,20 +18,20 @@ class OutcomeParams:
     charlson: float = 0.22  # per SD of the Charlson index (3 points)
     frailty: float = 0.45  # per SD of the unrecorded severity
     # burden = sum of weight x injury
-    hypoperfusion: float = 3.2
+    hypoperfusion: float = 4.0
     ischaemia: float = 2.2
-    lung: float = 2.4
-    kidney: float = 1.8
-    liver: float = 1.3
-    brain: float = 1.4
-    inflammation: float = 1.0
-    death: float = -9.0  # logit per step at no burden
-    death_burden: float = 1.05  # logit per unit of burden
+    lung: float = 3.0
+    kidney: float = 2.4
+    liver: float = 2.0
+    brain: float = 1.0
+    inflammation: float = 0.3
+    death: float = -11.2  # logit per step at no burden
+    death_burden: float = 1.3  # logit per unit of burden
     discharge: float = 0.6  # logit per step at no burden
     discharge_burden: float = -1.15
     discharge_first: float = 5.0  # earliest step of discharge
-    late: float = -5.2  # logit of death by day 90 after the ICU at no burden
-    late_burden: float = 1.30
+    late: float = -7.6  # logit of death by day 90 after the ICU at no burden
+    late_burden: float = 1.6
     in_hospital: float = 0.62  # share of deaths after the ICU that fall into the hospital stay
 
 

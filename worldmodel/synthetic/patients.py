@@ -10,27 +10,28 @@ from flax import struct
 from worldmodel.synthetic.noise import NUM_SLOW, SLOW_NAMES, draw_normals
 
 _TRAIT_TAG = 1 << 20  # outside the range of steps
-# name: (set-point, spread between patients); exp() of those in LOG_SLOW is in schema units.
-_SETPOINTS: dict[str, tuple[float, float]] = {
-    "temp_c": (36.75, 0.30),
-    "albumin": (3.15, 0.45),
-    "alt": (3.20, 0.55),
-    "ast": (3.45, 0.55),
-    "bilirubin_total": (-0.45, 0.65),
-    "bun": (2.85, 0.55),
-    "calcium_free": (1.15, 0.06),
-    "calcium_total": (8.75, 0.60),
-    "chloride": (103.0, 5.8),
-    "creatinine": (-0.15, 0.45),
-    "glucose": (4.80, 0.28),
-    "hemoglobin": (10.7, 1.7),
-    "inr": (0.18, 0.20),
-    "magnesium": (2.05, 0.30),
-    "platelet": (5.35, 0.50),
-    "potassium": (4.00, 0.42),
-    "ptt": (3.45, 0.28),
-    "sodium": (138.7, 4.7),
-    "wbc": (2.05, 0.38),
+# name: (set-point, spread between patients, extra per SD beyond the first: a tail of chronic or
+# acute disease such as hepatitis or anticoagulation); exp() of LOG_SLOW is in schema units.
+_SETPOINTS: dict[str, tuple[float, float, float]] = {
+    "temp_c": (36.75, 0.30, 0.0),
+    "albumin": (3.15, 0.45, 0.0),
+    "alt": (2.95, 0.80, 1.45),
+    "ast": (3.25, 0.75, 1.35),
+    "bilirubin_total": (-0.65, 0.75, 1.0),
+    "bun": (2.82, 0.60, 0.2),
+    "calcium_free": (1.15, 0.06, 0.0),
+    "calcium_total": (8.62, 0.60, 0.0),
+    "chloride": (103.0, 5.8, 0.0),
+    "creatinine": (-0.24, 0.55, 0.4),
+    "glucose": (4.80, 0.28, 0.0),
+    "hemoglobin": (10.7, 1.7, 0.0),
+    "inr": (0.10, 0.20, 0.55),
+    "magnesium": (2.05, 0.30, 0.0),
+    "platelet": (5.42, 0.50, 0.0),
+    "potassium": (3.96, 0.47, 0.0),
+    "ptt": (3.38, 0.26, 0.45),
+    "sodium": (138.7, 4.7, 0.0),
+    "wbc": (2.05, 0.38, 0.0),
 }
 LOG_SLOW: tuple[str, ...] = (
     "alt", "ast", "bilirubin_total", "bun", "creatinine", "glucose", "inr", "platelet", "ptt",
@@ -62,10 +63,14 @@ class PatientParams:
     virulence_spread: float = 0.35  # log, pathogen growth
     delay_mean: float = 0.6  # steps until antibiotics act
     delay_std: float = 1.2  # steps
-    chronic_co2_std: float = 6.0  # mmHg, chronic lung disease
+    chronic_co2_std: float = 7.5  # mmHg, chronic lung disease
     lung_reserve_spread: float = 0.18  # log of the healthy P/F
     setpoint: jax.Array = struct.field(default_factory=lambda: _column(0))  # [19]
     setpoint_spread: jax.Array = struct.field(default_factory=lambda: _column(1))  # [19]
+    setpoint_tail: jax.Array = struct.field(default_factory=lambda: _column(2))  # [19]
+    liver_correlation: float = 0.85  # of the set-points of AST and ALT
+    heart_rate_spread: float = 10.0  # /min, drugs, fitness, rhythm
+    bicarbonate_spread: float = 2.6  # mmol/L, diuretics, chronic acidosis
     creatinine_charlson: float = 0.15  # log per SD of Charlson: chronic kidney disease
 
 
@@ -83,23 +88,32 @@ class Traits:
     antibiotic_delay: jax.Array  # [] steps
     chronic_co2: jax.Array  # [] mmHg above 40
     lung_reserve: jax.Array  # [] relative healthy P/F
+    heart_rate: jax.Array  # [] /min above usual
+    bicarbonate: jax.Array  # [] mmol/L above usual
     setpoint: jax.Array  # [19] of the slow variables
     start: jax.Array  # [12] standard normals that place the state at admission
 
 
+_NUM_TRAITS = 14
 _NUM_START = 12
+_ALT, _AST = SLOW_NAMES.index("alt"), SLOW_NAMES.index("ast")
 
 
 def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
     """Traits of one patient from the patient's key."""
-    z = draw_normals(key, _TRAIT_TAG, 12 + NUM_SLOW + _NUM_START)
+    z = draw_normals(key, _TRAIT_TAG, _NUM_TRAITS + NUM_SLOW + _NUM_START)
     age = jnp.clip(params.age_mean + params.age_std * z[0], 18.0, 95.0)
     share = params.charlson_age_share
     z_charlson = share * z[0] + jnp.sqrt(1.0 - share**2) * z[1]
     charlson = jnp.clip(
         jnp.round(params.charlson_mean + params.charlson_std * z_charlson), 0.0, 20.0
     )
-    setpoint = params.setpoint + params.setpoint_spread * z[12 : 12 + NUM_SLOW]
+    own = z[_NUM_TRAITS : _NUM_TRAITS + NUM_SLOW]
+    shared = params.liver_correlation
+    ast = shared * own[_ALT] + jnp.sqrt(1.0 - shared**2) * own[_AST]
+    own = own.at[_AST].set(ast)
+    setpoint = params.setpoint + params.setpoint_spread * own
+    setpoint += params.setpoint_tail * jnp.maximum(own - 1.0, 0.0)
     renal = SLOW_NAMES.index("creatinine"), SLOW_NAMES.index("bun")
     for index in renal:
         setpoint = setpoint.at[index].add(params.creatinine_charlson * z_charlson)
@@ -118,6 +132,8 @@ def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
         antibiotic_delay=jnp.maximum(params.delay_mean + params.delay_std * z[9], 0.0),
         chronic_co2=params.chronic_co2_std * z[10],
         lung_reserve=jnp.exp(params.lung_reserve_spread * z[11]),
+        heart_rate=params.heart_rate_spread * z[12],
+        bicarbonate=params.bicarbonate_spread * z[13],
         setpoint=setpoint,
-        start=z[12 + NUM_SLOW :],
+        start=z[_NUM_TRAITS + NUM_SLOW :],
     )

@@ -36,7 +36,7 @@ class PhysiologyParams:
     translocation: float = 0.35  # inflammation per unit of gut ischaemia or hypoperfusion
     inflammation_noise: float = 0.035
     # Vascular tone: 1 is healthy.
-    vasoplegia: float = 0.56  # tone lost at full inflammation
+    vasoplegia: float = 0.53  # tone lost at full inflammation
     vasoplegia_rate: float = 0.45
     tone_noise: float = 0.07  # stationary SD of a slow fluctuation of tone
     tone_memory: float = 0.70
@@ -46,14 +46,14 @@ class PhysiologyParams:
     acidosis_loss: float = 1.8  # share of the response lost per pH unit
     # Volume (litres relative to normal) and oedema (litres of excess).
     leak_base: float = 0.22  # share of infused fluid leaving the vessels within the step
-    leak_inflammation: float = 0.42
-    leak_loss: float = 0.16  # litres lost to the tissue at full inflammation without infusion
-    volume_return: float = 0.16  # share of a deficit or excess made up (maintenance, diuresis)
+    leak_inflammation: float = 0.50
+    leak_loss: float = 0.05  # litres lost to the tissue at full inflammation without infusion
+    volume_return: float = 0.12  # share of a deficit or excess made up (maintenance, diuresis)
     volume_noise: float = 0.08  # litres
-    edema_clear: float = 0.07
+    edema_clear: float = 0.05
     edema_inflow: float = 0.10  # litres entering the tissue per litre of excess volume
     # Heart: output relative to normal, Frank-Starling with saturation.
-    preload_slope: float = 0.42  # relative preload per litre
+    preload_slope: float = 0.55  # relative preload per litre
     preload_half: float = 0.55
     heart_depression: float = 0.30  # output lost at full inflammation and hypoperfusion
     heart_rate_step: float = 0.25  # approach of depression to its target
@@ -71,11 +71,11 @@ class PhysiologyParams:
     critical_slope: float = 4.5  # mmHg
     flow_half: float = 0.35  # relative output at which delivery saturates
     ischaemia_memory: float = 0.62
-    ischaemia_dose: float = 0.34  # mcg/kg/min at half of the ischaemia
-    ischaemia_pressure: float = 0.018  # per mmHg above 82 under a vasopressor
+    ischaemia_dose: float = 0.60  # mcg/kg/min at half of the ischaemia
+    ischaemia_pressure: float = 0.030  # per mmHg above 82 under a vasopressor
     # Lactate, mmol/L.
     lactate_rate: float = 0.50
-    lactate_base: float = 0.85
+    lactate_base: float = 0.68
     lactate_hypoperfusion: float = 7.0
     lactate_inflammation: float = 0.8
     lactate_ischaemia: float = 2.4
@@ -85,14 +85,14 @@ class PhysiologyParams:
     lung_rate: float = 0.14
     lung_base: float = 0.22
     lung_inflammation: float = 0.42
-    lung_edema: float = 0.62  # at very large oedema
+    lung_edema: float = 1.15  # at very large oedema
     lung_edema_half: float = 3.5  # litres
-    lung_volume: float = 0.14  # per litre of excess volume
+    lung_volume: float = 0.20  # per litre of excess volume
     lung_noise: float = 0.035
     kidney_hit: float = 0.22  # per unit of hypoperfusion
     kidney_ischaemia: float = 0.13
     kidney_inflammation: float = 0.015
-    kidney_congestion: float = 0.045  # per litre of excess volume above 0.8
+    kidney_congestion: float = 0.08  # per litre of excess volume above 0.8
     kidney_recovery: float = 0.065
     liver_hit: float = 0.16
     liver_ischaemia: float = 0.10
@@ -102,18 +102,18 @@ class PhysiologyParams:
     brain_hypoperfusion: float = 0.85
     brain_noise: float = 0.05
     # Acid-base and gas exchange.
-    bicarbonate_base: float = 26.0  # mmol/L
+    bicarbonate_base: float = 25.6  # mmol/L
     bicarbonate_chronic: float = 0.38  # mmol/L per mmHg of chronic hypercapnia
     bicarbonate_rate: float = 0.35
     bicarbonate_lactate: float = 0.85  # mmol/L lost per mmol/L of lactate above 1.5
     bicarbonate_kidney: float = 4.5  # mmol/L lost at full kidney injury
     bicarbonate_saline: float = 0.45  # mmol/L lost per litre of excess chloride-rich fluid
-    bicarbonate_noise: float = 0.9
+    bicarbonate_noise: float = 1.3
     co2_compensation: float = 0.75  # mmHg per mmol/L of metabolic acidosis (1.2 if awake)
     co2_lung: float = 9.0  # mmHg at full lung injury
     co2_memory: float = 0.6
-    co2_noise: float = 3.6  # mmHg
-    pf_healthy: float = 440.0  # mmHg
+    co2_noise: float = 5.0  # mmHg
+    pf_healthy: float = 500.0  # mmHg
     pf_loss: float = 1.75  # log of P/F lost at full lung injury
     # Urine, mL.
     urine_base: float = 360.0
@@ -306,6 +306,7 @@ def _settle(
 
     rate = (
         p.rate_base
+        + traits.heart_rate
         + p.rate_inflammation * latent.inflammation
         + p.rate_deficit * jnp.maximum(1.0 - starling, -0.3)
         + p.rate_vasopressor * drug
@@ -382,6 +383,7 @@ def _injure(latent: Latent, debt: jax.Array, noise: Noise, p: PhysiologyParams) 
 def _bicarbonate_target(latent: Latent, traits: Traits, p: PhysiologyParams) -> jax.Array:
     return (
         p.bicarbonate_base
+        + traits.bicarbonate
         + p.bicarbonate_chronic * traits.chronic_co2
         - p.bicarbonate_lactate * (latent.lactate - 1.5)
         - p.bicarbonate_kidney * latent.kidney

@@ -15,12 +15,12 @@ from worldmodel.synthetic.physiology import Latent, PhysiologyParams, pf_ratio
 class SupportParams:
     """How clinicians ventilate: chances per step, logits."""
 
-    intubate: float = -6.0  # logit per step at no distress
+    intubate: float = -6.2  # logit per step at no distress
     intubate_lung: float = 5.0  # logit per unit of lung injury
     intubate_brain: float = 3.5
     intubate_shock: float = 1.5
     admission: float = 2.4  # logit added at admission: intubated before the ICU
-    extubate: float = 1.2  # logit per step at no distress
+    extubate: float = 1.35  # logit per step at no distress
     extubate_distress: float = -6.0  # logit per unit of lung + brain + perfusion distress
     target_pao2: float = 88.0  # mmHg that the oxygen fraction is set for
     fio2_ventilated_low: float = 40.0  # %, usual floor on a ventilator
