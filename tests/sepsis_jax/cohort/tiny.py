@@ -33,8 +33,18 @@ class Tiny:
         }
         self._specimen = 0
 
-    def stay(self, subject: int, *, age=60, gender="M", hours=24.0, dod=None, number=1, admitted=ADMITTED,
-             died=False) -> int:  # fmt: skip
+    def stay(
+        self,
+        subject: int,
+        *,
+        age=60,
+        gender="M",
+        hours=24.0,
+        dod=None,
+        number=1,
+        admitted=ADMITTED,
+        died=False,
+    ) -> int:
         """Adds a patient (with number 1), a hospital stay and an ICU stay; returns its number."""
         stay = 30_000_000 + 10 * subject + number
         hadm = 20_000_000 + 10 * subject + number
@@ -46,7 +56,7 @@ class Tiny:
                     "anchor_age": age,
                     "anchor_year": ADMITTED.year,
                     "dod": dod,
-                }  # fmt: skip
+                }
             )
         end = admitted + timedelta(hours=hours)
         self.tables["admissions"].append(
@@ -57,7 +67,7 @@ class Tiny:
                 "dischtime": end,
                 "deathtime": end if died else None,
                 "hospital_expire_flag": int(died),
-            }  # fmt: skip
+            }
         )
         self.tables["icustays"].append(
             {
@@ -66,7 +76,7 @@ class Tiny:
                 "stay_id": stay,
                 "intime": admitted,
                 "outtime": end,
-            }  # fmt: skip
+            }
         )
         return stay
 
@@ -89,28 +99,57 @@ class Tiny:
 
     def chart(self, stay: int, hour: float, item: int, value: float | None, text=None) -> None:
         self.tables["chartevents"].append(
-            {"subject_id": self.of(stay)["subject_id"], "stay_id": stay, "itemid": item,
-             "charttime": self.at(stay, hour), "value": text or str(value), "valuenum": value}
-        )  # fmt: skip
+            {
+                "subject_id": self.of(stay)["subject_id"],
+                "stay_id": stay,
+                "itemid": item,
+                "charttime": self.at(stay, hour),
+                "value": text or str(value),
+                "valuenum": value,
+            }
+        )
 
     def lab(
         self, stay: int, hour: float, item: int, value: float, *, unit=None, arterial=False
     ) -> None:
         self._specimen += 1
         base = {key: self.of(stay)[key] for key in ("subject_id", "hadm_id")} | {
-            "specimen_id": self._specimen, "charttime": self.at(stay, hour)}  # fmt: skip
+            "specimen_id": self._specimen,
+            "charttime": self.at(stay, hour),
+        }
         rows = [{"itemid": item, "value": str(value), "valuenum": value, "valueuom": unit}]
         if arterial:
             rows.append({"itemid": 52033, "value": "ART."})
         self.tables["labevents"] += [base | row for row in rows]
 
-    def infuse(self, stay: int, start: float, end: float, item: int, *, amount=None, unit=None, rate=None,
-               rate_unit=None, weight=80.0, status="FinishedRunning") -> None:  # fmt: skip
+    def infuse(
+        self,
+        stay: int,
+        start: float,
+        end: float,
+        item: int,
+        *,
+        amount=None,
+        unit=None,
+        rate=None,
+        rate_unit=None,
+        weight=80.0,
+        status="FinishedRunning",
+    ) -> None:
         self.tables["inputevents"].append(
-            {"stay_id": stay, "starttime": self.at(stay, start), "endtime": self.at(stay, end),
-             "itemid": item, "amount": amount, "amountuom": unit, "rate": rate,
-             "rateuom": rate_unit, "patientweight": weight, "statusdescription": status}
-        )  # fmt: skip
+            {
+                "stay_id": stay,
+                "starttime": self.at(stay, start),
+                "endtime": self.at(stay, end),
+                "itemid": item,
+                "amount": amount,
+                "amountuom": unit,
+                "rate": rate,
+                "rateuom": rate_unit,
+                "patientweight": weight,
+                "statusdescription": status,
+            }
+        )
 
     def pressor(
         self, stay: int, start: float, end: float, item: int, rate: float, unit="mcg/kg/min", **more
@@ -127,20 +166,30 @@ class Tiny:
     def antibiotic(self, stay: int, hour: float, drug="Vancomycin", route="IV") -> None:
         about = self.of(stay)
         self.tables["prescriptions"].append(
-            {"subject_id": about["subject_id"], "hadm_id": about["hadm_id"], "drug": drug,
-             "starttime": self.at(stay, hour), "stoptime": self.at(stay, hour + 24),
-             "drug_type": "MAIN", "route": route}
-        )  # fmt: skip
+            {
+                "subject_id": about["subject_id"],
+                "hadm_id": about["hadm_id"],
+                "drug": drug,
+                "starttime": self.at(stay, hour),
+                "stoptime": self.at(stay, hour + 24),
+                "drug_type": "MAIN",
+                "route": route,
+            }
+        )
 
     def culture(self, stay: int, hour: float, *, timed=True) -> None:
         about, moment = self.of(stay), self.at(stay, hour)
         self._specimen += 1
         self.tables["microbiologyevents"].append(
-            {"subject_id": about["subject_id"], "hadm_id": about["hadm_id"],
-             "micro_specimen_id": self._specimen, "spec_type_desc": "BLOOD CULTURE",
-             "chartdate": datetime(moment.year, moment.month, moment.day),
-             "charttime": moment if timed else None}
-        )  # fmt: skip
+            {
+                "subject_id": about["subject_id"],
+                "hadm_id": about["hadm_id"],
+                "micro_specimen_id": self._specimen,
+                "spec_type_desc": "BLOOD CULTURE",
+                "chartdate": datetime(moment.year, moment.month, moment.day),
+                "charttime": moment if timed else None,
+            }
+        )
 
     def diagnosis(self, stay: int, code: str, version: int = 10) -> None:
         self.tables["diagnoses_icd"].append(

@@ -1,0 +1,128 @@
+"""Who enters the cohort."""
+
+from datetime import datetime, timedelta
+
+import pytest
+
+from tests.sepsis_jax.cohort.tiny import ADMITTED, CREATININE, Tiny
+from worldmodel.errors import InputError
+
+
+def lines(report):
+    return {line["step"]: (line["excluded"], line["remaining"]) for line in report.consort}
+
+
+def test_every_exclusion_is_counted(build):
+    tiny = Tiny()
+    tiny.septic_stay(1)
+    tiny.septic_stay(1, number=2, admitted=ADMITTED + timedelta(days=20))  # not the first
+    tiny.septic_stay(2, age=17)
+    healthy = tiny.stay(3)  # no infection
+    tiny.chart(healthy, 1, 220045, 80)
+    infected = tiny.stay(4)  # SOFA 0
+    tiny.chart(infected, 1, 220045, 80)
+    tiny.antibiotic(infected, 2)
+    tiny.culture(infected, 1)
+    tiny.septic_stay(5, hours=4)  # one step
+    tiny.stay(6)
+    tiny.tables["icustays"][-1]["outtime"] = None
+    episodes, report = build(tiny)
+    assert episodes.stay_id.tolist() == [30_000_011]
+    assert lines(report) == {
+        "source": (0, 7),
+        "times": (1, 6),
+        "age": (1, 5),
+        "first": (1, 4),
+        "infection": (1, 3),
+        "sofa": (1, 2),
+        "length": (1, 1),
+    }
+    assert report.manifest["consort"] == list(report.consort)
+
+
+def test_which_stays_of_a_patient(build):
+    tiny = Tiny()
+    first = tiny.stay(1)
+    tiny.chart(first, 1, 220045, 80)
+    for number in (2, 3):
+        tiny.septic_stay(1, number=number, admitted=ADMITTED + timedelta(days=20 * number))
+    with pytest.raises(InputError, match="no stay is left"):
+        build(tiny)
+    septic, _ = build(tiny, stays="first-septic")
+    every, report = build(tiny, stays="all")
+    open_to_all, _ = build(tiny, stays="all", require_sepsis=False)
+    assert septic.stay_id.tolist() == [30_000_012]
+    assert every.stay_id.tolist() == [30_000_012, 30_000_013]
+    assert open_to_all.stay_id.tolist() == [30_000_011, 30_000_012, 30_000_013]
+    assert (report.stays, report.patients, report.rows) == (2, 1, 12)
+
+
+@pytest.mark.parametrize(
+    ("antibiotic", "culture", "timed", "septic"),
+    [
+        (2, -70, True, True),  # culture at most 72 h before the antibiotic
+        (2, -71, True, False),
+        (2, 26, True, True),  # culture at most 24 h after it
+        (2, 27, True, False),
+        (2, -80, False, True),  # by day: 26 February to 1 March
+        (2, -81, False, False),
+        (2, 39, False, True),  # by day: the day after
+        (2, 41, False, False),
+        (-1, 0, True, False),  # ordered before the ICU stay
+    ],
+)
+def test_suspected_infection(build, antibiotic, culture, timed, septic):
+    tiny = Tiny()
+    stay = tiny.septic_stay(1)
+    tiny.tables["prescriptions"].clear()
+    tiny.tables["microbiologyevents"].clear()
+    tiny.antibiotic(stay, antibiotic)
+    tiny.culture(stay, culture, timed=timed)
+    tiny.septic_stay(2)  # so that the cohort is never empty
+    episodes, _ = build(tiny)
+    assert (stay in episodes.stay_id.tolist()) == septic
+
+
+@pytest.mark.parametrize("drug", ["Vancomycin 5% Cream", "Heparin", "Gentamicin Ophth Oint"])
+def test_drugs_that_do_not_count(build, drug):
+    tiny = Tiny()
+    stay = tiny.septic_stay(1)
+    tiny.tables["prescriptions"].clear()
+    tiny.antibiotic(stay, 2, drug=drug)
+    with pytest.raises(InputError, match=r"no antibiotic order with a culture.*: 1"):
+        build(tiny)
+
+
+def test_sofa_must_be_near_the_infection(build):
+    tiny = Tiny()
+    stay = tiny.stay(1, hours=100)
+    for hour in range(100):
+        tiny.chart(stay, hour, 220045, 80)
+    tiny.antibiotic(stay, 2)
+    tiny.culture(stay, 1)
+    tiny.lab(stay, 30, CREATININE, 2.5, unit="mg/dL")  # suspected at 1 h, so 25 h is the end
+    with pytest.raises(InputError, match=r"SOFA below 2.*: 1"):
+        build(tiny)
+    tiny.lab(stay, 24.5, CREATININE, 2.5, unit="mg/dL")
+    assert build(tiny)[0].num_stays == 1
+
+
+@pytest.mark.parametrize(
+    ("dod", "died_in_hospital", "clock", "dead"),
+    [
+        (None, False, "icu-admission", False),
+        (datetime(2150, 5, 30), False, "icu-admission", True),  # day 90
+        (datetime(2150, 5, 31), False, "icu-admission", False),
+        (datetime(2149, 12, 31), False, "icu-admission", False),  # before admission: an error
+        (None, True, "icu-admission", True),  # death time of the hospital stay
+        (datetime(2150, 5, 30), False, "hospital-admission", False),
+    ],
+)
+def test_death_within_90_days(build, dod, died_in_hospital, clock, dead):
+    tiny = Tiny()
+    tiny.septic_stay(1, dod=dod, died=died_in_hospital)
+    if clock == "hospital-admission":
+        tiny.tables["admissions"][0]["admittime"] -= timedelta(days=1)
+    episodes, _ = build(tiny, death_clock=clock)
+    assert episodes.died_90d.tolist() == [dead]
+    assert episodes.died_in_hospital.tolist() == [died_in_hospital]
