@@ -1,0 +1,40 @@
+"""`sepsis-jax`: the command line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from sepsis_jax.commands import cohort, demo, simulate, world_model
+from sepsis_jax.console import DISCLAIMER, errors
+from worldmodel.errors import InputError
+
+app = typer.Typer(
+    name="sepsis-jax",
+    help=f"Learn and audit sepsis treatment in simulation. {DISCLAIMER}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.add_typer(cohort.app, name="cohort")
+app.add_typer(world_model.app, name="world-model")
+app.command("simulate")(simulate.simulate)
+
+
+def main() -> None:
+    """Entry point: bad input ends with one line and status 2."""
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"sepsis-jax: {error}", soft_wrap=True, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("sepsis-jax: interrupted")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

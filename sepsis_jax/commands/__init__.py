@@ -1,0 +1,1 @@
+"""The commands of `sepsis-jax`; heavy imports wait until a command runs."""

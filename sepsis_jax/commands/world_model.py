@@ -1,0 +1,129 @@
+"""`sepsis-jax world-model`: train, judge and export world models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepsis_jax.commands.options import Episodes, Json, Model, Out, Seed
+from sepsis_jax.console import console, epochs, phases, print_json, print_table
+
+app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
+
+
+@app.command(
+    "train",
+    epilog="Example: sepsis-jax world-model train --episodes runs/synthetic --out runs/model",
+)
+def train(
+    episodes: Episodes,
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting as NAME=VALUE, such as --set model.variant=reference "
+            "--set state.epochs=30 --set members=5.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Train State and Outcome Model. The same command again goes on where it was stopped."""
+    from sepsis_jax.pipelines import training
+    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.models.training import TrainConfig
+
+    settings = load_config(TrainConfig, config) if config else TrainConfig()
+    settings = apply_overrides(settings, setting or [], source="--set")
+    with epochs("world model") as progress:
+        trained = training.train(episodes, out, settings, progress=progress)
+    _show(trained.metrics)
+    console.print(f"written to {out}")
+    if json:
+        print_json({"out": str(out), **training.summary(trained.metrics)})
+
+
+@app.command(
+    "evaluate",
+    epilog="Example: sepsis-jax world-model evaluate --model runs/model --episodes runs/synthetic",
+)
+def evaluate(
+    model: Model,
+    episodes: Episodes,
+    split: Annotated[str, typer.Option("--split", help="train, validation or test.")] = "test",
+    json: Json = False,
+) -> None:
+    """Judge a world model on episodes, beside two baselines fitted on their training split."""
+    from sepsis_jax.pipelines.training import summary
+    from worldmodel import schema
+    from worldmodel.episodes import load_episodes
+    from worldmodel.errors import InputError
+    from worldmodel.models.checkpoint import load_world_model
+    from worldmodel.models.training import evaluate_world_model
+
+    if split not in schema.SPLITS:
+        raise InputError(f"--split: got {split!r}, expected one of {', '.join(schema.SPLITS)}")
+    metrics = evaluate_world_model(load_world_model(model), load_episodes(episodes), split=split)
+    _show(metrics)
+    if json:
+        print_json(summary(metrics))
+
+
+@app.command(
+    "effects",
+    epilog="Example: sepsis-jax world-model effects --model runs/model --out runs/effects",
+)
+def effects(
+    model: Model,
+    out: Out,
+    patients: Annotated[
+        int, typer.Option("--patients", help="Fresh synthetic patients to ask about.")
+    ] = 2000,
+    seed: Seed = 1000,
+    json: Json = False,
+) -> None:
+    """Compare what a model says the 25 actions do with what they truly do (synthetic world)."""
+    from sepsis_jax.pipelines.effects import compare_effects
+
+    with phases("action effects") as progress:
+        result = compare_effects(model, out, patients=patients, seed=seed, progress=progress)
+    print_table(
+        "Effect of the 25 actions on the next step: learned against true",
+        ("feature", "Spearman", "Pearson", "mean absolute error", "largest true effect"),
+        [(name, *row.values()) for name, row in result.items()],
+    )
+    console.print(f"written to {out}")
+    if json:
+        print_json(result)
+
+
+@app.command(
+    "export",
+    epilog="Example: sepsis-jax world-model export --model runs/model --out runs/published",
+)
+def export(model: Model, out: Out) -> None:
+    """Write a model of the reference variant as SepsisAgent's folder of .pt files."""
+    from worldmodel.models.checkpoint import load_world_model
+    from worldmodel.models.reference import save_reference
+
+    save_reference(load_world_model(model), out)
+    console.print(f"written to {out}")
+
+
+def _show(metrics: dict) -> None:
+    from sepsis_jax.report.tables import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
+
+    print_table(
+        f"Next state, {metrics['split']} split: {metrics['stays']} stays, "
+        f"{metrics['transitions']} steps (z-scores)",
+        STATE_COLUMNS,
+        state_rows(metrics),
+    )
+    print_table(
+        "Death within 90 days, asked at the last step", OUTCOME_COLUMNS, outcome_rows(metrics)
+    )

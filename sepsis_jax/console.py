@@ -1,0 +1,96 @@
+"""What commands print: tables, progress, the closing line of JSON, one-line errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+DISCLAIMER = "Research software. Not for clinical use."
+
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table; numbers are aligned right and shown with up to four significant digits."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="")
+    kept = [[format_value(value) for value in row] for row in rows]
+    for i, column in enumerate(columns):
+        numeric = all(_is_number(row[i]) for row in kept if row[i] != "-")
+        table.add_column(column, justify="right" if numeric and kept else "left")
+    for row in kept:
+        table.add_row(*row)
+    console.print(table)
+
+
+def format_value(value: Any) -> str:
+    """Text of a table cell; None is a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The closing line of `--json`: one line of JSON, never wrapped or styled."""
+    print(json.dumps(value, allow_nan=False), flush=True)
+
+
+@contextmanager
+def phases(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A progress bar for jobs that name their phases: `update(phase, share done)`."""
+    with _bar() as progress:
+        task = progress.add_task(title, total=1.0)
+
+        def update(phase: str, share: float) -> None:
+            progress.update(task, description=f"{title}: {phase}", completed=share)
+
+        yield update
+        progress.update(task, description=title, completed=1.0)
+
+
+@contextmanager
+def epochs(title: str) -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
+    """A progress bar per model for training: `update(model, epoch, epochs, metrics)`."""
+    with _bar() as progress:
+        tasks: dict[str, Any] = {}
+
+        def update(name: str, epoch: int, total: int, metrics: dict[str, float]) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(f"{title}: {name}", total=total)
+            loss = metrics["validation_loss"]
+            progress.update(
+                tasks[name],
+                completed=epoch,
+                description=f"{title}: {name}, validation loss {loss:.4f}",
+            )
+
+        yield update
+        for task in tasks.values():
+            progress.update(task, completed=progress.tasks[task].total)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=errors,
+    )

@@ -1,0 +1,1 @@
+"""Jobs that go through the whole house."""

@@ -1,0 +1,166 @@
+"""One patient's futures under several plans, as a picture and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from sepsis_jax.provenance import provenance
+from sepsis_jax.report.figures import fan_chart
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, write_json
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import start_history
+from worldmodel.simulate.plans import Plan, parse_plan
+from worldmodel.simulate.rollout import Rollouts, rollout
+
+FEATURES = ("meanbp", "lactate", "output_4hourly")
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+def simulate_patient(
+    world_model: WorldModel,
+    episodes: Episodes,
+    out: str | Path,
+    *,
+    stay_id: int | None,
+    step: int,
+    plans: Sequence[str],
+    horizon: int,
+    samples: int,
+    seed: int,
+    mode: str = "corrected",
+) -> pd.DataFrame:
+    """Simulates one stay and writes fan_chart.png, trajectories.csv, outcomes.csv, manifest.json.
+
+    Args:
+      world_model: to play in.
+      episodes: where the stay is.
+      out: folder to write.
+      stay_id: which stay; None for the first one with enough steps.
+      step: row to start from.
+      plans: as `worldmodel.simulate.plans.parse_plan` reads them.
+      horizon: steps to simulate.
+      samples: futures per plan.
+      seed: of the noise.
+      mode: "corrected" or "reference".
+
+    Returns:
+      One row per plan: mortality, total reward, probability of MAP < 65, projections made.
+
+    Raises:
+      InputError: no such stay or step, or a malformed plan.
+    """
+    stay = _find_stay(episodes, stay_id, step)
+    parsed = [parse_plan(text, horizon=horizon, stay=stay, step=step) for text in plans]
+    names = [plan.name for plan in parsed]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"plans: names must be given and differ, got {names}")
+    start = start_history(world_model, stay, step, recorded_sofa=mode == "reference")
+    rollouts = rollout(
+        world_model,
+        jax.random.key(seed),
+        start,
+        np.stack([plan.actions for plan in parsed]),
+        samples=samples,
+        features=FEATURES,
+        mode=mode,
+    )
+    hours = world_model.step_hours * (step + np.arange(horizon + 1))
+    past = _recorded(world_model, stay, step, horizon)
+    at_start = past[past["hour"] == hours[0]].iloc[0]
+    table = trajectory_table(rollouts, parsed, hours, at_start)
+    outcomes = outcome_table(rollouts, parsed)
+    identity = int(stay.stay_id[0])
+    with atomic_folder(Path(out)) as folder:
+        table.to_csv(folder / "trajectories.csv", index=False)
+        outcomes.to_csv(folder / "outcomes.csv", index=False)
+        title = (
+            f"stay {identity} from hour {hours[0]:g}: {samples} simulated futures per plan "
+            "(median, 50% and 90%); black: recorded.  Not for clinical use."
+        )
+        fan_chart(table, outcomes, past, title, folder / "fan_chart.png")
+        plan_actions = {plan.name: plan.actions.tolist() for plan in parsed}
+        write_json(
+            folder / "manifest.json",
+            provenance(stay_id=identity, step=step, plans=plan_actions, samples=samples,
+                       seed=seed, mode=mode),
+        )  # fmt: skip
+    return outcomes
+
+
+def _find_stay(episodes: Episodes, stay_id: int | None, step: int) -> Episodes:
+    length = np.asarray(episodes.length)
+    if stay_id is None:
+        enough = np.flatnonzero(length > step)
+        if not len(enough):
+            raise InputError(f"step: no stay reaches step {step}; the longest has {length.max()}")
+        return episodes.select(enough[:1])
+    found = np.flatnonzero(np.asarray(episodes.stay_id) == stay_id)
+    if not len(found):
+        raise InputError(f"stay {stay_id} is not among the {episodes.num_stays} episodes")
+    return episodes.select(found)
+
+
+def _recorded(world_model: WorldModel, stay: Episodes, step: int, horizon: int) -> pd.DataFrame:
+    end = min(int(stay.length[0]), step + horizon + 1)
+    first = max(0, step + 1 - schema.OUTCOME_WINDOW)
+    rows = np.arange(first, end)
+    dynamic = np.asarray(stay.dynamic[0, rows])
+    columns = {name: dynamic[:, schema.INDEX[name]] for name in FEATURES}
+    score = [float(start_history(world_model, stay, int(row)).sofa[0]) for row in rows]
+    return pd.DataFrame({"hour": world_model.step_hours * rows, "sofa": score, **columns})
+
+
+def trajectory_table(
+    rollouts: Rollouts, plans: Sequence[Plan], hours: np.ndarray, start: pd.Series
+) -> pd.DataFrame:
+    """Rows (plan, hour, feature) with mean and quantiles over the futures of one patient.
+
+    Args:
+      rollouts: of P = 1 patient.
+      plans: the K plans.
+      hours: [H + 1] hours since admission, the first being the start.
+      start: the recorded values at the start, by feature.
+    """
+    series = {name: np.asarray(rollouts.feature(name)[0]) for name in rollouts.features}
+    series |= {"sofa": np.asarray(rollouts.sofa[0])}
+    rows: list[dict[str, Any]] = []
+    for k, plan in enumerate(plans):
+        for name, values in series.items():
+            unit = "points" if name == "sofa" else schema.FEATURES[schema.INDEX[name]].unit
+            paths = np.concatenate([np.full((len(values[k]), 1), start[name]), values[k]], axis=1)
+            quantiles = np.quantile(paths, QUANTILES, axis=0)
+            for h, hour in enumerate(hours):
+                row = {"plan": plan.name, "hour": hour, "feature": name, "unit": unit}
+                row |= {"mean": paths[:, h].mean()}
+                row |= {f"q{round(100 * q):02d}": quantiles[i, h] for i, q in enumerate(QUANTILES)}
+                rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
+    """One row per plan: mortality, total reward, hypotension, ventilation, projections."""
+    mortality = np.asarray(rollouts.mortality[0])
+    meanbp = np.asarray(rollouts.feature("meanbp")[0])
+    horizon = meanbp.shape[-1]
+    return pd.DataFrame(
+        {
+            "plan": [plan.name for plan in plans],
+            "mortality_mean": mortality.mean(-1),
+            "mortality_q05": np.quantile(mortality, 0.05, axis=-1),
+            "mortality_q95": np.quantile(mortality, 0.95, axis=-1),
+            "total_reward": np.asarray(rollouts.total_reward[0]).mean(-1),
+            "map_below_65": (meanbp < 65).mean((-2, -1)),
+            "ventilation": np.asarray(rollouts.ventilation[0]).mean((-2, -1)),
+            "projected_share": np.asarray(rollouts.projected[0]).mean(-1)
+            / (horizon * schema.NUM_FEATURES),
+        }
+    )

@@ -1,0 +1,129 @@
+"""Figures: fan charts, learned against true effects, training curves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from worldmodel import schema
+from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
+
+# Okabe-Ito: told apart by people with colour-blind eyes, and in grey.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_DPI = 130
+_PANELS = (
+    ("meanbp", "mean arterial pressure, mmHg", MAP_TARGET),
+    ("lactate", "lactate, mmol/L", LACTATE_LIMIT),
+    ("sofa", "SOFA score", None),
+    ("output_4hourly", "urine, mL per step", None),
+)
+
+
+def fan_chart(
+    table: pd.DataFrame, outcomes: pd.DataFrame, past: pd.DataFrame, title: str, path: Path
+) -> None:
+    """Futures of one patient under several plans: median, 50% and 90% bands, and mortality.
+
+    Args:
+      table: rows (plan, hour, feature) with q05, q25, q50, q75, q95.
+      outcomes: rows per plan with mortality_q05, mortality_mean, mortality_q95.
+      past: recorded rows: hour and one column per panel, up to the start and, where the
+        record goes on, beyond it.
+      title: of the figure.
+      path: PNG to write.
+    """
+    figure, axes = plt.subplots(1, 5, figsize=(19, 4.2), width_ratios=(1, 1, 1, 1, 0.75))
+    plans = list(dict.fromkeys(table["plan"]))
+    start = table["hour"].min()
+    for axis, (feature, label, limit) in zip(axes[:-1], _PANELS, strict=True):
+        for color, plan in zip(_cycle(plans), plans, strict=True):
+            rows = table[(table["plan"] == plan) & (table["feature"] == feature)]
+            axis.fill_between(rows["hour"], rows["q05"], rows["q95"], color=color, alpha=0.12, lw=0)
+            axis.fill_between(rows["hour"], rows["q25"], rows["q75"], color=color, alpha=0.25, lw=0)
+            axis.plot(rows["hour"], rows["q50"], color=color, lw=1.8, label=plan)
+        before, after = past[past["hour"] <= start], past[past["hour"] >= start]
+        axis.plot(before["hour"], before[feature], "o-", color="black", ms=3.5, lw=1)
+        axis.plot(after["hour"], after[feature], "o:", color="black", ms=3, lw=0.8, mfc="white")
+        axis.axvline(start, color="grey", lw=0.8, ls="--")
+        if limit is not None:
+            axis.axhline(limit, color="grey", lw=0.8, ls=":")
+        axis.set(xlabel="hours since ICU admission", title=label)
+    _mortality_panel(axes[-1], outcomes, plans)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    _save(figure, path)
+
+
+def _mortality_panel(axis: Any, outcomes: pd.DataFrame, plans: list[str]) -> None:
+    rows = outcomes.set_index("plan").loc[plans] * 100
+    y = np.arange(len(plans))[::-1]
+    for position, color, plan in zip(y, _cycle(plans), plans, strict=True):
+        row = rows.loc[plan]
+        axis.plot([row["mortality_q05"], row["mortality_q95"]], [position] * 2, color=color, lw=3)
+        axis.plot(row["mortality_mean"], position, "o", color=color, ms=8)
+        axis.annotate(
+            f"{row['mortality_mean']:.0f}%", (row["mortality_mean"], position), (0, 8),
+            textcoords="offset points", ha="center",
+        )  # fmt: skip
+    axis.set(
+        yticks=y, yticklabels=plans, xlim=(0, 100), ylim=(-0.6, len(plans) - 0.4),
+        xlabel="percent, mean and 90% of futures", title="predicted 90-day mortality",
+    )  # fmt: skip
+
+
+def effects_figure(table: pd.DataFrame, path: Path) -> None:
+    """Learned against true mean effect of the 25 actions, one panel per feature.
+
+    Args:
+      table: rows per action with vasopressor, fluid and `<feature>_true` / `_learned`.
+      path: PNG to write.
+    """
+    names = [column.removesuffix("_true") for column in table if column.endswith("_true")]
+    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6))
+    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+        true, learned = table[f"{name}_true"], table[f"{name}_learned"]
+        for fluid in range(schema.NUM_LEVELS):
+            rows = table["fluid"] == fluid
+            axis.scatter(
+                true[rows], learned[rows], s=30 + 22 * table["vasopressor"][rows],
+                color=COLORS[fluid], alpha=0.8, label=f"fluid {schema.LEVEL_NAMES[fluid]}",
+            )  # fmt: skip
+        limits = [min(true.min(), learned.min()), max(true.max(), learned.max())]
+        axis.plot(limits, limits, color="grey", lw=0.8, ls="--")
+        unit = schema.FEATURES[schema.INDEX[name]].unit
+        axis.set(xlabel=f"true effect, {unit}", ylabel=f"learned effect, {unit}", title=name)
+    np.atleast_1d(axes)[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def training_figure(history: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Training and validation loss by epoch, one panel per model."""
+    figure, axes = plt.subplots(1, len(history), figsize=(4.6 * len(history), 3.2))
+    for axis, (name, records) in zip(np.atleast_1d(axes), history.items(), strict=True):
+        epochs = [record["epoch"] for record in records]
+        for color, key in zip(COLORS, ("train_loss", "validation_loss"), strict=False):
+            axis.plot(epochs, [record[key] for record in records], "o-", ms=3, color=color,
+                      label=key.removesuffix("_loss"))  # fmt: skip
+        axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
+        axis.legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _cycle(plans: list[str]) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(len(plans))]
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)

@@ -1,0 +1,93 @@
+"""Configurations: frozen dataclasses filled from YAML, with unknown keys refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from worldmodel.errors import InputError
+
+T = TypeVar("T")
+
+
+def load_config(cls: type[T], path: str | Path) -> T:
+    """An instance of a (nested) dataclass from a YAML file.
+
+    Raises:
+      InputError: the file is missing, is not YAML, or a key is unknown or of a wrong type.
+    """
+    path = Path(path)
+    try:
+        value = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; see configs/ for examples") from None
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not readable YAML ({error})") from None
+    return from_mapping(cls, value or {}, source=str(path))
+
+
+def from_mapping(cls: type[T], value: Any, *, source: str) -> T:
+    """An instance of a (nested) dataclass from nested mappings.
+
+    Raises:
+      InputError: a key is unknown, or a value has another type than the field.
+    """
+    if not isinstance(value, Mapping):
+        raise InputError(f"{source}: expected a mapping of settings, got {type(value).__name__}")
+    hints = get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, item in value.items():
+        if key not in names:
+            raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(names)}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = from_mapping(hint, item, source=f"{source}: {key}")  # type: ignore[arg-type]
+        else:
+            arguments[key] = _checked(hint, item, f"{source}: {key}")
+    return cls(**arguments)
+
+
+def _checked(hint: Any, value: Any, source: str) -> Any:
+    if get_origin(hint) is tuple:
+        parts = get_args(hint)
+        if not isinstance(value, list | tuple) or len(value) != len(parts):
+            raise InputError(f"{source}: got {value!r}, expected a list of {len(parts)}")
+        return tuple(_checked(part, item, source) for part, item in zip(parts, value, strict=True))
+    allowed = get_args(hint) or (hint,)
+    if Path in allowed and isinstance(value, str):
+        return Path(value)
+    allowed = tuple(option for option in allowed if isinstance(option, type))
+    if float in allowed and type(value) is int:
+        return float(value)
+    if type(value) not in allowed:
+        names = " or ".join(option.__name__ for option in allowed)
+        raise InputError(f"{source}: got {value!r}, expected {names}")
+    return value
+
+
+def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
+    """Changes settings named as `NAME=VALUE` or `NAME.PART=VALUE`, values read as YAML.
+
+    Raises:
+      InputError: an override is malformed, or names an unknown setting, or has a wrong type.
+    """
+    for override in overrides:
+        path, sign, text = override.partition("=")
+        if not sign:
+            raise InputError(f"{source}: {override!r} is not NAME=VALUE")
+        config = _override(config, path.split("."), yaml.safe_load(text), source)
+    return config
+
+
+def _override(config: Any, path: list[str], value: Any, source: str) -> Any:
+    name, *rest = path
+    if rest and dataclasses.is_dataclass(getattr(config, name, None)):
+        part = _override(getattr(config, name), rest, value, f"{source}: {name}")
+        return dataclasses.replace(config, **{name: part})
+    checked = from_mapping(type(config), {".".join(path): value}, source=source)
+    return dataclasses.replace(config, **{name: getattr(checked, name)})

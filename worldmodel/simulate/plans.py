@@ -1,0 +1,67 @@
+"""Treatment plans as people write them: `name=2,1;1,1` or `clinician`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+
+CLINICIAN = "clinician"
+
+
+class Plan(NamedTuple):
+    """A named sequence of joint actions."""
+
+    name: str
+    actions: np.ndarray  # [H] int, 0-24
+
+
+def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
+    """Reads a plan.
+
+    Args:
+      text: `NAME=V,F;V,F;...` with vasopressor and fluid levels 0-4 per step, the last pair
+        standing for all later steps (`NAME=` may be left out); or `clinician`, what was really
+        given from `step` on.
+      horizon: steps H.
+      stay: one stay, for `clinician`.
+      step: its row to start from.
+
+    Raises:
+      InputError: the text is malformed, a level is outside 0-4, the plan is longer than the
+        horizon, or the record ends too early for `clinician`.
+    """
+    name, sign, body = text.partition("=")
+    if text.strip().lower() == CLINICIAN:
+        recorded = int(stay.length[0]) - step
+        if recorded < horizon:
+            raise InputError(
+                f"plan clinician: the stay has {recorded} steps from step {step} on, the horizon "
+                f"is {horizon}; use --horizon {recorded} or an earlier --step"
+            )
+        return Plan(CLINICIAN, np.asarray(stay.action[0, step : step + horizon]))
+    if not sign:
+        name, body = text, text
+    pairs = [pair for pair in body.split(";") if pair.strip()]
+    if not pairs or len(pairs) > horizon:
+        raise InputError(f"plan {text!r}: {len(pairs)} steps for a horizon of {horizon}")
+    actions = [_action(pair, text) for pair in pairs]
+    actions += [actions[-1]] * (horizon - len(actions))
+    return Plan(name.strip(), np.array(actions))
+
+
+def _action(pair: str, text: str) -> int:
+    try:
+        vasopressor, fluid = (int(part) for part in pair.split(","))
+    except ValueError:
+        raise InputError(
+            f"plan {text!r}: {pair!r} is not V,F; write levels such as 2,1 or name=2,1;1,1"
+        ) from None
+    for level in (vasopressor, fluid):
+        if not 0 <= level < schema.NUM_LEVELS:
+            raise InputError(f"plan {text!r}: level {level} is outside 0 to 4")
+    return schema.action_index(vasopressor, fluid)
