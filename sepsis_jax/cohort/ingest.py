@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from sepsis_jax.cohort import charlson, items
@@ -28,16 +29,16 @@ def read_stays(work: Workspace, tables: dict[str, RawTable]) -> None:
 
 def read_infections(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `suspicion`: antibiotic orders of ICU patients with their cultures."""
-    with reading(tables["prescriptions"]):
+    with reading(tables["prescriptions"]), work.joined_as_written():
         work.run("orders")
-    with reading(tables["microbiologyevents"]):
+    with reading(tables["microbiologyevents"]), work.joined_as_written():
         work.run("cultures")
     work.run("infection")
 
 
 def read_diagnoses(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `charlson`: comorbidities and index per hospital stay."""
-    with reading(tables["diagnoses_icd"]):
+    with reading(tables["diagnoses_icd"]), work.joined_as_written():
         work.execute(
             "CREATE TABLE diagnoses AS SELECT * FROM raw_diagnoses_icd "
             "WHERE hadm_id IN (SELECT hadm_id FROM stays)"
@@ -82,11 +83,11 @@ def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> dict[str, Any]:
     )
     work.create("fluid_items", ("itemid", "isotonic"), items.FLUIDS.items())
     work.create("fluid_units", ("amountuom", "factor"), items.FLUID_UNITS.items())
-    with reading(tables["inputevents"]):
+    needed = _listed([item for _, numbers, *_ in drugs for item in numbers] + [*items.FLUIDS])
+    with reading(tables["inputevents"]), work.joined_as_written():
         work.execute(
-            "CREATE TABLE inputs AS SELECT * FROM raw_inputevents "
-            "WHERE stay_id IN (SELECT stay_id FROM stays) AND (itemid IN "
-            "(SELECT itemid FROM vasoactive_items) OR itemid IN (SELECT itemid FROM fluid_items))"
+            f"CREATE TABLE inputs AS FROM raw_inputevents WHERE itemid IN ({needed}) "
+            "AND stay_id IN (SELECT stay_id FROM stays)"
         )
     work.run("inputs")
     unknown = _unknown_units(work, tables["inputevents"])
@@ -96,39 +97,39 @@ def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> dict[str, Any]:
 
 def read_chart(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `chart`: the needed items of the patients in `stays`."""
-    work.create("chart_items", ("itemid", "is_text"), (
-        (item, item in items.TEXT_ITEMS) for item in items.CHART_ITEMS
-    ))  # fmt: skip
-    with reading(tables["chartevents"]):
+    needed, texts = _listed(items.CHART_ITEMS), _listed(items.TEXT_ITEMS)
+    with reading(tables["chartevents"]), work.joined_as_written():
         work.execute(
-            "CREATE TABLE chart AS SELECT e.subject_id, e.stay_id, e.charttime, e.itemid, "
-            "CASE WHEN i.is_text THEN e.value END AS value, e.value IS NOT NULL AS has_value, "
-            "e.valuenum FROM raw_chartevents AS e INNER JOIN chart_items AS i USING (itemid) "
-            "WHERE e.subject_id IN (SELECT subject_id FROM stays)"
+            "CREATE TABLE chart AS SELECT subject_id, stay_id, charttime, itemid, "
+            f"CASE WHEN itemid IN ({texts}) THEN value END AS value, "
+            "value IS NOT NULL AS has_value, valuenum FROM raw_chartevents "
+            f"WHERE itemid IN ({needed}) AND subject_id IN (SELECT subject_id FROM stays)"
         )
 
 
 def read_labs(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `lab`: the needed results of the patients in `stays`."""
-    work.create("lab_items", ("itemid",), ((item,) for item in items.LAB_ITEMS))
-    with reading(tables["labevents"]):
+    with reading(tables["labevents"]), work.joined_as_written():
         work.execute(
-            "CREATE TABLE lab AS SELECT e.subject_id, e.hadm_id, e.specimen_id, e.itemid, "
-            "e.charttime, CASE WHEN e.itemid = getvariable('specimen_type') THEN e.value END "
-            "AS value, e.valuenum, e.valueuom FROM raw_labevents AS e "
-            "WHERE e.itemid IN (SELECT itemid FROM lab_items) "
-            "AND e.subject_id IN (SELECT subject_id FROM stays)"
+            "CREATE TABLE lab AS SELECT subject_id, hadm_id, specimen_id, itemid, charttime, "
+            "CASE WHEN itemid = getvariable('specimen_type') THEN value END AS value, valuenum, "
+            f"valueuom FROM raw_labevents WHERE itemid IN ({_listed(items.LAB_ITEMS)}) "
+            "AND subject_id IN (SELECT subject_id FROM stays)"
         )
 
 
 def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> None:
     """Table `urine_rows`: urine and irrigant of the stays in `stays`."""
-    numbers = ", ".join(str(item) for item in items.URINE_ITEMS)
-    with reading(tables["outputevents"]):
+    with reading(tables["outputevents"]), work.joined_as_written():
         work.execute(
-            f"CREATE TABLE urine_rows AS SELECT * FROM raw_outputevents WHERE itemid IN ({numbers})"
-            " AND stay_id IN (SELECT stay_id FROM stays) AND value IS NOT NULL"
+            "CREATE TABLE urine_rows AS FROM raw_outputevents "
+            f"WHERE itemid IN ({_listed(items.URINE_ITEMS)}) AND value IS NOT NULL "
+            "AND stay_id IN (SELECT stay_id FROM stays)"
         )
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
 
 
 def _unknown_units(work: Workspace, table: RawTable) -> list[dict[str, Any]]:

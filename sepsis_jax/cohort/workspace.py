@@ -37,6 +37,19 @@ class Workspace:
         """Runs one statement."""
         return self.connection.execute(sql)
 
+    @contextmanager
+    def joined_as_written(self) -> Iterator[None]:
+        """Joins keep their right side in memory, whatever the optimizer believes.
+
+        The number of rows of a CSV file is not known beforehand, and a wrong guess would hold
+        the events instead of the few patients to keep.
+        """
+        self.execute("SET disabled_optimizers = 'join_order,build_side_probe_side'")
+        try:
+            yield
+        finally:
+            self.execute("RESET disabled_optimizers")
+
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a query."""
         return self.connection.execute(sql).fetchall()
