@@ -1,19 +1,55 @@
-"""The synthetic world: a mechanistic septic patient in which the truth is known."""
+"""The synthetic world: a mechanistic septic patient in which the truth is known.
 
+    key = jax.random.key(0)
+    episodes, truth = generate(key, 10_000)
+    same_patients, _ = counterfactual(truth, plans)
+    true_value(key, policy, 100_000).interval
+
+Research software, not a validated physiological model and never for clinical use.
+"""
+
+from worldmodel.synthetic.baselines import (
+    maximum_treatment,
+    no_treatment,
+    random_policy,
+    titration,
+)
 from worldmodel.synthetic.generate import Truth, generate
+from worldmodel.synthetic.marginals import marginals
+from worldmodel.synthetic.noise import patient_key
+from worldmodel.synthetic.simulate import FOLLOW_POLICY
+from worldmodel.synthetic.truth import (
+    ActionEffects,
+    PolicyValue,
+    counterfactual,
+    true_action_effects,
+    true_value,
+)
 from worldmodel.synthetic.view import History, Policy, View
 from worldmodel.synthetic.world import Config, Params, State, Transition, reset, step
 
 __all__ = [
+    "FOLLOW_POLICY",
+    "ActionEffects",
     "Config",
     "History",
     "Params",
     "Policy",
+    "PolicyValue",
     "State",
     "Transition",
     "Truth",
     "View",
+    "counterfactual",
     "generate",
+    "marginals",
+    "maximum_treatment",
+    "no_treatment",
+    "patient_key",
+    "random_policy",
     "reset",
     "step",
+    "titration",
+    "true_action_effects",
+    "true_value",
 ]

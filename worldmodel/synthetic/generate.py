@@ -10,8 +10,8 @@ from flax import struct
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.synthetic.body import Latent
 from worldmodel.synthetic.noise import patient_key
-from worldmodel.synthetic.physiology import Latent
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.view import Policy
 from worldmodel.synthetic.world import Config, Params

@@ -28,7 +28,10 @@ _EVENT_NAMES: tuple[str, ...] = (
     "hospital",
 )  # fmt: skip
 _NUM_NORMAL = len(PROCESS_NAMES) + NUM_SLOW + schema.NUM_FEATURES
-_NUM_WORDS = _NUM_NORMAL + len(_EVENT_NAMES)
+NUM_PANELS = 10
+_NUM_BYTES = schema.NUM_FEATURES + NUM_PANELS
+_NUM_BYTE_WORDS = -(-_NUM_BYTES // 4)
+_NUM_WORDS = _NUM_NORMAL + len(_EVENT_NAMES) + _NUM_BYTE_WORDS
 
 
 @struct.dataclass
@@ -38,8 +41,8 @@ class Noise:
     process: dict[str, jax.Array]  # standard normals, one per name in PROCESS_NAMES
     slow: jax.Array  # [19] standard normals
     observation: jax.Array  # [39] standard normals
-    missing: jax.Array  # [39] uniform in (0, 1), 512 levels
-    panel: jax.Array  # [31] uniform in (0, 1), 512 levels
+    missing: jax.Array  # [39] uniform in (0, 1), 256 levels
+    panel: jax.Array  # [10] uniform in (0, 1), 256 levels
     event: dict[str, jax.Array]  # uniform in (0, 1), one per decision by chance
 
 
@@ -57,16 +60,16 @@ def draw(key: jax.Array, step: jax.Array) -> Noise:
     """
     words = jax.random.bits(jax.random.fold_in(key, step), (_NUM_WORDS,))
     normal = _normal(words[:_NUM_NORMAL])
-    # The normals use the upper 23 bits of a word; the lower 9 are independent of them.
-    spare = ((words[:_NUM_NORMAL] & 511).astype(jnp.float32) + 0.5) / 512
-    events = _uniform(words[_NUM_NORMAL:])
     first, second = len(PROCESS_NAMES), len(PROCESS_NAMES) + NUM_SLOW
+    events = _uniform(words[_NUM_NORMAL : _NUM_NORMAL + len(_EVENT_NAMES)])
+    parts = jnp.concatenate(_bytes(words[_NUM_NORMAL + len(_EVENT_NAMES) :]))
+    chances = (parts.astype(jnp.float32) + 0.5) / 256
     return Noise(
         process={name: normal[i] for i, name in enumerate(PROCESS_NAMES)},
         slow=normal[first:second],
         observation=normal[second:],
-        missing=spare[second:],
-        panel=spare[:second],
+        missing=chances[: schema.NUM_FEATURES],
+        panel=chances[schema.NUM_FEATURES : _NUM_BYTES],
         event={name: events[i] for i, name in enumerate(_EVENT_NAMES)},
     )
 
@@ -79,7 +82,7 @@ def middle_noise() -> Noise:
         slow=jnp.zeros(NUM_SLOW),
         observation=jnp.zeros(schema.NUM_FEATURES),
         missing=jnp.full(schema.NUM_FEATURES, 0.5),
-        panel=jnp.full(len(PROCESS_NAMES) + NUM_SLOW, 0.5),
+        panel=jnp.full(NUM_PANELS, 0.5),
         event={name: half for name in _EVENT_NAMES},
     )
 
@@ -94,5 +97,15 @@ def _uniform(words: jax.Array) -> jax.Array:
     return ((words >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
 
 
+def _bytes(words: jax.Array) -> list[jax.Array]:
+    """The four bytes of each word, each of the words' shape."""
+    return [(words >> shift) & 255 for shift in (0, 8, 16, 24)]
+
+
 def _normal(words: jax.Array) -> jax.Array:
-    return jnp.float32(2**0.5) * jax.lax.erf_inv(2.0 * _uniform(words) - 1.0)
+    """Sum of four uniform bytes, scaled: standard normal but for its end at 3.5 SD.
+
+    Ten times cheaper to compute and to compile than the inverse error function.
+    """
+    total = sum(_bytes(words), start=jnp.zeros((), words.dtype)).astype(jnp.float32)
+    return (total - 510.0) * jnp.float32((4 * (256**2 - 1) / 12) ** -0.5)

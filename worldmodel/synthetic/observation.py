@@ -12,9 +12,10 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.synthetic.body import Latent, PhysiologyParams
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
-from worldmodel.synthetic.physiology import Latent, PhysiologyParams, blood_ph, pf_ratio
+from worldmodel.synthetic.physiology import blood_ph, pf_ratio
 from worldmodel.synthetic.slow import slow_values
 from worldmodel.synthetic.support import Support
 

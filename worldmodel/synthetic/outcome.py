@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 from flax import struct
 
+from worldmodel.synthetic.body import Latent
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
-from worldmodel.synthetic.physiology import Latent
 
 
 @struct.dataclass

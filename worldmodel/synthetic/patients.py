@@ -49,7 +49,7 @@ class PatientParams:
 
     age_mean: float = 64.2  # years; published cohort 63.8 (SD 16.1), truncated at 18-95
     age_std: float = 16.3  # years
-    male: float = 0.57  # share, usual in ICU sepsis
+    male_below: float = 0.176  # SD; men are below it: 57%, usual in ICU sepsis
     charlson_mean: float = 5.2  # points, published 5.3 (SD 3.0)
     charlson_std: float = 3.1  # points
     charlson_age_share: float = 0.55  # correlation with age, whose points it contains
@@ -118,7 +118,7 @@ def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
     for index in renal:
         setpoint = setpoint.at[index].add(params.creatinine_charlson * z_charlson)
     return Traits(
-        static=jnp.stack([age, (jax.scipy.special.ndtr(z[2]) < params.male) * 1.0, charlson]),
+        static=jnp.stack([age, (z[2] < params.male_below) * 1.0, charlson]),
         frailty=z[3],
         baseline_map=params.baseline_map_mean
         + params.baseline_map_std * z[4]

@@ -20,10 +20,18 @@ from flax import struct
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.synthetic import clinician
-from worldmodel.synthetic.noise import draw, patient_key
-from worldmodel.synthetic.physiology import Latent
+from worldmodel.synthetic.body import Latent
+from worldmodel.synthetic.noise import Noise, draw, patient_key
 from worldmodel.synthetic.view import Policy
-from worldmodel.synthetic.world import Config, Params, State, reset, sample_action, step_with_noise
+from worldmodel.synthetic.world import (
+    Config,
+    Params,
+    State,
+    Transition,
+    reset,
+    sample_action,
+    step_with_noise,
+)
 
 FOLLOW_POLICY = -1  # in a plan: let the policy choose
 _POLICY_TAG = 1 << 21  # outside the range of steps: keys handed to policies
@@ -118,10 +126,14 @@ def simulate_block(
     keys = jax.vmap(patient_key, (None, 0))(key, patients)
     start = jax.vmap(lambda k: reset(k, params, config=config))(keys)
 
-    def one(k: jax.Array, state: State, planned: jax.Array) -> tuple[State, Any, Rows | None]:
-        number = state.view.step
-        noise = draw(k, number + 1)
-        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), number)
+    # Drawn ahead of the scan: inside, XLA would fuse the draw into every use of it.
+    numbers = jnp.arange(config.horizon)
+    noises = jax.vmap(lambda number: jax.vmap(draw, (0, None))(keys, number + 1))(numbers)
+
+    def one(
+        k: jax.Array, state: State, noise: Noise, planned: jax.Array
+    ) -> tuple[State, Transition, Rows | None]:
+        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), state.view.step)
         probabilities = actor(policy_key, state, params)
         chosen = sample_action(probabilities, noise)
         action = jnp.where(planned == FOLLOW_POLICY, chosen, planned)
@@ -144,9 +156,9 @@ def simulate_block(
         )
         return after, transition, rows
 
-    def body(carry: Any, planned: jax.Array) -> tuple[Any, Rows | None]:
+    def body(carry: Any, given: tuple[Noise, jax.Array]) -> tuple[Any, Rows | None]:
         state, sums, weight = carry
-        after, transition, rows = jax.vmap(one)(keys, state, planned)
+        after, transition, rows = jax.vmap(one)(keys, state, *given)
         ends = transition.done & ~state.done
         sums = replace(
             sums,
@@ -162,7 +174,7 @@ def simulate_block(
     none = jnp.zeros(patients.shape, bool)
     sums = Stays(zeros, zeros, none.astype(jnp.int32), none, none, start.traits.static)
     carry = (start, sums, jnp.ones(()))
-    (_, sums, _), rows = jax.lax.scan(body, carry, plans.T)
+    (_, sums, _), rows = jax.lax.scan(body, carry, (noises, plans.T))
     if rows is not None:
         rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), rows)
     return sums, rows

@@ -18,7 +18,7 @@ from worldmodel.synthetic.noise import SLOW_NAMES, Noise
 from worldmodel.synthetic.patients import LOG_SLOW, Traits
 
 if TYPE_CHECKING:
-    from worldmodel.synthetic.physiology import Latent
+    from worldmodel.synthetic.body import Latent
 
 # name: rate per step, stationary SD of the noise, then the change of the level at full
 # inflammation, liver injury and kidney injury and per litre of oedema and excess volume.

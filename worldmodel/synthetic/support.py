@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from worldmodel.synthetic.body import Latent, PhysiologyParams
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
-from worldmodel.synthetic.physiology import Latent, PhysiologyParams, pf_ratio
+from worldmodel.synthetic.physiology import pf_ratio
 
 
 @struct.dataclass

@@ -15,7 +15,7 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward, sofa
-from worldmodel.synthetic import clinician, observation, outcome, physiology, support
+from worldmodel.synthetic import body, clinician, observation, outcome, physiology, support
 from worldmodel.synthetic.noise import Noise, draw
 from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
 from worldmodel.synthetic.view import History, View
@@ -41,9 +41,7 @@ class Params:
     """Every coefficient of the world; a PyTree, so that worlds can be mapped over."""
 
     patient: PatientParams = struct.field(default_factory=PatientParams)
-    physiology: physiology.PhysiologyParams = struct.field(
-        default_factory=physiology.PhysiologyParams
-    )
+    physiology: body.PhysiologyParams = struct.field(default_factory=body.PhysiologyParams)
     support: support.SupportParams = struct.field(default_factory=support.SupportParams)
     observation: observation.ObservationParams = struct.field(
         default_factory=observation.ObservationParams
@@ -58,7 +56,7 @@ class State:
     """One patient at the start of a step."""
 
     traits: Traits
-    latent: physiology.Latent
+    latent: body.Latent
     support: support.Support
     record: observation.Record
     view: View

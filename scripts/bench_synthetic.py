@@ -1,0 +1,77 @@
+"""Throughput of the synthetic world, and its marginals.
+
+    python scripts/bench_synthetic.py --patients 65536 --repeats 10
+    python scripts/bench_synthetic.py --marginals
+
+A patient-step is one 4-hour step of one patient: noise, clinician, physiology, observation,
+filling, SOFA and reward. Every lane runs to the horizon; `in_stay` counts only the steps before
+the patient's stay ended; `per core` divides by the processor time used rather than the wall
+time, which tells more on a shared machine. Compilation is not timed. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from worldmodel.synthetic import Config, generate, marginals, true_value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--patients", type=int, default=65536, help="patients per repeat")
+    parser.add_argument("--repeats", type=int, default=10, help="timed repeats")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world")
+    parser.add_argument("--marginals", action="store_true", help="print the table of marginals")
+    arguments = parser.parse_args()
+    key = jax.random.key(arguments.seed)
+    if arguments.marginals:
+        episodes, _ = generate(key, min(arguments.patients, 16384), keep_latent=False)
+        table = marginals(episodes)
+        print(table.round(2).to_string())
+        print(json.dumps({name: row.to_dict() for name, row in table.iterrows()}))
+        return
+
+    horizon, count = Config().horizon, arguments.patients
+    length = true_value(key, None, count).length
+    runs: dict[str, Callable[[], object]] = {
+        "simulate": lambda: true_value(key, None, count),
+        "generate": lambda: generate(key, count // 4, keep_latent=False),
+    }
+    shares = {"simulate": count, "generate": count // 4}
+    result: dict[str, object] = {
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+    }
+    columns = ("median", "min", "max", "in stay", "per core")
+    print(f"{'':10s} " + " ".join(f"{c:>10s}" for c in columns) + "  patient-steps/s")
+    for name, run in runs.items():
+        run()
+        rates, busy = [], time.process_time()
+        for _ in range(arguments.repeats):
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            rates.append(shares[name] * horizon / (time.perf_counter() - start))
+        median, low, high = float(np.median(rates)), min(rates), max(rates)
+        busy = time.process_time() - busy
+        row = {
+            "median": median,
+            "min": low,
+            "max": high,
+            "in_stay": median * length / horizon,
+            "per_core": arguments.repeats * shares[name] * horizon / busy,
+        }
+        print(f"{name:10s} " + " ".join(f"{value:10,.0f}" for value in row.values()))
+        result[name] = row
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
