@@ -102,7 +102,9 @@ def read_chart(work: Workspace, tables: dict[str, RawTable]) -> None:
         work.execute(
             "CREATE TABLE chart AS SELECT subject_id, stay_id, charttime, itemid, "
             f"CASE WHEN itemid IN ({texts}) THEN value END AS value, "
-            "value IS NOT NULL AS has_value, valuenum FROM raw_chartevents "
+            "value IS NOT NULL AS has_value, valuenum, "
+            f"CASE WHEN itemid = {items.OXYGEN_DEVICE} THEN storetime END AS storetime "
+            "FROM raw_chartevents "
             f"WHERE itemid IN ({needed}) AND subject_id IN (SELECT subject_id FROM stays)"
         )
 

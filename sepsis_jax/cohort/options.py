@@ -12,6 +12,7 @@ from worldmodel.errors import InputError
 CHOICES: dict[str, tuple[Any, ...]] = {
     "step_hours": (1, 2, 4, 8),
     "stays": ("first", "first-septic", "all"),
+    "mimic_code": ("2026-07", "before"),
     "vasopressor_factors": ("mimic-code", "ai-clinician"),
     "vasopressor_dose": ("max", "time-weighted"),
     "base_excess": ("keep", "positive-only"),
@@ -38,6 +39,8 @@ class CohortOptions:
       min_age: youngest age at hospital admission, in years.
       stays: "first" ICU stay of each patient, the patient's "first-septic" one, or "all".
       require_sepsis: keep Sepsis-3 stays only; False keeps every ICU stay with a heart rate.
+      mimic_code: revision of mimic-code that Sepsis-3 and the derived tables follow: since
+        "2026-07", or "before" (as packaged in m4-infra 0.5.9).
       vasopressor_factors: norepinephrine equivalents after "mimic-code" or the "ai-clinician".
       extended_vasopressors: also count the newer phenylephrine items and angiotensin II, which
         mimic-code leaves out.
@@ -73,6 +76,7 @@ class CohortOptions:
     min_age: float = 18.0
     stays: str = "first"
     require_sepsis: bool = True
+    mimic_code: str = "2026-07"
     vasopressor_factors: str = "mimic-code"
     extended_vasopressors: bool = False
     vasopressor_dose: str = "max"
@@ -138,7 +142,17 @@ class CohortOptions:
         return values
 
 
-def parity_options(**changes: Any) -> CohortOptions:
-    """The options under which derived tables equal mimic-code's DuckDB tables."""
-    base = CohortOptions(age="fractional", charlson_age_bands="before", cap_vasopressors=False)
+def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
+    """The options under which derived tables equal mimic-code's DuckDB tables.
+
+    Args:
+      revision: of mimic-code: "before" July 2026 (as packaged in m4-infra 0.5.9) or "2026-07".
+      **changes: further options.
+    """
+    base = CohortOptions(
+        mimic_code=revision,
+        charlson_age_bands=revision,
+        age="fractional" if revision == "before" else "years",
+        cap_vasopressors=False,
+    )
     return replace(base, **changes)

@@ -52,8 +52,8 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
             "subject_id": _ID, "hadm_id": _ID, "stay_id": _ID, "intime": _TIME, "outtime": _TIME,
         },
         "chartevents": {
-            "subject_id": _ID, "stay_id": _ID, "charttime": _TIME, "itemid": "INTEGER",
-            "value": _TEXT, "valuenum": _NUMBER,
+            "subject_id": _ID, "stay_id": _ID, "charttime": _TIME, "storetime": _TIME,
+            "itemid": "INTEGER", "value": _TEXT, "valuenum": _NUMBER,
         },
         "inputevents": {
             "stay_id": _ID, "starttime": _TIME, "endtime": _TIME, "itemid": "INTEGER",

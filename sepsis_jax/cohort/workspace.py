@@ -71,6 +71,7 @@ class Workspace:
             statuses.append("Tracheostomy")
         variables: dict[str, Any] = {
             "step_seconds": self.options.step_hours * 3600,
+            "mimic_code": self.options.mimic_code,
             "age": self.options.age,
             "death_clock": self.options.death_clock,
             "antibiotic_pattern": "|".join(items.ANTIBIOTICS),

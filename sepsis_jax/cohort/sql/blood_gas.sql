@@ -1,5 +1,6 @@
 -- Blood gases with a PaO2: the sample's kind, and PaO2 / FiO2 with the FiO2 of the sample or, if
--- it has none, the last one charted in the 4 h before. One gas per patient and moment.
+-- it has none, the last one charted in the 4 h before. Until July 2026 mimic-code kept only one
+-- of several gases of a patient at one moment.
 CREATE TABLE blood_gas AS
 WITH samples AS (
     SELECT
@@ -24,7 +25,9 @@ WITH samples AS (
 
 single AS (
     SELECT * FROM samples
-    QUALIFY row_number() OVER (PARTITION BY subject_id, charttime ORDER BY specimen_id) = 1
+    QUALIFY
+        getvariable('mimic_code') <> 'before'
+        OR row_number() OVER (PARTITION BY subject_id, charttime ORDER BY specimen_id) = 1
 ),
 
 charted AS (

@@ -1,3 +1,19 @@
+-- Until July 2026 mimic-code's DuckDB tables measured exact time spans; since then they count
+-- the hours and minutes of the clock that begin in between, as BigQuery does.
+CREATE MACRO hours_between(earlier, later) AS
+    CASE
+        WHEN getvariable('mimic_code') = 'before' THEN
+            (epoch_us(later) - epoch_us(earlier)) / 3600000000.0
+        ELSE date_diff('hour', earlier, later)
+    END;
+
+CREATE MACRO minutes_between(earlier, later) AS
+    CASE
+        WHEN getvariable('mimic_code') = 'before' THEN
+            (epoch_us(later) - epoch_us(earlier)) / 60000000.0
+        ELSE date_diff('minute', earlier, later)
+    END;
+
 -- The hours of each stay, counted from the first heart rate, as mimic-code does: hour h ends h
 -- full hours after the first whole hour.
 CREATE TABLE clock AS
@@ -8,9 +24,7 @@ SELECT
     min(c.charttime) AS first_heart_rate,
     max(c.charttime) AS last_heart_rate,
     date_trunc('hour', min(c.charttime) + INTERVAL 1 HOUR - INTERVAL 1 MICROSECOND) AS hour_zero,
-    CAST(ceil(
-        (epoch_us(max(c.charttime)) - epoch_us(min(c.charttime))) / 3600000000.0
-    ) AS INTEGER) AS last_hour
+    CAST(ceil(hours_between(min(c.charttime), max(c.charttime))) AS INTEGER) AS last_hour
 FROM stays AS s
 INNER JOIN chart AS c ON s.stay_id = c.stay_id AND c.itemid = getvariable('heart_rate')
 GROUP BY ALL;

@@ -24,6 +24,7 @@ WITH paired AS (
         struct_pack(
             day := c.chartdate,
             moment := coalesce(c.charttime, TIMESTAMP 'infinity'),
+            negative := NOT c.positive_culture,
             id := c.micro_specimen_id
         ) AS rank
     FROM orders AS o

@@ -136,10 +136,15 @@ WITH points AS (
         END AS liver,
         CASE
             WHEN greatest(s.norepinephrine, s.epinephrine) > 0.1 OR s.dopamine > 15 THEN 4
-            WHEN coalesce(s.norepinephrine, s.epinephrine) IS NOT NULL OR s.dopamine > 5 THEN 3
+            WHEN s.dopamine > 5 OR greatest(s.norepinephrine, s.epinephrine) > 0 THEN 3
+            -- Until July 2026 a rate of zero was enough.
+            WHEN getvariable('mimic_code') = 'before'
+                AND coalesce(s.norepinephrine, s.epinephrine) IS NOT NULL THEN 3
             WHEN greatest(s.dopamine, s.dobutamine) > 0 THEN 2
             WHEN s.pressure < 70 THEN 1
-            WHEN coalesce(s.pressure, s.dopamine, s.dobutamine) IS NOT NULL THEN 0
+            WHEN coalesce(
+                s.pressure, s.dopamine, s.dobutamine, s.norepinephrine, s.epinephrine
+            ) IS NOT NULL THEN 0
         END AS cardiovascular,
         CASE
             WHEN s.gcs < 6 THEN 4

@@ -23,13 +23,13 @@ WITH starts AS (
 spaced AS (
     SELECT
         u.*,
-        (
-            epoch_us(u.charttime)
-            - epoch_us(coalesce(
+        minutes_between(
+            coalesce(
                 lag(u.charttime) OVER (PARTITION BY u.stay_id ORDER BY u.charttime),
                 s.first_heart_rate
-            ))
-        ) / 60000000.0 AS covered_minutes
+            ),
+            u.charttime
+        ) AS covered_minutes
     FROM urine_output AS u
     INNER JOIN starts AS s USING (stay_id)
 )

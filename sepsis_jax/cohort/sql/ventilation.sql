@@ -8,8 +8,9 @@ WITH modes AS (
     GROUP BY subject_id, charttime, itemid
 ),
 
--- mimic-code sees a device only where an oxygen flow was charted at the same moment, and takes
--- the first device in alphabetical order, a missing text before all others.
+-- mimic-code sees a device only where an oxygen flow was charted at the same moment. Of several
+-- devices it takes the one stored last; until July 2026 the first in alphabetical order, a
+-- missing text before all others.
 devices AS (
     SELECT
         subject_id,
@@ -17,9 +18,12 @@ devices AS (
         charttime,
         getvariable('oxygen_device') AS itemid,
         CASE
-            WHEN count(*) FILTER (WHERE itemid = getvariable('oxygen_device'))
-                = count(value) FILTER (WHERE itemid = getvariable('oxygen_device'))
-                THEN min(value) FILTER (WHERE itemid = getvariable('oxygen_device'))
+            WHEN getvariable('mimic_code') <> 'before' THEN
+                first(value ORDER BY storetime DESC NULLS LAST, value DESC NULLS LAST)
+                    FILTER (WHERE itemid = getvariable('oxygen_device'))
+            ELSE
+                first(value ORDER BY value ASC NULLS FIRST)
+                    FILTER (WHERE itemid = getvariable('oxygen_device'))
         END AS term
     FROM chart
     WHERE itemid = getvariable('oxygen_device')
@@ -53,7 +57,7 @@ numbered AS (
         *,
         count_if(
             previous_rank IS DISTINCT FROM rank
-            OR charttime - same_time >= INTERVAL 14 HOUR
+            OR hours_between(same_time, charttime) >= 14
         ) OVER (PARTITION BY stay_id ORDER BY charttime) AS spell
     FROM linked
 )
@@ -63,7 +67,7 @@ SELECT
     min(n.charttime) AS starttime,
     max(
         CASE
-            WHEN n.next_time - n.charttime < INTERVAL 14 HOUR THEN n.next_time
+            WHEN hours_between(n.charttime, n.next_time) < 14 THEN n.next_time
             ELSE n.charttime
         END
     ) AS endtime,

@@ -4,7 +4,9 @@ CREATE TABLE weight_durations AS
 WITH charted AS (
     SELECT
         c.stay_id,
-        c.valuenum AS weight,
+        CASE
+            WHEN getvariable('mimic_code') = 'before' THEN c.valuenum ELSE round(c.valuenum, 3)
+        END AS weight,
         CASE WHEN c.itemid = getvariable('weight_admit') THEN 'admit' ELSE 'daily' END
             AS weight_type,
         c.charttime,
@@ -15,6 +17,7 @@ WITH charted AS (
     INNER JOIN stays AS s USING (stay_id)
     WHERE c.itemid IN (getvariable('weight_admit'), getvariable('weight_daily'))
         AND c.valuenum > 0
+        AND (getvariable('mimic_code') = 'before' OR c.valuenum < 1500)
 ),
 
 dated AS (

