@@ -5,9 +5,10 @@ embedding, action embedding]`, a two-layer GRU, heads on its last hidden state. 
 State Model:
 
 - `reference`: exactly that; predicts the next state itself.
-- `residual`: predicts the *change* from the last row through a linear autoregression plus the
-  GRU's correction, with a bounded, calibrated sigma. Both parts start at zero, so that training
-  starts from "the last value stays".
+- `residual`: predicts the *change* from the last row: a linear autoregression on the newest
+  rows (whose earlier treatments say what stopping and starting will do) plus the GRU's
+  correction, with a bounded, calibrated sigma. Both parts start at zero, so that training starts
+  from "the last value stays".
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class ModelConfig:
       layers: GRU layers.
       embed: width of the static and the action embedding.
       head: width of the ventilation and mortality heads.
+      linear_rows: rows that the residual variant's autoregression sees.
       dropout: rate while training.
       precision: matmul precision, "highest" (float32) or "default" (TF32 on recent GPUs).
     """
@@ -46,13 +48,14 @@ class ModelConfig:
     layers: int = 2
     embed: int = 32
     head: int = 64
+    linear_rows: int = 3
     dropout: float = 0.2
     precision: str = "highest"
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise InputError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
-        for name in ("hidden", "layers", "embed", "head"):
+        for name in ("hidden", "layers", "embed", "head", "linear_rows"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
@@ -120,9 +123,9 @@ class StateModel(_Trunk):
         self.log_sigma_head = linear(config.hidden, features)
         self.dropout = nnx.Dropout(config.dropout)
         if config.variant == "residual":
-            width = features + schema.NUM_MASKED + schema.NUM_STATIC + schema.ACTION_WIDTH
+            row = features + schema.NUM_MASKED + schema.ACTION_WIDTH
             self.autoregression = nnx.Linear(
-                width,
+                config.linear_rows * row + schema.NUM_STATIC,
                 features,
                 kernel_init=nnx.initializers.zeros,
                 rngs=rngs,
@@ -160,13 +163,20 @@ class StateModel(_Trunk):
             pre = self.dropout(pre, deterministic=False, rngs=key_pre)
         mu, log_sigma = self.mu_head(pre), self.log_sigma_head(pre)
         if self.config.variant == "residual":
-            last = [obs[..., -1, :], observed[..., -1, :].astype(obs.dtype), static]
-            last.append(action[..., -1, :].astype(obs.dtype))
-            mu = obs[..., -1, :] + self.autoregression(jnp.concatenate(last, axis=-1)) + mu
+            mu = obs[..., -1, :] + self._linear_change(obs, observed, static, action) + mu
             low, high = LOG_SIGMA_RANGE
             log_sigma = low + (high - low) * jax.nn.sigmoid(log_sigma)
             log_sigma = log_sigma + jax.lax.stop_gradient(self.log_sigma_offset[...])
         return Prediction(mu, log_sigma, vent_logit[..., 0])
+
+    def _linear_change(
+        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        newest = jnp.concatenate(
+            [obs, observed.astype(obs.dtype), action.astype(obs.dtype)], axis=-1
+        )[..., -self.config.linear_rows :, :]
+        flat = newest.reshape(*newest.shape[:-2], -1)
+        return self.autoregression(jnp.concatenate([flat, static], axis=-1))
 
 
 class OutcomeModel(_Trunk):

