@@ -18,7 +18,7 @@ from pathlib import Path
 
 import duckdb
 
-from sepsis_jax.cohort.source import TABLES, RawTable, attach_source
+from sepsis_jax.cohort.source import TABLES, attach_source
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
 
@@ -40,7 +40,7 @@ WRITERS = {
 
 
 def replicate(data: Path, out: Path, copies: int, form: str, threads: int | None) -> None:
-    """Writes `copies` copies of the needed tables of `data` to `out`."""
+    """Writes `copies` copies of the tables that a cohort needs, with all their columns."""
     suffix, writer = WRITERS[form]
     connection = duckdb.connect(config={"preserve_insertion_order": False})
     if threads:
@@ -49,25 +49,26 @@ def replicate(data: Path, out: Path, copies: int, form: str, threads: int | None
     with atomic_folder(out) as folder:
         for module, names in TABLES.items():
             (folder / module).mkdir()
-            for name, columns in names.items():
+            for name in names:
                 started = time.monotonic()
-                connection.execute(f"CREATE OR REPLACE TEMP TABLE once AS FROM raw_{name}")
+                table = tables[name]
+                connection.execute(f"CREATE OR REPLACE TEMP TABLE once AS FROM {table.reader}")
                 target = folder / module / f"{name}.{suffix}"
                 connection.execute(
-                    f"COPY ({_copies_sql(tables[name], columns, copies)}) TO '{target}' ({writer})"
+                    f"COPY ({_copies_sql(table.columns, copies)}) TO '{target}' ({writer})"
                 )
                 print(f"{module}/{name}: {time.monotonic() - started:.1f} s", file=sys.stderr)
 
 
-def _copies_sql(table: RawTable, columns: dict[str, str], copies: int) -> str:
+def _copies_sql(columns: tuple[str, ...], copies: int) -> str:
     # One shift per copy keeps the times of a patient together across tables.
     minutes = f"to_minutes(CAST(hash(k) % {MAX_JITTER_MINUTES} AS BIGINT))"
     chosen = []
-    for column, kind in columns.items():
+    for column in columns:
         if column in STRIDES:
-            chosen.append(f"{column} + k * {STRIDES[column]} AS {column}")
-        elif kind == "TIMESTAMP" and column not in ("dod", "chartdate"):
-            chosen.append(f"{column} + {minutes} AS {column}")
+            chosen.append(f"CAST({column} AS BIGINT) + k * {STRIDES[column]} AS {column}")
+        elif column.endswith("time"):
+            chosen.append(f"CAST({column} AS TIMESTAMP) + {minutes} AS {column}")
         else:
             chosen.append(column)
     return f"SELECT {', '.join(chosen)} FROM range({copies}) AS copies(k), once"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -47,6 +49,7 @@ class CohortReport:
       consort: lines {step, reason, excluded, remaining}.
       counts: values left out, clipped or imputed; also in the manifest.
       seconds: wall time of each phase.
+      peak_memory_mb: most memory that this process has held so far.
       manifest: what was written beside the episodes.
     """
 
@@ -57,6 +60,7 @@ class CohortReport:
     consort: tuple[dict[str, Any], ...]
     counts: dict[str, Any]
     seconds: dict[str, float]
+    peak_memory_mb: float
     manifest: dict[str, Any]
 
 
@@ -132,6 +136,7 @@ def build_cohort(
         consort=tuple(consort),
         counts=counts,
         seconds=clock.seconds,
+        peak_memory_mb=_peak_memory_mb(),
         manifest=manifest,
     )
 
@@ -244,6 +249,11 @@ def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
             value = np.where(inside, value, np.zeros((), value.dtype))
         padded[name] = jnp.asarray(value)
     return Episodes(**padded)
+
+
+def _peak_memory_mb() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 class _Clock:
