@@ -83,8 +83,7 @@ def build_cohort(
     """
     data, out = Path(data), Path(out)
     options = options or CohortOptions()
-    if out.exists() and not (out / "manifest.json").exists() and any(out.iterdir()):
-        raise InputError(f"{out}: exists and is not a folder of episodes; choose another name")
+    _check_targets(out, options.derived_out)
     clock = _Clock(progress)
     with open_workspace(out, options) as work:
         clock.start("find tables", 0.0)
@@ -106,7 +105,7 @@ def build_cohort(
         if options.derived_out is not None:
             clock.start("write derived tables", 0.75)
             work.run("weight")
-            with atomic_folder(Path(options.derived_out)) as folder:
+            with atomic_folder(options.derived_out) as folder:
                 sepsis3.write_derived(work, folder)
         consort = [asdict(line) for line in sepsis3.choose_stays(work)]
         clock.start("bin measurements", 0.8)
@@ -139,6 +138,23 @@ def build_cohort(
         peak_memory_mb=_peak_memory_mb(),
         manifest=manifest,
     )
+
+
+def _check_targets(out: Path, derived_out: Path | None) -> None:
+    """Refuses folders that hold something else, before hours of work and before replacing them."""
+    for path in filter(None, (out, derived_out)):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path}: is a file; give the name of a folder")
+    if out.exists() and not (out / "manifest.json").exists() and any(out.iterdir()):
+        raise InputError(f"{out}: exists and is not a folder of episodes; choose another name")
+    if derived_out is None:
+        return
+    first, second = out.resolve(), derived_out.resolve()
+    if first == second or first in second.parents or second in first.parents:
+        raise InputError(f"{derived_out}: derived_out must lie outside {out}; choose another name")
+    ours = {f"{name}.parquet" for name in sepsis3.DERIVED}
+    if derived_out.exists() and {file.name for file in derived_out.iterdir()} - ours:
+        raise InputError(f"{derived_out}: holds other files than derived tables; choose another")
 
 
 def split_of(subject_ids: np.ndarray, shares: tuple[float, float, float], seed: int) -> np.ndarray:

@@ -82,7 +82,9 @@ def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> dict[str, Any]:
         ((*units, *conversion) for units, conversion in items.RATE_UNITS.items()),
     )
     work.create("fluid_items", ("itemid", "isotonic"), items.FLUIDS.items())
-    work.create("fluid_units", ("amountuom", "factor"), items.FLUID_UNITS.items())
+    everywhere = [(item, *unit) for item in items.FLUIDS for unit in items.FLUID_UNITS.items()]
+    single = [(*unit, factor) for unit, factor in items.FLUID_UNITS_OF.items()]
+    work.create("fluid_units", ("itemid", "amountuom", "factor"), everywhere + single)
     needed = _listed([item for _, numbers, *_ in drugs for item in numbers] + [*items.FLUIDS])
     with reading(tables["inputevents"]), work.joined_as_written():
         work.execute(

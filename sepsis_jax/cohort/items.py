@@ -185,8 +185,15 @@ FLUIDS: dict[int, float] = {
     227533: 6.66,  # sodium bicarbonate 8.4% (ampoule)
     228341: 8.0,  # NaCl 23.4%
 }
-# Unit of the amount -> mL: sodium bicarbonate 8.4% holds 1 mEq per mL, mannitol is taken as 20%.
-FLUID_UNITS: dict[str, float] = {"ml": 1.0, "l": 1000.0, "meq": 1.0, "grams": 5.0}
+# Unit of the amount, lower case -> mL, for every fluid; and for single fluids by their strength:
+# bicarbonate 8.4% holds 1 mEq per mL, NaCl 23.4% 4 mEq, mannitol (taken as 20%) 0.2 g.
+FLUID_UNITS: dict[str, float] = {"ml": 1.0, "l": 1000.0}
+FLUID_UNITS_OF: dict[tuple[int, str], float] = {
+    (220995, "meq"): 1.0,
+    (227533, "meq"): 1.0,
+    (228341, "meq"): 0.25,
+    (227531, "grams"): 5.0,
+}
 
 # Parts of antibiotic names, as lower case; drugs for eyes, ears and skin are left out by route
 # and form.

@@ -101,6 +101,10 @@ class CohortOptions:
     derived_out: Path | None = field(default=None)
 
     def __post_init__(self) -> None:
+        # YAML and command lines give lists and text.
+        object.__setattr__(self, "split", tuple(self.split))
+        if self.derived_out is not None:
+            object.__setattr__(self, "derived_out", Path(self.derived_out))
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

@@ -184,7 +184,7 @@ def _file_finder(connection: duckdb.DuckDBPyConnection, data: Path):
 def _csv_table(name: str, file: Path, types: dict[str, str]) -> RawTable:
     opener = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8", newline="") as stream:
+        with opener(file, "rt", encoding="utf-8-sig", newline="") as stream:
             header = tuple(next(csv.reader(stream), ()))
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise InputError(f"{file}: unreadable ({error}); download it again") from None

@@ -35,7 +35,8 @@ CREATE TABLE fluid_matched AS
 SELECT i.*, f.isotonic, u.factor
 FROM inputs AS i
 INNER JOIN fluid_items AS f USING (itemid)
-LEFT JOIN fluid_units AS u ON lower(trim(i.amountuom)) = u.amountuom;
+LEFT JOIN fluid_units AS u
+    ON i.itemid = u.itemid AND lower(trim(i.amountuom)) = u.amountuom;
 
 CREATE TABLE fluid_rows AS
 SELECT

@@ -59,7 +59,7 @@ measured AS (
 SELECT
     o.row,
     CAST(o.step AS SMALLINT) AS step,
-    f.index AS feature,
+    CAST(f.index AS TINYINT) AS feature,
     CAST(o.value AS FLOAT) AS value,
     CASE
         WHEN o.unit_problem IS NOT NULL THEN 'unknown unit'

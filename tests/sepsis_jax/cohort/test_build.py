@@ -72,6 +72,21 @@ def test_a_foreign_folder_is_not_overwritten(data, tmp_path):
     assert (tmp_path / "out" / "thesis.txt").exists()
 
 
+def test_folders_are_not_mixed_up(data, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for out, derived, message in (
+        ("out", "thesis", "other files than derived tables"),
+        ("out", "out", "must lie outside"),
+        ("out", "out/derived", "must lie outside"),
+        ("file", "derived", "is a file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            build_cohort(data, tmp_path / out, CohortOptions(derived_out=tmp_path / derived))
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
 def test_a_failed_build_leaves_the_old_episodes(data, tmp_path):
     report = build_cohort(data, tmp_path / "out")
     with pytest.raises(InputError, match="no stay is left"):

@@ -19,6 +19,7 @@ def tiny():
         tiny.pressor(stay, subject, 6, NOREPINEPHRINE, 0.05 * subject)
         tiny.infuse(stay, 1, 7, SALINE, amount=600.0, unit="ml", rate=100, rate_unit="mL/hour")
         tiny.output(stay, 3, 150.5)
+        tiny.antibiotic(stay, 3, drug='Vancomycin, "IV"\nbag')
         tiny.diagnosis(stay, "0701", version=9)  # a number with a leading zero is not a number
     return tiny
 

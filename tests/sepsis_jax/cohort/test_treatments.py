@@ -128,7 +128,14 @@ def test_fluids_count_by_tonicity(build, tiny):
     tiny.infuse(STAY, 0, 1, HALF_SALINE, amount=1.0, unit="L", rate=1000, rate_unit="mL/hour")
     tiny.infuse(STAY, 4, 5, ALBUMIN_25, amount=100.0, unit="ml", rate=100, rate_unit="mL/hour")
     tiny.infuse(STAY, 8, 9, 220995, amount=50.0, unit="mEq")
-    assert fluids(build(tiny)[0])[:3] == pytest.approx([500, 500, 333])
+    tiny.infuse(STAY, 12, 13, 228341, amount=120.0, unit="mEq")  # 30 mL of NaCl 23.4%
+    assert fluids(build(tiny)[0])[:4] == pytest.approx([500, 500, 333, 240])
+
+
+def test_a_unit_that_does_not_fit_the_fluid_is_unknown(build, tiny):
+    tiny.infuse(STAY, 0, 1, SALINE, amount=50.0, unit="mEq")
+    with pytest.raises(InputError, match=r"column amountuom has unit 'mEq' for fluid item 225158"):
+        build(tiny)
 
 
 def test_fluid_before_admission_and_after_the_window_is_left_out(build, tiny):
