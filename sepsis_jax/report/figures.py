@@ -54,6 +54,10 @@ def fan_chart(
         axis.axvline(start, color="grey", lw=0.8, ls="--")
         if limit is not None:
             axis.axhline(limit, color="grey", lw=0.8, ls=":")
+        shown = table[table["feature"] == feature]
+        bottom = min(shown["q05"].min(), past[feature].min())
+        top = max(shown["q95"].median(), shown["q75"].max(), past[feature].max())
+        axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
         axis.set(xlabel="hours since ICU admission", title=label)
     _mortality_panel(axes[-1], outcomes, plans)
     handles, labels = axes[0].get_legend_handles_labels()
