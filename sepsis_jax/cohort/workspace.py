@@ -30,7 +30,7 @@ class Workspace:
 
     def run(self, name: str) -> None:
         """Runs `sql/<name>.sql`."""
-        file = resources.files("sepsis_jax.cohort").joinpath("sql", f"{name}.sql")
+        file = resources.files("sepsis_jax.cohort.sql").joinpath(f"{name}.sql")
         self.connection.execute(file.read_text(encoding="utf-8"))
 
     def execute(self, sql: str) -> duckdb.DuckDBPyConnection:

@@ -1,0 +1,1 @@
+"""The SQL of the cohort builder, one step per file."""
