@@ -1,0 +1,1 @@
+"""What is done next? Policies behind one protocol."""

@@ -1,0 +1,59 @@
+"""How does a patient evolve? Schema, episodes, clinical rules, models, rollouts.
+
+The names below are imported on first use, so that `import worldmodel` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from worldmodel.episodes import Episodes, load_episodes, save_episodes
+    from worldmodel.errors import InputError
+    from worldmodel.models.checkpoint import load_world_model, save_world_model
+    from worldmodel.models.training import TrainConfig, train_world_model
+    from worldmodel.models.world_model import WorldModel
+    from worldmodel.scaling import Scaler
+    from worldmodel.simulate.history import start_history
+    from worldmodel.simulate.rollout import Rollouts, abduct_noise, rollout
+
+_HOMES = {
+    "Episodes": "worldmodel.episodes",
+    "InputError": "worldmodel.errors",
+    "Rollouts": "worldmodel.simulate.rollout",
+    "Scaler": "worldmodel.scaling",
+    "TrainConfig": "worldmodel.models.training",
+    "WorldModel": "worldmodel.models.world_model",
+    "abduct_noise": "worldmodel.simulate.rollout",
+    "load_episodes": "worldmodel.episodes",
+    "load_world_model": "worldmodel.models.checkpoint",
+    "rollout": "worldmodel.simulate.rollout",
+    "save_episodes": "worldmodel.episodes",
+    "save_world_model": "worldmodel.models.checkpoint",
+    "start_history": "worldmodel.simulate.history",
+    "train_world_model": "worldmodel.models.training",
+}
+
+__all__ = [
+    "Episodes",
+    "InputError",
+    "Rollouts",
+    "Scaler",
+    "TrainConfig",
+    "WorldModel",
+    "abduct_noise",
+    "load_episodes",
+    "load_world_model",
+    "rollout",
+    "save_episodes",
+    "save_world_model",
+    "start_history",
+    "train_world_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
