@@ -17,19 +17,48 @@ import numpy as np
 from worldmodel.errors import InputError
 
 
+def check_replaceable(path: Path, marker: str | None) -> None:
+    """Makes sure that writing a folder destroys nothing but an older one of its kind.
+
+    Args:
+      path: folder to write.
+      marker: a name that every folder of this kind holds; None if none may be replaced.
+
+    Raises:
+      InputError: a file, or a folder of another kind, is in the way.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: exists and is a file; choose another name")
+    if path.exists() and any(path.iterdir()) and not (marker and (path / marker).exists()):
+        raise InputError(
+            f"{path}: exists and is not a folder that this would replace; choose another name"
+        )
+
+
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well."""
+def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place when the block ends well.
+
+    Args:
+      path: folder to write.
+      marker: as for `check_replaceable`.
+
+    Raises:
+      InputError: a file, or a folder of another kind, is in the way.
+    """
+    check_replaceable(path, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
+        if path.exists():  # aside, not away: deleting takes time, in which we may be killed
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def build_cohort(
         if options.derived_out is not None:
             clock.start("write derived tables", 0.75)
             work.run("weight")
-            with atomic_folder(options.derived_out) as folder:
+            with atomic_folder(options.derived_out, marker="sepsis3.parquet") as folder:
                 sepsis3.write_derived(work, folder)
         consort = [asdict(line) for line in sepsis3.choose_stays(work)]
         clock.start("bin measurements", 0.8)

@@ -94,7 +94,7 @@ def compare_effects(
             "mean_absolute_error": float(np.abs(true_effect - learned_effect).mean()),
             "largest_true_effect": float(np.abs(true_effect).max()),
         }
-    with atomic_folder(Path(out)) as folder:
+    with atomic_folder(Path(out), marker="effects.csv") as folder:
         table.to_csv(folder / "effects.csv", index=False)
         write_json(folder / "metrics.json", {"states": len(index), **result})
         effects_figure(table, folder / "effects.png")

@@ -79,7 +79,7 @@ def simulate_patient(
     table = trajectory_table(rollouts, parsed, hours, at_start)
     outcomes = outcome_table(rollouts, parsed)
     identity = int(stay.stay_id[0])
-    with atomic_folder(Path(out)) as folder:
+    with atomic_folder(Path(out), marker="trajectories.csv") as folder:
         table.to_csv(folder / "trajectories.csv", index=False)
         outcomes.to_csv(folder / "outcomes.csv", index=False)
         title = (

@@ -73,7 +73,8 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
     """Writes a world model of the reference variant as a published checkpoint folder.
 
     Raises:
-      InputError: the variant is not "reference" or the model is an ensemble.
+      InputError: the variant is not "reference", the model is an ensemble, or something else
+        is in the way.
     """
     path = Path(path)
     if world_model.config != _CONFIG:
@@ -87,7 +88,7 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
     def first(model: Any) -> Any:
         return jax.tree.map(lambda leaf: leaf[0], model)
 
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, marker=STATE_FILE) as folder:
         state, outcome = first(world_model.state_model), first(world_model.outcome_model)
         write_state_dict(_tensors(state, _STATE_LINEARS), folder / STATE_FILE)
         write_state_dict(_tensors(outcome, _OUTCOME_LINEARS), folder / OUTCOME_FILE)

@@ -1,0 +1,127 @@
+"""Files appear whole or not at all."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from worldmodel.errors import InputError
+from worldmodel.files import (
+    atomic_file,
+    atomic_folder,
+    digest,
+    digest_file,
+    read_json,
+    write_json,
+)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    with atomic_folder(tmp_path / "deep" / "out", marker="a.txt") as folder:
+        (folder / "a.txt").write_text("new")
+        assert not (tmp_path / "deep" / "out").exists()
+    assert (tmp_path / "deep" / "out" / "a.txt").read_text() == "new"
+    assert names(tmp_path / "deep") == ["out"]
+
+
+def test_folder_of_the_same_kind_is_replaced_whole(tmp_path):
+    for content, extra in (("old", "b.txt"), ("new", "c.txt")):
+        with atomic_folder(tmp_path / "out", marker="a.txt") as folder:
+            (folder / "a.txt").write_text(content)
+            (folder / extra).touch()
+    assert names(tmp_path / "out") == ["a.txt", "c.txt"]
+    assert (tmp_path / "out" / "a.txt").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+def test_failure_leaves_the_old_folder(tmp_path):
+    with atomic_folder(tmp_path / "out", marker="a.txt") as folder:
+        (folder / "a.txt").write_text("old")
+    with pytest.raises(StoppedError), atomic_folder(tmp_path / "out", marker="a.txt") as folder:
+        (folder / "a.txt").write_text("half")
+        raise StoppedError
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_failure_of_the_first_write_leaves_nothing(tmp_path):
+    with pytest.raises(StoppedError), atomic_folder(tmp_path / "out", marker="a.txt"):
+        raise StoppedError
+    assert names(tmp_path) == []
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out", marker="a.txt") as folder:
+        (folder / "a.txt").touch()
+    assert names(tmp_path / "out") == ["a.txt"]
+
+
+def test_a_strangers_folder_is_never_replaced(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("years of work")
+    with (
+        pytest.raises(InputError, match=r"home: exists .*another name"),
+        atomic_folder(tmp_path / "home", marker="a.txt"),
+    ):
+        pytest.fail("the block must not begin")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "out").write_text("a file")
+    with (
+        pytest.raises(InputError, match="out: exists and is a file"),
+        atomic_folder(tmp_path / "out", marker="a.txt"),
+    ):
+        pytest.fail("the block must not begin")
+    (tmp_path / "out").unlink()
+
+
+def test_file_failure_leaves_the_old_content(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(StoppedError), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        raise StoppedError
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_json_round_trips_and_refuses_nan(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"x": [1, 0.5, None]})
+    assert read_json(path) == {"x": [1, 0.5, None]}
+    with pytest.raises(ValueError, match="Out of range"):
+        write_json(path, {"x": float("nan")})
+    assert read_json(path) == {"x": [1, 0.5, None]}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_unreadable_json_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"a\.json: no such file"):
+        read_json(tmp_path / "a.json")
+    for junk in (b"{", b"\xff\xfe\x00"):
+        (tmp_path / "a.json").write_bytes(junk)
+        with pytest.raises(InputError, match=r"a\.json: not readable JSON"):
+            read_json(tmp_path / "a.json")
+    with pytest.raises(InputError, match="not readable JSON"):
+        read_json(tmp_path)
+
+
+def test_digests_are_sha256_of_the_contents(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert digest_file(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+    letters = np.frombuffer(b"abcdef", np.uint8)
+    assert digest([letters[:2], letters[2:]]) == hashlib.sha256(b"abcdef").hexdigest()
+    # Contents count, not the layout in memory.
+    grid = np.arange(6, dtype=np.int32).reshape(2, 3)
+    assert digest([grid.T]) == digest([np.ascontiguousarray(grid.T)]) != digest([grid])
