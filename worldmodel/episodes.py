@@ -24,6 +24,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 from worldmodel.scaling import Scaler
 
+EPISODES_FILE = "episodes.parquet"
 MASK_SUFFIX = "_measured"
 MASK_NAMES: tuple[str, ...] = tuple(name + MASK_SUFFIX for name in schema.MASKED_NAMES)
 
@@ -127,8 +128,8 @@ def from_table(table: pd.DataFrame, *, source: str = "table") -> Episodes:
       source: named in errors.
 
     Raises:
-      InputError: a column is missing, a value is NaN or infinite, a level is outside 0-4, a
-        split is unknown, or a stay's steps have gaps.
+      InputError: a column is missing, a value is NaN, infinite or outside its range, a split is
+        unknown, a stay's steps have gaps, or what belongs to a stay changes within it.
     """
     _check_table(table, source)
     table = table.sort_values(["stay_id", "step"], kind="stable").reset_index(drop=True)
@@ -141,6 +142,12 @@ def from_table(table: pd.DataFrame, *, source: str = "table") -> Episodes:
         bad = table["stay_id"].to_numpy()[np.argmax(steps != expected)]
         raise InputError(f"{source}: steps of stay {bad} are not 0, 1, 2, ...; rebuild the cohort")
     rows = np.repeat(np.arange(len(stays)), lengths)
+    for column in (*schema.STATIC_NAMES, "split", "subject_id", "died_90d", "died_in_hospital"):
+        values = table[column].to_numpy()
+        changed = values != values[first][rows]
+        if changed.any():
+            bad = stays[rows[np.argmax(changed)]]
+            raise InputError(f"{source}: column {column} changes within stay {bad}")
 
     def padded(values: np.ndarray) -> np.ndarray:
         out = np.zeros((len(stays), int(lengths.max()), *values.shape[1:]), values.dtype)
@@ -181,9 +188,9 @@ def _check_table(table: pd.DataFrame, source: str) -> None:
         )
     if table.empty:
         raise InputError(f"{source}: no rows; the cohort is empty")
-    numeric = [*schema.FEATURE_NAMES, *schema.STATIC_NAMES, *STEP_COLUMNS.values(), "died_90d",
-               "died_in_hospital"]  # fmt: skip
-    for column in numeric:
+    for column in COLUMNS:
+        if column == "split":
+            continue
         try:
             values = table[column].to_numpy(np.float64)
         except (TypeError, ValueError):
@@ -193,19 +200,22 @@ def _check_table(table: pd.DataFrame, source: str) -> None:
             raise InputError(
                 f"{source}: column {column} is NaN or infinite in row {row}; impute it first"
             )
-    for column in ("vasopressor_level", "fluid_level"):
-        values = table[column].to_numpy()
-        bad = ~np.isin(values, range(schema.NUM_LEVELS))
-        if bad.any():
-            raise InputError(
-                f"{source}: column {column} holds {values[bad][0]} in row {int(np.argmax(bad))}; "
-                "levels are 0 to 4"
-            )
-    unknown = set(table["split"].astype(str)) - set(schema.SPLITS)
-    if unknown:
-        raise InputError(
-            f"{source}: split {sorted(unknown)[0]!r} is unknown; use one of {schema.SPLITS}"
-        )
+    levels = dict.fromkeys(("vasopressor_level", "fluid_level"), range(schema.NUM_LEVELS))
+    flags = dict.fromkeys((*MASK_NAMES, "ventilated", "died_90d", "died_in_hospital"), (0, 1))
+    for column, allowed in {**levels, **flags}.items():
+        _refuse(table, column, ~table[column].isin(allowed), f"expected {[*allowed]}", source)
+    probability = table["behavior_prob"]
+    outside = (probability <= 0) | (probability > 1)
+    _refuse(table, "behavior_prob", outside, "expected above 0, at most 1, or NaN", source)
+    unknown = ~table["split"].isin(schema.SPLITS)
+    _refuse(table, "split", unknown, f"expected one of {schema.SPLITS}", source)
+
+
+def _refuse(table: pd.DataFrame, column: str, bad: pd.Series, expected: str, source: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad.to_numpy()))
+        value = table[column].iloc[row]
+        raise InputError(f"{source}: column {column} holds {value} in row {row}; {expected}")
 
 
 def save_episodes(
@@ -229,22 +239,20 @@ def save_episodes(
 
     Returns:
       The folder.
+
+    Raises:
+      InputError: something else is in the way, or no scaler can be fitted.
     """
     path = Path(path)
-    if path.exists() and not (path / "manifest.json").exists() and any(path.iterdir()):
-        raise InputError(f"{path}: exists and is not a folder of episodes; choose another name")
-    with atomic_folder(path) as folder:
-        to_table(episodes).to_parquet(folder / "episodes.parquet", index=False)
+    with atomic_folder(path, marker=EPISODES_FILE) as folder:
+        to_table(episodes).to_parquet(folder / EPISODES_FILE, index=False)
         write_json(folder / "scaler.json", (scaler or Scaler.fit(episodes)).to_dict())
         write_json(
             folder / "manifest.json",
             {
                 "schema_version": schema.SCHEMA_VERSION,
                 "step_hours": step_hours,
-                "dose_edges": {
-                    "vasopressor_mcg_kg_min": list(dose_edges.vasopressor),
-                    "fluid_ml": list(dose_edges.fluid),
-                },
+                "dose_edges": dose_edges_to_dict(dose_edges),
                 "stays": episodes.num_stays,
                 "rows": int(np.asarray(episodes.length).sum()),
                 **(manifest or {}),
@@ -265,6 +273,8 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
             f"{path}: no such folder; make one with `sepsis-jax cohort synthetic --out {path}`"
         )
     manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path / 'manifest.json'}: not a manifest; rebuild the cohort")
     version = manifest.get("schema_version")
     if version != schema.SCHEMA_VERSION:
         raise InputError(
@@ -282,7 +292,7 @@ def load_episodes(path: str | Path) -> Episodes:
     """
     path = Path(path)
     load_manifest(path)
-    file = path / "episodes.parquet"
+    file = path / EPISODES_FILE
     if not file.exists():
         raise InputError(f"{file}: missing; rebuild the cohort")
     try:
@@ -294,10 +304,34 @@ def load_episodes(path: str | Path) -> Episodes:
 
 def load_dose_edges(path: str | Path) -> schema.DoseEdges:
     """Edges of the dose levels of a folder of episodes."""
-    edges = load_manifest(path)["dose_edges"]
-    return schema.DoseEdges(
-        vasopressor=tuple(edges["vasopressor_mcg_kg_min"]), fluid=tuple(edges["fluid_ml"])
-    )
+    return dose_edges_of(load_manifest(path), source=str(Path(path) / "manifest.json"))
+
+
+def dose_edges_to_dict(edges: schema.DoseEdges) -> dict[str, list[float]]:
+    """Dose edges as manifests hold them."""
+    return {"vasopressor_mcg_kg_min": list(edges.vasopressor), "fluid_ml": list(edges.fluid)}
+
+
+def dose_edges_of(manifest: Mapping[str, Any], *, source: str) -> schema.DoseEdges:
+    """Dose edges from a manifest's `dose_edges`.
+
+    Raises:
+      InputError: the field is missing or is not three doses in order per drug.
+    """
+    try:
+        edges = manifest["dose_edges"]
+        return schema.DoseEdges(
+            vasopressor=_rising(edges["vasopressor_mcg_kg_min"]), fluid=_rising(edges["fluid_ml"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source}: dose_edges missing or malformed ({error})") from None
+
+
+def _rising(doses: Any) -> tuple[float, float, float]:
+    first, second, third = (float(dose) for dose in doses)
+    if not 0 < first <= second <= third:
+        raise ValueError(f"{doses} do not rise from above 0")
+    return first, second, third
 
 
 def load_scaler(path: str | Path) -> Scaler:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from worldmodel import schema
+from worldmodel.episodes import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 from worldmodel.models.clinical_model import ModelConfig
@@ -23,6 +24,7 @@ from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
 
 KIND = "sepsis-jax world model"
+PARAMS = "params"
 
 
 class Saver:
@@ -47,7 +49,7 @@ class Saver:
 
     def save(self, epoch: int, state: Any, history: list[dict[str, float]]) -> None:
         """Saves after an epoch; the previous state goes when the new one is complete."""
-        with atomic_folder(self._folder / "state") as temporary:
+        with atomic_folder(self._folder / "state", marker="history.json") as temporary:
             _save_arrays(temporary / "arrays", _without_keys(state))
             write_json(temporary / "history.json", {"epoch": epoch, "history": history})
 
@@ -72,12 +74,13 @@ def save_world_model(
       world_model: what to save.
       path: folder to make; an existing world model there is replaced.
       manifest: metrics and provenance to keep beside the parameters.
+
+    Raises:
+      InputError: something else is in the way.
     """
     path = Path(path).absolute()
-    if path.exists() and any(path.iterdir()) and not (path / "manifest.json").exists():
-        raise InputError(f"{path}: exists and is not a world model; choose another name")
-    with atomic_folder(path) as folder:
-        _save_arrays(folder / "params", _params(world_model))
+    with atomic_folder(path, marker=PARAMS) as folder:
+        _save_arrays(folder / PARAMS, _params(world_model))
         write_json(folder / "scaler.json", world_model.scaler.to_dict())
         write_json(
             folder / "manifest.json",
@@ -87,10 +90,7 @@ def save_world_model(
                 "config": asdict(world_model.config),
                 "members": world_model.num_members,
                 "step_hours": world_model.step_hours,
-                "dose_edges": {
-                    "vasopressor_mcg_kg_min": list(world_model.dose_edges.vasopressor),
-                    "fluid_ml": list(world_model.dose_edges.fluid),
-                },
+                "dose_edges": dose_edges_to_dict(world_model.dose_edges),
                 **(manifest or {}),
             },
         )
@@ -108,37 +108,37 @@ def load_world_model(path: str | Path) -> WorldModel:
         raise InputError(f"{path}: no such folder; train one with `sepsis-jax world-model train`")
     if is_reference_folder(path):
         return load_reference(path)
-    manifest = read_json(path / "manifest.json")
-    if manifest.get("kind") != KIND:
-        raise InputError(f"{path}: not a world model (its manifest says {manifest.get('kind')!r})")
+    file = path / "manifest.json"
+    manifest = read_json(file)
+    kind = manifest.get("kind") if isinstance(manifest, dict) else None
+    if kind != KIND:
+        raise InputError(f"{path}: not a world model (its manifest says {kind!r})")
     if manifest.get("schema_version") != schema.SCHEMA_VERSION:
         raise InputError(
             f"{path}: schema version {manifest.get('schema_version')}, this software reads "
             f"{schema.SCHEMA_VERSION}; train the model again"
         )
-    edges = manifest["dose_edges"]
     try:
         config = ModelConfig(**manifest["config"])
-    except TypeError as error:
-        raise InputError(f"{path / 'manifest.json'}: config: {error}") from None
+        members, step_hours = int(manifest["members"]), float(manifest["step_hours"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file}: field missing or malformed ({error})") from None
     world_model = jax.eval_shape(
         lambda: init_world_model(
             jax.random.key(0),
             Scaler(*(jnp.zeros(n) for n in (39, 39, 3, 3))),
             config,
-            members=manifest["members"],
+            members=members,
         )
     )
-    state_model, outcome_model = _load_arrays(path / "params", _params(world_model))
+    state_model, outcome_model = _load_arrays(path / PARAMS, _params(world_model))
     return WorldModel(
         state_model=state_model,
         outcome_model=outcome_model,
         scaler=Scaler.from_dict(read_json(path / "scaler.json"), source=str(path)),
         config=config,
-        step_hours=manifest["step_hours"],
-        dose_edges=schema.DoseEdges(
-            tuple(edges["vasopressor_mcg_kg_min"]), tuple(edges["fluid_ml"])
-        ),
+        step_hours=step_hours,
+        dose_edges=dose_edges_of(manifest, source=str(file)),
     )
 
 
@@ -163,6 +163,16 @@ def _load_arrays(folder: Path, like: Any) -> Any:
     abstract = _named(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; the checkpoint is incomplete")
+    try:
+        restored = _restore(folder, abstract)
+    except InputError:
+        raise
+    except Exception as error:  # Orbax and its stores fail in many ways on damaged folders
+        raise InputError(f"{folder}: not a readable checkpoint ({error})") from None
+    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in abstract])
+
+
+def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder)
         found = {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
@@ -173,8 +183,7 @@ def _load_arrays(folder: Path, like: Any) -> Any:
                 f"{folder}: {name} has shape {found.get(name)}, expected {wanted.get(name)}; "
                 "the checkpoint belongs to another model configuration"
             )
-        restored = checkpointer.restore(folder, abstract)
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in abstract])
+        return checkpointer.restore(folder, abstract)
 
 
 def _named(tree: Any) -> dict[str, Any]:
