@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -25,9 +26,9 @@ def load_config(cls: type[T], path: str | Path) -> T:
         value = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; see configs/ for examples") from None
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"{path}: not readable YAML ({error})") from None
-    return from_mapping(cls, value or {}, source=str(path))
+    return from_mapping(cls, {} if value is None else value, source=str(path))
 
 
 def from_mapping(cls: type[T], value: Any, *, source: str) -> T:
@@ -67,6 +68,8 @@ def _checked(hint: Any, value: Any, source: str) -> Any:
     if type(value) not in allowed:
         names = " or ".join(option.__name__ for option in allowed)
         raise InputError(f"{source}: got {value!r}, expected {names}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{source}: got {value}, expected a finite number")
     return value
 
 
@@ -80,7 +83,11 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
         path, sign, text = override.partition("=")
         if not sign:
             raise InputError(f"{source}: {override!r} is not NAME=VALUE")
-        config = _override(config, path.split("."), yaml.safe_load(text), source)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"{source}: {override!r} is not readable YAML after the '='") from None
+        config = _override(config, path.split("."), value, source)
     return config
 
 

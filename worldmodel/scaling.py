@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 SCALER_FILE = "scaler_params_log.json"
 FEATURE_FILE = "episode_feature_config.json"
+REFERENCE_STATIC = ("age", "gender", "charlson_comorbidity_index")
 _MIN_STD = 1e-6
+_WIDTHS = {
+    "mean": schema.NUM_FEATURES,
+    "std": schema.NUM_FEATURES,
+    "static_mean": schema.NUM_STATIC,
+    "static_std": schema.NUM_STATIC,
+}
 
 
 @struct.dataclass
@@ -79,10 +86,15 @@ class Scaler:
         """
         folder = Path(folder)
         dynamic, static = read_json(folder / SCALER_FILE), read_json(folder / FEATURE_FILE)
+        for file, value in ((SCALER_FILE, dynamic), (FEATURE_FILE, static)):
+            if not isinstance(value, dict):
+                raise InputError(f"{folder / file}: not a mapping of fields")
         if tuple(dynamic.get("dyn_cols", ())) != schema.FEATURE_NAMES:
             raise InputError(f"{folder / SCALER_FILE}: dyn_cols differ from the schema's order")
         if not dynamic.get("urine_log_transform", False):
             raise InputError(f"{folder / SCALER_FILE}: urine_log_transform must be true")
+        if tuple(static.get("static_cols", REFERENCE_STATIC)) != REFERENCE_STATIC:
+            raise InputError(f"{folder / FEATURE_FILE}: static_cols must be {REFERENCE_STATIC}")
         try:
             age_mean, charlson_mean = static["static_scaler_mean"]
             age_std, charlson_std = static["static_scaler_std"]
@@ -91,7 +103,10 @@ class Scaler:
                 dynamic["dyn_std"],
                 (age_mean, 0.0, charlson_mean),
                 (age_std, 1.0, charlson_std),
+                source=str(folder),
             )
+        except InputError:
+            raise
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{folder}: scaler field missing or malformed ({error})") from None
 
@@ -113,16 +128,31 @@ class Scaler:
         Raises:
           InputError: a field is missing or the feature order differs from the schema's.
         """
-        if tuple(value.get("features", ())) != schema.FEATURE_NAMES:
+        if not isinstance(value, dict) or tuple(value.get("features", ())) != schema.FEATURE_NAMES:
             raise InputError(f"{source}: scaler features differ from the schema's order")
         try:
-            return cls._of(*(value[name] for name in ("mean", "std", "static_mean", "static_std")))
+            return cls._of(*(value[name] for name in _WIDTHS), source=source)
         except KeyError as error:
             raise InputError(f"{source}: scaler field {error} is missing") from None
 
     @classmethod
-    def _of(cls, mean: Any, std: Any, static_mean: Any, static_std: Any) -> Scaler:
-        return cls(*(jnp.asarray(x, jnp.float32) for x in (mean, std, static_mean, static_std)))
+    def _of(cls, *values: Any, source: str = "scaler") -> Scaler:
+        arrays = {}
+        for (name, width), value in zip(_WIDTHS.items(), values, strict=True):
+            try:
+                array = np.asarray(value, np.float32)
+            except (TypeError, ValueError):
+                raise InputError(f"{source}: scaler field {name} is not numeric") from None
+            if array.shape != (width,):
+                raise InputError(
+                    f"{source}: scaler field {name} has shape {array.shape}, expected {(width,)}"
+                )
+            if not np.isfinite(array).all() or (name.endswith("std") and (array <= 0).any()):
+                raise InputError(
+                    f"{source}: scaler field {name} holds NaN, infinite or useless values"
+                )
+            arrays[name] = jnp.asarray(array)
+        return cls(**arrays)
 
 
 def _safe_std(values: np.ndarray) -> np.ndarray:

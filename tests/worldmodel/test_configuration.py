@@ -1,0 +1,108 @@
+"""Settings from YAML and the command line."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from worldmodel.configuration import apply_overrides, from_mapping, load_config
+from worldmodel.errors import InputError
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    epochs: int = 3
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner = field(default_factory=Inner)
+    name: str = "a"
+    flag: bool = False
+    weight: float | None = None
+    shares: tuple[float, float] = (0.5, 0.5)
+    folder: Path | None = None
+
+
+def from_yaml(tmp_path, text):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    return load_config(Outer, path)
+
+
+def test_yaml_fills_nested_settings(tmp_path):
+    got = from_yaml(
+        tmp_path, "inner: {rate: 1}\nflag: true\nweight: 2\nshares: [1, 0.25]\nfolder: a/b\n"
+    )
+    assert got == Outer(Inner(rate=1.0), flag=True, weight=2.0, shares=(1.0, 0.25),
+                        folder=Path("a/b"))  # fmt: skip
+    assert isinstance(got.inner.rate, float) and isinstance(got.shares[0], float)
+
+
+def test_empty_yaml_means_the_defaults(tmp_path):
+    assert from_yaml(tmp_path, "# nothing\n") == Outer()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nope: 1", r"settings\.yaml: unknown setting 'nope'; known: inner, name"),
+        ("inner: {nope: 1}", r"settings\.yaml: inner: unknown setting 'nope'; known: rate, epochs"),
+        ("inner: {epochs: 1.5}", r"inner: epochs: got 1\.5, expected int"),
+        ("inner: {epochs: true}", r"epochs: got True, expected int"),
+        ("inner: {rate: fast}", r"rate: got 'fast', expected float"),
+        ("inner: 3", r"inner: expected a mapping"),
+        ("flag: 1", r"flag: got 1, expected bool"),
+        ("weight: x", r"weight: got 'x', expected float or NoneType"),
+        ("shares: [1]", r"shares: got \[1\], expected a list of 2"),
+        ("shares: [1, x]", r"shares: got 'x', expected float"),
+        ("- 1", r"expected a mapping of settings, got list"),
+        ("0", r"expected a mapping of settings, got int"),
+        ("inner: [", r"not readable YAML"),
+        ("inner: {rate: .nan}", r"rate: got nan"),
+    ],
+)
+def test_bad_yaml_is_named(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        from_yaml(tmp_path, text)
+
+
+def test_missing_or_binary_files_are_named(tmp_path):
+    with pytest.raises(InputError, match=r"none\.yaml: no such file"):
+        load_config(Outer, tmp_path / "none.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\xfa\x00")
+    with pytest.raises(InputError, match=r"b\.yaml: not readable YAML"):
+        load_config(Outer, tmp_path / "b.yaml")
+
+
+def test_overrides_reach_into_nested_settings():
+    got = apply_overrides(
+        Outer(name="b"),
+        ["inner.rate=2", "inner.epochs=7", "shares=[0.1, 0.9]", "weight=null", "inner.rate=3"],
+        source="--set",
+    )
+    assert got == Outer(Inner(rate=3.0, epochs=7), name="b", shares=(0.1, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("flag", "--set: 'flag' is not NAME=VALUE"),
+        ("nope=1", "--set: unknown setting 'nope'"),
+        ("inner.nope=1", "--set: inner: unknown setting 'nope'"),
+        ("name.part=1", "--set: unknown setting 'name.part'"),
+        ("inner=1", "inner: expected a mapping"),
+        ("inner.epochs=x", "inner: epochs: got 'x', expected int"),
+        ("=1", "unknown setting ''"),
+        ("shares=[1", r"--set: 'shares=\[1' is not readable"),
+    ],
+)
+def test_bad_overrides_are_named(override, message):
+    with pytest.raises(InputError, match=message):
+        apply_overrides(Outer(), [override], source="--set")
+
+
+def test_other_mappings_than_dicts_are_refused():
+    with pytest.raises(InputError, match="here: expected a mapping"):
+        from_mapping(Outer, "name", source="here")
