@@ -15,10 +15,12 @@ from worldmodel.episodes import load_dose_edges, load_episodes
 @pytest.mark.demo_data
 def test_demo_cohort(demo, tmp_path):
     report = build_cohort(demo, tmp_path / "out")
-    assert [line["remaining"] for line in report.consort] == [140, 140, 140, 100, 57, 40, 40]
+    remaining = [line["remaining"] for line in report.consort]
+    assert remaining[:5] == [140, 140, 140, 100, 57]
+    assert 36 <= report.stays <= 44  # depends on the release of the charts
     assert sum(report.seconds.values()) < 30
     episodes = load_episodes(tmp_path / "out")
-    assert (episodes.num_stays, episodes.num_steps) == (40, 20)
+    assert (episodes.num_stays, episodes.num_steps) == (report.stays, 20)
     valid = np.asarray(episodes.valid)
     assert np.isfinite(np.asarray(episodes.dynamic)).all()
     # Most steps have vital signs; a third have the daily laboratory panel.

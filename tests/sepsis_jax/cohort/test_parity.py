@@ -191,11 +191,15 @@ def test_derived_table_equals_mimic_code(both, name):
     assert (len(only_ours), len(only_theirs)) == (0, 0)
 
 
-def test_the_demo_has_62_sepsis_stays(both):
+def test_number_of_sepsis_stays(both):
     connection, report = both
-    stays = connection.execute("SELECT count(DISTINCT stay_id) FROM ours.sepsis3").fetchone()[0]
-    total = connection.execute("SELECT count(*) FROM mimiciv_icu.icustays").fetchone()[0]
-    assert (stays, total) == (62, 140)
+    stays = [
+        connection.execute(f"SELECT stay_id FROM {schema}.sepsis3 ORDER BY 1").fetchall()
+        for schema in ("ours", "mimiciv_derived")
+    ]
+    assert stays[0] == stays[1]
+    # 62 in the copy that this project uses; a few may differ with other releases of the charts.
+    assert 58 <= len(stays[0]) <= 66
     assert report.consort[0]["remaining"] == 140
 
 
