@@ -6,7 +6,7 @@ repeated: the result is for timing only.
 
 Example, 3,000 patients from the open demo (100 patients):
 
-    python scripts/replicate_mimic.py --data mimic-iv-demo --out /tmp/big --copies 30
+    python scripts/replicate_mimic.py --data mimic-iv-demo --out runs/big --copies 30
 """
 
 from __future__ import annotations
