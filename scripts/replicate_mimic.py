@@ -1,8 +1,8 @@
 """Makes a large data set in the layout of MIMIC-IV out of a small one, to measure scale.
 
-Every copy shifts patients, hospital stays, ICU stays and specimens to fresh numbers, and all
-times of a patient by a few whole minutes, so that no two copies are alike. Clinical content is
-repeated: the result is for timing only.
+Every copy shifts patients, hospital stays, ICU stays and specimens to fresh numbers, and all its
+times by up to four hours, so that no two copies are alike. Clinical content is repeated: the
+result is for timing only.
 
 Example, 3,000 patients from the open demo (100 patients):
 
