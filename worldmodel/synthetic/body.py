@@ -66,10 +66,10 @@ class PhysiologyParams:
     ischaemia_pressure: float = 0.030  # per mmHg above 82 under a vasopressor
     # Lactate, mmol/L.
     lactate_rate: float = 0.50
-    lactate_base: float = 0.68
-    lactate_hypoperfusion: float = 7.0
+    lactate_base: float = 0.5
+    lactate_hypoperfusion: float = 5.0
     lactate_inflammation: float = 0.8
-    lactate_ischaemia: float = 2.4
+    lactate_ischaemia: float = 2.0
     lactate_liver: float = 1.2
     lactate_noise: float = 0.07  # log
     # Organ injury, 0 to 1.

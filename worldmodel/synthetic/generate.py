@@ -28,7 +28,7 @@ class Truth:
     patient: jax.Array  # [N] int32 patient numbers
     probabilities: jax.Array  # [N, T, 25] of the policy that generated; 0 on padding
     reward: jax.Array  # [N, T] float32; 0 on padding
-    latent: Latent | None  # leaves [N, T, ...]; undefined on padding
+    latent: Latent | None  # leaves [N, T, ...], start of each step; 0 on padding
     params: Params
     config: Config = struct.field(pytree_node=False)
 
@@ -93,7 +93,7 @@ def generate_patients(
         patient=jnp.asarray(patients),
         probabilities=_zeroed(rows.probabilities, rows.valid),
         reward=_zeroed(rows.reward, rows.valid),
-        latent=rows.latent,
+        latent=jax.tree.map(lambda leaf: _zeroed(leaf, rows.valid), rows.latent),
         params=params,
         config=config,
     )

@@ -30,7 +30,7 @@ _PANELS: dict[str, tuple[float, float, float]] = {
     "coagulation": (0.16, 0.25, 0.0),
     "liver": (0.08, 0.22, 0.0),
     "gas": (0.05, 0.30, 0.45),
-    "lactate": (0.14, 0.75, 0.05),
+    "lactate": (0.30, 0.70, 0.10),
 }
 _PANEL_NAMES = tuple(_PANELS)
 # feature: (panel, chance of being kept within the panel, additive noise, relative noise)
@@ -97,7 +97,7 @@ _FILL: dict[str, float] = {
     "temp_c": 37.0, "fio2": 45, "gcs_eye": 3, "gcs_verbal": 2, "gcs_motor": 5, "albumin": 2.8,
     "alt": 33, "ast": 51, "base_excess": -1, "bicarbonate": 23, "bilirubin_total": 0.8,
     "bun": 24, "calcium_free": 1.12, "calcium_total": 8.4, "chloride": 104, "creatinine": 1.2,
-    "glucose": 134, "hemoglobin": 10.1, "hematocrit": 30.0, "inr": 1.4, "lactate": 1.8,
+    "glucose": 134, "hemoglobin": 10.1, "hematocrit": 30.0, "inr": 1.4, "lactate": 1.9,
     "magnesium": 2.1, "paco2": 39, "pao2": 88, "ph": 7.38, "platelet": 160, "potassium": 4.2,
     "pt": 15.4, "ptt": 36.8, "sodium": 139, "total_co2": 24, "wbc": 10.1, "output_4hourly": 200,
 }  # fmt: skip

@@ -231,7 +231,7 @@ def _injure(latent: Latent, debt: jax.Array, noise: Noise, p: PhysiologyParams) 
     brain = latent.brain + p.brain_rate * (brain_target - latent.brain)
     level = (
         p.lactate_base
-        + p.lactate_hypoperfusion * debt**2
+        + p.lactate_hypoperfusion * debt
         + p.lactate_inflammation * latent.inflammation
         + p.lactate_ischaemia * latent.ischaemia
         + p.lactate_liver * liver
