@@ -124,6 +124,4 @@ def _show(metrics: dict) -> None:
         STATE_COLUMNS,
         state_rows(metrics),
     )
-    print_table(
-        "Death within 90 days, asked at the last step", OUTCOME_COLUMNS, outcome_rows(metrics)
-    )
+    print_table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(metrics))

@@ -102,13 +102,15 @@ def run_demo(
 
 
 def default_config(stays: int, seed: int) -> TrainConfig:
-    """Settings for a demonstration: smaller batches where there are few stays."""
-    batch = 256 if stays >= 1000 else 64
-    return TrainConfig(
-        state=FitConfig(epochs=15, batch_size=batch, patience=3),
-        outcome=FitConfig(epochs=5, batch_size=batch, learning_rate=1e-3, patience=2),
-        seed=seed,
-    )
+    """Settings for a demonstration: gentler where there are few stays."""
+    if stays >= 1000:
+        state = FitConfig(epochs=12, batch_size=256, patience=3)
+        outcome = FitConfig(epochs=4, batch_size=256, learning_rate=1e-3, patience=2)
+    else:
+        gentle = FitConfig(batch_size=64, learning_rate=3e-4, weight_decay=0.1)
+        state = replace(gentle, epochs=60, patience=8)
+        outcome = replace(gentle, epochs=10, patience=3)
+    return TrainConfig(state=state, outcome=outcome, seed=seed)
 
 
 def hypotensive_stay(episodes: Episodes, *, step: int, horizon: int) -> int:

@@ -13,6 +13,8 @@ from worldmodel.files import digest_file, write_json
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.training import Progress, TrainConfig, Trained, train_world_model
 
+HEADLINES = ("split", "stays", "transitions", "state", "outcome", "outcome_every_step")
+
 
 def train(
     episodes_path: str | Path,
@@ -64,4 +66,4 @@ def train(
 
 def summary(metrics: dict[str, Any]) -> dict[str, Any]:
     """The headline figures of a world model, without the per-feature table."""
-    return {name: metrics[name] for name in ("split", "stays", "transitions", "state", "outcome")}
+    return {name: metrics[name] for name in HEADLINES}

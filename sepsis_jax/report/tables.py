@@ -21,5 +21,7 @@ def outcome_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The Outcome Model beside its baseline, in the columns of `OUTCOME_COLUMNS`."""
     keys = ("auroc", "auprc", "brier", "ece", "prevalence")
     return [
-        (MODEL_NAMES[name], *(row[key] for key in keys)) for name, row in metrics["outcome"].items()
+        (f"{MODEL_NAMES[name]}, {when}", *(row[key] for key in keys))
+        for part, when in (("outcome", "last step"), ("outcome_every_step", "every step"))
+        for name, row in metrics[part].items()
     ]

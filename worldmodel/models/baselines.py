@@ -52,7 +52,7 @@ def last_value(train: Rows, test: Rows) -> HostPrediction:
     """The last value stays; spread from the training split's measured changes."""
     return HostPrediction(
         mu=test.last,
-        sigma=_spread(train.target - train.last, train.measured, len(test.last)),
+        sigma=_repeated(spread(train.target - train.last, train.measured), test),
         ventilation=test.ventilated_now.astype(np.float64),
     )
 
@@ -72,7 +72,7 @@ def linear_autoregression(train: Rows, test: Rows) -> HostPrediction:
         residual[use, j] = train.target[use, j] - model.predict(train.inputs[use])
     return HostPrediction(
         mu=mu,
-        sigma=_spread(residual, train.measured, len(test.last)),
+        sigma=_repeated(spread(residual, train.measured), test),
         ventilation=logistic(train.inputs, train.ventilated, test.inputs),
     )
 
@@ -85,7 +85,11 @@ def logistic(inputs: np.ndarray, label: np.ndarray, test_inputs: np.ndarray) -> 
     return model.predict_proba(test_inputs)[:, 1]
 
 
-def _spread(error: np.ndarray, measured: np.ndarray, count: int) -> np.ndarray:
+def spread(error: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Root mean square error of each feature [39] over its measured entries [K, 39]."""
     total = np.maximum(measured.sum(0), 1)
-    sigma = np.sqrt((np.square(error) * measured).sum(0) / total)
-    return np.broadcast_to(np.maximum(sigma, _MIN_SIGMA), (count, error.shape[1]))
+    return np.maximum(np.sqrt((np.square(error) * measured).sum(0) / total), _MIN_SIGMA)
+
+
+def _repeated(sigma: np.ndarray, rows: Rows) -> np.ndarray:
+    return np.broadcast_to(sigma, rows.target.shape)

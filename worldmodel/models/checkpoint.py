@@ -25,33 +25,36 @@ from worldmodel.scaling import Scaler
 
 KIND = "sepsis-jax world model"
 PARAMS = "params"
+RUN_FILE = "run.json"
 
 
 class Saver:
     """Keeps the newest training state of one run in a folder.
 
     Args:
-      folder: made if missing.
+      folder: made when the first epoch is saved.
       fingerprint: what the run depends on; a folder of another run is refused.
+
+    Raises:
+      InputError: the folder holds the state of another run.
     """
 
     def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]):
         self._folder = Path(folder).absolute()
         self._fingerprint = dict(fingerprint)
-        file = self._folder / "run.json"
+        file = self._folder / "state" / RUN_FILE
         if file.exists() and read_json(file) != self._fingerprint:
             raise InputError(
                 f"{self._folder}: holds the state of a run with other settings or data; "
                 "remove it or train into another folder"
             )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, self._fingerprint)
 
     def save(self, epoch: int, state: Any, history: list[dict[str, float]]) -> None:
         """Saves after an epoch; the previous state goes when the new one is complete."""
-        with atomic_folder(self._folder / "state", marker="history.json") as temporary:
+        with atomic_folder(self._folder / "state", marker=RUN_FILE) as temporary:
             _save_arrays(temporary / "arrays", _without_keys(state))
             write_json(temporary / "history.json", {"epoch": epoch, "history": history})
+            write_json(temporary / RUN_FILE, self._fingerprint)
 
     def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:
         """The saved state and history, or the given state where nothing was saved."""

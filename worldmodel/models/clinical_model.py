@@ -25,6 +25,7 @@ from worldmodel.errors import InputError
 from worldmodel.models.gru import GRU
 
 VARIANTS = ("reference", "residual")
+PRECISIONS = ("highest", "high", "default")
 LOG_SIGMA_RANGE = (-4.0, 1.5)  # z-space, residual variant
 
 
@@ -55,9 +56,18 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise InputError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
-        for name in ("hidden", "layers", "embed", "head", "linear_rows"):
+        for name in ("hidden", "layers", "embed", "head"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not 1 <= self.linear_rows <= schema.STATE_WINDOW:
+            raise InputError(
+                f"linear_rows: got {self.linear_rows}, expected 1 to {schema.STATE_WINDOW}, the "
+                "rows of the State Model's window"
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"dropout: got {self.dropout}, expected at least 0 and below 1")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
 
     @property
     def row_width(self) -> int:

@@ -49,6 +49,11 @@ class FitConfig:
         for name in ("epochs", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected above 0")
+        if self.weight_decay < 0:
+            raise InputError(f"weight_decay: got {self.weight_decay}, expected 0 or more")
 
 
 @struct.dataclass
@@ -111,7 +116,7 @@ def fit(
       The best model and one record of metrics per epoch.
 
     Raises:
-      InputError: a split has no windows.
+      InputError: a split has no windows, or a loss is not finite.
     """
     for name, (_, index) in (("training", train), ("validation", validation)):
         if not len(index):
@@ -138,11 +143,12 @@ def fit(
     validation_data = (validation[0], jnp.asarray(validation[1]))
     while int(state.epoch) < config.epochs and not _stopped(state, config):
         state, train_loss, validation_loss = run_epoch(state, train_data, validation_data)
-        if not np.isfinite(np.asarray(train_loss)).all():
-            raise FloatingPointError(
-                f"training loss is not finite in epoch {int(state.epoch)}; "
-                "lower the learning rate or look for extreme values in the episodes"
-            )
+        for name, value in (("training", train_loss), ("validation", validation_loss)):
+            if not np.isfinite(np.asarray(value)).all():
+                raise InputError(
+                    f"{name} loss is not finite in epoch {int(state.epoch)}; lower the learning "
+                    "rate or look for extreme values in the episodes"
+                )
         record = {
             "epoch": int(state.epoch),
             "train_loss": float(train_loss.mean()),
@@ -178,18 +184,18 @@ def _epoch(
             model, opt_state, key_order, key_dropout, train, loss, optimizer, batch
         )
         validation_loss = mean_loss(new_model, loss, *validation, batch=4 * batch)
-        better = validation_loss < best_loss
-        running = since_best < patience  # a stopped member keeps what it has
+        running = since_best < patience  # a stopped member keeps what it has, for good
+        better = running & (validation_loss < best_loss)
 
         def keep(new, old, when):
             return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
 
         carry = (
             keep(new_model, model, running),
-            keep(new_model, best, better & running),
+            keep(new_model, best, better),
             keep(new_opt, opt_state, running),
             key_next,
-            jnp.where(better & running, validation_loss, best_loss),
+            jnp.where(better, validation_loss, best_loss),
             jnp.where(better, 0, since_best + 1),
         )
         return carry, train_loss, validation_loss

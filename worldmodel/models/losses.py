@@ -35,7 +35,8 @@ def state_loss(
     cross_entropy = optax.sigmoid_binary_cross_entropy(
         prediction.vent_logit, target.ventilated.astype(jnp.float32)
     )
-    return (nll * weight).sum() / weight.sum() + vent_weight * cross_entropy.mean()
+    total = jnp.maximum(weight.sum(), 1e-6)  # 0 where nothing counts
+    return (nll * weight).sum() / total + vent_weight * cross_entropy.mean()
 
 
 def state_model_loss(

@@ -16,9 +16,9 @@ from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.files import digest
 from worldmodel.models import baselines, metrics
-from worldmodel.models.baselines import HostPrediction
+from worldmodel.models.baselines import HostPrediction, Rows
 from worldmodel.models.checkpoint import Saver
-from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
 from worldmodel.models.fitting import FitConfig, fit
 from worldmodel.models.losses import outcome_model_loss, state_model_loss
 from worldmodel.models.windows import (
@@ -138,6 +138,9 @@ def train_world_model(
             progress=None if progress is None else partial(progress, name),
         )
 
+    if config.model.variant == "residual":
+        rows = baselines.transition_rows(sequences["train"], transitions["train"])
+        start_from_last_value(world_model.state_model, rows)
     state_model, state_history = run(
         "state",
         key_state,
@@ -169,6 +172,22 @@ def train_world_model(
         evaluate_world_model(world_model, episodes),
         {"state": state_history, "outcome": outcome_history},
     )
+
+
+def start_from_last_value(state_model: StateModel, train: Rows) -> None:
+    """Sets an untrained residual model's sigma to the spread of the training split's changes.
+
+    Its mu starts at the last value, so that training starts at that baseline's very loss.
+
+    Args:
+      state_model: with a leading ensemble axis; changed in place.
+      train: transitions of the training split.
+    """
+    low, high = LOG_SIGMA_RANGE
+    log_sigma = np.log(baselines.spread(train.target - train.last, train.measured))
+    share = np.clip((log_sigma - low) / (high - low), 0.02, 0.98)
+    bias = state_model.log_sigma_head.bias
+    bias[...] = jnp.broadcast_to(np.log(share / (1 - share)).astype(np.float32), bias.shape)
 
 
 def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> WorldModel:
@@ -207,9 +226,12 @@ def evaluate_world_model(
         "last_value": baselines.last_value(train_rows, rows),
         "linear": baselines.linear_autoregression(train_rows, rows),
     }
-    died = np.asarray(test.died_90d).astype(float)
-    last = last_step_index(test)
-    probability = predict_mortality(world_model, sequences, last)
+    outcomes = {
+        name: _judge_outcome(
+            world_model, (train_sequences, rows_of(train)), sequences, rows_of(test)
+        )
+        for name, rows_of in (("last", last_step_index), ("every", every_step_index))
+    }
     return {
         "split": split,
         "stays": test.num_stays,
@@ -222,12 +244,8 @@ def evaluate_world_model(
             name: metrics.feature_metrics(prediction, rows)
             for name, prediction in predictions.items()
         },
-        "outcome": {
-            "model": metrics.outcome_metrics(probability, died),
-            "linear": metrics.outcome_metrics(
-                _linear_outcome(train_sequences, train, sequences, last), died
-            ),
-        },
+        "outcome": outcomes["last"],
+        "outcome_every_step": outcomes["every"],
     }
 
 
@@ -278,15 +296,22 @@ def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray, *, batc
     return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
 
 
-def _linear_outcome(
-    train_sequences: Sequences, train: Episodes, sequences: Sequences, last: np.ndarray
-) -> np.ndarray:
-    def inputs(source: Sequences, index: np.ndarray) -> np.ndarray:
-        window = source.window(index, 1)
+def _judge_outcome(
+    world_model: WorldModel,
+    train: tuple[Sequences, np.ndarray],
+    test: Sequences,
+    index: np.ndarray,
+) -> dict[str, dict[str, float | None]]:
+    """Mortality asked at the rows `index`, beside a logistic regression on such rows."""
+
+    def inputs(source: Sequences, rows: np.ndarray) -> np.ndarray:
+        window = source.window(rows, 1)
         return np.concatenate([np.asarray(window.obs[:, 0]), np.asarray(window.static)], axis=1)
 
-    return baselines.logistic(
-        inputs(train_sequences, last_step_index(train)),
-        np.asarray(train.died_90d),
-        inputs(sequences, last),
-    )
+    died = np.asarray(test.died_90d)[index[:, 0]].astype(float)
+    label = np.asarray(train[0].died_90d)[train[1][:, 0]]
+    linear = baselines.logistic(inputs(*train), label, inputs(test, index))
+    return {
+        "model": metrics.outcome_metrics(predict_mortality(world_model, test, index), died),
+        "linear": metrics.outcome_metrics(linear, died),
+    }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
 from worldmodel import schema
+from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, Prediction, StateModel
 from worldmodel.scaling import Scaler
 
@@ -35,11 +37,20 @@ class WorldModel:
         return jax.tree.leaves(self.state_model)[0].shape[0]
 
     def member(self, index: int) -> WorldModel:
-        """The world model of one ensemble member."""
+        """The world model of one ensemble member.
+
+        Raises:
+          InputError: there is no such member.
+        """
+        members = self.num_members
+        if not -members <= index < members:
+            raise InputError(f"member: got {index}, the ensemble has {members} members")
+
+        def pick(model: Any) -> Any:
+            return jax.tree.map(lambda leaf: leaf[index][None], model)
+
         return replace(
-            self,
-            state_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.state_model),
-            outcome_model=jax.tree.map(lambda leaf: leaf[index : index + 1], self.outcome_model),
+            self, state_model=pick(self.state_model), outcome_model=pick(self.outcome_model)
         )
 
     def transitions(
