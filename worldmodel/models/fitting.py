@@ -32,6 +32,7 @@ class FitConfig:
     Attributes:
       epochs: at most this many passes over the training windows.
       batch_size: windows per update.
+      max_updates: updates per epoch at most, on windows drawn anew; None for a whole pass.
       learning_rate: peak of a warm-up and cosine schedule.
       weight_decay: decoupled, on matrices only.
       clip_norm: global norm of the gradient.
@@ -40,14 +41,15 @@ class FitConfig:
 
     epochs: int = 20
     batch_size: int = 512
+    max_updates: int | None = None
     learning_rate: float = 2e-3
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
     patience: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience"):
-            if getattr(self, name) < 1:
+        for name in ("epochs", "batch_size", "patience", "max_updates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
@@ -122,7 +124,8 @@ def fit(
         if not len(index):
             raise InputError(f"the {name} split has no windows; use a larger cohort")
     batch = min(config.batch_size, len(train[1]))
-    optimizer = make_optimizer(config, len(train[1]) // batch)
+    updates = min(len(train[1]) // batch, config.max_updates or len(train[1]))
+    optimizer = make_optimizer(config, updates)
     members = jax.tree.leaves(model)[0].shape[0]
     state = FitState(
         model=model,
@@ -137,7 +140,13 @@ def fit(
     if saver is not None:
         state, history = saver.restore(state)
     run_epoch = jax.jit(
-        partial(_epoch, loss=loss, optimizer=optimizer, batch=batch, patience=config.patience)
+        partial(
+            _epoch,
+            loss=loss,
+            optimizer=optimizer,
+            shape=(updates, batch),
+            patience=config.patience,
+        )
     )
     train_data = (train[0], jnp.asarray(train[1]))
     validation_data = (validation[0], jnp.asarray(validation[1]))
@@ -174,16 +183,16 @@ def _epoch(
     *,
     loss: Loss,
     optimizer: optax.GradientTransformation,
-    batch: int,
+    shape: tuple[int, int],
     patience: int,
 ) -> tuple[FitState, jax.Array, jax.Array]:
     def member_epoch(carry):
         model, best, opt_state, key, best_loss, since_best = carry
         key_next, key_order, key_dropout = jax.random.split(key, 3)
         new_model, new_opt, train_loss = _updates(
-            model, opt_state, key_order, key_dropout, train, loss, optimizer, batch
+            model, opt_state, key_order, key_dropout, train, loss, optimizer, shape
         )
-        validation_loss = mean_loss(new_model, loss, *validation, batch=4 * batch)
+        validation_loss = mean_loss(new_model, loss, *validation, batch=4 * shape[1])
         running = since_best < patience  # a stopped member keeps what it has, for good
         better = running & (validation_loss < best_loss)
 
@@ -210,10 +219,9 @@ def _epoch(
     return state, train_loss, validation_loss
 
 
-def _updates(model, opt_state, key_order, key_dropout, train, loss, optimizer, batch):
+def _updates(model, opt_state, key_order, key_dropout, train, loss, optimizer, shape):
     sequences, index = train
-    steps = index.shape[0] // batch
-    order = jax.random.permutation(key_order, index.shape[0])[: steps * batch]
+    order = jax.random.permutation(key_order, index.shape[0])[: shape[0] * shape[1]]
 
     def update(carry, inputs):
         model, opt_state = carry
@@ -222,7 +230,7 @@ def _updates(model, opt_state, key_order, key_dropout, train, loss, optimizer, b
         updates, opt_state = optimizer.update(gradient, opt_state, model)
         return (optax.apply_updates(model, updates), opt_state), value
 
-    inputs = (order.reshape(steps, batch), jax.random.split(key_dropout, steps))
+    inputs = (order.reshape(shape), jax.random.split(key_dropout, shape[0]))
     (model, opt_state), values = jax.lax.scan(update, (model, opt_state), inputs)
     return model, opt_state, values.mean()
 
