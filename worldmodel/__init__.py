@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from worldmodel.models.training import TrainConfig, train_world_model
     from worldmodel.models.world_model import WorldModel
     from worldmodel.scaling import Scaler
+    from worldmodel.simulate.abduction import abduct_noise
     from worldmodel.simulate.history import start_history
-    from worldmodel.simulate.rollout import Rollouts, abduct_noise, rollout
+    from worldmodel.simulate.rollout import Rollouts, rollout
 
 _HOMES = {
     "Episodes": "worldmodel.episodes",
@@ -25,7 +26,7 @@ _HOMES = {
     "Scaler": "worldmodel.scaling",
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
-    "abduct_noise": "worldmodel.simulate.rollout",
+    "abduct_noise": "worldmodel.simulate.abduction",
     "load_episodes": "worldmodel.episodes",
     "load_world_model": "worldmodel.models.checkpoint",
     "rollout": "worldmodel.simulate.rollout",

@@ -64,7 +64,7 @@ def evaluate(
     from worldmodel.episodes import load_episodes
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model
-    from worldmodel.models.training import evaluate_world_model
+    from worldmodel.models.evaluation import evaluate_world_model
 
     if split not in schema.SPLITS:
         raise InputError(f"--split: got {split!r}, expected one of {', '.join(schema.SPLITS)}")

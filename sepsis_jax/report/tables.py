@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 MODEL_NAMES = {"model": "world model", "last_value": "last value stays", "linear": "linear model"}
+OUTCOME_NAMES = MODEL_NAMES | {"last_value": "SOFA alone"}
 STATE_COLUMNS = ("", "MAE", "MAE, imputed too", "NLL", "CRPS", "90% coverage", "ventilation AUC")
 OUTCOME_COLUMNS = ("", "AUROC", "AUPRC", "Brier", "ECE", "deaths")
 
@@ -21,7 +22,7 @@ def outcome_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     """The Outcome Model beside its baseline, in the columns of `OUTCOME_COLUMNS`."""
     keys = ("auroc", "auprc", "brier", "ece", "prevalence")
     return [
-        (f"{MODEL_NAMES[name]}, {when}", *(row[key] for key in keys))
+        (f"{OUTCOME_NAMES[name]}, {when}", *(row[key] for key in keys))
         for part, when in (("outcome", "last step"), ("outcome_every_step", "every step"))
         for name, row in metrics[part].items()
     ]

@@ -1,4 +1,7 @@
-"""What every world model must beat: the last value stays, and a linear autoregression."""
+"""What every world model must beat: the last value stays, and a linear autoregression.
+
+For mortality: logistic regressions on the SOFA score and on the whole row.
+"""
 
 from __future__ import annotations
 

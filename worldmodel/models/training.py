@@ -1,4 +1,4 @@
-"""Training and judging a world model on episodes."""
+"""Training a world model on episodes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import numpy as np
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.files import digest
-from worldmodel.models import baselines, metrics
-from worldmodel.models.baselines import HostPrediction, Rows
+from worldmodel.models import baselines
+from worldmodel.models.baselines import Rows
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
+from worldmodel.models.evaluation import evaluate_world_model, predict_members
 from worldmodel.models.fitting import FitConfig, fit
 from worldmodel.models.losses import outcome_model_loss, state_model_loss
 from worldmodel.models.windows import (
@@ -198,7 +199,7 @@ def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.nda
     """
     recorded = sequences.target(index)
     measured, target = np.asarray(recorded.measured), np.asarray(recorded.obs)
-    mu, log_sigma, _ = _predict_members(world_model, sequences, index)
+    mu, log_sigma, _ = predict_members(world_model, sequences, index)
     z2 = np.square((target - mu) * np.exp(-log_sigma))  # [E, K, 39]
     count = measured.sum(0)
     scale = np.where(count >= 30, (z2 * measured).sum(1) / np.maximum(count, 1), 1.0)
@@ -206,112 +207,3 @@ def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.nda
     state_model = jax.tree.map(lambda leaf: leaf, world_model.state_model)
     state_model.log_sigma_offset[...] = state_model.log_sigma_offset[...] + jnp.asarray(offset)
     return replace(world_model, state_model=state_model)
-
-
-def evaluate_world_model(
-    world_model: WorldModel, episodes: Episodes, *, split: str = "test"
-) -> dict[str, Any]:
-    """Metrics of a world model on one split, beside both baselines.
-
-    The baselines are fitted on the training split of the same episodes.
-    """
-    scaler = world_model.scaler
-    train, test = episodes.of_split("train"), episodes.of_split(split)
-    train_sequences, sequences = to_sequences(train, scaler), to_sequences(test, scaler)
-    index = transition_index(test)
-    train_rows = baselines.transition_rows(train_sequences, transition_index(train))
-    rows = baselines.transition_rows(sequences, index)
-    predictions = {
-        "model": predict(world_model, sequences, index),
-        "last_value": baselines.last_value(train_rows, rows),
-        "linear": baselines.linear_autoregression(train_rows, rows),
-    }
-    outcomes = {
-        name: _judge_outcome(
-            world_model, (train_sequences, rows_of(train)), sequences, rows_of(test)
-        )
-        for name, rows_of in (("last", last_step_index), ("every", every_step_index))
-    }
-    return {
-        "split": split,
-        "stays": test.num_stays,
-        "transitions": len(index),
-        "state": {
-            name: metrics.state_metrics(prediction, rows)
-            for name, prediction in predictions.items()
-        },
-        "features": {
-            name: metrics.feature_metrics(prediction, rows)
-            for name, prediction in predictions.items()
-        },
-        "outcome": outcomes["last"],
-        "outcome_every_step": outcomes["every"],
-    }
-
-
-def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> HostPrediction:
-    """The world model's (ensemble) prediction of the transitions `index` [K, 2]."""
-    outputs = _in_batches(
-        lambda rows: world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)), index
-    )
-    return HostPrediction(
-        mu=outputs[0],
-        sigma=np.exp(outputs[1]),
-        ventilation=1 / (1 + np.exp(-outputs[2].astype(np.float64))),
-    )
-
-
-def predict_mortality(
-    world_model: WorldModel, sequences: Sequences, index: np.ndarray
-) -> np.ndarray:
-    """Probability [K] of death within 90 days, asked at the rows `index` [K, 2]."""
-    logit = _in_batches(
-        lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
-        index,
-    )[0]
-    return 1 / (1 + np.exp(-logit.astype(np.float64)))
-
-
-def _predict_members(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> Any:
-    outputs = _in_batches(
-        lambda rows: jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf, 0, 1),
-            world_model.transitions(*sequences.window(rows, schema.STATE_WINDOW)),
-        ),
-        index,
-    )
-    return tuple(np.swapaxes(output, 0, 1) for output in outputs)
-
-
-def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray, *, batch: int = 4096):
-    """Applies a function of index rows in equal batches; the last one is padded and cut."""
-    jitted = jax.jit(function)
-    count = len(index)
-    batch = min(batch, count)
-    outputs = []
-    for start in range(0, count, batch):
-        rows = index[start : start + batch]
-        padded = np.concatenate([rows, np.repeat(rows[:1], batch - len(rows), axis=0)])
-        outputs.append([np.asarray(leaf)[: len(rows)] for leaf in jitted(jnp.asarray(padded))])
-    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
-
-
-def _judge_outcome(
-    world_model: WorldModel,
-    train: tuple[Sequences, np.ndarray],
-    test: Sequences,
-    index: np.ndarray,
-) -> dict[str, dict[str, float | None]]:
-    """Mortality asked at the rows `index`, beside a logistic regression on such rows."""
-
-    def inputs(source: Sequences, rows: np.ndarray) -> np.ndarray:
-        window = source.window(rows, 1)
-        return np.concatenate([np.asarray(window.obs[:, 0]), np.asarray(window.static)], axis=1)
-
-    died = np.asarray(test.died_90d)[index[:, 0]].astype(float)
-    label = np.asarray(train[0].died_90d)[train[1][:, 0]]
-    linear = baselines.logistic(inputs(*train), label, inputs(test, index))
-    return {
-        "model": metrics.outcome_metrics(predict_mortality(world_model, test, index), died),
-        "linear": metrics.outcome_metrics(linear, died),
-    }

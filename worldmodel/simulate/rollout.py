@@ -18,20 +18,18 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.clinical import reward, sofa
+from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History
-from worldmodel.simulate.projection import project
+from worldmodel.simulate.step import MODES, advance
 
-MODES = ("corrected", "reference")
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
 
 PolicyFn = Callable[[jax.Array, History], jax.Array]
 """`policy(keys [B], history) -> joint action [B]`, traced inside the rollout."""
 
-_LACTATE = schema.INDEX["lactate"]
 _NOISE_STREAM, _POLICY_STREAM = 0, 1
 
 
@@ -280,102 +278,6 @@ def _simulate(
         "mortality": mortality.reshape(shape),
         "projected": last.projected.reshape(shape),
     }
-
-
-class StepOutputs(NamedTuple):
-    """What a simulated step brought, each [B]."""
-
-    ventilation: jax.Array  # probability
-    reward: jax.Array
-    projected: jax.Array  # int32 entries moved into range
-
-
-def advance(
-    world_model: WorldModel, history: History, action: jax.Array, eps: jax.Array, *, mode: str
-) -> tuple[History, StepOutputs]:
-    """One step of B branches in a world model of one member.
-
-    Args:
-      world_model: of ensemble size 1.
-      history: branches, each about to be treated.
-      action: [B] joint action 0-24.
-      eps: [B, 39] standard normal noise.
-      mode: "corrected" or "reference".
-    """
-    history = history.choose(action)
-    prediction = world_model.transition(*history.window(schema.STATE_WINDOW))
-    obs = prediction.mu + jnp.exp(prediction.log_sigma) * eps
-    projected = jnp.zeros(action.shape, jnp.int32)
-    if mode == "corrected":
-        obs, projected = project(obs, world_model.scaler)
-    dynamic = world_model.scaler.denormalize(obs)
-    before = world_model.scaler.denormalize(history.obs[:, -1])
-    ventilation = jax.nn.sigmoid(prediction.vent_logit)
-    moved = history.append(obs, dynamic[:, schema.URINE], history.sofa)
-    score = _score(world_model, dynamic, ventilation > 0.5, action, history, moved, mode).total
-    step_reward = reward.step_reward(history.sofa, score, before[:, _LACTATE], dynamic[:, _LACTATE])
-    return replace(moved, sofa=score), StepOutputs(ventilation, step_reward, projected)
-
-
-def _score(
-    world_model: WorldModel,
-    dynamic: jax.Array,
-    ventilated: jax.Array,
-    action: jax.Array,
-    history: History,
-    moved: History,
-    mode: str,
-) -> sofa.SofaScore:
-    vasopressor, _ = schema.action_levels(action)
-    if mode == "reference":
-        return sofa.reference(
-            dynamic,
-            ventilated=ventilated,
-            vasopressor_level=vasopressor,
-            urine_before=history.urine.sum(-1),
-        )
-    doses = jnp.asarray(schema.level_doses(world_model.dose_edges.vasopressor))
-    return sofa.standard(
-        dynamic,
-        ventilated=ventilated,
-        vasopressor_dose=doses[vasopressor],
-        urine_24h=moved.urine_24h(),
-    )
-
-
-def abduct_noise(
-    world_model: WorldModel, start: History, plan: jax.Array, recorded: jax.Array
-) -> jax.Array:
-    """The noise that explains what was recorded: eps = (x' - mu) / sigma (Pearl's abduction).
-
-    Replayed under the factual plan it gives back the factual rows; under another plan it gives
-    the counterfactual ones.
-
-    Args:
-      world_model: of ensemble size 1.
-      start: P patients.
-      plan: [P, H] the treatments really given, joint actions.
-      recorded: [P, H, 39] the rows that followed, z-scores.
-
-    Returns:
-      [P, 1, H, 39], for `rollout(..., samples=1, noise=...)`.
-
-    Raises:
-      InputError: the world model is an ensemble.
-    """
-    if world_model.num_members != 1:
-        raise InputError("noise is abducted in one model; pick one with .member(i)")
-
-    def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> tuple[History, jax.Array]:
-        action, obs = inputs
-        history = history.choose(action)
-        mu, log_sigma, _ = world_model.transition(*history.window(schema.STATE_WINDOW))
-        urine = world_model.scaler.denormalize(obs)[:, schema.URINE]
-        return history.append(obs, urine, history.sofa), (obs - mu) * jnp.exp(-log_sigma)
-
-    inputs = (jnp.moveaxis(jnp.asarray(plan), 1, 0), jnp.moveaxis(jnp.asarray(recorded), 1, 0))
-    _, eps = jax.lax.scan(step, start, inputs)
-    return jnp.moveaxis(eps, 0, 1)[:, None]
 
 
 def _branch_keys(
