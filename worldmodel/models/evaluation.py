@@ -11,6 +11,7 @@ import numpy as np
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 from worldmodel.models import baselines, metrics
 from worldmodel.models.baselines import HostPrediction
 from worldmodel.models.windows import (
@@ -29,12 +30,18 @@ def evaluate_world_model(
     """Metrics of a world model on one split, beside both baselines.
 
     The baselines are fitted on the training split of the same episodes.
+
+    Raises:
+      InputError: one of the two splits holds no transition.
     """
     scaler = world_model.scaler
     train, test = episodes.of_split("train"), episodes.of_split(split)
+    train_index, index = transition_index(train), transition_index(test)
+    for name, found in (("train", train_index), (split, index)):
+        if not len(found):
+            raise InputError(f"the {name} split has no stay of two steps; use a larger cohort")
     train_sequences, sequences = to_sequences(train, scaler), to_sequences(test, scaler)
-    index = transition_index(test)
-    train_rows = baselines.transition_rows(train_sequences, transition_index(train))
+    train_rows = baselines.transition_rows(train_sequences, train_index)
     rows = baselines.transition_rows(sequences, index)
     predictions = {
         "model": predict(world_model, sequences, index),

@@ -14,6 +14,7 @@ import numpy as np
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 from worldmodel.files import digest
 from worldmodel.models import baselines
 from worldmodel.models.baselines import Rows
@@ -59,6 +60,14 @@ class TrainConfig:
     imputed_weight: float | None = None
     vent_weight: float = 0.3
     outcome_prefixes: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.members < 1:
+            raise InputError(f"members: got {self.members}, expected at least 1")
+        for name in ("imputed_weight", "vent_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"{name}: got {value}, expected 0 or more")
 
     @property
     def resolved_imputed_weight(self) -> float:
@@ -122,6 +131,9 @@ def train_world_model(
     parts = {name: episodes.of_split(name) for name in schema.SPLITS}
     sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
     transitions = {name: transition_index(part) for name, part in parts.items()}
+    for name, index in transitions.items():
+        if not len(index):
+            raise InputError(f"the {name} split has no stay of two steps; use a larger cohort")
     fingerprint = {"config": asdict(config), "data": digest(jax.tree.leaves((episodes, scaler)))}
 
     def run(name, key, model, loss, index, fit_config):
