@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -13,7 +14,9 @@ from rich.table import Table
 
 DISCLAIMER = "Research software. Not for clinical use."
 
-console = Console(highlight=False)
+_FILE_WIDTH = 110  # where the output is no terminal
+
+console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
 errors = Console(stderr=True, highlight=False)
 
 
@@ -23,7 +26,8 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     kept = [[format_value(value) for value in row] for row in rows]
     for i, column in enumerate(columns):
         numeric = all(_is_number(row[i]) for row in kept if row[i] != "-")
-        table.add_column(column, justify="right" if numeric and kept else "left")
+        justify: Literal["left", "right"] = "right" if numeric and kept else "left"
+        table.add_column(column, justify=justify, no_wrap=i == 0)
     for row in kept:
         table.add_row(*row)
     console.print(table)
