@@ -1,0 +1,41 @@
+"""Off-policy evaluation: what would a policy be worth, judged from recorded stays?
+
+    table = evaluate(data, {"policy": probs}, key=jax.random.key(0))
+
+Every estimate comes with an interval, diagnostics and a verdict. Conventions, formulas and advice
+drawn from worlds where the truth is known: docs/ope.md.
+"""
+
+from sepsis_jax.ope.data import OPEData, Treatment, check, from_episodes, rewards
+from sepsis_jax.ope.diagnostics import Limits, diagnose
+from sepsis_jax.ope.estimators import (
+    ESTIMATORS,
+    Batch,
+    Shrinkage,
+    Values,
+    estimate,
+    make_batch,
+)
+from sepsis_jax.ope.evaluate import evaluate
+from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.weights import Clip, weigh
+
+__all__ = [
+    "ESTIMATORS",
+    "Batch",
+    "Clip",
+    "Fitted",
+    "Limits",
+    "OPEData",
+    "Shrinkage",
+    "Treatment",
+    "Values",
+    "check",
+    "diagnose",
+    "estimate",
+    "evaluate",
+    "from_episodes",
+    "make_batch",
+    "rewards",
+    "weigh",
+]

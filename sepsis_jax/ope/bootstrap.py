@@ -1,0 +1,167 @@
+"""All estimators, policies and resamples in a few matrix products.
+
+A bootstrap resample of N stays is a row of multinomial counts; its column means are
+counts @ columns / N, and every estimator is a function of column means, so its normaliser is
+recomputed in every resample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepsis_jax.ope import distribution
+from sepsis_jax.ope.estimators import Batch, Means, columns, evaluate_means
+from sepsis_jax.ope.weights import scaled
+
+_COUNTS_PER_CHUNK = 1 << 24  # bounds the memory of the counts
+
+
+class Tail(NamedTuple):
+    """What the distributional estimators need; stays sorted by return."""
+
+    returns: jax.Array  # [N]
+    weights: jax.Array  # [K + 1, N], the last being the clinician's: all 1
+    levels: tuple[float, ...]
+
+
+def block_shapes(batch: Batch, *, names: Sequence[str]) -> dict[str, jax.Array]:
+    """The blocks of columns; for `jax.eval_shape`."""
+    return columns(batch, names)
+
+
+def join(batch: Batch, names: Sequence[str]) -> tuple[jax.Array, dict[str, int]]:
+    """[N, K * S] columns that the estimators need, and the widths of their blocks."""
+    blocks = columns(batch, names)
+    table = jnp.concatenate(list(blocks.values()), -1)
+    table = jnp.swapaxes(table, 0, 1).reshape(table.shape[1], -1)
+    return table, {block: values.shape[-1] for block, values in blocks.items()}
+
+
+def split(means: jax.Array, widths: dict[str, int]) -> Means:
+    """[..., K, S] column means by block."""
+    ends = np.cumsum(list(widths.values()))[:-1]
+    return dict(zip(widths, jnp.split(means, ends, -1), strict=True))
+
+
+def draw_counts(rng: np.random.Generator, resamples: int, stays: int) -> np.ndarray:
+    """[B, N] float32 how often each stay is drawn; every row sums to N."""
+    index = rng.integers(0, stays, (resamples, stays), dtype=np.int32)
+    index += stays * np.arange(resamples, dtype=np.int32)[:, None]
+    return (
+        np.bincount(index.ravel(), minlength=resamples * stays)
+        .astype(np.float32)
+        .reshape(resamples, stays)
+    )
+
+
+def generator(key: jax.Array) -> np.random.Generator:
+    """A NumPy generator from a JAX key, which is consumed.
+
+    Counting draws by scatter is several times slower in XLA on a CPU than in NumPy.
+    """
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+
+
+@partial(jax.jit, static_argnames=("names", "widths", "levels"))
+def _from_counts(
+    counts: jax.Array,
+    table: jax.Array,
+    batch: Batch,
+    tail: tuple[jax.Array, jax.Array] | None,
+    *,
+    names: tuple[str, ...],
+    widths: tuple[tuple[str, int], ...],
+    levels: tuple[float, ...],
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    policies = batch.log_weight.shape[0]
+    means = (counts @ table) / counts.sum(-1, keepdims=True)
+    means = means.reshape(counts.shape[0], policies, -1)
+    values = evaluate_means(split(means, dict(widths)), batch, names)
+    return values, None if tail is None else distribution.tail(*tail, counts, levels)
+
+
+def resample(
+    key: jax.Array,
+    batch: Batch,
+    table: jax.Array,
+    widths: dict[str, int],
+    names: Sequence[str],
+    *,
+    resamples: int,
+    tail: Tail | None = None,
+) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None]:
+    """Values of the estimators in bootstrap resamples of stays.
+
+    Args:
+      key: consumed.
+      batch: of the whole sample.
+      table, widths: from `join`.
+      names: E estimators.
+      resamples: B.
+      tail: for quantiles and CVaR of the return from the same resamples.
+
+    Returns:
+      [B, K, E] values, and [B, K + 1, L] quantiles and CVaR where asked for; NaN where a resample
+      leaves a value undefined.
+    """
+    stays = table.shape[0]
+    rng = generator(key)
+    chunk = int(np.clip(_COUNTS_PER_CHUNK // stays, 1, resamples))
+    parts = []
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        counts = draw_counts(rng, size, stays)
+        if size < chunk:  # one compiled program for all chunks
+            counts = np.pad(counts, ((0, chunk - size), (0, 0)), constant_values=1)
+        part = _from_counts(
+            counts, table, batch,
+            None if tail is None else (tail.returns, tail.weights),
+            names=tuple(names), widths=tuple(widths.items()),
+            levels=() if tail is None else tail.levels,
+        )  # fmt: skip
+        parts.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], part))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def make_tail(batch: Batch, levels: Sequence[float]) -> Tail:
+    """Inputs of the distributional estimators from a batch sorted by return."""
+    final = scaled(batch.log_weight[..., -1], -1)
+    return Tail(batch.returns, jnp.concatenate([final, jnp.ones_like(final[:1])]), tuple(levels))
+
+
+def influence(
+    batch: Batch, table: jax.Array, widths: dict[str, int], names: Sequence[str]
+) -> jax.Array:
+    """[N, K, E] influence of each stay: the gradient of f times (x_i - mean x).
+
+    The delta method's standard error is the root of sum_i influence^2 / N^2.
+    """
+    stays, policies = table.shape[0], batch.log_weight.shape[0]
+    mean = table.mean(0).reshape(policies, -1)
+
+    def total(means: jax.Array) -> jax.Array:
+        return evaluate_means(split(means, widths), batch, names).sum(0)
+
+    gradient = jax.jacrev(total)(mean)  # [E, K, S]
+    centred = table.reshape(stays, policies, -1) - mean
+    return jnp.einsum("nks,eks->nke", centred, gradient)
+
+
+def leave_one_out(
+    batch: Batch, table: jax.Array, widths: dict[str, int], names: Sequence[str]
+) -> jax.Array:
+    """[N, K, E] values without each stay, from sums less one row."""
+    stays, policies = table.shape[0], batch.log_weight.shape[0]
+    total = table.sum(0)
+
+    def without(rows: jax.Array) -> jax.Array:
+        means = ((total - rows) / (stays - 1)).reshape(policies, -1)
+        return evaluate_means(split(means, widths), batch, names)
+
+    return jax.lax.map(without, table, batch_size=min(stays, 4096))

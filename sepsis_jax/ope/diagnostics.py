@@ -1,0 +1,145 @@
+"""Whether to believe an estimate: effective sample size, support, mean ratio, a verdict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import logsumexp
+
+from sepsis_jax.ope.data import OPEData
+from sepsis_jax.ope.estimators import ESTIMATORS
+from sepsis_jax.ope.weights import Weights
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Where trust ends.
+
+    Attributes:
+      effective: least effective sample size, in stays.
+      effective_share: least effective sample size as a share of all stays.
+      largest: largest share of the weight that one stay may hold.
+      clipped: largest share of clipped steps.
+      unsupported: largest share of the policy's own probability on actions that the clinician
+        gives less than `support` of probability.
+      support: see above.
+      mean_ratio: how many standard errors the mean weight may lie from 1.
+      fqe: how far fitted values of the clinician may lie from the mean return, in standard
+        deviations of the return.
+    """
+
+    effective: float = 30.0
+    effective_share: float = 0.05
+    largest: float = 0.10
+    clipped: float = 0.05
+    unsupported: float = 0.10
+    support: float = 0.01
+    mean_ratio: float = 3.0
+    fqe: float = 0.2
+
+
+class Diagnostics(NamedTuple):
+    """Per policy, [K] unless stated."""
+
+    ess: jax.Array  # (sum w)^2 / sum w^2 of the final weights
+    ess_step: jax.Array  # [K, T] the same of w_t
+    largest: jax.Array  # max w / sum w
+    matched: jax.Array  # stays of weight above 0
+    mean_ratio: jax.Array  # mean w, 1 in expectation
+    mean_ratio_z: jax.Array  # its distance from 1 in standard errors
+    clipped: jax.Array  # share of recorded steps clipped
+    unsupported: jax.Array  # mean target probability on actions with little behaviour probability
+
+
+def diagnose(
+    data: OPEData, target_probs: jax.Array, weights: Weights, limits: Limits | None = None
+) -> Diagnostics:
+    """Diagnostics of K policies [K, N, T, A].
+
+    Without `data.behavior_probs`, support is judged by the recorded action alone.
+    """
+    limits = limits or Limits()
+    log_w = weights.log_weight
+    final, stays = log_w[..., -1], log_w.shape[1]
+    ess_step = effective_size(log_w, 1)
+    top = logsumexp(final, -1)
+    largest = jnp.where(jnp.isneginf(top), 1.0, jnp.exp(final.max(-1) - top))
+    log_mean = top - jnp.log(stays)
+    relative_variance = jnp.maximum(stays / jnp.maximum(ess_step[:, -1], 1e-30) - 1.0, 0.0)
+    mean = jnp.exp(jnp.minimum(log_mean, 80.0))
+    error = mean * jnp.sqrt(relative_variance / (stays - 1))
+    if data.behavior_probs is not None:
+        rare = (data.behavior_probs < limits.support) * target_probs
+        mass = jnp.where(data.alive, rare.sum(-1), 0.0).sum((-2, -1))
+    else:
+        rare = (data.behavior_prob < limits.support) & data.alive
+        mass = jnp.broadcast_to(rare.sum(), final.shape[:1])
+    return Diagnostics(
+        ess=ess_step[:, -1],
+        ess_step=ess_step,
+        largest=largest,
+        matched=(~jnp.isneginf(final)).sum(-1),
+        mean_ratio=mean,
+        mean_ratio_z=(mean - 1.0) / jnp.maximum(error, 1e-6),
+        clipped=weights.clipped_share,
+        unsupported=mass / data.alive.sum(),
+    )
+
+
+def effective_size(log_weight: jax.Array, axis: int = -1) -> jax.Array:
+    """(sum w)^2 / sum w^2 along an axis (Kong 1992); 0 where all weights are 0."""
+    once, twice = logsumexp(log_weight, axis), logsumexp(2 * log_weight, axis)
+    return jnp.where(jnp.isneginf(once), 0.0, jnp.exp(2 * once - twice))
+
+
+def fqe_gap(fitted: float, returns: np.ndarray) -> float:
+    """Fitted value of the clinician less the mean return, in standard deviations of the return."""
+    spread = float(np.std(returns)) or 1.0
+    return float((fitted - np.mean(returns)) / spread)
+
+
+def verdict(
+    estimator: str,
+    found: dict[str, float],
+    stays: int,
+    *,
+    fqe_gap: float | None = None,
+    limits: Limits | None = None,
+) -> str:
+    """Why not to trust an estimate; empty if nothing was found.
+
+    Args:
+      estimator: its name.
+      found: the diagnostics of one policy, as numbers.
+      stays: N.
+      fqe_gap: from `fqe_gap`, where values were fitted.
+      limits: where trust ends.
+    """
+    limits, entry = limits or Limits(), ESTIMATORS.get(estimator)
+    if estimator == "on_policy":
+        return ""
+    reasons = []
+    weighted = entry is None or entry.weighted
+    if weighted and found["matched"] == 0:
+        reasons.append("no stay followed the policy")
+    elif weighted:
+        least = max(limits.effective, limits.effective_share * stays)
+        if found["ess"] < least:
+            reasons.append(f"effective sample size {found['ess']:.1f} < {least:.0f}")
+        if found["largest"] > limits.largest:
+            reasons.append(f"one stay holds {100 * found['largest']:.0f}% of the weight")
+        if found["clipped"] > limits.clipped:
+            reasons.append(f"{100 * found['clipped']:.0f}% of steps clipped")
+        if abs(found["mean_ratio_z"]) > limits.mean_ratio and found["clipped"] == 0:
+            reasons.append(f"mean weight {found['mean_ratio']:.3g}, expected 1")
+    if found["unsupported"] > limits.unsupported:
+        share = 100 * found["unsupported"]
+        reasons.append(f"{share:.0f}% of the policy lies on actions the clinician hardly gives")
+    fits = entry is not None and bool({"values", "mrdr_values"} & set(entry.needs))
+    if fits and fqe_gap is not None and abs(fqe_gap) > limits.fqe:
+        reasons.append(f"fitted values miss the clinician's mean return by {fqe_gap:+.2f} SD")
+    return "; ".join(reasons)

@@ -1,0 +1,182 @@
+"""Point values, intervals and paired differences of all estimators of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from sepsis_jax.ope import bootstrap, distribution, intervals
+from sepsis_jax.ope.estimators import Batch, evaluate_means
+from sepsis_jax.ope.weights import Clip, linear
+
+_JACKKNIFE_LIMIT = 20_000  # stays; above, BCa takes the influences for the jackknife
+
+
+def estimate_all(
+    key: jax.Array,
+    batch: Batch,
+    names: tuple[str, ...],
+    *,
+    n_bootstrap: int,
+    interval: str,
+    alpha: float,
+    tail_levels: Sequence[float],
+) -> pd.DataFrame:
+    """One row per policy (column `k`) and estimator, with interval and difference.
+
+    Args:
+      key: of the resamples; consumed.
+      batch: stays sorted by return.
+      names: estimators.
+      n_bootstrap: resamples.
+      interval: a name of `intervals.METHODS`.
+      alpha: 1 - level.
+      tail_levels: of the quantiles and CVaR that are added as rows.
+    """
+    used = tuple(dict.fromkeys(("on_policy", *names)))  # for the differences
+    table, point, gradients, widths = _analyse(batch, used)
+    values, influence = np.asarray(point), np.asarray(gradients)
+    base = used.index("on_policy")
+    resampled = tails = None
+    tail = bootstrap.make_tail(batch, tail_levels) if tail_levels else None
+    if n_bootstrap:
+        resampled, tails = bootstrap.resample(
+            key, batch, table, widths, used, resamples=n_bootstrap, tail=tail
+        )
+
+    def left_out() -> np.ndarray:
+        if len(table) > _JACKKNIFE_LIMIT:
+            return values - influence / (len(table) - 1)
+        return np.asarray(_leave_one_out(batch, table, tuple(widths.items()), used))
+
+    cache: list[np.ndarray] = []
+
+    def cached() -> np.ndarray:
+        if not cache:
+            cache.append(left_out())
+        return cache[0]
+
+    make = partial(intervals.make, interval, alpha=alpha)
+    low, high = make(estimate=values, resampled=resampled, influence=influence, left_out=cached)
+    against = values - values[:, base : base + 1]
+    paired = None if resampled is None else resampled - resampled[..., base : base + 1]
+    low_difference, high_difference = make(
+        estimate=against,
+        resampled=paired,
+        influence=influence - influence[..., base : base + 1],
+        left_out=lambda: cached() - cached()[..., base : base + 1],
+    )
+    undefined = np.zeros(values.shape) if resampled is None else ~np.isfinite(resampled)
+    result = {
+        "estimate": values,
+        "se": intervals.standard_error(influence),
+        "low": low,
+        "high": high,
+        "difference": against,
+        "difference_low": low_difference,
+        "difference_high": high_difference,
+        "undefined": undefined.mean(0) if resampled is not None else undefined,
+    }
+    kept = [used.index(name) for name in names]
+    result = {name: array[:, kept] for name, array in result.items()}
+    labels = list(names)
+    if tail is not None:
+        extra, extra_labels = _tails(batch, tail, tails, interval, alpha)
+        result = {name: np.concatenate([result[name], extra[name]], 1) for name in result}
+        labels += extra_labels
+    return pd.DataFrame(
+        {"k": np.repeat(np.arange(len(values)), len(labels)), "estimator": labels * len(values)}
+        | {name: array.reshape(-1) for name, array in result.items()}
+    )
+
+
+@partial(jax.jit, static_argnames=("names",))
+def _analyse_arrays(
+    batch: Batch, *, names: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    table, widths = bootstrap.join(batch, names)
+    means = table.mean(0).reshape(batch.log_weight.shape[0], -1)
+    values = evaluate_means(bootstrap.split(means, widths), batch, names)
+    return table, values, bootstrap.influence(batch, table, widths, names)
+
+
+def _analyse(
+    batch: Batch, names: tuple[str, ...]
+) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, int]]:
+    shapes = jax.eval_shape(partial(bootstrap.block_shapes, names=names), batch)
+    widths = {block: shape.shape[-1] for block, shape in shapes.items()}
+    return *_analyse_arrays(batch, names=names), widths
+
+
+@partial(jax.jit, static_argnames=("widths", "names"))
+def _leave_one_out(
+    batch: Batch, table: jax.Array, widths: tuple[tuple[str, int], ...], names: tuple[str, ...]
+) -> jax.Array:
+    return bootstrap.leave_one_out(batch, table, dict(widths), names)
+
+
+def _tails(
+    batch: Batch,
+    tail: bootstrap.Tail,
+    resampled: tuple[np.ndarray, np.ndarray] | None,
+    interval: str,
+    alpha: float,
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Distributional rows; their intervals are percentile ones whatever is asked of the others."""
+    ones = jnp.ones((1, batch.reward.shape[0]))
+    point = _tail(tail.returns, tail.weights, ones, tail.levels)
+    both = np.concatenate(point, -1)[0]  # [K + 1, 2 L]
+    estimate, difference = both[:-1], both[:-1] - both[-1:]
+    low = high = low_difference = high_difference = se = np.full(estimate.shape, np.nan)
+    undefined = np.zeros(estimate.shape)
+    if resampled is not None:
+        drawn = np.concatenate(resampled, -1)
+        low, high = intervals.percentile(drawn[:, :-1], alpha)
+        low_difference, high_difference = intervals.percentile(drawn[:, :-1] - drawn[:, -1:], alpha)
+        undefined = (~np.isfinite(drawn[:, :-1])).mean(0)
+        se = drawn[:, :-1].std(0)
+    labels = [f"quantile_{level:g}" for level in tail.levels]
+    labels += [f"cvar_{level:g}" for level in tail.levels]
+    return {
+        "estimate": estimate,
+        "se": se,
+        "low": low,
+        "high": high,
+        "difference": difference,
+        "difference_low": low_difference,
+        "difference_high": high_difference,
+        "undefined": undefined,
+    }, labels
+
+
+_tail = jax.jit(distribution.tail, static_argnames=("levels",))
+
+
+def with_bounds(
+    table: pd.DataFrame,
+    batch: Batch,
+    key: jax.Array,
+    return_range: tuple[float, float],
+    clip: Clip,
+    alpha: float,
+) -> pd.DataFrame:
+    """The table with finite-sample bounds from the IS terms of each policy."""
+    weights = np.asarray(linear(batch.log_weight[..., -1]))
+    returns, least, most = np.asarray(batch.returns), *return_range
+    for column in ("hcope_low", "bernstein_low", "bernstein_high"):
+        table[column] = np.nan
+    rng = bootstrap.generator(jax.random.fold_in(key, 1))
+    for k, policy in enumerate(dict.fromkeys(table["policy"])):
+        row = (table["policy"] == policy) & (table["estimator"] == "is")
+        table.loc[row, "hcope_low"] = intervals.hcope_lower(weights[k], returns, least, rng, alpha)
+        top = clip.cumulative[1]
+        if np.isfinite(top):
+            low, high = min(0.0, top * least), max(0.0, top * most)
+            bounds = intervals.empirical_bernstein(weights[k] * returns, low, high, alpha)
+            table.loc[row, ["bernstein_low", "bernstein_high"]] = bounds
+    return table

@@ -1,0 +1,195 @@
+"""`evaluate`: policies x estimators to one table with intervals, differences and verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from sepsis_jax.ope.data import OPEData, Treatment, check
+from sepsis_jax.ope.diagnostics import Diagnostics, Limits, diagnose, fqe_gap, verdict
+from sepsis_jax.ope.estimation import estimate_all, with_bounds
+from sepsis_jax.ope.estimators import (
+    ESTIMATORS,
+    Batch,
+    Shrinkage,
+    check_names,
+    make_batch,
+)
+from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.magic import with_magic
+from sepsis_jax.ope.weights import Clip, drug_weights, weigh
+from worldmodel.errors import InputError
+
+TAIL_LEVELS = (0.1, 0.25)
+
+
+def evaluate(
+    data: OPEData,
+    target_probs: Mapping[str, Any],
+    *,
+    key: jax.Array,
+    estimators: Sequence[str] | None = None,
+    gamma: float = 1.0,
+    n_bootstrap: int = 2000,
+    interval: str = "bca",
+    alpha: float = 0.05,
+    fitted: Fitted | None = None,
+    clip: Clip | None = None,
+    shrinkage: Shrinkage | None = None,
+    tail_levels: Sequence[float] = TAIL_LEVELS,
+    return_range: tuple[float, float] | None = None,
+    treatment: Treatment | None = None,
+    limits: Limits | None = None,
+) -> pd.DataFrame:
+    """Estimates of the value of policies, each with an interval and a verdict.
+
+    Args:
+      data: recorded stays.
+      target_probs: [N, T, A] action probabilities by policy.
+      key: of the resamples; consumed.
+      estimators: names from `sepsis_jax.ope.ESTIMATORS`; default all whose ingredients are there.
+      gamma: discount per step.
+      n_bootstrap: resamples; all estimators, policies and differences share them. 0 for none.
+      interval: "bca", "percentile", "delta" or "t".
+      alpha: 1 - level of the intervals.
+      fitted: values, values of least variance, marginal ratios from `sepsis_jax.ope.fit`; policies
+        in the order of `target_probs`.
+      clip: bounds of ratios; none by default.
+      shrinkage: tuning of "switch", "dr_os", "dr_sg".
+      tail_levels: shares of worst stays for the CVaR, and levels for quantiles of the return, from
+        self-normalised weights; empty for neither.
+      return_range: bounds that no return can leave. Adds `hcope_low`, a one-sided bound of the
+        value from the IS weights, and, where `clip` bounds the weights, the empirical Bernstein
+        interval of (clipped) IS; both on the rows of "is".
+      treatment: what to do about flawed input.
+      limits: where trust ends.
+
+    Returns:
+      One row per policy and estimator: estimate, standard error (delta method), interval;
+      difference from the clinician's mean return with its interval from the same resamples;
+      diagnostics of the weights; `trust` and the `reason` against it. `attrs` holds counts of what
+      was treated and [K, T] effective sample sizes.
+
+    Raises:
+      InputError: flawed input, an unknown name, or a missing ingredient.
+    """
+    if not target_probs:
+        raise InputError("target_probs: no policy given")
+    if not 0 < alpha < 1 or not 0 < gamma <= 1 or n_bootstrap < 0:
+        raise InputError(
+            f"alpha, gamma, n_bootstrap: got {alpha}, {gamma}, {n_bootstrap}; expected within "
+            "(0, 1), (0, 1] and at least 0"
+        )
+    if any(not 0 < level <= 1 for level in tail_levels):
+        raise InputError(f"tail_levels: got {tuple(tail_levels)}, expected shares in (0, 1]")
+    dropped_before = data.num_stays
+    data, target_probs, counts = check(data, target_probs, treatment)
+    if fitted is not None and counts["stays_dropped"]:
+        raise InputError("fitted: stays were dropped; fit on the data that `check` returns")
+    order = _order(data)
+    data, names = data.select(order), list(target_probs)
+    probs = jnp.stack([target_probs[name][order] for name in names])
+    batch, found = _prepare(data, probs, gamma, clip, shrinkage, limits)
+    if fitted is not None:
+        batch = fitted.select(order, data.num_steps).into(batch)
+    chosen = _choose(estimators, batch)
+    if "magic" in chosen:
+        batch = with_magic(batch)
+    results = estimate_all(
+        key, batch, chosen, n_bootstrap=n_bootstrap, interval=interval, alpha=alpha,
+        tail_levels=tail_levels,
+    )  # fmt: skip
+    gap = None
+    if fitted is not None and fitted.clinician_value is not None:
+        gap = fqe_gap(fitted.clinician_value, np.asarray(batch.returns))
+    table = _table(names, results, found, data.num_stays, gap, limits)
+    if return_range is not None:
+        table = with_bounds(table, batch, key, return_range, clip or Clip(), alpha)
+    table.attrs = {
+        "stays": data.num_stays,
+        "stays_given": dropped_before,
+        "treated": counts,
+        "gamma": gamma,
+        "interval": interval,
+        "level": 1 - alpha,
+        "n_bootstrap": n_bootstrap,
+        "fqe_gap": gap,
+        "ess_step": {name: np.asarray(found.ess_step[k]).tolist() for k, name in enumerate(names)},
+    }
+    return table
+
+
+def _order(data: OPEData) -> np.ndarray:
+    """Stays by return, then length, then behaviour: results do not depend on the given order."""
+    behavior = np.log(np.maximum(np.asarray(data.behavior_prob), 1e-37)).sum(1)
+    return np.lexsort((behavior, np.asarray(data.length), np.asarray(data.returns())))
+
+
+@partial(jax.jit, static_argnames=("gamma", "clip", "shrinkage", "limits"))
+def _prepare(
+    data: OPEData,
+    probs: jax.Array,
+    gamma: float,
+    clip: Clip | None,
+    shrinkage: Shrinkage | None,
+    limits: Limits | None,
+) -> tuple[Batch, Diagnostics]:
+    weights = weigh(data, probs, clip)
+    drugs = None
+    if data.behavior_probs is not None and probs.shape[-1] == 25:
+        drugs = drug_weights(data, probs, clip)
+    batch = make_batch(
+        data, weights.log_weight, gamma=gamma, shrinkage=shrinkage, drug_log_weight=drugs
+    )
+    return batch, diagnose(data, probs, weights, limits)
+
+
+def _choose(estimators: Sequence[str] | None, batch: Batch) -> tuple[str, ...]:
+    if estimators is not None:
+        without_magic = [name for name in estimators if name != "magic"]
+        check_names(without_magic, batch)
+        if "magic" in estimators:
+            check_names(("wdr",), batch)
+        return tuple(dict.fromkeys(estimators))
+    had = {
+        field
+        for field in ("values", "mrdr_values", "drug_log_weight", "marginal")
+        if getattr(batch, field) is not None
+    }
+    if "values" in had:
+        had.add("magic")
+    return tuple(name for name, entry in ESTIMATORS.items() if set(entry.needs) <= had)
+
+
+def _table(
+    names: Sequence[str],
+    results: pd.DataFrame,
+    found: Diagnostics,
+    stays: int,
+    gap: float | None,
+    limits: Limits | None,
+) -> pd.DataFrame:
+    per_policy = pd.DataFrame(
+        {field: np.asarray(getattr(found, field)) for field in found._fields if field != "ess_step"}
+    )
+    per_policy.insert(1, "ess_share", per_policy["ess"] / stays)
+    table = results.join(per_policy, on="k")
+    table.insert(0, "policy", [names[k] for k in table.pop("k")])
+    reasons = [
+        verdict(str(row["estimator"]), row, stays, fqe_gap=gap, limits=limits)
+        for row in table.to_dict("records")
+    ]
+    unsettled = table["undefined"].to_numpy() > 0.01
+    reasons = [
+        reason + ("; " if reason and bad else "") + ("undefined in some resamples" if bad else "")
+        for reason, bad in zip(reasons, unsettled, strict=True)
+    ]
+    table["trust"] = [not reason for reason in reasons]
+    table["reason"] = reasons
+    return table

@@ -1,0 +1,201 @@
+"""Intervals for estimates: bootstrap, delta method, and bounds for means.
+
+Host-side NumPy on small arrays; all are two-sided at level 1 - alpha unless named otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import stats
+
+from worldmodel.errors import InputError
+
+Interval = tuple[np.ndarray, np.ndarray]
+
+
+def percentile(resampled: np.ndarray, alpha: float = 0.05) -> Interval:
+    """Quantiles alpha/2 and 1 - alpha/2 of resampled values [B, ...], undefined ones left out."""
+    return _quantiles(resampled, np.asarray(alpha / 2), np.asarray(1 - alpha / 2))
+
+
+def bca(
+    resampled: np.ndarray,
+    estimate: np.ndarray,
+    left_out: np.ndarray | None,
+    alpha: float = 0.05,
+) -> Interval:
+    """Bias-corrected and accelerated bootstrap (Efron 1987).
+
+    z0 = Phi^-1(share of resamples below the estimate); a = sum d^3 / (6 (sum d^2)^1.5) with d the
+    jackknife's deviations; quantiles Phi(z0 + (z0 + z) / (1 - a (z0 + z))).
+
+    Args:
+      resampled: [B, ...] values in resamples.
+      estimate: [...] value of the whole sample.
+      left_out: [N, ...] values without each stay; None for no acceleration.
+      alpha: 1 - level.
+    """
+    defined = np.isfinite(resampled)
+    below = ((resampled < estimate) & defined).sum(0) + 0.5 * (resampled == estimate).sum(0)
+    count = np.maximum(defined.sum(0), 1)
+    share = np.clip(below / count, 0.5 / count, 1 - 0.5 / count)
+    z0 = stats.norm.ppf(share)
+    acceleration = np.zeros_like(z0)
+    if left_out is not None:
+        deviation = np.nan_to_num(np.nanmean(left_out, 0) - left_out)
+        scale = np.maximum((deviation**2).sum(0), 1e-30) ** 1.5
+        acceleration = (deviation**3).sum(0) / (6 * scale)
+
+    def level(z: float) -> np.ndarray:
+        shift = z0 + z
+        return stats.norm.cdf(z0 + shift / np.maximum(1 - acceleration * shift, 1e-3))
+
+    return _quantiles(resampled, level(stats.norm.ppf(alpha / 2)), level(stats.norm.isf(alpha / 2)))
+
+
+def _quantiles(resampled: np.ndarray, low: np.ndarray, high: np.ndarray) -> Interval:
+    """Linear-interpolation quantiles along the first axis at a level per column."""
+    ordered = np.sort(resampled, axis=0)  # NaN last
+    count = np.isfinite(ordered).sum(0)
+
+    def at(level: np.ndarray) -> np.ndarray:
+        position = np.clip(level, 0, 1) * np.maximum(count - 1, 0)
+        left = np.floor(position).astype(int)
+        right = np.minimum(left + 1, np.maximum(count - 1, 0))
+        lower = np.take_along_axis(ordered, left[None], 0)[0]
+        upper = np.take_along_axis(ordered, right[None], 0)[0]
+        return lower + (upper - lower) * (position - left)
+
+    return at(low), at(high)
+
+
+def delta(estimate: np.ndarray, influence: np.ndarray, alpha: float = 0.05) -> Interval:
+    """Estimate +- z standard errors from influences [N, ...]."""
+    half = stats.norm.isf(alpha / 2) * standard_error(influence)
+    return estimate - half, estimate + half
+
+
+def student_t(estimate: np.ndarray, influence: np.ndarray, alpha: float = 0.05) -> Interval:
+    """Estimate +- t_{1 - alpha/2, N - 1} standard errors; exact in the limit of normal values."""
+    half = stats.t.isf(alpha / 2, len(influence) - 1) * standard_error(influence)
+    return estimate - half, estimate + half
+
+
+def standard_error(influence: np.ndarray) -> np.ndarray:
+    """Root of sum_i influence_i^2 / (N (N - 1)); for a mean, the usual s / sqrt(N)."""
+    stays = len(influence)
+    return np.sqrt((np.asarray(influence, np.float64) ** 2).sum(0) / (stays * (stays - 1)))
+
+
+def empirical_bernstein(
+    values: np.ndarray, low: float, high: float, alpha: float = 0.05
+) -> tuple[float, float]:
+    """Two-sided bound for the mean of values known to lie in [low, high] (Maurer & Pontil 2009).
+
+    half = sqrt(2 s^2 ln(4 / alpha) / N) + 7 (high - low) ln(4 / alpha) / (3 (N - 1)).
+
+    Each side has level 1 - alpha/2, hence the 4.
+    """
+    values = _bounded(values, low, high)
+    stays, log = len(values), np.log(4 / alpha)
+    half = np.sqrt(2 * values.var(ddof=1) * log / stays) + 7 * (high - low) * log / (
+        3 * (stays - 1)
+    )
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def hoeffding(
+    values: np.ndarray, low: float, high: float, alpha: float = 0.05
+) -> tuple[float, float]:
+    """Two-sided bound: (high - low) sqrt(ln(2 / alpha) / (2 N)) on either side of the mean."""
+    values = _bounded(values, low, high)
+    half = (high - low) * np.sqrt(np.log(2 / alpha) / (2 * len(values)))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def _bounded(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    values = np.asarray(values, np.float64)
+    slack = 1e-5 * (abs(high - low) + abs(low) + abs(high))
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise InputError(f"range: got [{low}, {high}], expected two finite numbers in order")
+    if values.min() < low - slack or values.max() > high + slack:
+        raise InputError(
+            f"range: values span [{values.min():.4g}, {values.max():.4g}], outside the stated "
+            f"[{low:.4g}, {high:.4g}]; clip the weights or state the true range"
+        )
+    return values
+
+
+def hcope_lower(
+    weights: np.ndarray,
+    returns: np.ndarray,
+    least_return: float,
+    rng: np.random.Generator,
+    alpha: float = 0.05,
+    share: float = 0.05,
+) -> float:
+    """One-sided lower bound of the value at level 1 - alpha (HCOPE; Thomas et al. 2015).
+
+    With X_i = w_i (G_i - least return) >= 0, truncated at c:
+    mean min(X, c) - 7 c ln(2/alpha) / (3 (n - 1)) - sqrt(2 var ln(2/alpha) / n), shifted back
+    by the least return; c is the value that promises most on a held-out share of the stays.
+
+    Args:
+      weights: [N] unnormalised.
+      returns: [N].
+      least_return: a lower bound of any return, not of the sample's.
+      rng: draws the held-out share.
+      alpha: 1 - level.
+      share: of the stays that choose c.
+    """
+    if returns.min() < least_return:
+        raise InputError(
+            f"least_return: got {least_return}, but a return is {returns.min():.4g}; "
+            "state a bound that holds"
+        )
+    values = np.asarray(weights, np.float64) * (np.asarray(returns, np.float64) - least_return)
+    order = rng.permutation(len(values))
+    first = max(int(share * len(values)), 2)
+    pilot, rest = values[order[:first]], values[order[first:]]
+    log, n = np.log(2 / alpha), len(rest)
+
+    def bound(sample: np.ndarray, c: float) -> float:
+        y = np.minimum(sample, c)
+        return y.mean() - 7 * c * log / (3 * (n - 1)) - np.sqrt(2 * y.var(ddof=1) * log / n)
+
+    top = max(pilot.max(), 1e-12)
+    c = max(np.geomspace(top * 1e-3, top * 1e3, 200), key=lambda c: bound(pilot, c))
+    return float(least_return + bound(rest, c))
+
+
+METHODS: dict[str, str] = {
+    "bca": "bias-corrected and accelerated bootstrap",
+    "percentile": "percentile bootstrap",
+    "delta": "delta method, normal",
+    "t": "delta method, Student t",
+}
+
+
+def make(
+    method: str,
+    *,
+    estimate: np.ndarray,
+    resampled: np.ndarray | None,
+    influence: np.ndarray,
+    left_out: Callable[[], np.ndarray],
+    alpha: float,
+) -> Interval:
+    """The interval of a named method for estimates [...]; `left_out` is called only for BCa."""
+    if method not in METHODS:
+        raise InputError(f"interval: got {method!r}, expected one of {', '.join(METHODS)}")
+    if method == "delta":
+        return delta(estimate, influence, alpha)
+    if method == "t":
+        return student_t(estimate, influence, alpha)
+    if resampled is None:
+        raise InputError(f"interval {method!r} needs resamples; raise n_bootstrap above 0")
+    if method == "percentile":
+        return percentile(resampled, alpha)
+    return bca(resampled, estimate, left_out(), alpha)
