@@ -8,7 +8,7 @@ is left raw (SepsisAgent, arXiv 2605.14723). The reference scaler's two JSON fil
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,9 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import read_json
-
-if TYPE_CHECKING:
-    from worldmodel.episodes import Episodes
 
 SCALER_FILE = "scaler_params_log.json"
 FEATURE_FILE = "episode_feature_config.json"

@@ -40,7 +40,7 @@ def simulate(
 ) -> None:
     """Draw one patient's simulated futures under several plans: a fan chart and tables."""
     from sepsis_jax.pipelines.simulation import simulate_patient
-    from worldmodel.episodes import load_episodes
+    from worldmodel.episode_files import load_episodes
     from worldmodel.models.checkpoint import load_world_model
 
     outcomes = simulate_patient(

@@ -20,7 +20,8 @@ from sepsis_jax.report.figures import training_figure
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.report.tables import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 from worldmodel import schema
-from worldmodel.episodes import Episodes, load_episodes
+from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.fitting import FitConfig

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sepsis_jax.provenance import provenance
-from worldmodel.episodes import save_episodes
+from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, generate
 

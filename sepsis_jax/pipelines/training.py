@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sepsis_jax.provenance import provenance
-from worldmodel.episodes import load_dose_edges, load_episodes, load_manifest, load_scaler
+from worldmodel.episode_files import load_dose_edges, load_episodes, load_manifest, load_scaler
 from worldmodel.files import digest_file, write_json
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.training import Progress, TrainConfig, Trained, train_world_model

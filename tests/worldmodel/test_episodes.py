@@ -10,7 +10,7 @@ import pytest
 
 from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.episodes import (
+from worldmodel.episode_files import (
     COLUMNS,
     from_table,
     load_dose_edges,

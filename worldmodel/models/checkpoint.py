@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from worldmodel import schema
-from worldmodel.episodes import dose_edges_of, dose_edges_to_dict
+from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 from worldmodel.models.clinical_model import ModelConfig
