@@ -16,8 +16,6 @@ from worldmodel.errors import InputError
 from worldmodel.models.windows import Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
 
-URINE_STEPS = 6  # rows of urine that SOFA looks back on
-
 
 @struct.dataclass
 class History:
@@ -30,7 +28,7 @@ class History:
     observed: jax.Array  # [B, 12, 38] float32
     action: jax.Array  # [B, 12] int32 joint action 0-24; the newest is -1 until it is chosen
     static: jax.Array  # [B, 3] scaled
-    urine: jax.Array  # [B, 6] mL per step, oldest first, 0 before admission
+    urine: jax.Array  # [B, U] mL per step over 24 h, oldest first, 0 before admission
     sofa: jax.Array  # [B] SOFA of the newest row
     step: jax.Array  # [B] int32 index of the newest row, 0 at admission
     patient: jax.Array  # [B] int32 identity, which the noise depends on
@@ -66,8 +64,8 @@ class History:
 
     def urine_24h(self) -> jax.Array:
         """Urine of the last 24 h, mL, scaled up where the stay is shorter: [B]."""
-        steps = jnp.minimum(self.step + 1, URINE_STEPS)
-        return self.urine.sum(-1) * (URINE_STEPS / steps)
+        window = self.urine.shape[-1]
+        return self.urine.sum(-1) * (window / jnp.minimum(self.step + 1, window))
 
 
 def start_history(
@@ -103,7 +101,8 @@ def start_history(
     window = sequences.window(index, schema.OUTCOME_WINDOW)
     rows = step[:, None] + np.arange(1 - schema.OUTCOME_WINDOW, 1)
     action = sequences.action[stays[:, None], sequences.padding + rows].at[:, -1].set(-1)
-    urine_rows = rows[:, -URINE_STEPS:]
+    urine_steps = max(round(sofa.WINDOW_HOURS / world_model.step_hours), 1)
+    urine_rows = step[:, None] + np.arange(1 - urine_steps, 1)
     urine = episodes.dynamic[stays[:, None], np.maximum(urine_rows, 0), schema.URINE]
     history = History(
         obs=window.obs,

@@ -38,6 +38,8 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
     name, sign, body = text.partition("=")
     if text.strip().lower() == CLINICIAN:
         recorded = int(stay.length[0]) - step
+        if recorded < 1:
+            raise InputError(f"plan clinician: the stay has no step {step}; use an earlier --step")
         if recorded < horizon:
             raise InputError(
                 f"plan clinician: the stay has {recorded} steps from step {step} on, the horizon "
@@ -46,6 +48,8 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
         return Plan(CLINICIAN, np.asarray(stay.action[0, step : step + horizon]))
     if not sign:
         name, body = text, text
+    if not name.strip():
+        raise InputError(f"plan {text!r}: has no name before '='")
     pairs = [pair for pair in body.split(";") if pair.strip()]
     if not pairs or len(pairs) > horizon:
         raise InputError(f"plan {text!r}: {len(pairs)} steps for a horizon of {horizon}")

@@ -151,7 +151,7 @@ def _resolve(
             raise InputError(f"horizon: got {horizon}, expected at least 1 step for a policy")
         return None, plans_or_policy
     plans = np.asarray(plans_or_policy)
-    if plans.ndim not in (2, 3) or plans.shape[-1] < 1:
+    if plans.ndim not in (2, 3) or 0 in plans.shape:
         raise InputError(f"plans: got shape {plans.shape}, expected [K, H] or [P, K, H]")
     if not np.issubdtype(plans.dtype, np.integer):
         raise InputError(f"plans: got {plans.dtype} values, expected integers 0 to 24")
@@ -206,7 +206,7 @@ def _rollout(
 
     def merge_samples(leaf: jax.Array) -> jax.Array:
         leaf = leaf.transpose(2, 3, 1, 4, 0, *range(5, leaf.ndim))
-        return leaf.reshape(*leaf.shape[:2], -1, *leaf.shape[5:])
+        return leaf.reshape(*leaf.shape[:2], sample_ids.size, *leaf.shape[5:])
 
     return Rollouts(**jax.tree.map(merge_samples, results), features=features, mode=mode)
 
@@ -227,7 +227,7 @@ def _simulate(
 ) -> dict[str, jax.Array]:
     """One member's branches [P, K, C] for the samples [C]."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
-    columns = np.array([schema.INDEX[name] for name in features])
+    columns = np.array([schema.INDEX[name] for name in features], np.int32)
     # Under common noise all plans share one draw per patient and sample.
     plan_ids = jnp.zeros(1, jnp.int32) if common_noise else jnp.arange(shape[1])
 
