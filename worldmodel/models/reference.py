@@ -42,6 +42,7 @@ _OUTCOME_LINEARS = {
     "outcome_out": "outcome_head.3",
 }
 _CONFIG = ModelConfig(variant="reference")
+_SHAPE = ("variant", "hidden", "layers", "embed", "head")  # what a folder's tensors depend on
 
 
 def is_reference_folder(path: str | Path) -> bool:
@@ -73,14 +74,19 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
     """Writes a world model of the reference variant as a published checkpoint folder.
 
     Raises:
-      InputError: the variant is not "reference", the model is an ensemble, or something else
-        is in the way.
+      InputError: the variant is not "reference" in its published shape, the model is an
+        ensemble or has other steps than 4 h, or something else is in the way.
     """
     path = Path(path)
-    if world_model.config != _CONFIG:
+    config = world_model.config
+    if any(getattr(config, name) != getattr(_CONFIG, name) for name in _SHAPE):
         raise InputError(
             "only the reference variant in its published shape fits the published folder; "
-            "train with --variant reference"
+            "train with --set model.variant=reference"
+        )
+    if world_model.step_hours != schema.STEP_HOURS:
+        raise InputError(
+            f"the published folder is for 4-hour steps, this model has {world_model.step_hours:g}"
         )
     if world_model.num_members != 1:
         raise InputError("the published folder holds one model; pick one with .member(i)")
