@@ -17,7 +17,8 @@ from sepsis_jax.ope.estimators import (
     make_batch,
 )
 from sepsis_jax.ope.evaluate import evaluate
-from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.features import state_features
+from sepsis_jax.ope.fitted import Fitted, fit
 from sepsis_jax.ope.weights import Clip, weigh
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "diagnose",
     "estimate",
     "evaluate",
+    "fit",
     "from_episodes",
     "make_batch",
     "rewards",
+    "state_features",
     "weigh",
 ]

@@ -39,7 +39,7 @@ class Limits:
     unsupported: float = 0.10
     support: float = 0.01
     mean_ratio: float = 3.0
-    fqe: float = 0.2
+    fqe: float = 0.05
 
 
 class Diagnostics(NamedTuple):
@@ -139,7 +139,7 @@ def verdict(
     if found["unsupported"] > limits.unsupported:
         share = 100 * found["unsupported"]
         reasons.append(f"{share:.0f}% of the policy lies on actions the clinician hardly gives")
-    fits = entry is not None and bool({"values", "mrdr_values"} & set(entry.needs))
-    if fits and fqe_gap is not None and abs(fqe_gap) > limits.fqe:
+    modelled = entry is not None and entry.modelled
+    if modelled and fqe_gap is not None and abs(fqe_gap) > limits.fqe:
         reasons.append(f"fitted values miss the clinician's mean return by {fqe_gap:+.2f} SD")
     return "; ".join(reasons)

@@ -101,6 +101,7 @@ class Estimator:
       needs: optional fields of `Batch` without which it cannot be had.
       linear: the mean over stays of one number each, so bounds for means apply.
       weighted: leans on importance weights, so their diagnostics apply.
+      modelled: leans on fitted values being right, so their check applies.
     """
 
     blocks: tuple[str, ...]
@@ -108,6 +109,7 @@ class Estimator:
     needs: tuple[str, ...] = ()
     linear: bool = False
     weighted: bool = True
+    modelled: bool = False
 
 
 # --- columns -----------------------------------------------------------------------------------
@@ -248,8 +250,8 @@ def _magic(means: Means, batch: Batch) -> jax.Array:
     return means["first_value"][..., 0] + (batch.magic * corrections).sum(-1)
 
 
-def _one(block: str, *needs: str, weighted: bool = True) -> Estimator:
-    return Estimator((block,), _mean_of(block), needs, linear=True, weighted=weighted)
+def _one(block: str, *needs: str, weighted: bool = True, modelled: bool = False) -> Estimator:
+    return Estimator((block,), _mean_of(block), needs, True, weighted, modelled)
 
 
 _WDR_BLOCKS = ("first_value", "weighted_difference", "weight")
@@ -268,21 +270,21 @@ ESTIMATORS: dict[str, Estimator] = {
     # The same with D_t over stays still in the unit: not bounded by the largest return.
     "wpdis_alive": Estimator(("alive_reward", "alive_weight"), _wpdis_alive),
     # (1/N) sum_i V(s_i0).
-    "dm": _one("first_value", "values", weighted=False),
+    "dm": _one("first_value", "values", weighted=False, modelled=True),
     # (1/N) sum_i [V_i0 + sum_t g^t w_it d_it] (Jiang & Li 2016).
     "dr": _one("dr", "values"),
     # mean V_i0 + sum_t g^t sum_i w_it d_it / D_t (Thomas & Brunskill 2016).
     "wdr": Estimator(_WDR_BLOCKS, _wdr, ("values",)),
     # Blend of j-step WDR returns (Thomas & Brunskill 2016); weights from `sepsis_jax.ope.magic`.
-    "magic": Estimator(_WDR_BLOCKS, _magic, ("values", "magic")),
+    "magic": Estimator(_WDR_BLOCKS, _magic, ("values", "magic"), modelled=True),
     # DR with the values of least variance (Farajtabar, Chow & Ghavamzadeh 2018).
     "mrdr": _one("mrdr", "mrdr_values"),
     # DR that drops corrections of weight above a bound (Wang, Agarwal & Dudik 2017, per step).
-    "switch": _one("switch", "values"),
+    "switch": _one("switch", "values", modelled=True),
     # DR with optimistic shrinkage of the weights (Su, Dimakopoulou, Krishnamurthy & Dudik 2020).
-    "dr_os": _one("dr_os", "values"),
+    "dr_os": _one("dr_os", "values", modelled=True),
     # DR with sub-Gaussian weights (Metelli, Russo & Restelli 2021).
-    "dr_sg": _one("dr_sg", "values"),
+    "dr_sg": _one("dr_sg", "values", modelled=True),
     # PDIS with w = w^vasopressor x w^fluid, exact if the drugs are chosen independently.
     "factored_is": _one("factored", "drug_log_weight"),
     # Half the reward credited to each drug's own ratio (Rebello et al. 2023): biased unless the

@@ -1,0 +1,162 @@
+"""Where target policies' action probabilities come from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.synthetic import Policy, View
+
+BUILT_IN = ("clinician", "random", "none")
+PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
+
+
+def views(episodes: Episodes) -> View:
+    """What the synthetic world shows its policies in each recorded row, leaves [N, T, ...]."""
+    shape = (episodes.num_stays, episodes.num_steps)
+
+    def before(levels: jax.Array) -> jax.Array:
+        return jnp.pad(levels[:, :-1], ((0, 0), (1, 0)))
+
+    return View(
+        dynamic=episodes.dynamic,
+        measured=episodes.measured,
+        static=jnp.broadcast_to(episodes.static[:, None], (*shape, schema.NUM_STATIC)),
+        ventilated=episodes.ventilated,
+        sofa=episodes.sofa,
+        urine_24h=episodes.urine_24h,
+        vasopressor=before(episodes.vasopressor),
+        fluid=before(episodes.fluid),
+        step=jnp.broadcast_to(jnp.arange(shape[1]), shape),
+    )
+
+
+def probabilities_of(policy: Policy, episodes: Episodes, key: jax.Array) -> jax.Array:
+    """[N, T, 25] probabilities of an in-graph policy `(key, view) -> [25]` on recorded rows."""
+    return jax.jit(jax.vmap(jax.vmap(lambda view: policy(key, view))))(views(episodes))
+
+
+def built_in(
+    name: str, episodes: Episodes, behavior_probs: np.ndarray | None
+) -> np.ndarray | jax.Array:
+    """[N, T, 25] probabilities of "clinician", "random" or "none" (no treatment)."""
+    shape = (episodes.num_stays, episodes.num_steps, schema.NUM_ACTIONS)
+    if name == "random":
+        return np.full(shape, 1.0 / schema.NUM_ACTIONS, np.float32)
+    if name == "none":
+        probs = np.zeros(shape, np.float32)
+        probs[..., 0] = 1.0
+        return probs
+    if name != "clinician":
+        raise InputError(f"policy {name!r} is not built in; known: {', '.join(BUILT_IN)}")
+    if behavior_probs is None:
+        raise InputError(
+            "policy 'clinician' needs the clinician's probabilities of all actions; give "
+            "--behavior as a table, or a model to fit"
+        )
+    return behavior_probs
+
+
+def read_probabilities(path: Path, episodes: Episodes) -> np.ndarray:
+    """[N, T, 25] from a CSV or Parquet table with stay_id, step, action_0 ... action_24.
+
+    Rows of stays that are not among the episodes are ignored; every recorded step needs a row.
+    Values are checked later, by `sepsis_jax.ope.data.check`.
+
+    Raises:
+      InputError: the file cannot be read, a column or a step is missing, or a row comes twice.
+    """
+    table = read_table(path)
+    needed = ("stay_id", "step", *PROBABILITY_COLUMNS)
+    missing = [column for column in needed if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"{path}: columns missing: {', '.join(missing[:4])}{' ...' if missing[4:] else ''}; "
+            "expected stay_id, step, action_0 ... action_24 (5 x vasopressor + fluid level)"
+        )
+    try:
+        probs = table[list(PROBABILITY_COLUMNS)].to_numpy(np.float32)
+        keys = table[["stay_id", "step"]].to_numpy(np.int64)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: holds values that are not numbers") from None
+    ids = np.asarray(episodes.stay_id)
+    order = np.argsort(ids, kind="stable")
+    place = np.minimum(np.searchsorted(ids[order], keys[:, 0]), len(ids) - 1)
+    row = order[place]
+    length = np.asarray(episodes.length)
+    use = (ids[row] == keys[:, 0]) & (keys[:, 1] >= 0) & (keys[:, 1] < length[row])
+    row, step = row[use], keys[use, 1]
+    seen = np.zeros((episodes.num_stays, episodes.num_steps), np.int32)
+    np.add.at(seen, (row, step), 1)
+    absent = np.asarray(episodes.valid) & (seen == 0)
+    for bad, what in ((seen > 1, "comes twice"), (absent, "has no row")):
+        if bad.any():
+            i, t = np.argwhere(bad)[0]
+            raise InputError(f"{path}: step {t} of stay {ids[i]} {what} ({bad.sum()} such steps)")
+    out = np.full((*seen.shape, schema.NUM_ACTIONS), 1.0 / schema.NUM_ACTIONS, np.float32)
+    out[row, step] = probs[use]
+    return out
+
+
+def write_probabilities(path: Path, episodes: Episodes, probs: np.ndarray | jax.Array) -> None:
+    """Writes [N, T, 25] probabilities as the table that `read_probabilities` reads."""
+    stay, step = np.nonzero(np.asarray(episodes.valid))
+    table = pd.DataFrame(np.asarray(probs)[stay, step], columns=list(PROBABILITY_COLUMNS))
+    table.insert(0, "stay_id", np.asarray(episodes.stay_id)[stay])
+    table.insert(1, "step", step)
+    if path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path, index=False)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A CSV or Parquet table.
+
+    Raises:
+      InputError: no such file, another suffix, or unreadable.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"{path}: expected a .csv or .parquet file")
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable table ({error})") from None
+
+
+SOFTENINGS = ("none", "uniform", "clinician")
+
+
+def soften(
+    probs: jax.Array | np.ndarray,
+    rule: str,
+    share: float,
+    behavior_probs: jax.Array | np.ndarray | None = None,
+) -> jax.Array:
+    """Makes a (nearly) deterministic policy stochastic, by a named rule.
+
+    "uniform": (1 - e) pi + e / A (AI Clinician and Tang & Wiens 2021 spread e over the other
+    actions; the difference is e / A on the chosen one). "clinician": (1 - e) pi + e b (Tang et
+    al. 2022). "none": pi itself.
+    """
+    probs = jnp.asarray(probs)
+    if rule not in SOFTENINGS:
+        raise InputError(f"soften: got {rule!r}, expected one of {', '.join(SOFTENINGS)}")
+    if not 0 <= share <= 1:
+        raise InputError(f"soften share: got {share}, expected within [0, 1]")
+    if rule == "none":
+        return probs
+    if rule == "uniform":
+        return (1 - share) * probs + share / probs.shape[-1]
+    if behavior_probs is None:
+        raise InputError("soften 'clinician' needs the clinician's probabilities of all actions")
+    return (1 - share) * probs + share * jnp.asarray(behavior_probs)
