@@ -32,6 +32,7 @@ from worldmodel.simulate.rollout import rollout
 
 HORIZON = 6
 START_STEP = 2
+HYPOTENSION = 58.0  # mmHg: in need of treatment, and treatable
 PLANS = ("clinician", "nothing=0,0", "fluids=0,3", "vasopressor=2,1", "both=2,3;2,1")
 Phase = Callable[[str], None]
 
@@ -105,8 +106,8 @@ def run_demo(
 def default_config(stays: int, seed: int) -> TrainConfig:
     """Settings for a demonstration: gentler where there are few stays."""
     if stays >= 1000:
-        state = FitConfig(epochs=12, batch_size=256, patience=3)
-        outcome = FitConfig(epochs=4, batch_size=256, learning_rate=1e-3, patience=2)
+        state = FitConfig(epochs=8, batch_size=256, patience=2)
+        outcome = FitConfig(epochs=3, batch_size=256, learning_rate=5e-4, patience=1)
     else:
         gentle = FitConfig(batch_size=64, learning_rate=3e-4, weight_decay=0.1)
         state = replace(gentle, epochs=60, patience=8)
@@ -115,7 +116,7 @@ def default_config(stays: int, seed: int) -> TrainConfig:
 
 
 def hypotensive_stay(episodes: Episodes, *, step: int, horizon: int) -> int:
-    """The stay_id with the lowest MAP at `step`, among those recorded to `step + horizon`."""
+    """The stay_id with a MAP nearest to `HYPOTENSION` at `step`, recorded to `step + horizon`."""
     length = np.asarray(episodes.length)
     usable = np.flatnonzero(length >= step + horizon)
     if not len(usable):
@@ -123,7 +124,7 @@ def hypotensive_stay(episodes: Episodes, *, step: int, horizon: int) -> int:
             f"no test stay is recorded for {step + horizon} steps; use a larger cohort"
         )
     meanbp = np.asarray(episodes.dynamic)[usable, step, schema.INDEX["meanbp"]]
-    return int(np.asarray(episodes.stay_id)[usable[np.argmin(meanbp)]])
+    return int(np.asarray(episodes.stay_id)[usable[np.argmin(np.abs(meanbp - HYPOTENSION))]])
 
 
 def rollout_speed(world_model: WorldModel, episodes: Episodes, stay: int) -> float:
@@ -183,7 +184,7 @@ def _futures_section(
                "projected")  # fmt: skip
     return Section(
         "Counterfactual futures of one patient",
-        (f"Stay {stay} of the test split, the one with the lowest MAP at step {START_STEP}. Every "
+        (f"Stay {stay} of the test split, in shock at step {START_STEP}. Every "
          f"plan meets the same {samples} noise samples. This machine simulates {speed:,.0f} "
          "branch-steps per second.",),
         pictures=((out / "simulation" / "fan_chart.png",

@@ -18,7 +18,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.plans import Plan, parse_plan
+from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
 from worldmodel.simulate.rollout import Rollouts, rollout
 
 FEATURES = ("meanbp", "lactate", "output_4hourly")
@@ -44,7 +44,8 @@ def simulate_patient(
       world_model: to play in.
       episodes: where the stay is.
       out: folder to write.
-      stay_id: which stay; None for the first one with enough steps.
+      stay_id: which stay; None for the first one with enough steps, for the clinician's plan
+        if it is asked for.
       step: row to start from.
       plans: as `worldmodel.simulate.plans.parse_plan` reads them.
       horizon: steps to simulate.
@@ -58,7 +59,8 @@ def simulate_patient(
     Raises:
       InputError: no such stay or step, or a malformed plan.
     """
-    stay = _find_stay(episodes, stay_id, step)
+    clinician = any(is_clinician(text) for text in plans)
+    stay = _find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
     parsed = [parse_plan(text, horizon=horizon, stay=stay, step=step) for text in plans]
     names = [plan.name for plan in parsed]
     if not names or len(set(names)) < len(names):
@@ -96,12 +98,12 @@ def simulate_patient(
     return outcomes
 
 
-def _find_stay(episodes: Episodes, stay_id: int | None, step: int) -> Episodes:
+def _find_stay(episodes: Episodes, stay_id: int | None, step: int, *, needed: int) -> Episodes:
     length = np.asarray(episodes.length)
     if stay_id is None:
-        enough = np.flatnonzero(length > step)
-        if not len(enough):
+        if step >= length.max():
             raise InputError(f"step: no stay reaches step {step}; the longest has {length.max()}")
+        enough = np.flatnonzero(length >= min(needed, length.max()))
         return episodes.select(enough[:1])
     found = np.flatnonzero(np.asarray(episodes.stay_id) == stay_id)
     if not len(found):

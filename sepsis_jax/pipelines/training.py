@@ -9,8 +9,8 @@ from typing import Any
 
 from sepsis_jax.provenance import provenance
 from worldmodel.episode_files import load_dose_edges, load_episodes, load_manifest, load_scaler
-from worldmodel.files import digest_file, write_json
-from worldmodel.models.checkpoint import save_world_model
+from worldmodel.files import check_replaceable, digest_file, write_json
+from worldmodel.models.checkpoint import PARAMS, save_world_model
 from worldmodel.models.training import Progress, TrainConfig, Trained, train_world_model
 
 HEADLINES = ("split", "stays", "transitions", "state", "outcome", "outcome_every_step")
@@ -36,6 +36,7 @@ def train(
     """
     episodes_path, out = Path(episodes_path), Path(out)
     manifest = load_manifest(episodes_path)
+    check_replaceable(out, PARAMS)  # before hours of training, not after
     state_folder = out.with_name(f"{out.name}.training")
     trained = train_world_model(
         load_episodes(episodes_path),
