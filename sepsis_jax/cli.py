@@ -18,10 +18,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("demo")(demo.demo)
+app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")(demo.demo)
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(world_model.app, name="world-model")
-app.command("simulate")(simulate.simulate)
+app.command(
+    "simulate",
+    epilog="Example: sepsis-jax simulate --model runs/model --episodes runs/synthetic "
+    "--plan 'early=3,2;1,1' --plan 'rest=0,0' --out runs/futures",
+)(simulate.simulate)
 
 
 def main() -> None:
@@ -29,7 +33,8 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        errors.print(f"sepsis-jax: {error}", soft_wrap=True, markup=False)
+        line = " ".join(str(error).split())  # what libraries say may take several lines
+        errors.print(f"sepsis-jax: {line}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("sepsis-jax: interrupted")

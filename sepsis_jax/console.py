@@ -16,8 +16,9 @@ DISCLAIMER = "Research software. Not for clinical use."
 
 _FILE_WIDTH = 110  # where the output is no terminal
 
-console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-errors = Console(stderr=True, highlight=False)
+# Without markup: paths and plans may hold brackets.
+console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
+errors = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
@@ -97,4 +98,5 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=errors,
+        disable=not errors.is_terminal,  # a log would get half a bar beside the error
     )

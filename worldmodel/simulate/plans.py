@@ -20,6 +20,11 @@ class Plan(NamedTuple):
     actions: np.ndarray  # [H] int, 0-24
 
 
+def is_clinician(text: str) -> bool:
+    """Whether a plan asks for what was really given."""
+    return text.strip().lower() == CLINICIAN
+
+
 def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
     """Reads a plan.
 
@@ -36,7 +41,7 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
         horizon, or the record ends too early for `clinician`.
     """
     name, sign, body = text.partition("=")
-    if text.strip().lower() == CLINICIAN:
+    if is_clinician(text):
         recorded = int(stay.length[0]) - step
         if recorded < 1:
             raise InputError(f"plan clinician: the stay has no step {step}; use an earlier --step")

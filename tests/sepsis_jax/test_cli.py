@@ -1,0 +1,371 @@
+"""The command line: what each command gives, and how bad input ends."""
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from sepsis_jax import cli
+from sepsis_jax.commands import world_model as world_model_commands
+from tests.compiled import compilation_cached
+from worldmodel.models.checkpoint import load_world_model, save_world_model
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+
+COMMANDS = (
+    ("demo",),
+    ("simulate",),
+    ("cohort", "synthetic"),
+    ("cohort", "mimic-iv"),
+    ("world-model", "train"),
+    ("world-model", "evaluate"),
+    ("world-model", "effects"),
+    ("world-model", "export"),
+)
+# These tests ask whether it runs, not whether it is good.
+FAST = (
+    "--set", "model={variant: reference, hidden: 8, layers: 1, embed: 4, head: 4}",
+    "--set", "state={epochs: 2, batch_size: 64}",
+    "--set", "outcome={epochs: 1}",
+)  # fmt: skip
+
+
+class Result:
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def last_json(self):
+        return json.loads(self.out.rstrip("\n").split("\n")[-1])
+
+
+def call(capture, *arguments):
+    """Runs `sepsis-jax ARGUMENTS` in this process."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["sepsis-jax", *map(str, arguments)])
+    capture.readouterr()
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code or 0
+    finally:
+        patch.undo()
+    return Result(status, *capture.readouterr())
+
+
+@pytest.fixture
+def run(capsys):
+    return lambda *arguments: call(capsys, *arguments)
+
+
+def finish(*arguments):
+    """The same from a fixture, where nothing captures; it must succeed."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sys, "argv", ["sepsis-jax", *map(str, arguments)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        assert not end.code
+    finally:
+        patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with compilation_cached(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "cohort"
+    finish("cohort", "synthetic", "--patients", 60, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(cohort):
+    """A model of the reference variant, in the published shape."""
+    out = cohort.with_name("model")
+    finish("world-model", "train", "--episodes", cohort, "--out", out, *FAST)
+    return out
+
+
+def leftovers(folder: Path):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def small_simulation(model, cohort, out):
+    return (
+        "simulate", "--model", model, "--episodes", cohort, "--out", out, "--step", 1,
+        "--horizon", 3, "--samples", 4,
+    )  # fmt: skip
+
+
+# What works
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(run, command):
+    result = run(*command, "--help")
+    assert result.status == 0
+    flat = " ".join(result.out.split())
+    assert f"Example: sepsis-jax {' '.join(command)}" in flat
+
+
+def test_the_installed_program_answers():
+    program = Path(sys.executable).with_name("sepsis-jax")
+    if not program.exists():
+        pytest.skip("sepsis-jax is not installed in this environment")
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "Not for clinical use" in " ".join(done.stdout.split())
+    done = subprocess.run(
+        [program, "world-model", "export", "--model", "no-such-folder", "--out", "x"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_a_synthetic_cohort_is_reproducible(run, cohort, tmp_path):
+    result = run("cohort", "synthetic", "--patients", 60, "--out", tmp_path / "again", "--json")
+    assert result.status == 0
+    assert result.last_json["stays"] == 60
+    again, first = (
+        pd.read_parquet(folder / "episodes.parquet") for folder in (tmp_path / "again", cohort)
+    )
+    pd.testing.assert_frame_equal(again, first)
+    manifest = json.loads((cohort / "manifest.json").read_text())
+    assert manifest["options"] == {"patients": 60, "confounding": 0.0, "seed": 0}
+    assert manifest["command"].startswith("sepsis-jax cohort synthetic")
+
+
+def test_training_leaves_a_model_and_nothing_else(model):
+    assert leftovers(model.parent) == ["cohort", "model"]
+    manifest = json.loads((model / "manifest.json").read_text())
+    assert manifest["config"]["variant"] == "reference"
+    assert manifest["training"]["state"]["epochs"] == 2
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert len(metrics["history"]["state"]) == 2
+    assert metrics["state"]["model"]["mae"] > 0
+
+
+def test_evaluate_repeats_the_figures_of_training(run, model, cohort):
+    result = run("world-model", "evaluate", "--model", model, "--episodes", cohort, "--json")
+    assert result.status == 0
+    metrics = json.loads((model / "metrics.json").read_text())
+    assert result.last_json["split"] == "test"
+    for name, value in metrics["state"]["model"].items():
+        assert result.last_json["state"]["model"][name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_evaluate_takes_other_splits(run, model, cohort):
+    arguments = ("world-model", "evaluate", "--model", model, "--episodes", cohort, "--json")
+    result = run(*arguments, "--split", "validation")
+    assert result.last_json["split"] == "validation"
+
+
+def test_an_exported_folder_is_the_same_model(run, model, tmp_path):
+    scaler = load_world_model(model).scaler
+    published = init_world_model(jax.random.key(0), scaler, ModelConfig(variant="reference"))
+    save_world_model(published, tmp_path / "ours")
+    result = run("world-model", "export", "--model", tmp_path / "ours", "--out", tmp_path / "pt")
+    assert result.status == 0
+    assert leftovers(tmp_path / "pt") == [
+        "episode_feature_config.json", "outcome.pt", "scaler_params_log.json",
+        "state_model_log.pt",
+    ]  # fmt: skip
+    exported = load_world_model(tmp_path / "pt")
+    jax.tree.map(np.testing.assert_array_equal, exported, published)
+
+
+def test_simulation_writes_what_it_says(run, model, cohort, tmp_path):
+    out = tmp_path / "out"
+    plans = ("--plan", "rest=0,0", "--plan", "[odd]=4,4;1,0")
+    result = run(*small_simulation(model, cohort, out), *plans, "--json")
+    assert result.status == 0
+    assert "[odd]" in result.out.rpartition('{"out"')[0]  # the table, not the JSON after it
+    assert leftovers(out) == ["fan_chart.png", "manifest.json", "outcomes.csv", "trajectories.csv"]
+    assert [row["plan"] for row in result.last_json["plans"]] == ["rest", "[odd]"]
+    table = pd.read_csv(out / "trajectories.csv")
+    # 2 plans x (start + 3 steps) x (3 features + SOFA)
+    assert len(table) == 2 * 4 * 4 and not table.isna().any().any()
+    starts = table[table["hour"] == table["hour"].min()]
+    assert (starts["q05"] == starts["q95"]).all()
+    again = run(*small_simulation(model, cohort, out), *plans, "--json")
+    assert again.last_json == result.last_json  # also: an older simulation is replaced
+
+
+def test_the_default_stay_suits_the_clinicians_plan(run, model, cohort, tmp_path):
+    arguments = small_simulation(model, cohort, tmp_path / "out")
+    result = run(*arguments, "--plan", "clinician", "--horizon", 6, "--json")
+    assert result.status == 0, result.err
+
+
+def test_interrupted_training_resumes_to_the_same_model(run, cohort, model, tmp_path, monkeypatch):
+    """Ctrl-C after the first epoch, then the same command again."""
+    arguments = ("world-model", "train", "--episodes", cohort, "--out", tmp_path / "model", *FAST)
+
+    @contextmanager
+    def interrupting(title):
+        def update(*_):
+            raise KeyboardInterrupt
+
+        yield update
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_model_commands, "epochs", interrupting)
+        result = run(*arguments)
+    assert result.status == 130
+    assert leftovers(tmp_path) == ["model.training"]
+    assert run(*arguments).status == 0
+    assert leftovers(tmp_path) == ["model"]
+    for a, b in zip(
+        jax.tree.leaves(load_world_model(tmp_path / "model")),
+        jax.tree.leaves(load_world_model(model)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+# What does not
+
+
+def refuse(result, *words):
+    """Status 2 and one line on stderr that holds the words."""
+    assert result.status == 2, (result.status, result.out, result.err)
+    assert result.err.startswith("sepsis-jax: ") and result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err
+    assert "Traceback" not in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--episodes", "none"), ("none: no such folder", "sepsis-jax cohort synthetic")),
+        (("--config", "none.yaml"), ("none.yaml: no such file",)),
+        (("--config", "bad.yaml"), ("bad.yaml: unknown setting 'epochs'; known: model,",)),
+        (("--config", "broken.yaml"), ("broken.yaml: not readable YAML",)),
+        (("--set", "epochs=3"), ("--set: unknown setting 'epochs'",)),
+        (("--set", "state.epochs"), ("'state.epochs' is not NAME=VALUE",)),
+        (("--set", "state.epochs=many"), ("state: epochs: got 'many', expected int",)),
+        (("--set", "state.epochs=[1"), ("is not readable YAML",)),
+        (("--set", "state.epochs=0"), ("epochs: got 0, expected at least 1",)),
+        (("--set", "members=0"), ("members: got 0",)),
+        (("--set", "model.variant=best"), ("variant: got 'best'",)),
+        (("--set", "model.linear_rows=9"), ("linear_rows: got 9",)),
+    ],
+)
+def test_bad_training_is_refused(run, cohort, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("epochs: 3\n")
+    Path("broken.yaml").write_text("a: [\nb: {\n")
+    before = leftovers(tmp_path)
+    result = run("world-model", "train", "--episodes", cohort, "--out", "model", *FAST, *arguments)
+    refuse(result, *words)
+    assert leftovers(tmp_path) == before
+
+
+def test_something_in_the_way_is_found_before_training(run, cohort, tmp_path, monkeypatch):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").touch()
+    monkeypatch.setattr(
+        "sepsis_jax.pipelines.training.train_world_model", lambda *_, **__: pytest.fail("trained")
+    )
+    result = run("world-model", "train", "--episodes", cohort, "--out", tmp_path / "home")
+    refuse(result, "home: exists")
+    assert leftovers(tmp_path) == ["home"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--split", "holdout"), ("--split: got 'holdout', expected one of train,",)),
+        (("--model", "none"), ("none: no such folder; train one with",)),
+        (("--episodes", "none"), ("none: no such folder; make one with",)),
+        (("--model", "."), ("manifest.json: no such file",)),
+    ],
+)
+def test_bad_evaluation_is_refused(run, model, cohort, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = run("world-model", "evaluate", "--model", model, "--episodes", cohort, *arguments)
+    refuse(result, *words)
+
+
+def test_a_cohort_is_no_model_and_a_model_no_cohort(run, model, cohort, tmp_path):
+    out = tmp_path / "out"
+    refuse(run(*small_simulation(cohort, cohort, out)), "cohort: not a world model")
+    refuse(run(*small_simulation(model, model, out)), "episodes.parquet: missing")
+    assert leftovers(tmp_path) == []
+
+
+def test_truncated_episodes_are_refused(run, model, cohort, tmp_path):
+    copy = tmp_path / "cohort"
+    copy.mkdir()
+    for file in cohort.iterdir():
+        raw = file.read_bytes()
+        (copy / file.name).write_bytes(raw[:-50] if file.suffix == ".parquet" else raw)
+    result = run("world-model", "train", "--episodes", copy, "--out", tmp_path / "model", *FAST)
+    refuse(result, "episodes.parquet: not a readable Parquet file")
+    assert leftovers(tmp_path) == ["cohort"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--plan", "x=5,0"), ("level 5 is outside 0 to 4",)),
+        (("--plan", "x=1"), ("'1' is not V,F", "such as 2,1")),
+        (("--plan", "x=1,1", "--plan", "x=2,2"), ("names must be given and differ",)),
+        (("--plan", "=1,1"), ("has no name",)),
+        (("--plan", "clinician", "--horizon", "90"), ("clinician",)),
+        (("--stay", "999999999"), ("stay 999999999 is not among the 60 episodes",)),
+        (("--step", "5000"), ("no stay reaches step 5000",)),
+        (("--mode", "quirky"), ("mode: got 'quirky'",)),
+    ],
+)
+def test_bad_simulations_are_refused(run, model, cohort, tmp_path, arguments, words):
+    refuse(run(*small_simulation(model, cohort, tmp_path / "out"), *arguments), *words)
+    assert leftovers(tmp_path) == []
+
+
+def test_a_simulation_deletes_no_strangers_folder(run, model, cohort, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")  # such as a folder of runs
+    (tmp_path / "thesis.txt").touch()
+    refuse(run(*small_simulation(model, cohort, tmp_path)), "exists")
+    refuse(run(*small_simulation(model, cohort, tmp_path / "thesis.txt")), "is a file")
+    assert leftovers(tmp_path) == ["manifest.json", "thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("synthetic", "--patients", "3"), ("patients: got 3, expected at least 10",)),
+        (("synthetic", "--confounding", "-1"), ("confounding: got -1",)),
+        (("mimic-iv", "--data", "none"), ("none",)),
+        (("mimic-iv", "--data", "none", "-o", "step_hours=3"), ("step_hours",)),
+        (("mimic-iv", "--data", "none", "-o", "colour=red"), ("unknown setting 'colour'",)),
+    ],
+)
+def test_bad_cohorts_are_refused(run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    refuse(run("cohort", *arguments, "--out", "cohort"), *words)
+    assert leftovers(tmp_path) == []
+
+
+def test_export_of_another_shape_is_refused(run, model, tmp_path):
+    result = run("world-model", "export", "--model", model, "--out", tmp_path / "pt")
+    refuse(result, "only the reference variant in its published shape")
+    assert leftovers(tmp_path) == []
+
+
+def test_usage_errors_end_with_status_2(run):
+    result = run("world-model", "train")
+    assert result.status == 2 and "Missing option" in result.err
+    assert run("world-model", "polish").status == 2
