@@ -44,9 +44,7 @@ def bca(
     z0 = stats.norm.ppf(share)
     acceleration = np.zeros_like(z0)
     if left_out is not None:
-        deviation = np.nan_to_num(np.nanmean(left_out, 0) - left_out)
-        scale = np.maximum((deviation**2).sum(0), 1e-30) ** 1.5
-        acceleration = (deviation**3).sum(0) / (6 * scale)
+        acceleration = _acceleration(np.asarray(left_out, np.float64))
 
     def level(z: float) -> np.ndarray:
         shift = z0 + z
@@ -55,13 +53,25 @@ def bca(
     return _quantiles(resampled, level(stats.norm.ppf(alpha / 2)), level(stats.norm.isf(alpha / 2)))
 
 
+def _acceleration(left_out: np.ndarray) -> np.ndarray:
+    """sum d^3 / (6 (sum d^2)^1.5); 0 where nothing varies or a value is undefined."""
+    defined = np.isfinite(left_out)
+    values = np.where(defined, left_out, 0.0)
+    mean = values.sum(0) / np.maximum(defined.sum(0), 1)
+    deviation = np.where(defined, mean - values, 0.0)
+    top = np.abs(deviation).max(0)
+    deviation = deviation / np.where(top > 0, top, 1.0)
+    scale = np.maximum((deviation**2).sum(0), 1e-30) ** 1.5
+    return (deviation**3).sum(0) / (6 * scale)
+
+
 def _quantiles(resampled: np.ndarray, low: np.ndarray, high: np.ndarray) -> Interval:
-    """Linear-interpolation quantiles along the first axis at a level per column."""
-    ordered = np.sort(resampled, axis=0)  # NaN last
+    """Interpolated quantiles along the first axis at a level per column; NaN without values."""
+    ordered = np.sort(np.where(np.isfinite(resampled), resampled, np.nan), axis=0)  # NaN last
     count = np.isfinite(ordered).sum(0)
 
     def at(level: np.ndarray) -> np.ndarray:
-        position = np.clip(level, 0, 1) * np.maximum(count - 1, 0)
+        position = np.nan_to_num(np.clip(level, 0, 1)) * np.maximum(count - 1, 0)
         left = np.floor(position).astype(int)
         right = np.minimum(left + 1, np.maximum(count - 1, 0))
         lower = np.take_along_axis(ordered, left[None], 0)[0]

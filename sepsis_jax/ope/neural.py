@@ -85,11 +85,11 @@ def fit(
     init_key, batch_key = jax.random.split(key)
     del key
     policies, actions = probs.shape[0], probs.shape[-1]
-    sizes = (data.features.shape[-1], config.hidden, config.hidden, actions)
+    sizes = (features.shape[-1], config.hidden, config.hidden, actions)
     scale = jnp.maximum(jnp.std(data.returns(gamma)), 1e-6)
     flat = {
-        "x": data.features,
-        "ahead": after(data.features, 1),
+        "x": features,
+        "ahead": after(features, 1),
         "goes_on": after(data.alive, 1) & data.alive,
         "action": data.action,
         "reward": data.reward / scale,

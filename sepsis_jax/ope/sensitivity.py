@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import pandas as pd
 
+from sepsis_jax.ope.weights import scaled
+
 GAMMAS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 
 
@@ -30,7 +32,7 @@ def worst_case(
     """
     order = jnp.argsort(returns)
     g = returns[order]
-    weight = jnp.exp(log_weight - log_weight.max(-1, keepdims=True))[:, order]
+    weight = scaled(log_weight, -1)[:, order]
 
     def extreme(first: float | jax.Array, rest: float | jax.Array) -> jax.Array:
         """[K, N + 1] values with the j lowest returns weighted by `first`, others by `rest`."""
@@ -39,7 +41,9 @@ def worst_case(
         total = first * mass + rest * (mass[:, -1:] - mass)
         return (first * gain + rest * (gain[:, -1:] - gain)) / total
 
-    return extreme(gamma, 1 / gamma).min(-1), extreme(1 / gamma, gamma).max(-1)
+    undefined = jnp.isneginf(log_weight.max(-1))
+    low, high = extreme(gamma, 1 / gamma).min(-1), extreme(1 / gamma, gamma).max(-1)
+    return jnp.where(undefined, jnp.nan, low), jnp.where(undefined, jnp.nan, high)
 
 
 def confounding_table(
@@ -55,7 +59,8 @@ def confounding_table(
         low, high = worst_case(returns, log_weight, gamma)
         for k, name in enumerate(names):
             bounds = float(low[k]), float(high[k])
-            differs = not bounds[0] <= mean <= bounds[1]
+            slack = 1e-5 * (1 + abs(mean))
+            differs = bounds[1] < mean - slack or bounds[0] > mean + slack
             rows.append((name, float(gamma), *bounds, differs))
     columns = ["policy", "confounding", "low", "high", "differs_from_clinician"]
     return pd.DataFrame(rows, columns=columns).sort_values(["policy", "confounding"], kind="stable")

@@ -1,0 +1,125 @@
+"""`sepsis-jax ope`: off-policy evaluation, and how far to believe it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepsis_jax.commands.options import Json, Out, Seed
+from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
+
+app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
+
+
+@app.callback(
+    invoke_without_command=True,
+    epilog="Example: sepsis-jax ope --episodes runs/synthetic --behavior gru --policy clinician "
+    "--policy random --policy mine=mine.parquet --out runs/ope",
+)
+def evaluate(
+    context: typer.Context,
+    episodes: Annotated[
+        Path | None,
+        typer.Option("--episodes", help="Folder of episodes, as `sepsis-jax cohort` writes it."),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--policy",
+            help="NAME=FILE, a CSV or Parquet table with stay_id, step, action_0 ... action_24; "
+            "or clinician, random, none. Repeat for more.",
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
+    behavior: Annotated[
+        str,
+        typer.Option(
+            "--behavior",
+            help="Clinician's probabilities: recorded (in the episodes), a table, or a model to "
+            "fit: logistic, mlp, gru, knn.",
+        ),
+    ] = "recorded",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting as NAME=VALUE, such as --set split=all --set clip=1000."
+        ),
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Value policies on recorded stays: every estimator, intervals, diagnostics, a verdict."""
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import replace
+
+    from sepsis_jax.pipelines.ope import HEADLINES, OPEOptions, evaluate_policies, records
+    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.errors import InputError
+
+    if episodes is None or out is None:
+        raise InputError("ope: give --episodes, --policy and --out; see sepsis-jax ope --help")
+    options = load_config(OPEOptions, config) if config else OPEOptions(seed=seed)
+    options = apply_overrides(options, setting or [], source="--set")
+    options = replace(options, seed=seed) if seed else options
+    with phases("off-policy evaluation") as progress:
+        table = evaluate_policies(
+            episodes, out, policy or [], behavior=behavior, options=options, progress=progress
+        )
+    rows = records(table)
+    columns = ("policy", "estimator", "estimate", "low", "high", "difference", "ess")
+    print_table(
+        f"Value of {table['policy'].nunique()} policies, {table.attrs['stays']} stays, "
+        f"{100 * table.attrs['level']:g}% intervals (all estimators: estimates.csv)",
+        ("policy", "estimator", "value", "low", "high", "less clinician", "ESS", "trust"),
+        [
+            (*(row[name] for name in columns), "yes" if row["trust"] else "no")
+            for row in rows
+            if row["estimator"] in HEADLINES or len(options.estimators)
+        ],
+    )
+    for row in rows:
+        if row["estimator"] == "wis" and not row["trust"]:
+            console.print(f"{row['policy']}: do not trust: {row['reason']}")
+    console.print(f"{out / 'report.html'}, estimates.csv, .json, .tex.  {DISCLAIMER}")
+    if json:
+        print_json({"out": str(out), "stays": table.attrs["stays"], "rows": rows})
+
+
+@app.command(
+    "benchmark",
+    epilog="Example: sepsis-jax ope benchmark --config configs/ope_benchmark.yaml "
+    "--out runs/ope_benchmark",
+)
+def benchmark(
+    out: Out,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare every estimator with the truth: bias, RMSE, coverage, ranking, regret."""
+    from sepsis_jax.ope.benchmark import BenchmarkOptions
+    from sepsis_jax.pipelines.ope_benchmark import run_benchmark
+    from worldmodel.configuration import apply_overrides, load_config
+
+    options = load_config(BenchmarkOptions, config) if config else BenchmarkOptions()
+    options = apply_overrides(options, setting or [], source="--set")
+    with phases("truth benchmark") as progress:
+        scores = run_benchmark(out, options, progress=progress)
+    print_table(
+        "Mean over settings; coverage of 95% intervals",
+        list(scores.columns),
+        scores.itertuples(index=False),
+    )
+    console.print(f"{out / 'report.html'}, scores.csv, runs.csv.  {DISCLAIMER}")
+    if json:
+        print_json({"out": str(out), "scores": scores.to_dict("records")})

@@ -1,0 +1,288 @@
+"""Off-policy evaluation from files to files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from sepsis_jax import ope
+from sepsis_jax.ope import policies, sensitivity, subgroups
+from sepsis_jax.ope.behavior import BehaviorFit, fit_behavior
+from sepsis_jax.provenance import provenance
+from sepsis_jax.report.html import Section, Table, write_page
+from worldmodel import schema
+from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, digest_file, write_json
+
+SHOWN = ("policy", "estimator", "estimate", "low", "high", "difference", "difference_low",
+         "difference_high", "ess", "trust", "reason")  # fmt: skip
+MARKER = "estimates.csv"
+HEADLINES = ("on_policy", "wis", "wpdis", "dm", "dr", "wdr")
+
+
+@dataclass(frozen=True)
+class OPEOptions:
+    """Settings of an evaluation; see `sepsis_jax.ope.evaluate`.
+
+    Attributes:
+      split: "train", "validation", "test" or "all".
+      estimators: names; empty for all that can be had.
+      values: "linear", "neural" or "none".
+      gamma: discount.
+      n_bootstrap: resamples.
+      interval: "bca", "percentile", "delta" or "t".
+      clip: largest cumulative weight; 0 for no clipping.
+      soften: "none", "uniform" or "clinician".
+      soften_share: share that softening gives away.
+      zero_behavior, row_sums, missing_reward: "error" or a treatment.
+      seed: of every random choice.
+    """
+
+    split: str = "test"
+    estimators: tuple[str, ...] = ()
+    values: str = "linear"
+    gamma: float = 1.0
+    n_bootstrap: int = 2000
+    interval: str = "bca"
+    clip: float = 0.0
+    soften: str = "none"
+    soften_share: float = 0.01
+    zero_behavior: str = "error"
+    row_sums: str = "error"
+    missing_reward: str = "error"
+    seed: int = 0
+
+
+def evaluate_policies(
+    episodes_path: str | Path,
+    out: str | Path,
+    policy: Sequence[str],
+    *,
+    behavior: str = "recorded",
+    options: OPEOptions | None = None,
+    progress: Callable[[str, float], None] | None = None,
+) -> pd.DataFrame:
+    """Evaluates policies on recorded stays and writes tables, a report and a manifest.
+
+    Args:
+      episodes_path: folder of episodes.
+      out: folder to write: estimates.csv/.json/.tex, confounding.csv, subgroups.csv,
+        ess_by_step.csv, behavior.csv where fitted, report.html, manifest.json.
+      policy: NAME=FILE with a table of probabilities, or a built-in name.
+      behavior: "recorded", a model of `sepsis_jax.ope.behavior`, or a table of probabilities.
+      options: settings.
+      progress: called with (phase, share done).
+
+    Returns:
+      The table of `sepsis_jax.ope.evaluate`.
+    """
+    options = options or OPEOptions()
+    report = progress or (lambda phase, share: None)
+    report("reading", 0.0)
+    everyone = load_episodes(episodes_path)
+    key = jax.random.key(options.seed)
+    fit_key, behavior_key, bootstrap_key, group_key = jax.random.split(key, 4)
+    del key
+    report("clinician", 0.05)
+    full, taken, fits = _behavior(behavior, everyone, behavior_key)
+    episodes, chosen = _split(everyone, options.split)
+    full = None if full is None else full[chosen]
+    probs = _policies(policy, episodes, full, options)
+    if taken is not None:
+        episodes = replace(episodes, behavior_prob=jax.numpy.asarray(taken[chosen]))
+    data = ope.from_episodes(episodes, behavior_probs=full, features=ope.state_features(episodes))
+    treatment = ope.Treatment(
+        zero_behavior=options.zero_behavior,
+        row_sums=options.row_sums,
+        missing_reward=options.missing_reward,
+    )
+    stays = data.num_stays
+    data, probs, treated = ope.check(data, probs, treatment)
+    fitted = None
+    if options.values != "none":
+        report("fitted values", 0.2)
+        fitted = ope.fit(fit_key, data, probs, method=options.values, gamma=options.gamma)
+    report("estimates", 0.5)
+    clip = ope.Clip(cumulative=(0.0, options.clip)) if options.clip else None
+    shared: dict[str, Any] = {
+        "estimators": options.estimators or None, "gamma": options.gamma, "clip": clip,
+        "interval": options.interval, "n_bootstrap": options.n_bootstrap, "fitted": fitted,
+    }  # fmt: skip
+    table = ope.evaluate(data, probs, key=bootstrap_key, **shared)
+    weights = ope.weigh(data, jax.numpy.stack(list(probs.values())), clip)
+    confounding = sensitivity.confounding_table(
+        list(probs), data.returns(options.gamma), weights.log_weight[..., -1]
+    )
+    groups = None
+    if treated["stays_dropped"] == 0:
+        report("subgroups", 0.7)
+        few = {**shared, "estimators": ("wis",) if fitted is None else ("wis", "wdr")}
+        few["n_bootstrap"] = min(options.n_bootstrap, 1000)
+        groups = subgroups.evaluate_groups(
+            data, probs, subgroups.groups(episodes), key=group_key, **few
+        )
+    report("writing", 0.9)
+    facts = {
+        "stays": stays, "treated": treated, "fqe_gap": table.attrs["fqe_gap"],
+        "behavior": behavior, "behavior_report": fits[0].report if fits else None,
+    }  # fmt: skip
+    manifest = provenance(
+        episodes={"path": str(episodes_path),
+                  "sha256": digest_file(Path(episodes_path) / "episodes.parquet")},
+        policies=list(policy), options=vars(options), **facts,
+    )  # fmt: skip
+    _write(Path(out), table, confounding, groups, fits, manifest)
+    report("done", 1.0)
+    return table
+
+
+def _behavior(
+    behavior: str, episodes: Episodes, key: jax.Array
+) -> tuple[np.ndarray | None, np.ndarray | None, list[BehaviorFit]]:
+    """All probabilities where known, those of the taken actions otherwise, fitted models."""
+    if behavior == "recorded":
+        return None, np.asarray(episodes.behavior_prob), []
+    if Path(behavior).suffix in (".csv", ".parquet"):
+        return policies.read_probabilities(Path(behavior), episodes), None, []
+    fits = fit_behavior(key, episodes, models=(behavior,))
+    return fits[0].probs, None, fits
+
+
+def _split(episodes: Episodes, split: str) -> tuple[Episodes, np.ndarray]:
+    if split == "all":
+        return episodes, np.arange(episodes.num_stays)
+    if split not in schema.SPLITS:
+        raise InputError(f"split: got {split!r}, expected {', '.join(schema.SPLITS)} or all")
+    chosen = np.flatnonzero(np.asarray(episodes.split) == schema.SPLITS.index(split))
+    if len(chosen) < 2:
+        raise InputError(f"split {split!r} has {len(chosen)} stays; evaluation needs at least 2")
+    return episodes.select(chosen), chosen
+
+
+def _policies(
+    given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None, options: OPEOptions
+) -> dict[str, Any]:
+    if not given:
+        raise InputError("--policy: none given; use NAME=FILE, or clinician, random, none")
+    probs: dict[str, Any] = {}
+    for text in given:
+        name, sign, file = text.partition("=")
+        if name in probs or not name:
+            raise InputError(f"--policy {text!r}: names must be given and differ")
+        if not sign:
+            probs[name] = policies.built_in(name, episodes, behavior)
+            continue
+        table = policies.read_probabilities(Path(file), episodes)
+        probs[name] = policies.soften(table, options.soften, options.soften_share, behavior)
+    return probs
+
+
+def _write(
+    out: Path,
+    table: pd.DataFrame,
+    confounding: pd.DataFrame,
+    groups: pd.DataFrame | None,
+    fits: list[BehaviorFit],
+    manifest: dict[str, Any],
+) -> None:
+    tables = {"estimates": table, "confounding": confounding}
+    if groups is not None:
+        tables["subgroups"] = groups
+    if fits:
+        tables["behavior"] = fits[0].reliability
+    steps = pd.DataFrame(table.attrs["ess_step"]).rename_axis("step").reset_index()
+    tables["ess_by_step"] = steps
+    with atomic_folder(out, marker=MARKER) as folder:
+        for name, content in tables.items():
+            content.to_csv(folder / f"{name}.csv", index=False)
+        write_json(folder / "estimates.json", {"rows": records(table), **_plain(table.attrs)})
+        (folder / "estimates.tex").write_text(latex(table))
+        write_json(folder / "manifest.json", manifest)
+        sections = [_section(name, content, table) for name, content in tables.items()]
+        write_page(folder / "report.html", "Off-policy evaluation", sections)
+
+
+def _plain(attrs: dict[Any, Any]) -> dict[str, Any]:
+    return {str(name): value for name, value in attrs.items()}
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows with plain numbers, None for what is undefined."""
+    return [
+        {
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
+            for name, value in row.items()
+        }
+        for row in table.astype(object).to_dict("records")
+    ]
+
+
+def latex(table: pd.DataFrame) -> str:
+    """A booktabs table: policies down, estimators across, interval below; a dagger for no trust."""
+    estimators = list(dict.fromkeys(table["estimator"]))
+    lines = [
+        "% Dagger: see the column `reason` of estimates.csv before believing the number.",
+        rf"\begin{{tabular}}{{l{'r' * len(estimators)}}}",
+        r"\toprule",
+        " & ".join(["policy", *(name.replace("_", r"\_") for name in estimators)]) + r" \\",
+        r"\midrule",
+    ]
+    for policy, rows in table.groupby("policy", sort=False):
+        by = rows.set_index("estimator")
+        first, second = [str(policy).replace("_", r"\_")], [""]
+        for name in estimators:
+            row = by.loc[name]
+            mark = "" if row["trust"] else r"$^\dagger$"
+            undefined = not np.isfinite(row["estimate"])
+            first.append("--" if undefined else f"{row['estimate']:.2f}{mark}")
+            second.append("" if undefined else rf"\small({row['low']:.2f}, {row['high']:.2f})")
+        lines += [" & ".join(first) + r" \\", " & ".join(second) + r" \\"]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+_TEXT = {
+    "estimates": (
+        "Value of every policy by every estimator, with its interval, its difference from the "
+        "clinician's mean return in the same resamples, and whether it can be believed.",
+    ),
+    "confounding": (
+        "Least and greatest self-normalised value if something unrecorded moved every weight by "
+        "a factor of up to `confounding`.",
+    ),
+    "subgroups": (
+        "The same by kind of patient. `differs_adjusted` divides the level by the number of "
+        "groups and policies looked at (Bonferroni).",
+    ),
+    "behavior": ("Calibration of the fitted clinician on held-out stays.",),
+    "ess_by_step": ("Effective sample size of the cumulative weights by step.",),
+}
+
+
+def _section(name: str, content: pd.DataFrame, table: pd.DataFrame) -> Section:
+    columns = [c for c in ("group", "stays", *SHOWN) if c in content] if (
+        name in ("estimates", "subgroups")
+    ) else list(content.columns)  # fmt: skip
+    if name == "subgroups":
+        columns += ["differs", "differs_adjusted"]
+    shown = pd.DataFrame(records(content[columns]))[columns]
+    title = name.replace("_", " ").capitalize()
+    text: tuple[str, ...] = _TEXT[name]
+    if name == "estimates":
+        attrs = table.attrs
+        text = (*text, f"{attrs['stays']} stays, {100 * attrs['level']:g}% intervals "
+                f"({attrs['interval']}, {attrs['n_bootstrap']} resamples), discount "
+                f"{attrs['gamma']:g}. Treated: {attrs['treated']}.")  # fmt: skip
+    rows = [tuple(None if _missing(v) else v for v in row) for row in shown.to_numpy(object)]
+    return Section(title, text, tables=(Table("", columns, rows),))
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value))
