@@ -80,7 +80,7 @@ def evaluate(
         [
             (*(row[name] for name in columns), "yes" if row["trust"] else "no")
             for row in rows
-            if row["estimator"] in HEADLINES or len(options.estimators)
+            if row["estimator"] in HEADLINES or options.estimators
         ],
     )
     for row in rows:

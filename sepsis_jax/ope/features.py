@@ -48,6 +48,18 @@ def state_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Arra
     return jnp.where(episodes.valid[..., None], jnp.concatenate(blocks, -1), 0.0)
 
 
+_KEY_COLUMNS = (
+    0,
+    *(1 + schema.INDEX[name] for name in ("meanbp", "lactate", "creatinine", "output_4hourly")),
+    *range(1 + schema.NUM_FEATURES, 1 + schema.NUM_FEATURES + schema.NUM_STATIC + 6),
+)
+
+
+def key_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Array:
+    """[N, T, 14] the few of `state_features` that matter most, for small samples."""
+    return state_features(episodes, scaler)[..., np.array(_KEY_COLUMNS)]
+
+
 def _before(levels: jax.Array) -> jax.Array:
     return jnp.pad(levels[:, :-1], ((0, 0), (1, 0)))
 

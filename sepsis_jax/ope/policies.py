@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,14 @@ def views(episodes: Episodes) -> View:
 
 
 def probabilities_of(policy: Policy, episodes: Episodes, key: jax.Array) -> jax.Array:
-    """[N, T, 25] probabilities of an in-graph policy `(key, view) -> [25]` on recorded rows."""
-    return jax.jit(jax.vmap(jax.vmap(lambda view: policy(key, view))))(views(episodes))
+    """[N, T, 25] probabilities of an in-graph policy `(key, view) -> [25]`; uniform on padding."""
+    probs = _on_rows(jax.tree_util.Partial(policy, key), views(episodes))
+    return jnp.where(episodes.valid[..., None], probs, 1.0 / schema.NUM_ACTIONS)
+
+
+@jax.jit
+def _on_rows(policy: Any, rows: View) -> jax.Array:
+    return jax.vmap(jax.vmap(policy))(rows)
 
 
 def built_in(

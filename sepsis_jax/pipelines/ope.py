@@ -34,7 +34,7 @@ class OPEOptions:
 
     Attributes:
       split: "train", "validation", "test" or "all".
-      estimators: names; empty for all that can be had.
+      estimators: names with commas between; empty for all that can be had.
       values: "linear", "neural" or "none".
       gamma: discount.
       n_bootstrap: resamples.
@@ -47,7 +47,7 @@ class OPEOptions:
     """
 
     split: str = "test"
-    estimators: tuple[str, ...] = ()
+    estimators: str = ""
     values: str = "linear"
     gamma: float = 1.0
     n_bootstrap: int = 2000
@@ -111,9 +111,10 @@ def evaluate_policies(
         report("fitted values", 0.2)
         fitted = ope.fit(fit_key, data, probs, method=options.values, gamma=options.gamma)
     report("estimates", 0.5)
+    wanted = [name.strip() for name in options.estimators.split(",") if name.strip()]
     clip = ope.Clip(cumulative=(0.0, options.clip)) if options.clip else None
     shared: dict[str, Any] = {
-        "estimators": options.estimators or None, "gamma": options.gamma, "clip": clip,
+        "estimators": wanted or None, "gamma": options.gamma, "clip": clip,
         "interval": options.interval, "n_bootstrap": options.n_bootstrap, "fitted": fitted,
     }  # fmt: skip
     table = ope.evaluate(data, probs, key=bootstrap_key, **shared)

@@ -1,0 +1,241 @@
+"""Every estimator beside the truth, over many data sets.
+
+Two worlds: the synthetic patient (values by Monte Carlo, continuous state, confounding on a dial)
+and ICU-Sepsis (values by dynamic programming, discrete state). Target policies are mixtures of the
+clinician with a better and a worse policy; the share of the other policy is the distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from sepsis_jax.ope import mdp
+from sepsis_jax.ope.behavior import BehaviorConfig, fit_behavior
+from sepsis_jax.ope.data import OPEData, check, from_episodes
+from sepsis_jax.ope.evaluate import evaluate
+from sepsis_jax.ope.features import key_features
+from sepsis_jax.ope.fitted import fit
+from sepsis_jax.ope.policies import probabilities_of
+from worldmodel.errors import InputError
+from worldmodel.synthetic import Params, View, generate, random_policy, titration, true_value
+from worldmodel.synthetic import clinician as clinicians
+
+WORLDS = ("synthetic", "icu_sepsis", "both")
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Settings.
+
+    Attributes:
+      world: "synthetic", "icu_sepsis" or "both".
+      sizes: stays per data set.
+      distances: shares of the other policy in the target policy.
+      horizons: of ICU-Sepsis, in steps; the synthetic world has its own.
+      confounding: dials of the synthetic world; above 0 the clinician's probabilities are fitted.
+      repeats: data sets per setting.
+      n_bootstrap: resamples.
+      interval: method.
+      truth_patients: of the synthetic world's true values.
+      seed: of everything.
+    """
+
+    world: str = "both"
+    sizes: tuple[int, int, int] = (100, 300, 1000)
+    distances: tuple[float, float, float] = (0.05, 0.1, 0.3)
+    horizons: tuple[int, int] = (8, 20)
+    confounding: tuple[float, float] = (0.0, 0.5)
+    repeats: int = 50
+    n_bootstrap: int = 500
+    interval: str = "bca"
+    truth_patients: int = 40_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.world not in WORLDS:
+            raise InputError(f"world: got {self.world!r}, expected one of {', '.join(WORLDS)}")
+        if min(self.sizes) < 20 or self.repeats < 2:
+            raise InputError(
+                f"sizes, repeats: got {self.sizes}, {self.repeats}; expected at least 20 stays and "
+                "2 data sets"
+            )
+        if not all(0 < share <= 1 for share in self.distances):
+            raise InputError(f"distances: got {self.distances}, expected within (0, 1]")
+
+
+class Pool(NamedTuple):
+    """Stays of many data sets, and the truth."""
+
+    setting: dict[str, Any]
+    data: OPEData
+    probs: dict[str, jax.Array]  # by policy
+    truth: dict[str, float]
+    distance: dict[str, float]
+    fitting: dict[str, Any]  # options of `fit`
+    state: np.ndarray | None
+
+
+def _mixed(
+    share: jax.Array, better: jax.Array, habits: Any, key: jax.Array, view: View
+) -> jax.Array:
+    visible = clinicians.probabilities(view, jnp.zeros(()), habits)
+    other = jnp.where(better, titration(key, view), random_policy(key, view))
+    return (1 - share) * visible + share * other
+
+
+def synthetic_pools(options: BenchmarkOptions) -> Iterator[Pool]:
+    """One pool per dial of confounding."""
+    params = Params()
+    key = jax.random.key(options.seed)
+    stays = max(options.sizes) * options.repeats
+    targets, distance = {}, {}
+    for share in options.distances:
+        for better, name in ((True, "titration"), (False, "random")):
+            label = f"{name} {share:g}"
+            targets[label] = jax.tree_util.Partial(
+                _mixed, jnp.float32(share), jnp.bool_(better), params.clinician
+            )
+            distance[label] = share
+    world_key, fit_key, truth_key = jax.random.split(key, 3)
+    truth = {
+        name: true_value(truth_key, policy, options.truth_patients).value
+        for name, policy in targets.items()
+    }
+    for dial in dict.fromkeys(options.confounding):
+        habits = replace(params.clinician, confounding=dial)
+        episodes, hidden = generate(
+            world_key, stays, params=replace(params, clinician=habits), keep_latent=False
+        )
+        behavior: Any = hidden.probabilities
+        if dial > 0:
+            config = BehaviorConfig(epochs=5)
+            behavior = fit_behavior(fit_key, episodes, models=("mlp",), config=config)[0].probs
+        probs = {
+            name: probabilities_of(policy, episodes, fit_key) for name, policy in targets.items()
+        }
+        data = from_episodes(episodes, behavior_probs=behavior, features=key_features(episodes))
+        setting = {"world": "synthetic", "confounding": dial, "horizon": data.num_steps}
+        yield Pool(setting, data, probs, truth, distance, {"method": "linear"}, None)
+
+
+def icu_sepsis_pools(options: BenchmarkOptions) -> Iterator[Pool]:
+    """One pool per horizon."""
+    world = mdp.icu_sepsis()
+    best = mdp.best_policy(world)
+    uniform = np.full_like(best, 1 / best.shape[1])
+    stays = max(options.sizes) * options.repeats
+    for horizon in dict.fromkeys(options.horizons):
+        drawn = mdp.sample(world, stays, horizon=horizon, seed=options.seed)
+        probs, truth, distance = {}, {}, {}
+        for share in options.distances:
+            for other, name in ((best, "best"), (uniform, "random")):
+                policy = (1 - share) * world.clinician + share * other
+                label = f"{name} {share:g}"
+                probs[label] = jnp.asarray(drawn.probs(policy))
+                truth[label] = mdp.true_value(world, policy, horizon=horizon)
+                distance[label] = share
+        setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}
+        fitting = {"method": "tabular", "num_states": len(world.start)}
+        yield Pool(setting, drawn.data, probs, truth, distance, fitting, drawn.state)
+
+
+def run_pool(
+    pool: Pool, options: BenchmarkOptions, progress: Callable[[float], None]
+) -> pd.DataFrame:
+    """One row per size, data set, policy and estimator."""
+    tables = []
+    total = len(options.sizes) * options.repeats
+    for number, size in enumerate(options.sizes):
+        for repeat in range(options.repeats):
+            rows = slice(repeat * size, (repeat + 1) * size)
+            table = _one(pool, rows, options, repeat)
+            tables.append(table.assign(size=size, repeat=repeat, **pool.setting))
+            progress((number * options.repeats + repeat + 1) / total)
+    result = pd.concat(tables, ignore_index=True)
+    result["truth"] = result["policy"].map(pool.truth)
+    result["distance"] = result["policy"].map(pool.distance)
+    return result
+
+
+def _one(pool: Pool, rows: slice, options: BenchmarkOptions, repeat: int) -> pd.DataFrame:
+    key = jax.random.fold_in(jax.random.key(options.seed), repeat)
+    fit_key, bootstrap_key = jax.random.split(key)
+    data = pool.data.select(rows)
+    steps = data.num_steps
+    probs: Mapping[str, Any] = {name: p[rows] for name, p in pool.probs.items()}
+    fitting = dict(pool.fitting)
+    if pool.state is not None:
+        fitting["state"] = jnp.asarray(pool.state[rows])
+    # Fitted on the padded stays, so that one program serves all data sets of a size.
+    fitted = fit(fit_key, data, probs, **fitting)
+    data, probs, _ = check(data, probs)
+    if data.num_steps < steps:
+        fitted = fitted.select(np.arange(data.num_stays), data.num_steps)
+    table = evaluate(
+        data, probs, key=bootstrap_key, fitted=fitted, n_bootstrap=options.n_bootstrap,
+        interval=options.interval, tail_levels=(),
+    )  # fmt: skip
+    return table[["policy", "estimator", "estimate", "low", "high", "ess", "trust"]]
+
+
+SETTING = ["world", "confounding", "horizon", "size"]
+
+
+def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
+    """Bias, RMSE, coverage and share trusted by setting, distance and estimator."""
+    error = runs["estimate"] - runs["truth"]
+    frame = runs.assign(
+        error=error,
+        square=error**2,
+        covered=((runs["low"] <= runs["truth"]) & (runs["truth"] <= runs["high"])).astype(float),
+        width=runs["high"] - runs["low"],
+        trusted=runs["trust"].astype(float),
+    )
+    by = frame.groupby([*SETTING, "distance", "estimator"], sort=False)
+    table = by.agg(
+        bias=("error", "mean"), rmse=("square", "mean"), coverage=("covered", "mean"),
+        width=("width", "median"), ess=("ess", "median"), trusted=("trusted", "mean"),
+    ).reset_index()  # fmt: skip
+    table["rmse"] **= 0.5
+    return table
+
+
+def ranking(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation and regret@1 of the choice among all policies, by setting and estimator.
+
+    Regret@1 is (best true value - true value of the policy ranked first) / (best - worst true
+    value), the convention of DOPE (Fu et al. 2021); 0 is a perfect choice, 1 the worst.
+    """
+    rows = []
+    for keys, group in runs.groupby([*SETTING, "repeat", "estimator"], sort=False):
+        estimate, truth = group["estimate"].to_numpy(), group["truth"].to_numpy()
+        if not np.isfinite(estimate).all():
+            continue
+        spread = truth.max() - truth.min()
+        # An estimator that cannot tell policies apart ranks them by chance.
+        tied = np.isclose(estimate, estimate.max(), rtol=0, atol=1e-6)
+        regret = (truth.max() - truth[tied].mean()) / spread
+        same = np.ptp(estimate) < 1e-6
+        rank = 0.0 if same else spearmanr(estimate, truth).statistic
+        rows.append((*keys, rank, regret))
+    table = pd.DataFrame(rows, columns=[*SETTING, "repeat", "estimator", "rank", "regret"])
+    by = table.groupby([*SETTING, "estimator"], sort=False)
+    return by[["rank", "regret"]].mean().reset_index()
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per world and estimator over all settings without confounding."""
+    clean = runs[runs["confounding"] == 0]
+    exact = accuracy(clean).groupby(["world", "estimator"], sort=False)
+    ranks = ranking(clean).groupby(["world", "estimator"], sort=False)
+    table = exact[["bias", "rmse", "coverage"]].mean()
+    table = table.join(ranks[["rank", "regret"]].mean())
+    return table.rename(columns={"rank": "rank_correlation", "regret": "regret_at_1"}).reset_index()
