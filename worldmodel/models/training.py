@@ -46,7 +46,7 @@ class TrainConfig:
       members: ensemble size.
       seed: of initialisation, minibatch order and dropout.
       imputed_weight: weight of imputed entries in the State Model's loss. None: 1 for the
-        reference variant (all entries alike), 0.3 for the residual variant.
+        reference variant (all entries alike), 0.1 for the residual variant.
       vent_weight: weight of the ventilation loss.
       outcome_prefixes: train the Outcome Model on every row instead of last rows only, so
         that it can be asked in mid-trajectory. None: only for the residual variant.
@@ -73,7 +73,7 @@ class TrainConfig:
     def resolved_imputed_weight(self) -> float:
         if self.imputed_weight is not None:
             return self.imputed_weight
-        return 1.0 if self.model.variant == "reference" else 0.3
+        return 1.0 if self.model.variant == "reference" else 0.1
 
     @property
     def resolved_prefixes(self) -> bool:
