@@ -190,7 +190,14 @@ def test_metrics_stand_beside_the_baselines(trained, toy):
     assert all(np.isfinite(row["nll"]) for row in metrics["state"].values())
 
 
-@pytest.mark.parametrize("stop", [("state", 2), ("state", 3), ("outcome", 1)])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        ("state", 2),
+        pytest.param(("state", 3), marks=pytest.mark.slow),
+        pytest.param(("outcome", 1), marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_bits(toy, trained, tmp_path, stop):
     def kill(name, epoch, epochs, record):
         if (name, epoch) == stop:
