@@ -36,6 +36,7 @@ class BehaviorConfig:
     Attributes:
       hidden: width of the MLP's and the GRU's layer.
       epochs: passes over the training stays; the best by validation likelihood is kept.
+      updates: least number of updates, for small cohorts.
       batch: stays per update.
       learning_rate: of Adam.
       weight_decay: of AdamW.
@@ -45,6 +46,7 @@ class BehaviorConfig:
 
     hidden: int = 64
     epochs: int = 40
+    updates: int = 1500
     batch: int = 128
     learning_rate: float = 3e-3
     weight_decay: float = 1e-3
@@ -98,7 +100,7 @@ def fit_behavior(
     empty = [name for name, mask in splits.items() if not mask.any()]
     if empty:
         raise InputError(f"split {empty[0]!r} has no stays; behaviour models need all three")
-    scaler = Scaler.fit(episodes.of_split("train"))
+    scaler = Scaler.fit(episodes, split="train")
     features = np.asarray(state_features(episodes, scaler))
     action, alive = np.asarray(episodes.action), np.asarray(episodes.valid)
     fits = []
@@ -238,7 +240,8 @@ def _train(
     params = _initial(init_key, name, features.shape[-1], config.hidden)
     batch = min(config.batch, train.shape[0])
     updates = max(train.shape[0] // batch, 1)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, updates * config.epochs)
+    epochs = max(config.epochs, -(-config.updates // updates))
+    schedule = optax.cosine_decay_schedule(config.learning_rate, updates * epochs)
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
 
     def update(carry: Any, rows: jax.Array) -> tuple[Any, None]:
@@ -258,7 +261,7 @@ def _train(
         return (current, best, jnp.minimum(loss, best_loss)), None
 
     start = ((params, optimizer.init(params)), params, jnp.inf)
-    (_, best, _), _ = jax.lax.scan(epoch, start, jax.random.split(batch_key, config.epochs))
+    (_, best, _), _ = jax.lax.scan(epoch, start, jax.random.split(batch_key, epochs))
     return best
 
 

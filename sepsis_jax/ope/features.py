@@ -24,7 +24,7 @@ def state_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Arra
       episodes: the stays.
       scaler: fitted on `episodes` when not given.
     """
-    scaler = scaler or Scaler.fit(episodes)
+    scaler = scaler or Scaler.fit(episodes, split=None)
     shape = (episodes.num_stays, episodes.num_steps)
     static = jnp.broadcast_to(
         scaler.normalize_static(episodes.static)[:, None], (*shape, schema.NUM_STATIC)

@@ -87,9 +87,7 @@ def test_behavior_models_beat_the_marginal_where_there_is_something_to_learn():
     episodes = episodes.replace(
         vasopressor=jnp.asarray(level.astype(np.int32)), fluid=jnp.zeros_like(episodes.fluid)
     )
-    fits = fit_behavior(
-        jax.random.key(0), episodes, models=MODELS, config=BehaviorConfig(epochs=30, batch=64)
-    )
+    fits = fit_behavior(jax.random.key(0), episodes, models=MODELS, config=BehaviorConfig(batch=64))
     reports = {fitted.name: fitted.report for fitted in fits}
     assert [f.report["nll"] for f in fits] == sorted(f.report["nll"] for f in fits)
     for name in ("logistic", "mlp", "gru"):
