@@ -18,10 +18,10 @@ demo: $(VENV)/.installed
 	$(BIN)/sepsis-jax demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
 test: $(VENV)/.installed-test check
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
