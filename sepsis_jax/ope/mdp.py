@@ -50,7 +50,9 @@ def icu_sepsis(*, exploration: float = 0.1) -> MDP:
     """
     spec = find_spec("icu_sepsis")
     if spec is None or spec.origin is None:
-        raise InputError("ICU-Sepsis needs the package icu-sepsis: pip install 'sepsis-jax[test]'")
+        raise InputError(
+            "ICU-Sepsis: its tables are not there; get them with pip install --no-deps icu-sepsis"
+        )
     file = Path(spec.origin).parent / "envs" / "assets" / "dynamics.npz"
     with np.load(file, allow_pickle=False) as tables:
         transition, reward = tables["tx_mat"], tables["r_mat"]

@@ -100,7 +100,10 @@ def test_least_variance_values_lower_the_variance_they_are_made_for():
     assert se["mrdr"] < se["pdis"]
 
 
-@pytest.mark.parametrize("name", ["bca", "percentile", "delta", "t"])
+@pytest.mark.parametrize(
+    "name",
+    ["bca", *(pytest.param(n, marks=pytest.mark.slow) for n in ("percentile", "delta", "t"))],
+)
 def test_intervals_cover_in_a_small_world(name):
     """A quick version of the slow coverage test: 200 data sets of 300 stays."""
     mdp = small_mdp()
