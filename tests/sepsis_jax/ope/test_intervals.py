@@ -167,26 +167,32 @@ def test_results_do_not_depend_on_the_order_of_stays():
 
 @pytest.mark.slow
 def test_intervals_cover_at_moderate_distance_in_the_synthetic_world():
-    """95% intervals of WIS, DR and WDR over 500 data sets of 300 synthetic stays."""
-    options = BenchmarkOptions(
-        sizes=(300, 300, 300), distances=(0.05, 0.05, 0.05), confounding=(0.0, 0.0),
-        repeats=500, truth_patients=200_000, seed=11,
-    )  # fmt: skip
-    pool = next(iter(synthetic_pools(options)))
-    name = "titration 0.05"
-    truth, names = pool.truth[name], ("wis", "dr", "wdr")
-    covered = dict.fromkeys(names, 0)
-    for d in range(500):
-        rows = slice(300 * d, 300 * (d + 1))
-        data, probs = pool.data.select(rows), {name: pool.probs[name][rows]}
-        fitted = fit(jax.random.key(d), data, probs)
-        own = Fitted(values=fitted.values).select(slice(None), int(data.length.max()))
-        table = evaluate(
-            data, probs, key=jax.random.key(d), fitted=own, estimators=names, n_bootstrap=1000,
-            tail_levels=(),
+    """95% intervals of WIS, DR and WDR over 500 data sets of 725 synthetic stays."""
+    stays, name, names = 725, "titration 0.05", ("wis", "dr", "wdr")
+    truths, intervals = [], {estimator: [] for estimator in names}
+    for seed in range(11, 16):
+        options = BenchmarkOptions(
+            sizes=(stays,) * 3, distances=(0.05,) * 3, confounding=(0.0, 0.0), repeats=100,
+            truth_patients=100_000, seed=seed,
         )  # fmt: skip
-        for row in table.itertuples():
-            covered[row.estimator] += row.low <= truth <= row.high
-    shares = {estimator: count / 500 for estimator, count in covered.items()}
+        pool = next(iter(synthetic_pools(options)))
+        truths.append(pool.truth[name])
+        for d in range(100):
+            rows = slice(stays * d, stays * (d + 1))
+            data, probs = pool.data.select(rows), {name: pool.probs[name][rows]}
+            key = jax.random.fold_in(jax.random.key(seed), d)
+            fitted = fit(key, data, probs)
+            own = Fitted(values=fitted.values).select(slice(None), int(data.length.max()))
+            table = evaluate(
+                data, probs, key=key, fitted=own, estimators=names, n_bootstrap=1000,
+                tail_levels=(),
+            )  # fmt: skip
+            for row in table.itertuples():
+                intervals[row.estimator].append((row.low, row.high))
+    truth = np.mean(truths)
+    shares = {
+        estimator: np.mean([low <= truth <= high for low, high in found])
+        for estimator, found in intervals.items()
+    }
     print(shares)
     assert all(0.92 <= share <= 0.97 for share in shares.values()), shares
