@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sepsis_jax.progress import Progress as PhaseProgress
+
 DISCLAIMER = "Research software. Not for clinical use."
 
 _FILE_WIDTH = 110  # where the output is no terminal
@@ -57,7 +59,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def phases(title: str) -> Iterator[Callable[[str, float], None]]:
+def phases(title: str) -> Iterator[PhaseProgress]:
     """A progress bar for jobs that name their phases: `update(phase, share done)`."""
     with _bar() as progress:
         task = progress.add_task(title, total=1.0)

@@ -31,6 +31,18 @@ def load_config(cls: type[T], path: str | Path) -> T:
     return from_mapping(cls, {} if value is None else value, source=str(path))
 
 
+def resolve_config(
+    cls: type[T], path: str | Path | None, overrides: Sequence[str] | None, *, source: str
+) -> T:
+    """Settings from a YAML file (the defaults without one), then changed by overrides.
+
+    Raises:
+      InputError: as `load_config` and `apply_overrides`.
+    """
+    config = load_config(cls, path) if path else cls()
+    return apply_overrides(config, overrides or [], source=source)
+
+
 def from_mapping(cls: type[T], value: Any, *, source: str) -> T:
     """An instance of a (nested) dataclass from nested mappings.
 

@@ -7,7 +7,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -21,14 +20,13 @@ from sepsis_jax.cohort import ingest, measurements, sepsis3, treatments
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import attach_source, describe_files
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
+from sepsis_jax.progress import Progress, silent
 from worldmodel import schema
 from worldmodel.episode_files import save_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
 from worldmodel.imputation import impute, training_medians
-
-Progress = Callable[[str, float], None]
 
 # Typical values of ICU patients, for features that no training stay records.
 TYPICAL = np.array(
@@ -69,7 +67,7 @@ def build_cohort(
     data: Path | str,
     out: Path | str,
     options: CohortOptions | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> CohortReport:
     """Makes a folder of episodes from MIMIC-IV.
 
@@ -276,7 +274,7 @@ def _peak_memory_mb() -> float:
 class _Clock:
     """Tells the progress callback and keeps the wall time of each phase."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = progress
         self._phase: str | None = None
@@ -285,13 +283,11 @@ class _Clock:
     def start(self, phase: str, share: float) -> None:
         self._close()
         self._phase, self._since = phase, time.monotonic()
-        if self._progress:
-            self._progress(phase, share)
+        self._progress(phase, share)
 
     def stop(self) -> None:
         self._close()
-        if self._progress:
-            self._progress("done", 1.0)
+        self._progress("done", 1.0)
 
     def _close(self) -> None:
         if self._phase:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Json, Out, Seed
+from sepsis_jax.commands.options import Config, Json, Out, Seed
 from sepsis_jax.console import console, phases, print_json, print_table
 
 app = typer.Typer(
@@ -34,19 +34,16 @@ def mimic_iv(
             "-o vasopressor_factors=ai-clinician; docs/cohort.md lists them.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML with cohort options.")
-    ] = None,
+    config: Config = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the split.")] = None,
     json: Json = False,
 ) -> None:
     """Sepsis-3 stays of MIMIC-IV (2.2 to 3.1) as episodes of 4-hour steps."""
     from sepsis_jax.cohort import CohortOptions, build_cohort
-    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.configuration import resolve_config
 
-    options = load_config(CohortOptions, config) if config else CohortOptions()
     overrides = [*(option or []), *([f"seed={seed}"] if seed is not None else [])]
-    options = apply_overrides(options, overrides, source="--option")
+    options = resolve_config(CohortOptions, config, overrides, source="--option")
     with phases("cohort") as progress:
         report = build_cohort(data, out, options, progress)
     print_table(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Json, Out, Seed
+from sepsis_jax.commands.options import Config, Json, Out, Seed
 from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
 
 app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
@@ -41,9 +41,7 @@ def evaluate(
             "fit: logistic, mlp, gru, knn.",
         ),
     ] = "recorded",
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
-    ] = None,
+    config: Config = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,13 +57,12 @@ def evaluate(
     from dataclasses import replace
 
     from sepsis_jax.pipelines.ope import HEADLINES, OPEOptions, evaluate_policies, records
-    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 
     if episodes is None or out is None:
         raise InputError("ope: give --episodes, --policy and --out; see sepsis-jax ope --help")
-    options = load_config(OPEOptions, config) if config else OPEOptions(seed=seed)
-    options = apply_overrides(options, setting or [], source="--set")
+    options = resolve_config(OPEOptions, config, setting, source="--set")
     options = replace(options, seed=seed) if seed else options
     with phases("off-policy evaluation") as progress:
         table = evaluate_policies(
@@ -98,9 +95,7 @@ def evaluate(
 )
 def benchmark(
     out: Out,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
-    ] = None,
+    config: Config = None,
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE.")
     ] = None,
@@ -109,10 +104,9 @@ def benchmark(
     """Compare every estimator with the truth: bias, RMSE, coverage, ranking, regret."""
     from sepsis_jax.ope.benchmark import BenchmarkOptions
     from sepsis_jax.pipelines.ope_benchmark import run_benchmark
-    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.configuration import resolve_config
 
-    options = load_config(BenchmarkOptions, config) if config else BenchmarkOptions()
-    options = apply_overrides(options, setting or [], source="--set")
+    options = resolve_config(BenchmarkOptions, config, setting, source="--set")
     with phases("truth benchmark") as progress:
         scores = run_benchmark(out, options, progress=progress)
     print_table(

@@ -18,6 +18,7 @@ Model = Annotated[
         "folder of .pt files.",
     ),
 ]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML of settings; see configs/.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]

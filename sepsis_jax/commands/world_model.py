@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Episodes, Json, Model, Out, Seed
+from sepsis_jax.commands.options import Config, Episodes, Json, Model, Out, Seed
 from sepsis_jax.console import console, epochs, phases, print_json, print_table
 
 app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
@@ -20,9 +19,7 @@ app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=
 def train(
     episodes: Episodes,
     out: Out,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="YAML of settings; see configs/.")
-    ] = None,
+    config: Config = None,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,11 +32,10 @@ def train(
 ) -> None:
     """Train State and Outcome Model. The same command again goes on where it was stopped."""
     from sepsis_jax.pipelines import training
-    from worldmodel.configuration import apply_overrides, load_config
+    from worldmodel.configuration import resolve_config
     from worldmodel.models.training import TrainConfig
 
-    settings = load_config(TrainConfig, config) if config else TrainConfig()
-    settings = apply_overrides(settings, setting or [], source="--set")
+    settings = resolve_config(TrainConfig, config, setting, source="--set")
     with epochs("world model") as progress:
         trained = training.train(episodes, out, settings, progress=progress)
     _show(trained.metrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,11 +10,12 @@ import numpy as np
 import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
+from sepsis_jax.progress import Progress, silent
 from sepsis_jax.report.figures import effects_figure
 from worldmodel import schema
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.checkpoint import load_world_model
-from worldmodel.models.windows import encode_action, to_sequences, transition_index
+from worldmodel.models.windows import Sequences, encode_action, to_sequences, transition_index
 from worldmodel.models.world_model import WorldModel
 from worldmodel.synthetic import generate
 from worldmodel.synthetic.truth import true_action_effects
@@ -25,13 +25,13 @@ _STATES_PER_CALL = 2000
 
 
 def learned_next_state(
-    world_model: WorldModel, windows_of: Callable, index: np.ndarray
+    world_model: WorldModel, sequences: Sequences, index: np.ndarray
 ) -> np.ndarray:
     """Mean next state [K, 25, 39], physical units, under each action in the newest row."""
 
     @jax.jit
     def of_states(rows: jax.Array) -> jax.Array:
-        window = windows_of(rows)
+        window = sequences.window(rows, schema.STATE_WINDOW)
 
         def of_action(action: jax.Array) -> jax.Array:
             newest = jnp.broadcast_to(encode_action(action), window.action[:, -1].shape)
@@ -54,7 +54,7 @@ def compare_effects(
     *,
     patients: int,
     seed: int,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, dict[str, float]]:
     """Ranks of the 25 actions' mean effects on MAP and lactate, learned against true.
 
@@ -68,18 +68,15 @@ def compare_effects(
       seed: of their world; another seed than the training data's.
       progress: called with (phase, share done).
     """
-    report = progress or (lambda phase, share: None)
     world_model = load_world_model(model)
-    report("simulating patients", 0.0)
+    progress("simulating patients", 0.0)
     episodes, truth = generate(jax.random.key(seed), patients)
     index = transition_index(episodes)
-    report("true effects", 0.3)
+    progress("true effects", 0.3)
     true = true_action_effects(truth, index[:, 0], index[:, 1])
-    report("learned effects", 0.5)
+    progress("learned effects", 0.5)
     sequences = to_sequences(episodes, world_model.scaler)
-    learned = learned_next_state(
-        world_model, lambda rows: sequences.window(rows, schema.STATE_WINDOW), index
-    )
+    learned = learned_next_state(world_model, sequences, index)
     table = pd.DataFrame({"action": [schema.action_name(a) for a in range(schema.NUM_ACTIONS)]})
     table["vasopressor"], table["fluid"] = schema.action_levels(np.arange(schema.NUM_ACTIONS))
     result = {}
@@ -98,5 +95,5 @@ def compare_effects(
         table.to_csv(folder / "effects.csv", index=False)
         write_json(folder / "metrics.json", {"states": len(index), **result})
         effects_figure(table, folder / "effects.png")
-    report("done", 1.0)
+    progress("done", 1.0)
     return result

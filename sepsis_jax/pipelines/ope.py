@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ import pandas as pd
 from sepsis_jax import ope
 from sepsis_jax.ope import policies, sensitivity, subgroups
 from sepsis_jax.ope.behavior import BehaviorFit, fit_behavior
+from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
 from sepsis_jax.report.html import Section, Table, write_page
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
@@ -68,7 +69,7 @@ def evaluate_policies(
     *,
     behavior: str = "recorded",
     options: OPEOptions | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress = silent,
 ) -> pd.DataFrame:
     """Evaluates policies on recorded stays and writes tables, a report and a manifest.
 
@@ -85,13 +86,12 @@ def evaluate_policies(
       The table of `sepsis_jax.ope.evaluate`.
     """
     options = options or OPEOptions()
-    report = progress or (lambda phase, share: None)
-    report("reading", 0.0)
+    progress("reading", 0.0)
     everyone = load_episodes(episodes_path)
     key = jax.random.key(options.seed)
     fit_key, behavior_key, bootstrap_key, group_key = jax.random.split(key, 4)
     del key
-    report("clinician", 0.05)
+    progress("clinician", 0.05)
     full, taken, fits = _behavior(behavior, everyone, behavior_key)
     episodes, chosen = _split(everyone, options.split)
     full = None if full is None else full[chosen]
@@ -108,9 +108,9 @@ def evaluate_policies(
     data, probs, treated = ope.check(data, probs, treatment)
     fitted = None
     if options.values != "none":
-        report("fitted values", 0.2)
+        progress("fitted values", 0.2)
         fitted = ope.fit(fit_key, data, probs, method=options.values, gamma=options.gamma)
-    report("estimates", 0.5)
+    progress("estimates", 0.5)
     wanted = [name.strip() for name in options.estimators.split(",") if name.strip()]
     clip = ope.Clip(cumulative=(0.0, options.clip)) if options.clip else None
     shared: dict[str, Any] = {
@@ -124,24 +124,24 @@ def evaluate_policies(
     )
     groups = None
     if treated["stays_dropped"] == 0:
-        report("subgroups", 0.7)
+        progress("subgroups", 0.7)
         few = {**shared, "estimators": ("wis",) if fitted is None else ("wis", "wdr")}
         few["n_bootstrap"] = min(options.n_bootstrap, 1000)
         groups = subgroups.evaluate_groups(
             data, probs, subgroups.groups(episodes), key=group_key, **few
         )
-    report("writing", 0.9)
+    progress("writing", 0.9)
     facts = {
         "stays": stays, "treated": treated, "fqe_gap": table.attrs["fqe_gap"],
         "behavior": behavior, "behavior_report": fits[0].report if fits else None,
     }  # fmt: skip
     manifest = provenance(
         episodes={"path": str(episodes_path),
-                  "sha256": digest_file(Path(episodes_path) / "episodes.parquet")},
+                  "sha256": digest_file(Path(episodes_path) / EPISODES_FILE)},
         policies=list(policy), options=vars(options), **facts,
     )  # fmt: skip
     _write(Path(out), table, confounding, groups, fits, manifest)
-    report("done", 1.0)
+    progress("done", 1.0)
     return table
 
 
@@ -273,7 +273,6 @@ def _section(name: str, content: pd.DataFrame, table: pd.DataFrame) -> Section:
     ) else list(content.columns)  # fmt: skip
     if name == "subgroups":
         columns += ["differs", "differs_adjusted"]
-    shown = pd.DataFrame(records(content[columns]))[columns]
     title = name.replace("_", " ").capitalize()
     text: tuple[str, ...] = _TEXT[name]
     if name == "estimates":
@@ -281,9 +280,5 @@ def _section(name: str, content: pd.DataFrame, table: pd.DataFrame) -> Section:
         text = (*text, f"{attrs['stays']} stays, {100 * attrs['level']:g}% intervals "
                 f"({attrs['interval']}, {attrs['n_bootstrap']} resamples), discount "
                 f"{attrs['gamma']:g}. Treated: {attrs['treated']}.")  # fmt: skip
-    rows = [tuple(None if _missing(v) else v for v in row) for row in shown.to_numpy(object)]
+    rows = [tuple(row[column] for column in columns) for row in records(content[columns])]
     return Section(title, text, tables=(Table("", columns, rows),))
-
-
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value))

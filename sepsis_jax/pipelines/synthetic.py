@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
 from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
@@ -24,7 +24,7 @@ def make_synthetic_cohort(
     patients: int,
     confounding: float = 0.0,
     seed: int = 0,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Generates patients and writes them as a folder of episodes.
 
@@ -45,12 +45,11 @@ def make_synthetic_cohort(
         raise InputError(f"patients: got {patients}, expected at least 10 to fill three splits")
     if confounding < 0:
         raise InputError(f"confounding: got {confounding}, expected 0 or more")
-    report = progress or (lambda phase, share: None)
-    report("simulating", 0.0)
+    progress("simulating", 0.0)
     params = Params()
     params = replace(params, clinician=replace(params.clinician, confounding=confounding))
     episodes, _ = generate(jax.random.key(seed), patients, params=params, keep_latent=False)
-    report("writing", 0.7)
+    progress("writing", 0.7)
     length = np.asarray(episodes.length)
     summary = {
         "stays": episodes.num_stays,

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from sepsis_jax.provenance import provenance
-from worldmodel.episode_files import load_dose_edges, load_episodes, load_manifest, load_scaler
+from worldmodel.episode_files import (
+    EPISODES_FILE,
+    load_dose_edges,
+    load_episodes,
+    load_manifest,
+    load_scaler,
+)
 from worldmodel.files import check_replaceable, digest_file, write_json
 from worldmodel.models.checkpoint import PARAMS, save_world_model
 from worldmodel.models.training import Progress, TrainConfig, Trained, train_world_model
@@ -56,7 +62,7 @@ def train(
             episodes={
                 "source": manifest.get("source"),
                 "stays": manifest.get("stays"),
-                "sha256": digest_file(episodes_path / "episodes.parquet"),
+                "sha256": digest_file(episodes_path / EPISODES_FILE),
             },
         ),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,40 @@ def training_figure(history: dict[str, list[dict[str, float]]], path: Path) -> N
                       label=key.removesuffix("_loss"))  # fmt: skip
         axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
         axis.legend(frameon=False)
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def accuracy_figure(
+    scores: pd.DataFrame, estimators: Sequence[str], title: str, path: Path
+) -> None:
+    """RMSE and interval coverage of estimators, by sample size and by policy distance.
+
+    Args:
+      scores: rows (size, distance, estimator) with rmse and coverage, of one world.
+      estimators: the ones to draw.
+      title: of the figure.
+      path: PNG to write.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), sharex="col")
+    # The middle distance over sizes, the largest size over distances.
+    distances = sorted(scores["distance"].unique())
+    middle, largest = distances[len(distances) // 2], scores["size"].max()
+    views = (
+        ("size", scores[scores["distance"] == middle], f"distance {middle:g}"),
+        ("distance", scores[scores["size"] == largest], f"{largest} stays"),
+    )
+    for column, (axis_name, rows, heading) in enumerate(views):
+        for i, name in enumerate(estimators):
+            line = rows[rows["estimator"] == name].sort_values(axis_name)
+            style = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}
+            axes[0, column].plot(line[axis_name], line["rmse"], "o", label=name, **style)
+            axes[1, column].plot(line[axis_name], line["coverage"], "o", **style)
+        axes[0, column].set(title=heading, ylabel="RMSE", xscale="log", yscale="log")
+        axes[1, column].axhline(0.95, color="grey", lw=0.8, ls=":")
+        axes[1, column].set(xlabel=axis_name, ylabel="coverage of 95% intervals", ylim=(0, 1))
+    axes[0, 0].legend(fontsize=8, ncols=2, frameon=False)
+    figure.suptitle(title)
     figure.tight_layout()
     _save(figure, path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,37 @@ import numpy as np
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
-from worldmodel.errors import InputError
 from worldmodel.models import baselines, metrics
 from worldmodel.models.baselines import HostPrediction
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
     last_step_index,
+    require_transitions,
     to_sequences,
     transition_index,
 )
 from worldmodel.models.world_model import WorldModel
+
+
+class _Side(NamedTuple):
+    """A split as recorded and as models see it; rows are (stay, step) pairs [K, 2]."""
+
+    episodes: Episodes
+    sequences: Sequences
+
+    def inputs(self, rows: np.ndarray) -> np.ndarray:
+        """[K, 42] z-scores and statics."""
+        window = self.sequences.window(rows, 1)
+        return np.concatenate([np.asarray(window.obs[:, 0]), np.asarray(window.static)], axis=1)
+
+    def sofa(self, rows: np.ndarray) -> np.ndarray:
+        """[K, 1] SOFA score."""
+        return np.asarray(self.episodes.sofa)[rows[:, 0], rows[:, 1], None]
+
+    def died(self, rows: np.ndarray) -> np.ndarray:
+        """[K] death within 90 days, 0 or 1."""
+        return np.asarray(self.episodes.died_90d)[rows[:, 0]].astype(float)
 
 
 def evaluate_world_model(
@@ -34,27 +54,26 @@ def evaluate_world_model(
     Raises:
       InputError: one of the two splits holds no transition.
     """
-    scaler = world_model.scaler
-    train, test = episodes.of_split("train"), episodes.of_split(split)
-    train_index, index = transition_index(train), transition_index(test)
-    for name, found in (("train", train_index), (split, index)):
-        if not len(found):
-            raise InputError(f"the {name} split has no stay of two steps; use a larger cohort")
-    train_sequences, sequences = to_sequences(train, scaler), to_sequences(test, scaler)
-    train_rows = baselines.transition_rows(train_sequences, train_index)
-    rows = baselines.transition_rows(sequences, index)
+    train, test = (
+        _Side(part, to_sequences(part, world_model.scaler))
+        for part in (episodes.of_split("train"), episodes.of_split(split))
+    )
+    train_index = require_transitions(transition_index(train.episodes), "train")
+    index = require_transitions(transition_index(test.episodes), split)
+    train_rows = baselines.transition_rows(train.sequences, train_index)
+    rows = baselines.transition_rows(test.sequences, index)
     predictions = {
-        "model": predict(world_model, sequences, index),
+        "model": predict(world_model, test.sequences, index),
         "last_value": baselines.last_value(train_rows, rows),
         "linear": baselines.linear_autoregression(train_rows, rows),
     }
     outcomes = {
-        name: _judge_outcome(world_model, (train, rows_of(train)), (test, rows_of(test)))
+        name: _judge_outcome(world_model, train, test, rows_of)
         for name, rows_of in (("last", last_step_index), ("every", every_step_index))
     }
     return {
         "split": split,
-        "stays": test.num_stays,
+        "stays": test.episodes.num_stays,
         "transitions": len(index),
         "state": {
             name: metrics.state_metrics(prediction, rows)
@@ -93,6 +112,7 @@ def predict_mortality(
 
 
 def predict_members(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> Any:
+    """Every member's (mu [E, K, 39], log_sigma [E, K, 39], vent_logit [E, K])."""
     outputs = _in_batches(
         lambda rows: jax.tree.map(
             lambda leaf: jnp.swapaxes(leaf, 0, 1),
@@ -117,25 +137,17 @@ def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray, *, batc
 
 
 def _judge_outcome(
-    world_model: WorldModel, train: tuple[Episodes, np.ndarray], test: tuple[Episodes, np.ndarray]
+    world_model: WorldModel,
+    train: _Side,
+    test: _Side,
+    rows_of: Callable[[Episodes], np.ndarray],
 ) -> dict[str, dict[str, float | None]]:
-    """Mortality asked at the given rows (stay, step), beside two logistic regressions."""
-    sequences = [to_sequences(part, world_model.scaler) for part, _ in (train, test)]
-
-    def row_inputs(k: int) -> np.ndarray:
-        window = sequences[k].window((train, test)[k][1], 1)
-        return np.concatenate([np.asarray(window.obs[:, 0]), np.asarray(window.static)], axis=1)
-
-    def sofa(part: Episodes, index: np.ndarray) -> np.ndarray:
-        return np.asarray(part.sofa)[index[:, 0], index[:, 1], None]
-
-    def label(part: Episodes, index: np.ndarray) -> np.ndarray:
-        return np.asarray(part.died_90d)[index[:, 0]].astype(float)
-
-    died = label(*train)
+    """Mortality asked at the rows `rows_of` picks, beside two logistic regressions."""
+    train_rows, rows = rows_of(train.episodes), rows_of(test.episodes)
+    died = train.died(train_rows)
     scores = {
-        "model": predict_mortality(world_model, sequences[1], test[1]),
-        "last_value": baselines.logistic(sofa(*train), died, sofa(*test)),
-        "linear": baselines.logistic(row_inputs(0), died, row_inputs(1)),
+        "model": predict_mortality(world_model, test.sequences, rows),
+        "last_value": baselines.logistic(train.sofa(train_rows), died, test.sofa(rows)),
+        "linear": baselines.logistic(train.inputs(train_rows), died, test.inputs(rows)),
     }
-    return {name: metrics.outcome_metrics(score, label(*test)) for name, score in scores.items()}
+    return {name: metrics.outcome_metrics(score, test.died(rows)) for name, score in scores.items()}

@@ -27,6 +27,7 @@ from worldmodel.models.windows import (
     Sequences,
     every_step_index,
     last_step_index,
+    require_transitions,
     to_sequences,
     transition_index,
 )
@@ -130,10 +131,9 @@ def train_world_model(
     )
     parts = {name: episodes.of_split(name) for name in schema.SPLITS}
     sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
-    transitions = {name: transition_index(part) for name, part in parts.items()}
-    for name, index in transitions.items():
-        if not len(index):
-            raise InputError(f"the {name} split has no stay of two steps; use a larger cohort")
+    transitions = {
+        name: require_transitions(transition_index(part), name) for name, part in parts.items()
+    }
     fingerprint = {"config": asdict(config), "data": digest(jax.tree.leaves((episodes, scaler)))}
 
     def run(name, key, model, loss, index, fit_config):

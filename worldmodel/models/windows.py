@@ -14,6 +14,7 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 
 
@@ -113,6 +114,17 @@ def transition_index(episodes: Episodes) -> np.ndarray:
     length = np.asarray(episodes.length)
     pairs = np.argwhere(np.arange(episodes.num_steps) < length[:, None] - 1)
     return pairs.astype(np.int32)
+
+
+def require_transitions(index: np.ndarray, split: str) -> np.ndarray:
+    """`index` itself, once it is known to hold a transition.
+
+    Raises:
+      InputError: it holds none; `split` is named.
+    """
+    if not len(index):
+        raise InputError(f"the {split} split has no stay of two steps; use a larger cohort")
+    return index
 
 
 def last_step_index(episodes: Episodes) -> np.ndarray:

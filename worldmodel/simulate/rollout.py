@@ -8,7 +8,7 @@ numbers), which removes noise from comparisons between plans.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -60,6 +60,17 @@ class Rollouts:
     def feature(self, name: str) -> jax.Array:
         """[P, K, S, H] one of the collected features, in physical units."""
         return self.values[..., self.features.index(name)]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is compiled into a rollout."""
+
+    policy: PolicyFn | None
+    horizon: int
+    features: tuple[str, ...]
+    common_noise: bool
+    mode: str
 
 
 class _Branch(NamedTuple):
@@ -135,11 +146,7 @@ def rollout(
         plans,
         noise,
         sample_ids,
-        policy=policy,
-        horizon=horizon,
-        features=tuple(features),
-        common_noise=common_noise,
-        mode=mode,
+        settings=_Settings(policy, horizon, tuple(features), common_noise, mode),
     )
 
 
@@ -172,7 +179,7 @@ def _chunk(count: int, most: int) -> int:
     return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
 
 
-@partial(jax.jit, static_argnames=("policy", "horizon", "features", "common_noise", "mode"))
+@partial(jax.jit, static_argnames="settings")
 def _rollout(
     world_model: WorldModel,
     key: jax.Array,
@@ -181,11 +188,7 @@ def _rollout(
     noise: jax.Array | None,
     sample_ids: jax.Array,
     *,
-    policy: PolicyFn | None,
-    horizon: int,
-    features: tuple[str, ...],
-    common_noise: bool,
-    mode: str,
+    settings: _Settings,
 ) -> Rollouts:
     """Members one by one, and each one's samples [chunks, C] chunk by chunk."""
 
@@ -195,10 +198,7 @@ def _rollout(
         member = replace(
             world_model, state_model=add_axis(state_model), outcome_model=add_axis(outcome_model)
         )
-        simulate = partial(
-            _simulate, member, key, start, plans, noise,
-            policy=policy, horizon=horizon, features=features, common_noise=common_noise, mode=mode,
-        )  # fmt: skip
+        simulate = partial(_simulate, member, key, start, plans, noise, settings=settings)
         return jax.lax.map(simulate, chunks)
 
     models = (world_model.state_model, world_model.outcome_model, jnp.moveaxis(sample_ids, -1, 0))
@@ -208,7 +208,9 @@ def _rollout(
         leaf = leaf.transpose(2, 3, 1, 4, 0, *range(5, leaf.ndim))
         return leaf.reshape(*leaf.shape[:2], sample_ids.size, *leaf.shape[5:])
 
-    return Rollouts(**jax.tree.map(merge_samples, results), features=features, mode=mode)
+    return Rollouts(
+        **jax.tree.map(merge_samples, results), features=settings.features, mode=settings.mode
+    )
 
 
 def _simulate(
@@ -219,17 +221,13 @@ def _simulate(
     noise: jax.Array | None,
     samples: jax.Array,
     *,
-    policy: PolicyFn | None,
-    horizon: int,
-    features: tuple[str, ...],
-    common_noise: bool,
-    mode: str,
+    settings: _Settings,
 ) -> dict[str, jax.Array]:
     """One member's branches [P, K, C] for the samples [C]."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
-    columns = np.array([schema.INDEX[name] for name in features], np.int32)
+    columns = np.array([schema.INDEX[name] for name in settings.features], np.int32)
     # Under common noise all plans share one draw per patient and sample.
-    plan_ids = jnp.zeros(1, jnp.int32) if common_noise else jnp.arange(shape[1])
+    plan_ids = jnp.zeros(1, jnp.int32) if settings.common_noise else jnp.arange(shape[1])
 
     def flat(leaf: jax.Array) -> jax.Array:
         """[P, K or 1, C or 1, ...] to branches [B, ...]."""
@@ -237,7 +235,7 @@ def _simulate(
 
     def unflat(leaf: jax.Array) -> jax.Array:
         """Stacked scan outputs [H, B, ...] to [P, K, C, H, ...]."""
-        leaf = leaf.reshape(horizon, *shape, *leaf.shape[2:])
+        leaf = leaf.reshape(settings.horizon, *shape, *leaf.shape[2:])
         return jnp.moveaxis(leaf, 0, 3)
 
     def step(branch: _Branch, h: jax.Array) -> tuple[_Branch, dict[str, jax.Array]]:
@@ -248,12 +246,12 @@ def _simulate(
             eps = jax.vmap(lambda k: jax.random.normal(k, (schema.NUM_FEATURES,)))(
                 _fold(keys.reshape(-1), _NOISE_STREAM)
             ).reshape(*keys.shape, -1)
-        if policy is None:
+        if settings.policy is None:
             assert plans is not None
             action = flat(plans[:, :, h][..., None])
         else:
-            action = policy(flat(_fold(keys, _POLICY_STREAM)), branch.history)
-        moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=mode)
+            action = settings.policy(flat(_fold(keys, _POLICY_STREAM)), branch.history)
+        moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=settings.mode)
         record = {
             "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
             "sofa": moved.sofa,
@@ -269,7 +267,7 @@ def _simulate(
         projected=jnp.zeros(branches, jnp.int32),
         last_action=jnp.zeros(branches, jnp.int32),
     )
-    last, records = jax.lax.scan(step, first, jnp.arange(horizon))
+    last, records = jax.lax.scan(step, first, jnp.arange(settings.horizon))
     # The outcome is asked of the last row as if its treatment went on.
     final = last.history.choose(last.last_action).window(schema.OUTCOME_WINDOW)
     mortality = jax.nn.sigmoid(world_model.mortality_logit(*final))

@@ -58,11 +58,6 @@ def burden(latent: Latent, params: OutcomeParams) -> jax.Array:
     )
 
 
-def late_death_logit(latent: Latent, traits: Traits, params: OutcomeParams) -> jax.Array:
-    """Logit of death by day 90 if recording ended now."""
-    return params.late + params.late_burden * burden(latent, params) + _host(traits, params)
-
-
 def end(
     latent: Latent,
     traits: Traits,
