@@ -55,6 +55,10 @@ class Scaler:
         """Age, sex, Charlson [..., 3] to model inputs."""
         return (static - self.static_mean) / self.static_std
 
+    def denormalize_static(self, static: jax.Array) -> jax.Array:
+        """Model inputs [..., 3] to age in years, sex, Charlson."""
+        return static * self.static_std + self.static_mean
+
     @classmethod
     def fit(cls, episodes: Episodes, split: str | None = "train") -> Scaler:
         """Fits on the recorded rows of one split (all rows with `split=None`).

@@ -13,35 +13,15 @@ import pandas as pd
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.synthetic import Policy, View
+from worldmodel.view import Policy, View, as_pytree, views
 
 BUILT_IN = ("clinician", "random", "none")
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
 
 
-def views(episodes: Episodes) -> View:
-    """What the synthetic world shows its policies in each recorded row, leaves [N, T, ...]."""
-    shape = (episodes.num_stays, episodes.num_steps)
-
-    def before(levels: jax.Array) -> jax.Array:
-        return jnp.pad(levels[:, :-1], ((0, 0), (1, 0)))
-
-    return View(
-        dynamic=episodes.dynamic,
-        measured=episodes.measured,
-        static=jnp.broadcast_to(episodes.static[:, None], (*shape, schema.NUM_STATIC)),
-        ventilated=episodes.ventilated,
-        sofa=episodes.sofa,
-        urine_24h=episodes.urine_24h,
-        vasopressor=before(episodes.vasopressor),
-        fluid=before(episodes.fluid),
-        step=jnp.broadcast_to(jnp.arange(shape[1]), shape),
-    )
-
-
 def probabilities_of(policy: Policy, episodes: Episodes, key: jax.Array) -> jax.Array:
     """[N, T, 25] probabilities of an in-graph policy `(key, view) -> [25]`; uniform on padding."""
-    probs = _on_rows(jax.tree_util.Partial(policy, key), views(episodes))
+    probs = _on_rows(jax.tree_util.Partial(as_pytree(policy), key), views(episodes))
     return jnp.where(episodes.valid[..., None], probs, 1.0 / schema.NUM_ACTIONS)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.rollout import PolicyFn, rollout
+from worldmodel.simulate.rollout import rollout
+from worldmodel.view import Policy
 
 
 class SimulatedValue(NamedTuple):
@@ -36,7 +37,7 @@ def simulated_value(
     world_model: WorldModel,
     key: jax.Array,
     episodes: Episodes,
-    policy: PolicyFn,
+    policy: Policy,
     *,
     horizon: int,
     samples: int = 64,
@@ -47,7 +48,7 @@ def simulated_value(
       world_model: to play in; sample s runs in ensemble member s mod E.
       key: of the noise; the same key gives every policy the same noise.
       episodes: whose first rows are the starts.
-      policy: `(keys [B], history) -> joint action [B]`, traced into the rollout.
+      policy: `(key, view) -> [25]`, traced into the rollout.
       horizon: steps; the model has no end of its own, the terminal reward is asked at the last.
       samples: futures per patient, a multiple of the ensemble size.
     """

@@ -39,7 +39,7 @@ def abduct_noise(
         history = history.choose(action)
         mu, log_sigma, _ = world_model.transition(*history.window(schema.STATE_WINDOW))
         urine = world_model.scaler.denormalize(obs)[:, schema.URINE]
-        return history.append(obs, urine, history.sofa), (obs - mu) * jnp.exp(-log_sigma)
+        return history.append(obs, urine, history.ventilated), (obs - mu) * jnp.exp(-log_sigma)
 
     inputs = (jnp.moveaxis(jnp.asarray(plan), 1, 0), jnp.moveaxis(jnp.asarray(recorded), 1, 0))
     _, eps = jax.lax.scan(step, start, inputs)

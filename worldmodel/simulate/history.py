@@ -15,6 +15,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
+from worldmodel.view import Past, View
 
 
 @struct.dataclass
@@ -30,6 +31,7 @@ class History:
     static: jax.Array  # [B, 3] scaled
     urine: jax.Array  # [B, U] mL per step over 24 h, oldest first, 0 before admission
     sofa: jax.Array  # [B] SOFA of the newest row
+    ventilated: jax.Array  # [B] bool
     step: jax.Array  # [B] int32 index of the newest row, 0 at admission
     patient: jax.Array  # [B] int32 identity, which the noise depends on
 
@@ -46,8 +48,8 @@ class History:
         """Sets the treatment [B] of the newest row."""
         return replace(self, action=self.action.at[..., -1].set(action))
 
-    def append(self, obs: jax.Array, urine: jax.Array, score: jax.Array) -> History:
-        """Moves on by one row; the pattern of measurements stays that of the last row."""
+    def append(self, obs: jax.Array, urine: jax.Array, ventilated: jax.Array) -> History:
+        """Moves on by one row, yet to be scored; measurements keep the last row's pattern."""
 
         def push(rows: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.concatenate([rows[:, 1:], row[:, None]], axis=1)
@@ -58,7 +60,7 @@ class History:
             observed=push(self.observed, self.observed[:, -1]),
             action=push(self.action, jnp.full_like(self.action[:, -1], -1)),
             urine=push(self.urine, urine),
-            sofa=score,
+            ventilated=ventilated,
             step=self.step + 1,
         )
 
@@ -66,6 +68,41 @@ class History:
         """Urine of the last 24 h, mL, scaled up where the stay is shorter: [B]."""
         window = self.urine.shape[-1]
         return self.urine.sum(-1) * (window / jnp.minimum(self.step + 1, window))
+
+
+def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View:
+    """What a policy sees of B patients in a world model, leaves [B, ...].
+
+    Args:
+      world_model: whose scaler is used.
+      history: where they stand; the newest row awaits its treatment.
+      past: rows of `View.past`, at most 12.
+    """
+    scaler = world_model.scaler
+    vasopressor, fluid = schema.action_levels(jnp.maximum(history.action, 0))
+    dynamic = scaler.denormalize(history.obs[..., -max(past, 1) :, :])
+    rows = slice(-past, None)
+    valid = history.step[..., None] + jnp.arange(1 - past, 1) >= 0
+    return View(
+        dynamic=dynamic[..., -1, :],
+        measured=history.observed[..., -1, :] > 0,
+        static=scaler.denormalize_static(history.static),
+        ventilated=history.ventilated,
+        sofa=history.sofa,
+        urine_24h=history.urine_24h(),
+        vasopressor=vasopressor[..., -2],
+        fluid=fluid[..., -2],
+        step=history.step,
+        past=Past(
+            dynamic=jnp.where(valid[..., None], dynamic, 0.0),
+            measured=history.observed[..., rows, :] > 0,
+            vasopressor=vasopressor[..., rows],
+            fluid=fluid[..., rows],
+            valid=valid,
+        )
+        if past
+        else None,
+    )
 
 
 def start_history(
@@ -111,6 +148,7 @@ def start_history(
         static=window.static,
         urine=jnp.where(urine_rows >= 0, urine, 0.0),
         sofa=episodes.sofa[stays, step],
+        ventilated=episodes.ventilated[stays, step],
         step=jnp.asarray(step),
         patient=episodes.stay_id,
     )

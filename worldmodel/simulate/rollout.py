@@ -7,7 +7,6 @@ numbers), which removes noise from comparisons between plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,14 +20,12 @@ from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.history import History
+from worldmodel.simulate.history import History, view_of
 from worldmodel.simulate.step import MODES, advance
+from worldmodel.view import Policy, View, as_pytree
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
-
-PolicyFn = Callable[[jax.Array, History], jax.Array]
-"""`policy(keys [B], history) -> joint action [B]`, traced inside the rollout."""
 
 _NOISE_STREAM, _POLICY_STREAM = 0, 1
 
@@ -66,7 +63,7 @@ class Rollouts:
 class _Settings:
     """What is compiled into a rollout."""
 
-    policy: PolicyFn | None
+    past: int  # rows that the policy looks back on
     horizon: int
     features: tuple[str, ...]
     common_noise: bool
@@ -83,7 +80,7 @@ def rollout(
     world_model: WorldModel,
     key: jax.Array,
     start: History,
-    plans_or_policy: np.ndarray | jax.Array | PolicyFn,
+    plans_or_policy: np.ndarray | jax.Array | Policy,
     *,
     horizon: int | None = None,
     samples: int = 1,
@@ -102,7 +99,8 @@ def rollout(
       key: not consumed by position: branch noise is folded in from patient, step and sample.
       start: P patients, from `start_history`.
       plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H]; or a policy
-        traced into the rollout (K = 1), called with one key per branch.
+        `(key, view) -> [25]` traced into the rollout (K = 1), with a key per branch and step. Its
+        attribute `past`, where it has one, asks for so many rows of `View.past`.
       horizon: steps H; needed for a policy, otherwise the plans' length.
       samples: noise samples S per patient and plan; a multiple of the ensemble size.
       features: names to return.
@@ -144,15 +142,18 @@ def rollout(
         key,
         start,
         plans,
+        None if policy is None else as_pytree(policy),
         noise,
         sample_ids,
-        settings=_Settings(policy, horizon, tuple(features), common_noise, mode),
+        settings=_Settings(
+            getattr(policy, "past", 0), horizon, tuple(features), common_noise, mode
+        ),
     )
 
 
 def _resolve(
     plans_or_policy: Any, start: History, horizon: int | None
-) -> tuple[jax.Array | None, PolicyFn | None]:
+) -> tuple[jax.Array | None, Policy | None]:
     if callable(plans_or_policy):
         if horizon is None or horizon < 1:
             raise InputError(f"horizon: got {horizon}, expected at least 1 step for a policy")
@@ -185,6 +186,7 @@ def _rollout(
     key: jax.Array,
     start: History,
     plans: jax.Array | None,
+    policy: Any,
     noise: jax.Array | None,
     sample_ids: jax.Array,
     *,
@@ -198,7 +200,7 @@ def _rollout(
         member = replace(
             world_model, state_model=add_axis(state_model), outcome_model=add_axis(outcome_model)
         )
-        simulate = partial(_simulate, member, key, start, plans, noise, settings=settings)
+        simulate = partial(_simulate, member, key, start, plans, policy, noise, settings=settings)
         return jax.lax.map(simulate, chunks)
 
     models = (world_model.state_model, world_model.outcome_model, jnp.moveaxis(sample_ids, -1, 0))
@@ -218,6 +220,7 @@ def _simulate(
     key: jax.Array,
     start: History,
     plans: jax.Array | None,
+    policy: Any,
     noise: jax.Array | None,
     samples: jax.Array,
     *,
@@ -246,11 +249,11 @@ def _simulate(
             eps = jax.vmap(lambda k: jax.random.normal(k, (schema.NUM_FEATURES,)))(
                 _fold(keys.reshape(-1), _NOISE_STREAM)
             ).reshape(*keys.shape, -1)
-        if settings.policy is None:
-            assert plans is not None
+        if plans is not None:
             action = flat(plans[:, :, h][..., None])
         else:
-            action = settings.policy(flat(_fold(keys, _POLICY_STREAM)), branch.history)
+            view = view_of(world_model, branch.history, past=settings.past)
+            action = _choose(policy, flat(_fold(keys, _POLICY_STREAM)), view)
         moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=settings.mode)
         record = {
             "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
@@ -276,6 +279,16 @@ def _simulate(
         "mortality": mortality.reshape(shape),
         "projected": last.projected.reshape(shape),
     }
+
+
+def _choose(policy: Any, keys: jax.Array, view: View) -> jax.Array:
+    """[B] int32 actions drawn from a policy."""
+
+    def one(key: jax.Array, seen: View) -> jax.Array:
+        own, draw = jax.random.split(key)
+        return jax.random.categorical(draw, jnp.log(policy(own, seen)))
+
+    return jax.vmap(one)(keys, view).astype(jnp.int32)
 
 
 def _branch_keys(

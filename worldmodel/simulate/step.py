@@ -48,8 +48,8 @@ def advance(
     dynamic = world_model.scaler.denormalize(obs)
     before = world_model.scaler.denormalize(history.obs[:, -1])
     ventilation = jax.nn.sigmoid(prediction.vent_logit)
-    moved = history.append(obs, dynamic[:, schema.URINE], history.sofa)
-    score = _score(world_model, dynamic, ventilation > 0.5, action, history, moved, mode).total
+    moved = history.append(obs, dynamic[:, schema.URINE], ventilation > 0.5)
+    score = _score(world_model, dynamic, action, history, moved, mode).total
     step_reward = reward.step_reward(history.sofa, score, before[:, _LACTATE], dynamic[:, _LACTATE])
     return replace(moved, sofa=score), StepOutputs(ventilation, step_reward, projected)
 
@@ -57,7 +57,6 @@ def advance(
 def _score(
     world_model: WorldModel,
     dynamic: jax.Array,
-    ventilated: jax.Array,
     action: jax.Array,
     history: History,
     moved: History,
@@ -67,14 +66,14 @@ def _score(
     if mode == "reference":
         return sofa.reference(
             dynamic,
-            ventilated=ventilated,
+            ventilated=moved.ventilated,
             vasopressor_level=vasopressor,
             urine_before=history.urine.sum(-1),
         )
     doses = jnp.asarray(schema.level_doses(world_model.dose_edges.vasopressor))
     return sofa.standard(
         dynamic,
-        ventilated=ventilated,
+        ventilated=moved.ventilated,
         vasopressor_dose=doses[vasopressor],
         urine_24h=moved.urine_24h(),
     )

@@ -25,15 +25,15 @@ from worldmodel.synthetic.truth import (
     true_action_effects,
     true_value,
 )
-from worldmodel.synthetic.view import History, Policy, View
 from worldmodel.synthetic.world import Config, Params, State, Transition, reset, step
+from worldmodel.view import Past, Policy, View
 
 __all__ = [
     "FOLLOW_POLICY",
     "ActionEffects",
     "Config",
-    "History",
     "Params",
+    "Past",
     "Policy",
     "PolicyValue",
     "State",

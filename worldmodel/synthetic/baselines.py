@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
-from worldmodel.synthetic.view import View
+from worldmodel.view import View
 
 _AT = schema.INDEX
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.synthetic.view import View
+from worldmodel.view import View
 
 _LEVELS = tuple(range(schema.NUM_LEVELS))
 

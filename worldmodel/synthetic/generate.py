@@ -13,8 +13,8 @@ from worldmodel.errors import InputError
 from worldmodel.synthetic.body import Latent
 from worldmodel.synthetic.noise import patient_key
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
-from worldmodel.synthetic.view import Policy
 from worldmodel.synthetic.world import Config, Params
+from worldmodel.view import Policy
 
 _SPLIT_TAG = 1 << 22  # outside the range of steps
 _SPLIT_SHARES = (0.70, 0.15, 0.15)

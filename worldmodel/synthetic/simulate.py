@@ -22,7 +22,6 @@ from worldmodel.errors import InputError
 from worldmodel.synthetic import clinician
 from worldmodel.synthetic.body import Latent
 from worldmodel.synthetic.noise import Noise, draw, patient_key
-from worldmodel.synthetic.view import Policy
 from worldmodel.synthetic.world import (
     Config,
     Params,
@@ -32,6 +31,7 @@ from worldmodel.synthetic.world import (
     sample_action,
     step_with_noise,
 )
+from worldmodel.view import Policy, as_pytree
 
 FOLLOW_POLICY = -1  # in a plan: let the policy choose
 _POLICY_TAG = 1 << 21  # outside the range of steps: keys handed to policies
@@ -78,16 +78,10 @@ def clinician_actor(key: jax.Array, state: State, params: Params) -> jax.Array:
 
 
 def actor_of(policy: Policy | None) -> Any:
-    """A PyTree that acts for a policy on views; None is the recorded clinician.
-
-    A policy with arrays inside should come as `jax.tree_util.Partial(function, arrays)`, so
-    that new arrays need no new compilation.
-    """
+    """A PyTree that acts for a policy on views; None is the recorded clinician."""
     if policy is None:
         return jax.tree_util.Partial(clinician_actor)
-    if not isinstance(policy, jax.tree_util.Partial):
-        policy = jax.tree_util.Partial(policy)
-    return jax.tree_util.Partial(_act_on_view, policy)
+    return jax.tree_util.Partial(_act_on_view, as_pytree(policy))
 
 
 def _act_on_view(policy: Policy, key: jax.Array, state: State, params: Params) -> jax.Array:

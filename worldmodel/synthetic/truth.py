@@ -21,8 +21,8 @@ from worldmodel.synthetic.noise import Noise, draw, middle_noise, patient_key
 from worldmodel.synthetic.patients import Traits, draw_traits
 from worldmodel.synthetic.physiology import Latent, advance
 from worldmodel.synthetic.simulate import BLOCK, actor_of, run
-from worldmodel.synthetic.view import Policy
 from worldmodel.synthetic.world import Config, Params, doses
+from worldmodel.view import Policy
 
 
 class PolicyValue(NamedTuple):

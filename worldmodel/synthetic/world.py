@@ -18,7 +18,7 @@ from worldmodel.clinical import reward, sofa
 from worldmodel.synthetic import body, clinician, observation, outcome, physiology, support
 from worldmodel.synthetic.noise import Noise, draw
 from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
-from worldmodel.synthetic.view import History, View
+from worldmodel.view import Past, View
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Config:
 
     Attributes:
       horizon: most steps of a stay.
-      history: rows that `View.history` holds; 0 leaves it out.
+      past: rows that `View.past` holds; 0 leaves it out.
       dose_edges: edges of the dose levels.
     """
 
     horizon: int = 20
-    history: int = 0
+    past: int = 0
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES
 
 
@@ -127,7 +127,7 @@ def step_with_noise(
         state.record, latent, care, state.traits, noise, params.observation, params.physiology
     )
     view = _view(
-        record, care, state.traits, vasopressor, fluid, dose[0], count, before.history, config
+        record, care, state.traits, vasopressor, fluid, dose[0], count, before.past, config
     )
     ending = outcome.end(
         latent, state.traits, care.ventilated, vasopressor, count, noise, params.outcome
@@ -192,7 +192,7 @@ def _view(
     fluid: jax.Array,
     dose: jax.Array,
     step: jax.Array,
-    history: History | None,
+    past: Past | None,
     config: Config,
 ) -> View:
     """The row after a step, whose levels and vasopressor dose are given."""
@@ -211,23 +211,23 @@ def _view(
         vasopressor=vasopressor,
         fluid=fluid,
         step=step,
-        history=_remember(history, record.filled, measured, vasopressor, fluid, config),
+        past=_remember(past, record.filled, measured, vasopressor, fluid, config),
     )
 
 
 def _remember(
-    history: History | None,
+    past: Past | None,
     dynamic: jax.Array,
     measured: jax.Array,
     vasopressor: jax.Array,
     fluid: jax.Array,
     config: Config,
-) -> History | None:
-    if not config.history:
+) -> Past | None:
+    if not config.past:
         return None
-    if history is None:
-        rows = config.history
-        history = History(
+    if past is None:
+        rows = config.past
+        past = Past(
             dynamic=jnp.zeros((rows, schema.NUM_FEATURES)),
             measured=jnp.zeros((rows, schema.NUM_MASKED), bool),
             vasopressor=jnp.zeros(rows, jnp.int32),
@@ -236,10 +236,10 @@ def _remember(
         )
     else:
         # The row before now has its treatment.
-        history = replace(
-            history,
-            vasopressor=history.vasopressor.at[-1].set(vasopressor),
-            fluid=history.fluid.at[-1].set(fluid),
+        past = replace(
+            past,
+            vasopressor=past.vasopressor.at[-1].set(vasopressor),
+            fluid=past.fluid.at[-1].set(fluid),
         )
-    newest = History(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
-    return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), history, newest)
+    newest = Past(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), past, newest)

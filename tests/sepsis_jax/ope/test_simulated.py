@@ -1,7 +1,6 @@
 """World-model Monte Carlo against a plan that says the same, and its ensemble spread."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,9 +15,9 @@ from worldmodel.simulate.rollout import rollout
 CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
 
 
-def fluids_only(keys, history):
-    del keys
-    return jnp.full_like(history.step, 3)
+def fluids_only(key, view):
+    del key, view
+    return jax.nn.one_hot(3, 25)
 
 
 def test_value_of_a_constant_policy_is_that_of_the_plan():

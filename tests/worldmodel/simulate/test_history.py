@@ -96,12 +96,12 @@ def test_a_row_that_is_not_there_is_named(world, stay, step):
 
 def test_append_moves_on_by_one_row(world, stay):
     history = start_history(world, stay, 3).choose(jnp.array([7]))
-    moved = history.append(jnp.ones((1, 39)), jnp.array([55.0]), jnp.array([6.0]))
+    moved = history.append(jnp.ones((1, 39)), jnp.array([55.0]), jnp.array([True]))
     np.testing.assert_array_equal(moved.obs[0, :-1], history.obs[0, 1:])
     np.testing.assert_array_equal(moved.obs[0, -1], np.ones(39))
     np.testing.assert_array_equal(moved.observed[0, -1], history.observed[0, -1])
     assert moved.action[0, -2:].tolist() == [7, -1]
-    assert (moved.urine[0, -1], moved.sofa[0], moved.step[0]) == (55.0, 6.0, 4)
+    assert (moved.urine[0, -1], moved.ventilated[0], moved.step[0]) == (55.0, True, 4)
 
 
 # Projection

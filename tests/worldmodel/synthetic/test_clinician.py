@@ -10,7 +10,7 @@ from tests.worldmodel.synthetic.conftest import WORLD
 from worldmodel import schema
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.clinician import ClinicianParams, probabilities
-from worldmodel.synthetic.view import View
+from worldmodel.view import View
 
 
 def view(meanbp=75.0, lactate=1.5, vasopressor=0, step=3):

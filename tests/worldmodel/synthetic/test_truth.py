@@ -207,7 +207,7 @@ def test_confounding_leaves_the_value_of_other_policies_alone():
 def test_reset_and_step_play_the_recorded_stays(world):
     """The environment gives the rows of the episodes, with history as windows see it."""
     episodes, truth = world
-    config, params = Config(history=3), Params()
+    config, params = Config(past=3), Params()
     keys = jax.vmap(partial(patient_key, WORLD))(jnp.arange(16))
     state = jax.jit(jax.vmap(lambda k: reset(k, params, config=config)))(keys)
     play = jax.jit(jax.vmap(lambda k, s, a: step(k, s, a, params, config=config)))
@@ -218,7 +218,7 @@ def test_reset_and_step_play_the_recorded_stays(world):
         )
         state, transition = play(keys, state, episodes.action[:16, t])
         np.testing.assert_allclose(transition.reward, truth.reward[:16, t], atol=1e-3)
-    history = state.view.history
+    history = state.view.past
     lasting = np.asarray(episodes.length)[:16] > 4
     np.testing.assert_array_equal(
         history.vasopressor[lasting, :2], episodes.vasopressor[:16][lasting, 2:4]

@@ -1,0 +1,110 @@
+"""What a decision maker at the bedside sees: the contract between worlds and policies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel.episodes import Episodes
+
+
+@struct.dataclass
+class Past:
+    """The last H rows, newest last; rows before admission are zero."""
+
+    dynamic: jax.Array  # [H, 39] as in View
+    measured: jax.Array  # [H, 38] bool
+    vasopressor: jax.Array  # [H] int32, level given in the row; 0 in the newest, still open
+    fluid: jax.Array  # [H] int32
+    valid: jax.Array  # [H] bool
+
+
+@struct.dataclass
+class View:
+    """One row of one patient, as the episodes hold it, with what was given before."""
+
+    dynamic: jax.Array  # [39] physical units, gaps filled
+    measured: jax.Array  # [38] bool
+    static: jax.Array  # [3] age in years, 1 = male, Charlson index
+    ventilated: jax.Array  # [] bool
+    sofa: jax.Array  # [] float32
+    urine_24h: jax.Array  # [] mL
+    vasopressor: jax.Array  # [] int32 level given in the step before; 0 at admission
+    fluid: jax.Array  # [] int32
+    step: jax.Array  # [] int32 steps since admission
+    past: Past | None = None  # as many rows as the policy needs
+
+
+Policy = Callable[[jax.Array, View], jax.Array]
+"""`(key, view) -> [25]` probabilities, for one patient; worlds map it over patients."""
+
+
+def as_pytree(policy: Policy) -> jax.tree_util.Partial:
+    """A policy whose arrays are leaves, so that new arrays need no new compilation.
+
+    A plain function is static; a PyTree that can be called keeps its leaves.
+    """
+    if isinstance(policy, jax.tree_util.Partial):
+        return policy
+    if jax.tree_util.all_leaves([policy]):
+        return jax.tree_util.Partial(policy)
+    return jax.tree_util.Partial(_call, policy)
+
+
+def _call(policy: Policy, key: jax.Array, view: View) -> jax.Array:
+    return policy(key, view)
+
+
+def view_at(episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0) -> View:
+    """What was seen in recorded rows, leaves [..., ...]; undefined after the end of a stay.
+
+    Args:
+      episodes: the stays.
+      stay, step: int32 indices that broadcast to [...].
+      past: rows H of `View.past`; 0 leaves it out.
+    """
+    stay, step = jnp.broadcast_arrays(jnp.asarray(stay), jnp.asarray(step))
+
+    def before(levels: jax.Array) -> jax.Array:
+        return jnp.where(step > 0, levels[stay, jnp.maximum(step - 1, 0)], 0)
+
+    return View(
+        dynamic=episodes.dynamic[stay, step],
+        measured=episodes.measured[stay, step],
+        static=episodes.static[stay],
+        ventilated=episodes.ventilated[stay, step],
+        sofa=episodes.sofa[stay, step],
+        urine_24h=episodes.urine_24h[stay, step],
+        vasopressor=before(episodes.vasopressor),
+        fluid=before(episodes.fluid),
+        step=step,
+        past=_past_at(episodes, stay, step, past) if past else None,
+    )
+
+
+def views(episodes: Episodes, *, past: int = 0) -> View:
+    """What was seen in every row, leaves [N, T, ...]; undefined on padding."""
+    stays, steps = jnp.arange(episodes.num_stays), jnp.arange(episodes.num_steps)
+    return view_at(episodes, stays[:, None], steps, past=past)
+
+
+def _past_at(episodes: Episodes, stay: jax.Array, step: jax.Array, rows: int) -> Past:
+    index = step[..., None] + jnp.arange(1 - rows, 1)
+    valid = index >= 0
+    given = valid.at[..., -1].set(False)  # what the newest row is given is not known yet
+
+    def look_back(leaf: jax.Array, kept: jax.Array) -> jax.Array:
+        picked = leaf[stay[..., None], jnp.maximum(index, 0)]
+        kept = kept.reshape(*kept.shape, *(1,) * (picked.ndim - kept.ndim))
+        return jnp.where(kept, picked, jnp.zeros((), leaf.dtype))
+
+    return Past(
+        dynamic=look_back(episodes.dynamic, valid),
+        measured=look_back(episodes.measured, valid),
+        vasopressor=look_back(episodes.vasopressor, given),
+        fluid=look_back(episodes.fluid, given),
+        valid=valid,
+    )
