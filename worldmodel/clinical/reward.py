@@ -24,8 +24,18 @@ def step_reward(
       sofa_t, sofa_tp1: [...] SOFA before and after the step.
       lactate_t, lactate_tp1: [...] lactate before and after the step, mmol/L.
     """
-    unchanged = jnp.where((sofa_tp1 == sofa_t) & (sofa_tp1 > 0), -0.025, 0.0)
-    return unchanged - 0.125 * (sofa_tp1 - sofa_t) - 2.0 * jnp.tanh(lactate_tp1 - lactate_t)
+    return sum(step_terms(sofa_t, sofa_tp1, lactate_t, lactate_tp1), start=jnp.float32(0))
+
+
+def step_terms(
+    sofa_t: jax.Array, sofa_tp1: jax.Array, lactate_t: jax.Array, lactate_tp1: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Terms [...] of `step_reward`: for unchanged SOFA, for its change, for that of lactate."""
+    return (
+        jnp.where((sofa_tp1 == sofa_t) & (sofa_tp1 > 0), -0.025, 0.0),
+        -0.125 * (sofa_tp1 - sofa_t),
+        -2.0 * jnp.tanh(lactate_tp1 - lactate_t),
+    )
 
 
 def terminal_reward(died: jax.Array) -> jax.Array:

@@ -1,16 +1,27 @@
 """Guideline and safety rules, each a vectorised predicate on the state the decision saw.
 
-All functions return booleans of the broadcast shape, True where the rule is *broken* (or the
-condition named holds). Levels are 0 to 4; MAP in mmHg, lactate in mmol/L, doses in physical
-units. Sources: SepsisAgent's G1 and G2 (arXiv 2605.14723); Festor et al., BMJ Health & Care
-Informatics 2022 (A: under-, B: overdosing); Surviving Sepsis Campaign 2021 (early fluid);
-Jia et al. (abrupt dose changes).
+Rules return booleans of the broadcast shape, True where the rule is *broken* (or the condition
+named holds). Levels are 0 to 4, MAP is in mmHg, lactate in mmol/L, volumes in mL; limits are strict
+or not exactly as written. Sources:
+
+- G1, G2 and their adherence: SepsisAgent (arXiv 2605.14723);
+- under- and overdosing: Festor et al., BMJ Health & Care Informatics 2022;29:e100549, A and B
+  (C and D need a central venous pressure, which is not among the features);
+- early fluid, MAP of 65 mmHg, lactate: Surviving Sepsis Campaign 2021 (Evans et al.);
+- abrupt changes of the vasopressor as a hazard: Jia et al. 2020.
+
+`worldmodel.clinical.safety` applies all of them to whole trajectories.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
+
+from worldmodel import schema
 
 MAP_TARGET = 65.0  # mmHg
 LACTATE_LIMIT = 2.0  # mmol/L
@@ -35,24 +46,68 @@ def g2_unneeded_escalation(
     return (meanbp >= MAP_TARGET) & (vasopressor > previous_vasopressor) & (step > 0)
 
 
-def underdosed(
-    meanbp: jax.Array,
-    vasopressor: jax.Array,
-    fluid: jax.Array,
-    *,
-    map_below: float = 55.0,
-    max_fluid_level: int = 1,
-) -> jax.Array:
-    """Severe hypotension left with no vasopressor and little fluid (Festor A: MAP < 55).
+@dataclass(frozen=True)
+class Underdosing:
+    """Hypotension left with no vasopressor and little fluid.
 
-    Festor's limit is 20 mL/h, 80 mL per 4 h: level 1 of the default dose edges is its nearest.
+    Attributes:
+      map_below: mmHg; the rule looks at lower MAP only.
+      max_fluid_level: at most this level is little fluid.
+      max_fluid_rate: at most this many mL/h is little fluid.
     """
-    return (meanbp < map_below) & (vasopressor == 0) & (fluid <= max_fluid_level)
+
+    map_below: float
+    max_fluid_level: int = schema.NUM_LEVELS - 1
+    max_fluid_rate: float = math.inf
+
+    def __call__(
+        self, meanbp: jax.Array, vasopressor: jax.Array, fluid: jax.Array, fluid_rate: jax.Array
+    ) -> jax.Array:
+        """True where underdosed; `fluid_rate` in mL/h."""
+        little = (fluid <= self.max_fluid_level) & (fluid_rate <= self.max_fluid_rate)
+        return self.exposed(meanbp) & (vasopressor == 0) & little
+
+    def exposed(self, meanbp: jax.Array) -> jax.Array:
+        """Where the rule can be broken."""
+        return meanbp < self.map_below
 
 
-def overdosed(meanbp: jax.Array, vasopressor: jax.Array, *, map_above: float = 95.0) -> jax.Array:
-    """The highest vasopressor level at a high MAP (Festor B: MAP > 95)."""
-    return (meanbp > map_above) & (vasopressor == 4)
+@dataclass(frozen=True)
+class Overdosing:
+    """A strong vasopressor at a high MAP.
+
+    Attributes:
+      map_above: mmHg; the rule looks at higher MAP only.
+      min_level: from this vasopressor level on.
+    """
+
+    map_above: float
+    min_level: int = schema.NUM_LEVELS - 1
+
+    def __call__(self, meanbp: jax.Array, vasopressor: jax.Array) -> jax.Array:
+        """True where overdosed."""
+        return self.exposed(meanbp) & (vasopressor >= self.min_level)
+
+    def exposed(self, meanbp: jax.Array) -> jax.Array:
+        """Where the rule can be broken."""
+        return meanbp > self.map_above
+
+
+UNDERDOSING: dict[str, Underdosing] = {
+    "festor_a": Underdosing(55.0, max_fluid_rate=20.0),
+    "map_55": Underdosing(55.0, max_fluid_level=1),
+    "map_60": Underdosing(60.0, max_fluid_level=1),
+    "map_65": Underdosing(65.0, max_fluid_level=1),
+    "map_65_untreated": Underdosing(65.0, max_fluid_level=0),
+}
+"""Definitions by name. Festor's limit of fluid is a volume; the others go by level."""
+
+OVERDOSING: dict[str, Overdosing] = {
+    "festor_b": Overdosing(95.0),
+    "map_85": Overdosing(85.0),
+    "map_95_high": Overdosing(95.0, min_level=3),
+}
+"""Definitions by name. The highest level stands for Festor's dose above 0.65 mcg/kg/min."""
 
 
 def dose_jump(
@@ -62,17 +117,56 @@ def dose_jump(
     return (jnp.abs(vasopressor - previous_vasopressor) >= levels) & (step > 0)
 
 
-def late_early_fluid(
+def abrupt_stop(
+    vasopressor: jax.Array, previous_vasopressor: jax.Array, step: jax.Array, *, from_level: int = 3
+) -> jax.Array:
+    """The vasopressor stopped outright from a high level; never at step 0."""
+    return (previous_vasopressor >= from_level) & (vasopressor == 0) & (step > 0)
+
+
+def needs_early_fluid(
+    meanbp: jax.Array,
+    lactate: jax.Array,
+    step: jax.Array,
+    *,
+    step_hours: float | jax.Array = schema.STEP_HOURS,
+    within_hours: float = 3.0,
+) -> jax.Array:
+    """Hypoperfusion in a step that begins within the first hours."""
+    return (step * step_hours < within_hours) & hypoperfused(meanbp, lactate)
+
+
+def early_fluid_missed(
     meanbp: jax.Array,
     lactate: jax.Array,
     fluid: jax.Array,
     step: jax.Array,
     *,
-    step_hours: float = 4.0,
+    step_hours: float | jax.Array = schema.STEP_HOURS,
     within_hours: float = 3.0,
 ) -> jax.Array:
     """Hypoperfusion in the first hours answered without any fluid."""
-    return (step * step_hours < within_hours) & hypoperfused(meanbp, lactate) & (fluid == 0)
+    needed = needs_early_fluid(
+        meanbp, lactate, step, step_hours=step_hours, within_hours=within_hours
+    )
+    return needed & (fluid == 0)
+
+
+def fluid_intolerant(
+    cumulative_fluid: jax.Array,
+    pf_ratio: jax.Array,
+    *,
+    volume_above: float = 10_000.0,
+    pf_below: float = 200.0,
+) -> jax.Array:
+    """More than 10 L are in already, or the lungs fail.
+
+    Args:
+      cumulative_fluid: mL given before.
+      pf_ratio: PaO2 / FiO2, mmHg.
+      volume_above, pf_below: the limits.
+    """
+    return (cumulative_fluid > volume_above) | (pf_ratio < pf_below)
 
 
 def fluid_overload(
@@ -81,18 +175,21 @@ def fluid_overload(
     pf_ratio: jax.Array,
     *,
     min_level: int = 3,
-    balance_above: float = 10_000.0,
+    volume_above: float = 10_000.0,
     pf_below: float = 200.0,
 ) -> jax.Array:
-    """High fluid level although 10 L are in already or the lungs fail.
+    """A high fluid level from `min_level` on for a patient who is `fluid_intolerant`."""
+    intolerant = fluid_intolerant(
+        cumulative_fluid, pf_ratio, volume_above=volume_above, pf_below=pf_below
+    )
+    return (fluid >= min_level) & intolerant
 
-    Args:
-      fluid: level 0-4.
-      cumulative_fluid: mL so far.
-      pf_ratio: PaO2 / FiO2, mmHg.
-      min_level, balance_above, pf_below: the rule's limits.
-    """
-    return (fluid >= min_level) & ((cumulative_fluid > balance_above) | (pf_ratio < pf_below))
+
+def vasopressor_at_high_map(
+    meanbp: jax.Array, vasopressor: jax.Array, *, map_above: float = 90.0
+) -> jax.Array:
+    """Any vasopressor at a MAP far above target."""
+    return (meanbp > map_above) & (vasopressor > 0)
 
 
 def adherence(g1: jax.Array, g2: jax.Array, valid: jax.Array) -> jax.Array:
@@ -107,10 +204,26 @@ def adherence(g1: jax.Array, g2: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def hours_below_target(
-    meanbp: jax.Array, valid: jax.Array, *, target: float = MAP_TARGET, step_hours: float = 4.0
+    meanbp: jax.Array,
+    valid: jax.Array,
+    *,
+    target: float = MAP_TARGET,
+    step_hours: float | jax.Array = schema.STEP_HOURS,
 ) -> jax.Array:
     """Hours with MAP below target along the last axis: [..., T] -> [...]."""
     return step_hours * ((meanbp < target) & valid).sum(-1)
+
+
+def area_below_target(
+    meanbp: jax.Array,
+    valid: jax.Array,
+    *,
+    target: float = MAP_TARGET,
+    step_hours: float | jax.Array = schema.STEP_HOURS,
+) -> jax.Array:
+    """Depth times duration of hypotension, mmHg h, along the last axis: [..., T] -> [...]."""
+    depth = jnp.where(valid, jnp.maximum(target - meanbp, 0.0), 0.0)
+    return step_hours * depth.sum(-1)
 
 
 def lactate_clearance(lactate_first: jax.Array, lactate_last: jax.Array) -> jax.Array:

@@ -98,9 +98,14 @@ def _shared(dynamic: jax.Array, ventilated: jax.Array) -> dict[str, jax.Array]:
     }
 
 
+def pf_ratio(pao2: jax.Array, fio2: jax.Array) -> jax.Array:
+    """PaO2 / FiO2 in mmHg, of PaO2 in mmHg and FiO2 in percent (at least 21)."""
+    return pao2 / (jnp.maximum(fio2, MIN_FIO2) / 100)
+
+
 def respiratory(pao2: jax.Array, fio2: jax.Array, ventilated: jax.Array) -> jax.Array:
     """Points from PaO2 (mmHg) / FiO2 (percent); 3 and 4 need ventilation."""
-    ratio = pao2 / (jnp.maximum(fio2, MIN_FIO2) / 100)
+    ratio = pf_ratio(pao2, fio2)
     points = _points_below(ratio, (400, 300, 200, 100))
     return jnp.where(ventilated, points, jnp.minimum(points, 2.0))
 

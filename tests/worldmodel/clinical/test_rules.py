@@ -46,18 +46,46 @@ def test_g2(meanbp, now, previous, step, expected):
 
 
 @pytest.mark.parametrize(
-    ("meanbp", "vasopressor", "fluid", "expected"),
-    [(54.9, 0, 1, True), (55.0, 0, 0, False), (54.9, 1, 0, False), (54.9, 0, 2, False)],
+    ("name", "meanbp", "vasopressor", "fluid", "rate", "expected"),
+    [
+        ("festor_a", 54.9, 0, 1, 20.0, True),  # a rate at the limit is still little
+        ("festor_a", 54.9, 0, 1, 20.1, False),
+        ("festor_a", 54.9, 0, 2, 19.0, True),  # by volume, whatever the level
+        ("festor_a", 55.0, 0, 0, 0.0, False),
+        ("festor_a", 54.9, 1, 0, 0.0, False),
+        ("map_55", 54.9, 0, 1, 99.0, True),
+        ("map_55", 54.9, 0, 2, 0.0, False),
+        ("map_55", 55.0, 0, 0, 0.0, False),
+        ("map_60", 59.9, 0, 1, 0.0, True),
+        ("map_60", 60.0, 0, 1, 0.0, False),
+        ("map_65", 64.9, 0, 1, 0.0, True),
+        ("map_65", 65.0, 0, 0, 0.0, False),
+        ("map_65", 64.9, 2, 0, 0.0, False),
+        ("map_65_untreated", 64.9, 0, 0, 0.0, True),
+        ("map_65_untreated", 64.9, 0, 1, 0.0, False),
+    ],
 )
-def test_underdosed(meanbp, vasopressor, fluid, expected):
-    assert bool(rules.underdosed(*map(jnp.array, (meanbp, vasopressor, fluid)))) is expected
+def test_underdosing(name, meanbp, vasopressor, fluid, rate, expected):
+    got = rules.UNDERDOSING[name](*map(jnp.array, (meanbp, vasopressor, fluid, rate)))
+    assert bool(got) is expected
 
 
 @pytest.mark.parametrize(
-    ("meanbp", "vasopressor", "expected"), [(95.1, 4, True), (95.0, 4, False), (120.0, 3, False)]
+    ("name", "meanbp", "vasopressor", "expected"),
+    [
+        ("festor_b", 95.1, 4, True),
+        ("festor_b", 95.0, 4, False),
+        ("festor_b", 120.0, 3, False),
+        ("map_85", 85.1, 4, True),
+        ("map_85", 85.0, 4, False),
+        ("map_85", 90.0, 3, False),
+        ("map_95_high", 95.1, 3, True),
+        ("map_95_high", 95.1, 2, False),
+        ("map_95_high", 95.0, 4, False),
+    ],
 )
-def test_overdosed(meanbp, vasopressor, expected):
-    assert bool(rules.overdosed(jnp.array(meanbp), jnp.array(vasopressor))) is expected
+def test_overdosing(name, meanbp, vasopressor, expected):
+    assert bool(rules.OVERDOSING[name](jnp.array(meanbp), jnp.array(vasopressor))) is expected
 
 
 @pytest.mark.parametrize(
@@ -66,6 +94,30 @@ def test_overdosed(meanbp, vasopressor, expected):
 )
 def test_dose_jump(now, previous, step, expected):
     assert bool(rules.dose_jump(*map(jnp.array, (now, previous, step)))) is expected
+
+
+@pytest.mark.parametrize(
+    ("now", "previous", "step", "expected"),
+    [
+        (0, 3, 1, True),
+        (0, 4, 1, True),
+        (0, 2, 1, False),
+        (1, 4, 1, False),
+        (0, 3, 0, False),  # never at t = 0
+        (0, 0, 1, False),
+    ],
+)
+def test_abrupt_stop(now, previous, step, expected):
+    assert bool(rules.abrupt_stop(*map(jnp.array, (now, previous, step)))) is expected
+
+
+@pytest.mark.parametrize(
+    ("meanbp", "vasopressor", "expected"),
+    [(90.1, 1, True), (90.0, 4, False), (90.1, 0, False)],
+)
+def test_vasopressor_at_high_map(meanbp, vasopressor, expected):
+    got = rules.vasopressor_at_high_map(jnp.array(meanbp), jnp.array(vasopressor))
+    assert bool(got) is expected
 
 
 @pytest.mark.parametrize(
@@ -79,8 +131,8 @@ def test_dose_jump(now, previous, step, expected):
         (65.0, 2.0, 0, 0, 4.0, False),
     ],
 )
-def test_late_early_fluid(meanbp, lactate, fluid, step, step_hours, expected):
-    got = rules.late_early_fluid(
+def test_early_fluid_missed(meanbp, lactate, fluid, step, step_hours, expected):
+    got = rules.early_fluid_missed(
         *map(jnp.array, (meanbp, lactate, fluid, step)), step_hours=step_hours
     )
     assert bool(got) is expected
@@ -113,6 +165,15 @@ def test_hours_below_target_by_hand():
     np.testing.assert_array_equal(rules.hours_below_target(meanbp, valid), [8.0, 4.0])
     np.testing.assert_array_equal(
         rules.hours_below_target(meanbp, valid, step_hours=1.0), [2.0, 1.0]
+    )
+
+
+def test_area_below_target_by_hand():
+    meanbp = jnp.array([[64.0, 65.0, 50.0, 40.0], [70.0, 70.0, 70.0, 10.0]])
+    valid = jnp.array([[True, True, True, False], [True, True, True, True]])
+    np.testing.assert_array_equal(rules.area_below_target(meanbp, valid), [64.0, 220.0])
+    np.testing.assert_array_equal(
+        rules.area_below_target(meanbp, valid, step_hours=1.0), [16.0, 55.0]
     )
 
 
