@@ -25,6 +25,21 @@ from worldmodel.clinical import rules, sofa
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 
+RULES: tuple[str, ...] = (
+    "g1",
+    "g2",
+    "underdosing",
+    "overdosing",
+    *(f"underdosing_{name}" for name in rules.UNDERDOSING),
+    *(f"overdosing_{name}" for name in rules.OVERDOSING),
+    "dose_jump",
+    "abrupt_stop",
+    "early_fluid_missed",
+    "fluid_overload",
+    "vasopressor_at_high_map",
+)
+"""Names of all rules in the order of a report; `underdosing`, `overdosing` are the chosen ones."""
+
 
 @dataclass(frozen=True)
 class SafetyConfig:
@@ -98,7 +113,7 @@ class SafetyReport:
         `raised_lactate_clearance` (percent, the latter of stays with a first lactate above 2).
         """
         total = int(self.prescriptions)
-        counts = {name: int(count) for name, count in self.broken.items()}
+        counts = {name: int(self.broken[name]) for name in RULES}
         exposed = {name: int(count) for name, count in self.exposed.items()}
         unsafe = counts["underdosing"] + counts["overdosing"]
         row: dict[str, float] = {

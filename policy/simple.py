@@ -1,0 +1,110 @@
+"""Policies without anything learned: the brackets of every comparison, and the guidelines."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from policy.base import Policy
+from worldmodel import schema
+from worldmodel.clinical import rules, sofa
+from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
+from worldmodel.view import View
+
+
+@struct.dataclass
+class RandomPolicy(Policy):
+    """All 25 actions alike."""
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        """[25] the uniform distribution."""
+        return random_policy(key, view)
+
+
+@struct.dataclass
+class NoTreatment(Policy):
+    """Neither drug, ever."""
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        """[25] all on action 0."""
+        return no_treatment(key, view)
+
+
+@struct.dataclass
+class MaximumTreatment(Policy):
+    """The highest level of both drugs, always."""
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        """[25] all on action 24."""
+        return maximum_treatment(key, view)
+
+
+@struct.dataclass
+class Constant(Policy):
+    """One action, whatever is seen."""
+
+    action: int | jax.Array  # joint action 0-24
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        """[25] all on the action."""
+        del key, view
+        return jax.nn.one_hot(self.action, schema.NUM_ACTIONS)
+
+
+@struct.dataclass
+class GuidelineRules(Policy):
+    """The Surviving Sepsis Campaign 2021 (Evans et al., Intensive Care Medicine 47:1181) as code.
+
+    Deterministic. What it turns into levels:
+
+    - at least 30 mL/kg of crystalloid within 3 h of hypoperfusion: the highest fluid level in the
+      first hours, while the patient is hypoperfused (lactate above 2 mmol/L or MAP below 65 mmHg);
+    - a MAP target of 65 mmHg rather than a higher one: the vasopressor goes up one level where MAP
+      is below 65 and down one where it is above `wean_above`; fluid comes first, unless MAP is
+      below `severe_map`, since vasopressors are not to be delayed;
+    - resuscitation that brings lactate down: a modest fluid level later on, as long as
+      hypoperfusion lasts;
+    - no recommendation for liberal or for restrictive fluid after that: restraint where the lungs
+      fail (half the level at a P/F below `restrain_pf`) and `maintenance` for the well perfused.
+      High levels end with `early_hours`, so that no large volume can build up.
+
+    It breaks neither G1 nor G2 of `worldmodel.clinical.rules` in any state and with any setting,
+    and never changes the vasopressor by more than one level. The guideline gives MAP, lactate,
+    volume and time; levels, `wean_above`, `severe_map` and `restrain_pf` are choices made here.
+    """
+
+    early_hours: float = 8.0  # h; two steps of 4 h: the 3 h of the guideline and a reassessment
+    early_fluid: int = 4  # level while hypoperfused in the first hours
+    later_fluid: int = 2  # level while hypoperfused afterwards
+    maintenance: int = 1  # level while well perfused
+    severe_map: float = 55.0  # mmHg; below, vasopressor and fluid start together
+    wean_above: float = 75.0  # mmHg; the vasopressor goes down
+    restrain_pf: float = 200.0  # mmHg, moderate ARDS; below, half the fluid level
+    highest: int = 4  # vasopressor level that is not exceeded
+    step_hours: float = schema.STEP_HOURS
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        """[25] all on the action that the rules ask for."""
+        del key
+        meanbp, lactate, pao2, fio2 = (
+            view.dynamic[schema.INDEX[name]] for name in ("meanbp", "lactate", "pao2", "fio2")
+        )
+        poor = rules.hypoperfused(meanbp, lactate)
+        early = view.step * self.step_hours < self.early_hours
+        fluid = jnp.where(early, self.early_fluid, self.later_fluid)
+        fluid = jnp.where(poor, fluid, self.maintenance)
+        fluid = jnp.where(sofa.pf_ratio(pao2, fio2) < self.restrain_pf, fluid // 2, fluid)
+
+        fluid_first = (view.step == 0) & (meanbp >= self.severe_map)
+        ceiling = jnp.clip(self.highest, view.vasopressor, schema.NUM_LEVELS - 1)
+        raised = jnp.minimum(view.vasopressor + 1, ceiling)
+        up = (meanbp < rules.MAP_TARGET) & ~fluid_first
+        down = meanbp > jnp.maximum(self.wean_above, rules.MAP_TARGET)
+        lowered = jnp.maximum(view.vasopressor - 1, 0)
+        vasopressor = jnp.where(up, raised, jnp.where(down, lowered, view.vasopressor))
+
+        untreated = poor & (vasopressor == 0)
+        fluid = jnp.clip(fluid, jnp.where(untreated, 1, 0), schema.NUM_LEVELS - 1)
+        action = schema.action_index(vasopressor, fluid)
+        return jax.nn.one_hot(action, schema.NUM_ACTIONS)
