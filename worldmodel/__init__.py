@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worldmodel.envs.env import SepsisEnv
     from worldmodel.episode_files import load_episodes, save_episodes
     from worldmodel.episodes import Episodes
     from worldmodel.errors import InputError
@@ -25,6 +26,7 @@ _HOMES = {
     "InputError": "worldmodel.errors",
     "Rollouts": "worldmodel.simulate.rollout",
     "Scaler": "worldmodel.scaling",
+    "SepsisEnv": "worldmodel.envs.env",
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
     "abduct_noise": "worldmodel.simulate.abduction",
@@ -42,6 +44,7 @@ __all__ = [
     "InputError",
     "Rollouts",
     "Scaler",
+    "SepsisEnv",
     "TrainConfig",
     "WorldModel",
     "abduct_noise",

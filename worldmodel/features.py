@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from worldmodel import schema
 from worldmodel.scaling import Scaler
@@ -13,6 +14,7 @@ _LARGEST = 5.0  # z-scores beyond are outliers that a small model should not cha
 _STEPS = 20.0  # unit of time
 _TOP_LEVEL = schema.NUM_LEVELS - 1
 _EXTRA = 6
+_LARGEST_SOFA = 24.0
 
 NUM_STATE_FEATURES = 1 + schema.NUM_FEATURES + schema.NUM_STATIC + _EXTRA  # 49
 
@@ -43,3 +45,12 @@ def state_features(view: View, scaler: Scaler) -> jax.Array:
         jnp.stack(extra, -1),
     ]
     return jnp.concatenate(blocks, -1)
+
+
+def state_feature_bounds(last_step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least and largest values [49] of `state_features` in rows up to `last_step`."""
+    time = last_step / _STEPS
+    scores = schema.NUM_FEATURES + schema.NUM_STATIC
+    low = [1.0, *[-_LARGEST] * scores, *[0.0] * _EXTRA]
+    high = [1.0, *[_LARGEST] * scores, 1.0, _LARGEST_SOFA / 10.0, 1.0, 1.0, time, time**2]
+    return np.asarray(low, np.float32), np.asarray(high, np.float32)

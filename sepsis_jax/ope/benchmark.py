@@ -17,13 +17,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from sepsis_jax.ope import mdp
 from sepsis_jax.ope.behavior import BehaviorConfig, fit_behavior
 from sepsis_jax.ope.data import OPEData, check, from_episodes
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.features import key_features
 from sepsis_jax.ope.fitted import fit
+from sepsis_jax.ope.mdp import sample
 from sepsis_jax.ope.policies import probabilities_of
+from worldmodel import mdp
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, View, generate, random_policy, titration, true_value
 from worldmodel.synthetic import clinician as clinicians
@@ -133,7 +134,7 @@ def icu_sepsis_pools(options: BenchmarkOptions) -> Iterator[Pool]:
     uniform = np.full_like(best, 1 / best.shape[1])
     stays = max(options.sizes) * options.repeats
     for horizon in dict.fromkeys(options.horizons):
-        drawn = mdp.sample(world, stays, horizon=horizon, seed=options.seed)
+        drawn = sample(world, stays, horizon=horizon, seed=options.seed)
         probs, truth, distance = {}, {}, {}
         for share in options.distances:
             for other, name in ((best, "best"), (uniform, "random")):

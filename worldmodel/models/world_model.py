@@ -87,10 +87,16 @@ class WorldModel:
         self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
     ) -> jax.Array:
         """Logit [B] of death within 90 days; arguments as `transition`, window 12."""
-        logits = jax.vmap(lambda model: model(obs, observed, static, action))(self.outcome_model)
+        logits = self.mortality_logits(obs, observed, static, action)
         if self.num_members == 1:
             return logits[0]
         return _logit(jax.nn.sigmoid(logits).mean(0))
+
+    def mortality_logits(
+        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        """Every member's logit [E, B] of death within 90 days; arguments as `mortality_logit`."""
+        return jax.vmap(lambda model: model(obs, observed, static, action))(self.outcome_model)
 
 
 def init_world_model(

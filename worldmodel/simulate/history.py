@@ -13,7 +13,7 @@ from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.models.windows import Window, encode_action, to_sequences
+from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.view import Past, View
 
@@ -132,15 +132,38 @@ def start_history(
         raise InputError(
             f"step: stay {stay} has rows 0 to {last}, got {int(step[np.argmax(short)])}"
         )
-    stays = np.arange(episodes.num_stays)
-    index = np.stack([stays, step], axis=1)
     sequences = to_sequences(episodes, world_model.scaler)
-    window = sequences.window(index, schema.OUTCOME_WINDOW)
-    rows = step[:, None] + np.arange(1 - schema.OUTCOME_WINDOW, 1)
+    stays = np.arange(episodes.num_stays)
+    return history_at(
+        world_model, episodes, sequences, stays, jnp.asarray(step), recorded_sofa=recorded_sofa
+    )
+
+
+def history_at(
+    world_model: WorldModel,
+    episodes: Episodes,
+    sequences: Sequences,
+    stays: np.ndarray | jax.Array,
+    step: jax.Array,
+    *,
+    recorded_sofa: bool,
+) -> History:
+    """`start_history` of the rows (stays, step), both [B] and unchecked; works on traced values.
+
+    Args:
+      world_model: whose scaler and dose edges are used.
+      episodes: the stays.
+      sequences: `to_sequences` of them.
+      stays, step: [B] int32 indices.
+      recorded_sofa: as in `start_history`.
+    """
+    stays = jnp.asarray(stays)
+    window = sequences.window(jnp.stack([stays, step], axis=1), schema.OUTCOME_WINDOW)
+    rows = step[:, None] + jnp.arange(1 - schema.OUTCOME_WINDOW, 1)
     action = sequences.action[stays[:, None], sequences.padding + rows].at[:, -1].set(-1)
     urine_steps = max(round(sofa.WINDOW_HOURS / world_model.step_hours), 1)
-    urine_rows = step[:, None] + np.arange(1 - urine_steps, 1)
-    urine = episodes.dynamic[stays[:, None], np.maximum(urine_rows, 0), schema.URINE]
+    urine_rows = step[:, None] + jnp.arange(1 - urine_steps, 1)
+    urine = episodes.dynamic[stays[:, None], jnp.maximum(urine_rows, 0), schema.URINE]
     history = History(
         obs=window.obs,
         observed=window.observed,
@@ -149,15 +172,15 @@ def start_history(
         urine=jnp.where(urine_rows >= 0, urine, 0.0),
         sofa=episodes.sofa[stays, step],
         ventilated=episodes.ventilated[stays, step],
-        step=jnp.asarray(step),
-        patient=episodes.stay_id,
+        step=step,
+        patient=episodes.stay_id[stays],
     )
     if recorded_sofa:
         return history
-    given = jnp.where(step > 0, episodes.vasopressor_dose[stays, np.maximum(step - 1, 0)], 0.0)
+    given = jnp.where(step > 0, episodes.vasopressor_dose[stays, jnp.maximum(step - 1, 0)], 0.0)
     score = sofa.standard(
         episodes.dynamic[stays, step],
-        ventilated=episodes.ventilated[stays, step],
+        ventilated=history.ventilated,
         vasopressor_dose=given,
         urine_24h=history.urine_24h(),
     )

@@ -21,13 +21,12 @@ from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History, view_of
+from worldmodel.simulate.noise import branch_key, policy_key, state_noise
 from worldmodel.simulate.step import MODES, advance
 from worldmodel.view import Policy, View, as_pytree
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
-
-_NOISE_STREAM, _POLICY_STREAM = 0, 1
 
 
 @struct.dataclass
@@ -246,14 +245,14 @@ def _simulate(
         if noise is not None:
             eps = noise[:, None, samples, h]
         else:
-            eps = jax.vmap(lambda k: jax.random.normal(k, (schema.NUM_FEATURES,)))(
-                _fold(keys.reshape(-1), _NOISE_STREAM)
-            ).reshape(*keys.shape, -1)
+            eps = jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
         if plans is not None:
             action = flat(plans[:, :, h][..., None])
         else:
             view = view_of(world_model, branch.history, past=settings.past)
-            action = _choose(policy, flat(_fold(keys, _POLICY_STREAM)), view)
+            action = _choose(
+                policy, flat(jax.vmap(policy_key)(keys.reshape(-1)).reshape(keys.shape)), view
+            )
         moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=settings.mode)
         record = {
             "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
@@ -297,15 +296,10 @@ def _branch_keys(
     """Keys [P, K or 1, C] by patient, step, sample and (if not common) plan."""
 
     def of(patient: jax.Array, step: jax.Array, plan: jax.Array, sample: jax.Array) -> jax.Array:
-        folded = jax.random.fold_in(jax.random.fold_in(key, patient), step + h)
-        return jax.random.fold_in(jax.random.fold_in(folded, sample), plan)
+        return branch_key(key, patient, step + h, sample, plan)
 
     over_samples = jax.vmap(of, in_axes=(None, None, None, 0))
     over_plans = jax.vmap(over_samples, in_axes=(None, None, 0, None))
     return jax.vmap(over_plans, in_axes=(0, 0, None, None))(
         start.patient, start.step, plan_ids, samples
     )
-
-
-def _fold(keys: jax.Array, data: int) -> jax.Array:
-    return jax.vmap(lambda k: jax.random.fold_in(k, data))(keys.reshape(-1)).reshape(keys.shape)

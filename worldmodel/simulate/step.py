@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from worldmodel import schema
 from worldmodel.clinical import reward, sofa
+from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.projection import project
@@ -41,6 +42,14 @@ def advance(
     """
     history = history.choose(action)
     prediction = world_model.transition(*history.window(schema.STATE_WINDOW))
+    return follow(world_model, history, prediction, eps, mode=mode)
+
+
+def follow(
+    world_model: WorldModel, history: History, prediction: Prediction, eps: jax.Array, *, mode: str
+) -> tuple[History, StepOutputs]:
+    """`advance` with the prediction given, for histories whose treatment is chosen."""
+    action = history.action[:, -1]
     obs = prediction.mu + jnp.exp(prediction.log_sigma) * eps
     projected = jnp.zeros(action.shape, jnp.int32)
     if mode == "corrected":

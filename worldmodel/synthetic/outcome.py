@@ -78,19 +78,24 @@ def end(
       noise: luck of the step.
       params: coefficients.
     """
-    load = burden(latent, params)
-    host = _host(traits, params)
+    load, host = burden(latent, params), _host(traits, params)
     died = noise.event["death"] < jax.nn.sigmoid(params.death + params.death_burden * load + host)
     leave = jax.nn.sigmoid(params.discharge + params.discharge_burden * load)
     may_leave = ~ventilated & (vasopressor == 0) & (step >= params.discharge_first)
     released = ~died & may_leave & (noise.event["discharge"] < leave)
-    late = noise.event["outcome"] < jax.nn.sigmoid(params.late + params.late_burden * load + host)
+    late = noise.event["outcome"] < late_death(latent, traits, params)
     return Ending(
         died_icu=died,
         released=released,
         died_90d=died | late,
         died_in_hospital=died | (late & (noise.event["hospital"] < params.in_hospital)),
     )
+
+
+def late_death(latent: Latent, traits: Traits, params: OutcomeParams) -> jax.Array:
+    """[] probability of death by day 90 of a patient who leaves the ICU alive in this state."""
+    host = _host(traits, params)
+    return jax.nn.sigmoid(params.late + params.late_burden * burden(latent, params) + host)
 
 
 def _host(traits: Traits, params: OutcomeParams) -> jax.Array:

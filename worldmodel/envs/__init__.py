@@ -1,0 +1,1 @@
+"""Septic patients to treat: one environment over three sources of dynamics."""

@@ -1,0 +1,95 @@
+"""What an environment hands out, and what a source of dynamics must offer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import reward
+from worldmodel.view import Policy, View
+
+REWARD_TERMS = ("unchanged_sofa", "sofa_change", "lactate_change", "terminal")
+
+_LACTATE = schema.INDEX["lactate"]
+
+
+@struct.dataclass
+class Info:
+    """What is known beside the observation; scalars but for the terms, NaN where unknown.
+
+    SOFA and ventilation belong to the row observed; the rest to the treatment that led to it.
+    """
+
+    sofa: jax.Array  # points
+    reward_terms: jax.Array  # [4] in the order of REWARD_TERMS; they add up to the reward
+    ventilation: jax.Array  # probability; 0 or 1 where it is a fact
+    mortality: jax.Array  # probability of death within 90 days, were this the end
+    projected: jax.Array  # int32 entries moved into their physiologic range
+    support: jax.Array  # probability of the action under the behaviour policy
+    disagreement: jax.Array  # SD of the members' mean predictions, z-scores, mean over features
+    final_observation: Any = None  # with automatic reset only: what the episode ended with
+
+
+@struct.dataclass
+class Timestep:
+    """What a decision maker gets; scalars but for observation and info."""
+
+    observation: Any
+    reward: jax.Array  # float32
+    terminated: jax.Array  # bool, the episode is over and has its outcome
+    truncated: jax.Array  # bool, the episode was cut off: no outcome, no terminal reward
+    info: Info
+
+    @property
+    def done(self) -> jax.Array:
+        """[] bool, terminated or truncated."""
+        return self.terminated | self.truncated
+
+
+class Dynamics(Protocol):
+    """A source of patients, itself a PyTree; one patient at a time, pure and traceable."""
+
+    def reset(self, key: jax.Array) -> tuple[Any, Timestep]:
+        """A patient at the start; the key holds the whole luck of the episode."""
+        ...
+
+    def step(self, state: Any, action: jax.Array) -> tuple[Any, Timestep]:
+        """One step under an action [] 0-24; undefined once the episode has terminated."""
+        ...
+
+
+def first_timestep(
+    observation: Any, *, sofa: jax.Array, ventilation: jax.Array | float = jnp.nan
+) -> Timestep:
+    """The timestep of a reset: nothing earned, nothing ended."""
+    zero, unknown = jnp.zeros(()), jnp.full((), jnp.nan)
+    info = Info(
+        sofa=jnp.asarray(sofa, jnp.float32),
+        reward_terms=jnp.zeros(len(REWARD_TERMS)),
+        ventilation=jnp.asarray(ventilation, jnp.float32),
+        mortality=unknown,
+        projected=jnp.int32(0),
+        support=unknown,
+        disagreement=zero,
+    )
+    return Timestep(observation, zero, jnp.bool_(False), jnp.bool_(False), info)
+
+
+def reward_terms(before: View, after: View, terminated: jax.Array, final: jax.Array) -> jax.Array:
+    """[4] terms of a step between two rows; one that ends the episode earns `final` alone."""
+    shaping = reward.step_terms(
+        before.sofa, after.sofa, before.dynamic[_LACTATE], after.dynamic[_LACTATE]
+    )
+    none = jnp.zeros(())
+    return jnp.where(terminated, jnp.stack([none, none, none, final]), jnp.stack([*shaping, none]))
+
+
+def action_probability(
+    behavior: Policy | None, key: jax.Array, view: View, action: jax.Array
+) -> jax.Array:
+    """[] probability of an action under a policy; NaN without one."""
+    return jnp.full((), jnp.nan) if behavior is None else behavior(key, view)[action]

@@ -1,0 +1,187 @@
+"""`SepsisEnv`: treat one septic patient, step by step, in JAX.
+
+    env = SepsisEnv.learned(world_model, episodes)
+    state, timestep = env.reset(key)
+    state, timestep = env.step(state, action)
+
+Everything is a PyTree and pure: map `reset` and `step` over patients with `jax.vmap`, over steps
+with `jax.lax.scan`, and jit at the outermost call, with the environment as an argument so that
+new weights need no new compilation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.envs.base import Dynamics, Timestep
+from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
+from worldmodel.envs.learned import learned_dynamics
+from worldmodel.envs.synthetic import SyntheticDynamics
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.models.world_model import WorldModel
+from worldmodel.synthetic.world import Config, Params
+from worldmodel.view import Policy, as_pytree
+
+_EPISODES = 0x5E951500  # sets the keys of numbered episodes apart from all others
+
+
+@struct.dataclass
+class EnvState:
+    """One patient, and what was last seen of it."""
+
+    dynamics: Any
+    last: Timestep
+    taken: jax.Array  # [] int32 steps of this episode
+
+
+@struct.dataclass
+class SepsisEnv:
+    """An environment over any source of dynamics, for one patient.
+
+    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`); what others do is
+    undefined, since values cannot be checked inside jit. `worldmodel.gym` checks them.
+    """
+
+    dynamics: Dynamics
+    max_steps: int | None = struct.field(pytree_node=False, default=None)
+
+    num_actions = schema.NUM_ACTIONS
+
+    @classmethod
+    def learned(
+        cls,
+        world_model: WorldModel,
+        episodes: Episodes,
+        *,
+        start_step: int | str = 0,
+        horizon: int | None = None,
+        mode: str = "corrected",
+        outcome: str | None = None,
+        past: int = 0,
+        behavior: Policy | None = None,
+        max_steps: int | None = None,
+    ) -> SepsisEnv:
+        """Patients of a learned world model.
+
+        An ensemble plays each episode with one member, drawn at reset (trajectory sampling).
+
+        Args:
+          world_model: one model or an ensemble.
+          episodes: stays to start from, drawn evenly.
+          start_step: row to start from, or "random": any row of the stay but its last.
+          horizon: rows to simulate before the treatment that ends the episode; None plays to the
+            last row of the recorded stay. Under a plan whose last action is repeated, the return
+            is `rollout(..., horizon=horizon).total_reward`.
+          mode: "corrected" or "reference", as in `rollout`.
+          outcome: how the terminal reward follows from the mortality m: "expected",
+            15 (1 - 2 m); "threshold", death above one half; or "sampled". Default: "expected" in
+            corrected, "threshold" in reference mode.
+          past: rows of `View.past`, at most 12.
+          behavior: `(key, view) -> [25]`, for `Info.support`.
+          max_steps: truncates longer episodes.
+
+        Raises:
+          InputError: an unknown mode or outcome, a size out of range, or a stay without the row.
+        """
+        dynamics = learned_dynamics(
+            world_model,
+            episodes,
+            start_step=start_step,
+            horizon=horizon,
+            mode=mode,
+            outcome=outcome,
+            past=past,
+            behavior=behavior,
+        )
+        return cls(dynamics, _checked(max_steps))
+
+    @classmethod
+    def synthetic(
+        cls,
+        params: Params | None = None,
+        config: Config | None = None,
+        *,
+        behavior: Policy | None = None,
+        max_steps: int | None = None,
+    ) -> SepsisEnv:
+        """Patients of the synthetic world.
+
+        Args:
+          params, config: the world; `config.past` rows of `View.past`.
+          behavior: `(key, view) -> [25]`, for `Info.support`; the recorded clinician by default.
+          max_steps: truncates longer episodes.
+
+        Raises:
+          InputError: `max_steps` is below 1.
+        """
+        dynamics = SyntheticDynamics(
+            params=params or Params(),
+            behavior=None if behavior is None else as_pytree(behavior),
+            config=config or Config(),
+        )
+        return cls(dynamics, _checked(max_steps))
+
+    @classmethod
+    def icu_sepsis(cls, *, max_steps: int | None = MAX_STEPS) -> SepsisEnv:
+        """The ICU-Sepsis benchmark (Choudhary, Gupta & Thomas 2024).
+
+        Raises:
+          InputError: the package `icu-sepsis` is not installed, or `max_steps` is below 1.
+        """
+        return cls(icu_sepsis_dynamics(), _checked(max_steps))
+
+    def reset(self, key: jax.Array) -> tuple[EnvState, Timestep]:
+        """A patient at the start of an episode.
+
+        Args:
+          key: [] the whole luck of the episode; equal keys and actions, equal episodes.
+        """
+        dynamics, timestep = self.dynamics.reset(key)
+        return EnvState(dynamics, timestep, jnp.int32(0)), timestep
+
+    def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Timestep]:
+        """One step; after the end nothing changes and nothing is earned.
+
+        Args:
+          state: from `reset` or `step`.
+          action: [] int32, 0-24.
+        """
+        dynamics, timestep = self.dynamics.step(state.dynamics, jnp.asarray(action, jnp.int32))
+        taken = state.taken + 1
+        if self.max_steps is not None:
+            cut = ~timestep.terminated & (taken >= self.max_steps)
+            timestep = replace(timestep, truncated=cut)
+        resting = replace(state, last=_rest(state.last))
+        after = jax.tree.map(
+            lambda rest, move: jnp.where(state.last.done, rest, move),
+            resting,
+            EnvState(dynamics, timestep, taken),
+        )
+        return after, after.last
+
+
+def episode_key(key: jax.Array, number: jax.Array | int) -> jax.Array:
+    """The key of one of the episodes that follow each other, counted from 0."""
+    return jax.random.fold_in(jax.random.fold_in(key, _EPISODES), number)
+
+
+def _rest(last: Timestep) -> Timestep:
+    info = replace(
+        last.info,
+        reward_terms=jnp.zeros_like(last.info.reward_terms),
+        projected=jnp.zeros_like(last.info.projected),
+    )
+    return replace(last, reward=jnp.zeros_like(last.reward), info=info)
+
+
+def _checked(max_steps: int | None) -> int | None:
+    if max_steps is not None and max_steps < 1:
+        raise InputError(f"max_steps: got {max_steps}, expected at least 1, or None")
+    return max_steps

@@ -1,0 +1,200 @@
+"""Patients of a learned world model, started from recorded rows.
+
+The protocol is SepsisAgent's: the treatment of the last row ends the episode, and the Outcome
+Model says how, from that row and its treatment; no row is simulated beyond. A recorded stay of L
+rows started in row t thus takes L - t decisions, as `reward.trajectory_rewards` counts them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import reward
+from worldmodel.envs.base import (
+    Timestep,
+    action_probability,
+    first_timestep,
+    reward_terms,
+)
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import Prediction
+from worldmodel.models.windows import Sequences, to_sequences
+from worldmodel.models.world_model import WorldModel
+from worldmodel.scaling import Scaler
+from worldmodel.simulate.history import History, history_at, view_of
+from worldmodel.simulate.noise import branch_key, outcome_chance, policy_key, state_noise
+from worldmodel.simulate.step import MODES, follow
+from worldmodel.view import Policy, View, as_pytree
+
+OUTCOMES = ("expected", "threshold", "sampled")
+RANDOM_ROW = "random"
+
+_START = np.uint32(2**32 - 1)  # apart from all stay ids, which noise is folded in by
+
+
+@struct.dataclass
+class LearnedState:
+    """One patient in the world model."""
+
+    history: History  # B = 1
+    ventilation: jax.Array  # [] probability in the newest row
+    key: jax.Array  # [] of the episode
+    member: jax.Array  # [] int32 who plays the episode; also its sample number
+    last_row: jax.Array  # [] int32, the row whose treatment ends the episode
+
+
+@struct.dataclass
+class LearnedDynamics:
+    """A world model and the stays it starts from; `learned_dynamics` makes it."""
+
+    world_model: WorldModel
+    episodes: Episodes
+    sequences: Sequences
+    start_step: jax.Array | None  # [] int32; None: any row but the last
+    horizon: jax.Array | None  # [] int32 simulated rows; None: to the end of the recorded stay
+    behavior: Policy | None
+    mode: str = struct.field(pytree_node=False)
+    outcome: str = struct.field(pytree_node=False)
+    past: int = struct.field(pytree_node=False)
+    last_step: int = struct.field(pytree_node=False)  # no row has a higher number
+
+    @property
+    def scaler(self) -> Scaler:
+        """Of the world model."""
+        return self.world_model.scaler
+
+    def reset(self, key: jax.Array) -> tuple[LearnedState, Timestep]:
+        """A stay, its row and a member of the ensemble are drawn.
+
+        The noise of a step depends on the key, the stay's id, the row and the member alone, as in
+        `rollout`, whose sample number is the member here.
+        """
+        draws = jax.random.split(jax.random.fold_in(key, _START), 3)
+        stay = jax.random.randint(draws[0], (), 0, self.episodes.num_stays)
+        member = jax.random.randint(draws[1], (), 0, self.world_model.num_members)
+        length = self.episodes.length[stay]
+        if self.start_step is None:
+            row = jax.random.randint(draws[2], (), 0, jnp.maximum(length - 1, 1))
+        else:
+            row = self.start_step
+        history = history_at(
+            self.world_model,
+            self.episodes,
+            self.sequences,
+            stay[None],
+            row[None],
+            recorded_sofa=self.mode == "reference",
+        )
+        state = LearnedState(
+            history=history,
+            ventilation=history.ventilated[0].astype(jnp.float32),
+            key=key,
+            member=member,
+            last_row=length - 1 if self.horizon is None else row + self.horizon,
+        )
+        view = self._view(history)
+        return state, first_timestep(view, sofa=view.sofa, ventilation=state.ventilation)
+
+    def step(self, state: LearnedState, action: jax.Array) -> tuple[LearnedState, Timestep]:
+        """Four hours, or the end."""
+        before = self._view(state.history)
+        key = branch_key(state.key, state.history.patient[0], before.step, state.member)
+        chosen = state.history.choose(action[None])
+        members = self.world_model.transitions(*chosen.window(schema.STATE_WINDOW))
+        prediction = Prediction(*(value[state.member] for value in members))
+        moved, outputs = follow(
+            self.world_model, chosen, prediction, state_noise(key)[None], mode=self.mode
+        )
+        logits = self.world_model.mortality_logits(*chosen.window(schema.OUTCOME_WINDOW))
+        mortality = jax.nn.sigmoid(logits[state.member, 0])
+
+        terminated = before.step >= state.last_row
+        history, ventilation = jax.tree.map(
+            lambda stay, move: jnp.where(terminated, stay, move),
+            (state.history, state.ventilation),
+            (moved, outputs.ventilation[0]),
+        )
+        after = self._view(history)
+        died = {
+            "expected": mortality,
+            "threshold": mortality > 0.5,
+            "sampled": outcome_chance(key) < mortality,
+        }[self.outcome]
+        terms = reward_terms(before, after, terminated, reward.terminal_reward(died))
+        start = first_timestep(after, sofa=after.sofa, ventilation=ventilation)
+        info = replace(
+            start.info,
+            reward_terms=terms,
+            mortality=mortality,
+            projected=jnp.where(terminated, 0, outputs.projected[0]),
+            support=action_probability(self.behavior, policy_key(key), before, action),
+            disagreement=members.mu.std(0).mean(),
+        )
+        timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
+        return replace(state, history=history, ventilation=ventilation), timestep
+
+    def _view(self, history: History) -> View:
+        return jax.tree.map(
+            lambda leaf: leaf[0], view_of(self.world_model, history, past=self.past)
+        )
+
+
+def learned_dynamics(
+    world_model: WorldModel,
+    episodes: Episodes,
+    *,
+    start_step: int | str = 0,
+    horizon: int | None = None,
+    mode: str = "corrected",
+    outcome: str | None = None,
+    past: int = 0,
+    behavior: Policy | None = None,
+) -> LearnedDynamics:
+    """Checks and prepares what `LearnedDynamics` needs; see `SepsisEnv.learned`."""
+    if mode not in MODES:
+        raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
+    outcome = outcome or ("expected" if mode == "corrected" else "threshold")
+    if outcome not in OUTCOMES:
+        raise InputError(f"outcome: got {outcome!r}, expected one of {OUTCOMES}")
+    if not 0 <= past <= schema.OUTCOME_WINDOW:
+        raise InputError(f"past: got {past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
+    if horizon is not None and horizon < 1:
+        raise InputError(f"horizon: got {horizon}, expected at least 1 step, or None")
+    if not episodes.num_stays:
+        raise InputError("episodes: no stay to start from; pick a split that has some")
+    return LearnedDynamics(
+        world_model=world_model,
+        episodes=episodes,
+        sequences=to_sequences(episodes, world_model.scaler),
+        start_step=_start_row(start_step, episodes),
+        horizon=None if horizon is None else jnp.int32(horizon),
+        behavior=None if behavior is None else as_pytree(behavior),
+        mode=mode,
+        outcome=outcome,
+        past=past,
+        last_step=episodes.num_steps - 1 + (horizon or 0),
+    )
+
+
+def _start_row(start_step: int | str, episodes: Episodes) -> jax.Array | None:
+    if start_step == RANDOM_ROW:
+        return None
+    if not isinstance(start_step, int | np.integer) or start_step < 0:
+        raise InputError(
+            f"start_step: got {start_step!r}, expected a row from 0 on or {RANDOM_ROW!r}"
+        )
+    length = np.asarray(episodes.length)
+    if (length <= start_step).any():
+        stay = int(np.asarray(episodes.stay_id)[np.argmax(length <= start_step)])
+        raise InputError(
+            f"start_step: stay {stay} has no row {start_step}; leave out stays of length "
+            f"{start_step} and below with episodes.select"
+        )
+    return jnp.int32(start_step)

@@ -1,0 +1,85 @@
+"""Patients of the synthetic world, whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel.clinical import reward
+from worldmodel.envs.base import Timestep, first_timestep, reward_terms
+from worldmodel.published import published_scaler
+from worldmodel.scaling import Scaler
+from worldmodel.synthetic import clinician, outcome, world
+from worldmodel.view import Policy
+
+
+@struct.dataclass
+class SyntheticState:
+    """One patient of the synthetic world."""
+
+    world: world.State
+    key: jax.Array  # [] the patient's
+
+
+@struct.dataclass
+class SyntheticDynamics:
+    """The synthetic world; the episode ends with death, release or the end of the window."""
+
+    params: world.Params
+    behavior: Policy | None  # None: the recorded clinician
+    config: world.Config = struct.field(pytree_node=False)
+
+    @property
+    def scaler(self) -> Scaler:
+        """The published one: the world has no data of its own to fit one on."""
+        return published_scaler()
+
+    @property
+    def last_step(self) -> int:
+        """No row has a higher number."""
+        return self.config.horizon
+
+    def reset(self, key: jax.Array) -> tuple[SyntheticState, Timestep]:
+        """A patient at admission.
+
+        With `patient_key(world_key, i)` it is patient i of `generate(world_key, ...)`.
+        """
+        start = world.reset(key, self.params, config=self.config)
+        view = start.view
+        ventilation = view.ventilated.astype(jnp.float32)
+        timestep = first_timestep(view, sofa=view.sofa, ventilation=ventilation)
+        return SyntheticState(start, key), timestep
+
+    def step(self, state: SyntheticState, action: jax.Array) -> tuple[SyntheticState, Timestep]:
+        """Four hours."""
+        before = state.world.view
+        moved, transition = world.step(
+            state.key, state.world, action, self.params, config=self.config
+        )
+        after, ended = moved.view, transition.done
+        terms = reward_terms(before, after, ended, reward.terminal_reward(transition.died_90d))
+        start = first_timestep(
+            after, sofa=after.sofa, ventilation=after.ventilated.astype(jnp.float32)
+        )
+        late = outcome.late_death(moved.latent, moved.traits, self.params.outcome)
+        info = replace(
+            start.info,
+            reward_terms=terms,
+            mortality=jnp.where(ended, transition.died_90d.astype(jnp.float32), late),
+            support=self._probabilities(state)[action],
+        )
+        timestep = replace(start, reward=terms.sum(), terminated=ended, info=info)
+        return SyntheticState(moved, state.key), timestep
+
+    def _probabilities(self, state: SyntheticState) -> jax.Array:
+        seen = state.world.view
+        if self.behavior is None:
+            frailty = state.world.traits.frailty
+            return clinician.probabilities(seen, frailty, self.params.clinician)
+        return self.behavior(jax.random.fold_in(state.key, _POLICY_TAG + seen.step), seen)
+
+
+_POLICY_TAG = 1 << 22  # outside the range of steps, which noise is folded in by
