@@ -48,9 +48,9 @@ def state_features(view: View, scaler: Scaler) -> jax.Array:
 
 
 def state_feature_bounds(last_step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least and largest values [49] of `state_features` in rows up to `last_step`."""
+    """Lower and upper bounds [49] of `state_features` in rows up to `last_step`."""
     time = last_step / _STEPS
     scores = schema.NUM_FEATURES + schema.NUM_STATIC
-    low = [1.0, *[-_LARGEST] * scores, *[0.0] * _EXTRA]
+    low = [0.0, *[-_LARGEST] * scores, *[0.0] * _EXTRA]
     high = [1.0, *[_LARGEST] * scores, 1.0, _LARGEST_SOFA / 10.0, 1.0, 1.0, time, time**2]
     return np.asarray(low, np.float32), np.asarray(high, np.float32)

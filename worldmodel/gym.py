@@ -21,7 +21,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from worldmodel.envs.autoreset import NEXT_STEP, SAME_STEP, AutoReset
+from worldmodel.envs.autoreset import NEXT_STEP, SAME_STEP, AutoReset, AutoResetState
 from worldmodel.envs.base import REWARD_TERMS, Info, Timestep
 from worldmodel.envs.env import SepsisEnv, episode_key
 from worldmodel.errors import InputError
@@ -188,8 +188,8 @@ class SepsisVectorEnv(VectorEnv):
             keys = jax.numpy.stack([_seed_key(s, self.np_random) for s in seeds])
             self._seed_keys = keys
             self._state, seen = _reset_all(self._env, self._encoder.features, keys)
-        observation, _, timestep = jax.device_get(seen)
-        return self._observations(observation), _infos(timestep.info)
+        observation, _, _, info = jax.device_get(seen)
+        return self._observations(observation), _infos(info)
 
     def step(
         self, actions: Any
@@ -204,18 +204,17 @@ class SepsisVectorEnv(VectorEnv):
             raise ResetNeeded("call reset() before step()")
         numbers = _checked_actions(actions, (self.num_envs,))
         self._state, seen = _step_all(self._env, self._encoder.features, self._state, numbers)
-        observation, final, timestep = jax.device_get(seen)
-        infos = _infos(timestep.info)
+        observation, final, timestep, shown = jax.device_get(seen)
+        infos = _infos(shown)
         done = timestep.terminated | timestep.truncated
         if self._same_step and done.any():
             ends = np.full(self.num_envs, None, object)
             for i in np.flatnonzero(done):
                 ends[i] = np.array(final[i])
-            last = {name: value for name, value in infos.items() if not name.startswith("_")}
             infos |= {
                 "final_obs": ends,
                 "_final_obs": done.copy(),
-                "final_info": {**last, **{f"_{name}": done.copy() for name in last}},
+                "final_info": _infos(timestep.info, done),
                 "_final_info": done.copy(),
             }
         return (
@@ -270,19 +269,19 @@ def _step(env: SepsisEnv, features: Any, state: Any, action: jax.Array) -> Any:
 @jax.jit
 def _reset_all(env: AutoReset, features: Any, keys: jax.Array) -> Any:
     state, timestep = jax.vmap(env.reset)(keys)
-    return state, jax.vmap(partial(_shown_with_final, features))(timestep)
+    return state, _shown_to_all(features, state, timestep)
 
 
 @jax.jit
 def _next_all(env: AutoReset, features: Any, state: Any) -> Any:
     state, timestep = jax.vmap(env.next_episode)(state)
-    return state, jax.vmap(partial(_shown_with_final, features))(timestep)
+    return state, _shown_to_all(features, state, timestep)
 
 
 @jax.jit
 def _step_all(env: AutoReset, features: Any, state: Any, actions: jax.Array) -> Any:
     state, timestep = jax.vmap(env.step)(state, actions)
-    return state, jax.vmap(partial(_shown_with_final, features))(timestep)
+    return state, _shown_to_all(features, state, timestep)
 
 
 def _shown(features: Any, timestep: Timestep) -> tuple[jax.Array, Timestep]:
@@ -291,9 +290,13 @@ def _shown(features: Any, timestep: Timestep) -> tuple[jax.Array, Timestep]:
     return features(timestep.observation), timestep.replace(observation=None, info=info)  # type: ignore[attr-defined]
 
 
-def _shown_with_final(features: Any, timestep: Timestep) -> tuple[jax.Array, jax.Array, Timestep]:
-    observation, rest = _shown(features, timestep)
-    return observation, features(timestep.info.final_observation), rest
+def _shown_to_all(
+    features: Any, state: AutoResetState, timestep: Timestep
+) -> tuple[jax.Array, jax.Array, Timestep, Info]:
+    """Observations, last ones, what the step brought, and the info of the running episodes."""
+    observation, rest = jax.vmap(partial(_shown, features))(timestep)
+    final = jax.vmap(features)(timestep.info.final_observation)
+    return observation, final, rest, state.env.last.info
 
 
 def _seed_key(seed: int | None, random: np.random.Generator) -> jax.Array:
@@ -326,10 +329,10 @@ def _info(info: Info) -> dict[str, Any]:
     return {name: value.item() for name, value in _named(info).items() if not np.isnan(value)}
 
 
-def _infos(info: Info) -> dict[str, Any]:
+def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, Any]:
     """As Gymnasium wants it: `_name` says which sub-environments know `name`."""
     infos: dict[str, Any] = {}
     for name, value in _named(info).items():
-        known = ~np.isnan(value)
+        known = ~np.isnan(value) & among
         infos[name], infos[f"_{name}"] = np.where(known, value, 0).astype(value.dtype), known
     return infos

@@ -1,0 +1,32 @@
+"""Small worlds to treat patients in."""
+
+import jax
+import pytest
+
+from tests.toy import toy_episodes
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.scaling import Scaler
+
+# The reference variant answers to treatment as it is initialised.
+CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
+
+
+def world_of(episodes, seed, members=1):
+    scaler = Scaler.fit(episodes, split=None)
+    return init_world_model(jax.random.key(seed), scaler, CONFIG, members=members)
+
+
+@pytest.fixture(scope="package")
+def episodes():
+    return toy_episodes(12, 14)
+
+
+@pytest.fixture(scope="package")
+def world(episodes):
+    return world_of(episodes, 3)
+
+
+@pytest.fixture(scope="package")
+def ensemble(episodes):
+    return world_of(episodes, 4, members=3)

@@ -1,0 +1,255 @@
+"""The environment on a learned world model, against `rollout` and the recorded protocol."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.worldmodel.envs.conftest import world_of
+from tests.worldmodel.envs.playing import keys_of, play, play_all
+from worldmodel import SepsisEnv, schema
+from worldmodel.clinical import reward
+from worldmodel.errors import InputError
+from worldmodel.simulate.history import start_history
+from worldmodel.simulate.rollout import rollout
+from worldmodel.view import views
+
+KEY = jax.random.key(5)
+PLAN = np.array([3, 24, 0, 12, 7])
+HORIZON = len(PLAN)
+
+
+def longest(episodes):
+    return episodes.select(np.argmax(np.asarray(episodes.length))[None])
+
+
+def plan_and_more():
+    """The plan, its last treatment once more (which ends the episode), and two after the end."""
+    return jnp.asarray([*PLAN, PLAN[-1], 1, 2])
+
+
+def test_equals_rollout(worlds_and_mode, episodes):
+    world, mode = worlds_and_mode
+    stay = longest(episodes)
+    env = SepsisEnv.learned(world, stay, start_step=2, horizon=HORIZON, mode=mode)
+    start = start_history(world, stay, 2, recorded_sofa=mode == "reference")
+    want = rollout(
+        world, KEY, start, PLAN[None], samples=world.num_members, mode=mode,
+        features=schema.FEATURE_NAMES,
+    )  # fmt: skip
+    state, first, got = play(env, KEY, plan_and_more())
+    member = int(state.dynamics.member)
+
+    def branch(name):
+        return np.asarray(getattr(want, name))[0, 0, member]
+
+    np.testing.assert_allclose(first.info.sofa, start.sofa[0])
+    steps = slice(0, HORIZON)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    np.testing.assert_allclose(
+        got.observation.dynamic[steps], branch("values"), rtol=1e-4, atol=1e-3
+    )
+    np.testing.assert_allclose(got.info.sofa[steps], branch("sofa"))
+    np.testing.assert_allclose(got.info.ventilation[steps], branch("ventilation"), **close)
+    np.testing.assert_allclose(got.reward[steps], branch("reward"), **close)
+    np.testing.assert_allclose(got.info.mortality[HORIZON], branch("mortality"), **close)
+    assert int(got.info.projected.sum()) == branch("projected")
+    assert (int(got.info.projected.sum()) > 0) is (mode == "corrected")
+    np.testing.assert_allclose(
+        got.reward.sum(), np.asarray(want.total_reward)[0, 0, member], **close
+    )
+
+
+@pytest.fixture(params=[("one", "corrected"), ("one", "reference"), ("ensemble", "corrected")])
+def worlds_and_mode(request, world, ensemble):
+    which, mode = request.param
+    return {"one": world, "ensemble": ensemble}[which], mode
+
+
+def test_first_observation_is_the_recorded_row(world, episodes):
+    env = SepsisEnv.learned(world, episodes, start_step="random", past=3)
+    recorded = views(episodes, past=3)
+    rows = set()
+    for key in keys_of(KEY, 12):
+        state, timestep = env.reset(key)
+        history = state.dynamics.history
+        stay = int(np.flatnonzero(np.asarray(episodes.stay_id) == int(history.patient[0]))[0])
+        row = int(history.step[0])
+        assert row < int(episodes.length[stay]) - 1
+        rows.add((stay, row))
+        want = jax.tree.map(lambda leaf, s=stay, r=row: leaf[s, r], recorded)
+        # SOFA and urine are scored as simulated rows are.
+        want = replace(
+            want, sofa=timestep.observation.sofa, urine_24h=timestep.observation.urine_24h
+        )
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-3),
+            timestep.observation,
+            want,
+        )
+    assert len(rows) > 6
+
+
+def test_ends_where_the_record_ended(world, episodes):
+    """As the records count: a stay of L rows takes L decisions, the last earns +-15 alone."""
+    env = SepsisEnv.learned(world, episodes)
+    state, first, got = play_all(env, keys_of(KEY, 20), jnp.full((20, 16), 6))
+    patient = np.asarray(state.dynamics.history.patient[:, 0])
+    stay = np.searchsorted(np.asarray(episodes.stay_id), patient)
+    length = np.asarray(episodes.length)[stay]
+    np.testing.assert_array_equal(state.taken, length)
+    np.testing.assert_array_equal(np.argmax(got.terminated, 1), length - 1)
+    assert len(set(stay)) > 5
+    assert not got.truncated.any()
+
+    # Every reward by the formula for recorded trajectories.
+    lactate = schema.INDEX["lactate"]
+    sofa = np.concatenate([first.info.sofa[:, None], got.info.sofa], 1)[:, :16]
+    lactates = np.concatenate([first.observation.dynamic[:, None], got.observation.dynamic], 1)[
+        :, :16, lactate
+    ]
+    end = np.asarray(got.info.mortality)[np.arange(20), length - 1]
+    want = reward.trajectory_rewards(
+        jnp.asarray(sofa), jnp.asarray(lactates), jnp.asarray(length), jnp.asarray(end)
+    )
+    np.testing.assert_allclose(got.reward, want, atol=1e-4)
+    np.testing.assert_allclose(got.info.reward_terms.sum(-1), got.reward, atol=1e-5)
+    assert (np.asarray(got.info.reward_terms)[..., :3] != 0).any((0, 1)).all()
+    assert (np.abs(want) > 0.1).sum() > 40
+
+
+def test_terminal_reward_by_outcome(world, episodes):
+    stay = longest(episodes)
+    plans = jnp.zeros((300, 2), jnp.int32)
+
+    def ends(outcome, mode="corrected"):
+        env = SepsisEnv.learned(world, stay, horizon=1, outcome=outcome, mode=mode)
+        _, _, got = play_all(env, keys_of(KEY, 300), plans)
+        return np.asarray(got.reward[:, 1]), np.asarray(got.info.mortality[:, 1])
+
+    expected, mortality = ends("expected")
+    np.testing.assert_allclose(expected, 15 * (1 - 2 * mortality), rtol=1e-5)
+    np.testing.assert_array_equal(ends(None)[0], expected)
+    sampled, mortality = ends("sampled")
+    assert set(sampled) == {-15.0, 15.0}
+    share = (sampled < 0).mean()
+    assert abs(share - mortality.mean()) < 4 * np.sqrt(0.25 / 300)
+    for got, mortality in (ends("threshold"), ends(None, "reference")):
+        np.testing.assert_array_equal(got, np.where(mortality > 0.5, -15.0, 15.0))
+
+
+def test_truncation_earns_no_terminal_reward(world, episodes):
+    stay = longest(episodes)
+    free = play(SepsisEnv.learned(world, stay), KEY, plan_and_more())[2]
+    cut = play(SepsisEnv.learned(world, stay, max_steps=3), KEY, plan_and_more())[2]
+    np.testing.assert_array_equal(cut.truncated, [False, False, True, True, True, True, True, True])
+    assert not cut.terminated.any()
+    np.testing.assert_array_equal(cut.reward[:3], free.reward[:3])
+    np.testing.assert_array_equal(cut.observation.dynamic[2], free.observation.dynamic[2])
+    # Where the outcome comes with the last step allowed, it counts.
+    short = SepsisEnv.learned(world, stay, horizon=2, max_steps=3)
+    both = play(short, KEY, plan_and_more())[2]
+    assert bool(both.terminated[2]) and not both.truncated.any()
+    assert float(both.info.reward_terms[2, 3]) != 0
+
+
+def test_nothing_happens_after_the_end(world, episodes):
+    env = SepsisEnv.learned(world, longest(episodes), horizon=2, max_steps=9)
+    state, _, _ = play(env, KEY, jnp.asarray([1, 2, 3]))
+    assert bool(state.last.terminated)
+    later, timestep = env.step(state, jnp.int32(24))
+    assert float(timestep.reward) == 0 and not timestep.info.reward_terms.any()
+    assert bool(timestep.terminated) and not bool(timestep.truncated)
+    jax.tree.map(np.testing.assert_array_equal, later.dynamics.history, state.dynamics.history)
+    jax.tree.map(np.testing.assert_array_equal, timestep.observation, state.last.observation)
+    assert int(later.taken) == int(state.taken) == 3
+
+
+def test_a_patient_is_the_same_alone_and_in_a_batch(ensemble, episodes):
+    env = SepsisEnv.learned(ensemble, episodes, start_step="random", horizon=4)
+    keys = keys_of(KEY, 9)
+    plans = jnp.asarray(np.random.default_rng(0).integers(0, 25, (9, 6)))
+    together = play_all(env, keys, plans)
+    others = play_all(env, keys[::-1], plans[::-1])
+    for i in range(9):
+        alone = play(env, keys[i], plans[i])
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        assert_close(alone, mine)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[8 - i], others), mine)
+
+
+def assert_close(a, b):
+    a, b = (jax.tree.leaves((x[1], x[2])) for x in (a, b))
+    for left, right in zip(a, b, strict=True):
+        np.testing.assert_allclose(left, right, rtol=2e-4, atol=2e-3)
+
+
+def test_members_take_turns_and_disagree(ensemble, world, episodes):
+    stay = longest(episodes)
+    state, _, got = play_all(
+        SepsisEnv.learned(ensemble, stay, horizon=2), keys_of(KEY, 40), jnp.zeros((40, 2), int)
+    )
+    assert set(np.asarray(state.dynamics.member)) == {0, 1, 2}
+    assert (np.asarray(got.info.disagreement) > 1e-3).all()
+    start = start_history(ensemble, stay, 0).choose(jnp.zeros(1, int))
+    mu = ensemble.transitions(*start.window(schema.STATE_WINDOW)).mu[:, 0]
+    np.testing.assert_allclose(got.info.disagreement[:, 0], np.std(mu, 0).mean(), rtol=1e-4)
+    alone = play(SepsisEnv.learned(world, stay, horizon=2), KEY, jnp.zeros(2, int))[2]
+    np.testing.assert_array_equal(alone.info.disagreement, 0)
+
+
+def test_support_is_the_behaviour_policys(world, episodes):
+    def behaviour(key, view):
+        raised = jnp.zeros(25).at[7].set(1.0 + view.step)
+        return jax.nn.softmax(raised)
+
+    stay = longest(episodes)
+    env = SepsisEnv.learned(world, stay, behavior=behaviour)
+    got = play(env, KEY, jnp.asarray([7, 7, 0]))[2]
+    raised = np.exp([1.0, 2.0, 3.0])
+    want = np.array([raised[0], raised[1], 1.0]) / (raised + 24)
+    np.testing.assert_allclose(got.info.support, want, rtol=1e-5)
+    assert np.isnan(
+        play(SepsisEnv.learned(world, stay), KEY, jnp.zeros(2, int))[2].info.support
+    ).all()
+
+
+def test_new_weights_need_no_new_compilation(world, episodes):
+    compiled = []
+
+    @jax.jit
+    def first_reward(env, key):
+        compiled.append(1)
+        state, _ = env.reset(key)
+        return env.step(state, jnp.int32(3))[1].reward
+
+    rewards = {
+        float(first_reward(SepsisEnv.learned(w, episodes), KEY))
+        for w in (world, world_of(episodes, 8), world_of(episodes, 9))
+    }
+    assert len(compiled) == 1 and len(rewards) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "wrong"}, "mode: got 'wrong'"),
+        ({"outcome": "maybe"}, "outcome: got 'maybe'"),
+        ({"past": 13}, "past: got 13"),
+        ({"horizon": 0}, "horizon: got 0"),
+        ({"max_steps": 0}, "max_steps: got 0"),
+        ({"start_step": -1}, "start_step: got -1"),
+        ({"start_step": "last"}, "start_step: got 'last'"),
+        ({"start_step": 13}, "has no row 13"),
+    ],
+)
+def test_bad_settings(world, episodes, settings, message):
+    with pytest.raises(InputError, match=message):
+        SepsisEnv.learned(world, episodes, **settings)
+
+
+def test_no_stays(world, episodes):
+    with pytest.raises(InputError, match="no stay"):
+        SepsisEnv.learned(world, episodes.select(slice(0, 0)))
