@@ -38,7 +38,7 @@ def evaluate(
         typer.Option(
             "--behavior",
             help="Clinician's probabilities: recorded (in the episodes), a table, or a model to "
-            "fit: logistic, mlp, gru, knn.",
+            "fit: logistic, mlp, gru, clusters, marginal.",
         ),
     ] = "recorded",
     config: Config = None,

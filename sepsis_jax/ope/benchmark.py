@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from sepsis_jax.ope.behavior import BehaviorConfig, fit_behavior
+from policy.clinician import BehaviorConfig, fit_behavior
 from sepsis_jax.ope.data import OPEData, check, from_episodes
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.features import key_features

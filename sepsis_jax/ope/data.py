@@ -128,7 +128,7 @@ def from_episodes(
             stay = int(np.asarray(episodes.stay_id)[np.argwhere(unknown)[0, 0]])
             raise InputError(
                 f"behavior_prob: unknown in {unknown.sum()} steps (first in stay {stay}); "
-                "estimate the clinician's probabilities first (sepsis_jax.ope.behavior)"
+                "estimate the clinician's probabilities first (policy.clinician)"
             )
     return OPEData(
         reward=rewards(episodes),

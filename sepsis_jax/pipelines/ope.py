@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy.clinician import BehaviorFit, fit_behavior
 from sepsis_jax import ope
 from sepsis_jax.ope import policies, sensitivity, subgroups
-from sepsis_jax.ope.behavior import BehaviorFit, fit_behavior
 from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
 from sepsis_jax.report.html import Section, Table, write_page
@@ -78,7 +78,7 @@ def evaluate_policies(
       out: folder to write: estimates.csv/.json/.tex, confounding.csv, subgroups.csv,
         ess_by_step.csv, behavior.csv where fitted, report.html, manifest.json.
       policy: NAME=FILE with a table of probabilities, or a built-in name.
-      behavior: "recorded", a model of `sepsis_jax.ope.behavior`, or a table of probabilities.
+      behavior: "recorded", a model of `policy.clinician`, or a table of probabilities.
       options: settings.
       progress: called with (phase, share done).
 

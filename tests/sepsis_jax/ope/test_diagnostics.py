@@ -1,4 +1,4 @@
-"""Effective sample size, verdicts, sensitivity, subgroups, behaviour models."""
+"""Effective sample size, verdicts, sensitivity, subgroups."""
 
 import itertools
 
@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 
 from sepsis_jax.ope import diagnose, weigh
-from sepsis_jax.ope.behavior import MODELS, BehaviorConfig, fit_behavior, judge
 from sepsis_jax.ope.diagnostics import effective_size, verdict
 from sepsis_jax.ope.sensitivity import worst_case
 from sepsis_jax.ope.subgroups import evaluate_groups
 from tests.sepsis_jax.ope.samples import random_case
-from tests.toy import toy_episodes
 
 
 def test_effective_size():
@@ -75,33 +73,3 @@ def test_subgroups_note_how_many_were_looked_at():
     rows = table[table["group"] == "half"]
     assert set(rows["stays"]) == {60} and len(rows) == 4
     assert (~rows["differs_adjusted"].astype(bool) | rows["differs"].astype(bool)).all()
-
-
-def test_behavior_models_beat_the_marginal_where_there_is_something_to_learn():
-    episodes = toy_episodes(num_stays=400)
-    # The dose follows the pressure, with some noise.
-    rng = np.random.default_rng(0)
-    pressure = np.asarray(episodes.dynamic)[..., 3]
-    noise = 0.7 * rng.normal(size=pressure.shape)
-    level = np.clip((pressure - pressure.mean()) / 8 + 2 + noise, 0, 4)
-    episodes = episodes.replace(
-        vasopressor=jnp.asarray(level.astype(np.int32)), fluid=jnp.zeros_like(episodes.fluid)
-    )
-    fits = fit_behavior(jax.random.key(0), episodes, models=MODELS, config=BehaviorConfig(batch=64))
-    reports = {fitted.name: fitted.report for fitted in fits}
-    assert [f.report["nll"] for f in fits] == sorted(f.report["nll"] for f in fits)
-    for name in ("logistic", "mlp", "gru"):
-        assert reports[name]["nll"] < reports["marginal"]["nll"] - 0.1
-    for fitted in fits:
-        assert np.allclose(fitted.probs[np.asarray(episodes.valid)].sum(-1), 1, atol=1e-5)
-
-
-def test_perfect_calibration_has_no_error():
-    rng = np.random.default_rng(0)
-    probs = rng.dirichlet(np.ones(5), (300, 40))
-    action = (probs.cumsum(-1) > rng.random((300, 40, 1))).argmax(-1)
-    report, table = judge(probs, action, np.ones((300, 40), bool))
-    assert report["ece"] < 0.01
-    assert np.allclose(table["predicted"], table["observed"], atol=0.02)
-    wrong, _ = judge(probs[::-1], action, np.ones((300, 40), bool))
-    assert wrong["nll"] > report["nll"] and wrong["ece"] > 0.05
