@@ -66,6 +66,7 @@ class SepsisEnv:
         outcome: str | None = None,
         past: int = 0,
         behavior: Policy | None = None,
+        mortality_each_step: bool = True,
         max_steps: int | None = None,
     ) -> SepsisEnv:
         """Patients of a learned world model.
@@ -85,6 +86,9 @@ class SepsisEnv:
             corrected, "threshold" in reference mode.
           past: rows of `View.past`, at most 12.
           behavior: `(key, view) -> [25]`, for `Info.support`.
+          mortality_each_step: ask the Outcome Model in every step, which takes two thirds of the
+            time; otherwise only in steps in which an episode of the batch ends, and
+            `Info.mortality` is NaN elsewhere.
           max_steps: truncates longer episodes.
 
         Raises:
@@ -99,6 +103,7 @@ class SepsisEnv:
             outcome=outcome,
             past=past,
             behavior=behavior,
+            mortality_each_step=mortality_each_step,
         )
         return cls(dynamics, _checked(max_steps))
 

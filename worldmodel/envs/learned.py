@@ -8,6 +8,7 @@ rows started in row t thus takes L - t decisions, as `reward.trajectory_rewards`
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from worldmodel.envs.base import (
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import Prediction
-from worldmodel.models.windows import Sequences, to_sequences
+from worldmodel.models.windows import Sequences, Window, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import History, history_at, view_of
@@ -48,6 +49,7 @@ class LearnedState:
     key: jax.Array  # [] of the episode
     member: jax.Array  # [] int32 who plays the episode; also its sample number
     last_row: jax.Array  # [] int32, the row whose treatment ends the episode
+    ended: jax.Array  # [] bool, that treatment was given
 
 
 @struct.dataclass
@@ -63,6 +65,7 @@ class LearnedDynamics:
     mode: str = struct.field(pytree_node=False)
     outcome: str = struct.field(pytree_node=False)
     past: int = struct.field(pytree_node=False)
+    mortality_each_step: bool = struct.field(pytree_node=False)
     last_step: int = struct.field(pytree_node=False)  # no row has a higher number
 
     @property
@@ -98,6 +101,7 @@ class LearnedDynamics:
             key=key,
             member=member,
             last_row=length - 1 if self.horizon is None else row + self.horizon,
+            ended=jnp.bool_(False),
         )
         view = self._view(history)
         return state, first_timestep(view, sofa=view.sofa, ventilation=state.ventilation)
@@ -112,10 +116,9 @@ class LearnedDynamics:
         moved, outputs = follow(
             self.world_model, chosen, prediction, state_noise(key)[None], mode=self.mode
         )
-        logits = self.world_model.mortality_logits(*chosen.window(schema.OUTCOME_WINDOW))
-        mortality = jax.nn.sigmoid(logits[state.member, 0])
-
         terminated = before.step >= state.last_row
+        mortality = self._mortality(chosen, state.member, terminated & ~state.ended)
+
         history, ventilation = jax.tree.map(
             lambda stay, move: jnp.where(terminated, stay, move),
             (state.history, state.ventilation),
@@ -138,12 +141,53 @@ class LearnedDynamics:
             disagreement=members.mu.std(0).mean(),
         )
         timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
-        return replace(state, history=history, ventilation=ventilation), timestep
+        state = replace(state, history=history, ventilation=ventilation, ended=terminated)
+        return state, timestep
+
+    def _mortality(self, history: History, member: jax.Array, needed: jax.Array) -> jax.Array:
+        """[] of one member; unless asked in each step, NaN where it is not needed."""
+        window = history.window(schema.OUTCOME_WINDOW)
+        if self.mortality_each_step:
+            logits = self.world_model.mortality_logits(*window)
+        else:
+            logits = _logits_where_needed(needed, self.world_model, window)
+        return jnp.where(
+            needed | self.mortality_each_step, jax.nn.sigmoid(logits[member, 0]), jnp.nan
+        )
 
     def _view(self, history: History) -> View:
         return jax.tree.map(
             lambda leaf: leaf[0], view_of(self.world_model, history, past=self.past)
         )
+
+
+@jax.custom_batching.custom_vmap
+def _logits_where_needed(needed: jax.Array, world_model: WorldModel, window: Window) -> jax.Array:
+    """[E, 1] every member's logit of death, or zeros if it is not needed."""
+    members = (world_model.num_members, 1)
+    return jax.lax.cond(
+        needed,
+        lambda: world_model.mortality_logits(*window),
+        lambda: jnp.zeros(members),
+    )
+
+
+@_logits_where_needed.def_vmap
+def _batched_logits(
+    axis_size: int, in_batched: Any, needed: jax.Array, world_model: WorldModel, window: Window
+) -> tuple[jax.Array, bool]:
+    """A plain vmap would turn the condition into a choice between two results, both computed."""
+    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[1:])
+    every = jax.vmap(
+        lambda model, rows: model.mortality_logits(*rows), in_axes=axes, axis_size=axis_size
+    )
+    none = jax.eval_shape(every, world_model, window)
+    logits = jax.lax.cond(
+        needed.any(),
+        lambda: every(world_model, window),
+        lambda: jnp.zeros(none.shape, none.dtype),
+    )
+    return logits, True
 
 
 def learned_dynamics(
@@ -156,6 +200,7 @@ def learned_dynamics(
     outcome: str | None = None,
     past: int = 0,
     behavior: Policy | None = None,
+    mortality_each_step: bool = True,
 ) -> LearnedDynamics:
     """Checks and prepares what `LearnedDynamics` needs; see `SepsisEnv.learned`."""
     if mode not in MODES:
@@ -179,6 +224,7 @@ def learned_dynamics(
         mode=mode,
         outcome=outcome,
         past=past,
+        mortality_each_step=mortality_each_step,
         last_step=episodes.num_steps - 1 + (horizon or 0),
     )
 

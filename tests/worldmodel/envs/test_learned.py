@@ -140,6 +140,24 @@ def test_terminal_reward_by_outcome(world, episodes):
         np.testing.assert_array_equal(got, np.where(mortality > 0.5, -15.0, 15.0))
 
 
+def test_mortality_at_the_end_only(ensemble, episodes):
+    """The same episodes, with mortality where an episode ends and nowhere else."""
+    keys, plans = keys_of(KEY, 9), jnp.full((9, 15), 6)
+    every, once = (
+        play_all(SepsisEnv.learned(ensemble, episodes, mortality_each_step=each), keys, plans)
+        for each in (True, False)
+    )
+    np.testing.assert_allclose(once[2].reward, every[2].reward, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.isnan(once[2].info.mortality), ~np.asarray(once[2].terminated))
+    ended = np.asarray(once[2].terminated)
+    np.testing.assert_allclose(
+        np.asarray(once[2].info.mortality)[ended],
+        np.asarray(every[2].info.mortality)[ended],
+        rtol=1e-4,
+    )
+    assert not ended[:, 0].any() and ended[:, -1].all()
+
+
 def test_truncation_earns_no_terminal_reward(world, episodes):
     stay = longest(episodes)
     free = play(SepsisEnv.learned(world, stay), KEY, plan_and_more())[2]
