@@ -1,0 +1,154 @@
+"""Figures of policies: what they give, where they differ from the clinician, calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+
+from sepsis_jax.report.figures import COLORS, _save
+from worldmodel import schema
+from worldmodel.errors import InputError
+
+_PANEL = 3.3  # inches
+_COLUMNS = 4
+_LEVELS = tuple(name.replace("Very High", "Very\nhigh") for name in schema.LEVEL_NAMES)
+_TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
+
+
+def action_shares(probs: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[5, 5] shares of the actions in percent, vasopressor by fluid level.
+
+    Args:
+      probs: [N, T, 25] probabilities of a policy, or one-hot actions taken.
+      valid: [N, T] bool.
+
+    Raises:
+      InputError: no row is valid.
+    """
+    rows = np.asarray(probs)[np.asarray(valid)]
+    if not len(rows):
+        raise InputError("action shares: no recorded row to average over")
+    return 100.0 * rows.mean(0).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
+
+
+def action_heat_map(shares: Mapping[str, np.ndarray], title: str, path: Path) -> None:
+    """How often each policy gives each pair of doses, side by side on one scale.
+
+    Args:
+      shares: [5, 5] percent by name of the policy (`action_shares`).
+      title: of the figure.
+      path: PNG to write.
+    """
+    largest = max(float(share.max()) for share in shares.values())
+    # Shares are skewed: the square root keeps small ones visible.
+    norm = matplotlib.colors.PowerNorm(0.5, 0.0, largest)
+    ticks = [tick for tick in _TICKS if tick <= largest]
+    _panels(
+        shares, title, path, cmap="Blues", norm=norm, ticks=ticks, label="share of decisions, %",
+        text=lambda value: "<0.1" if 0 < value < 0.05 else f"{value:.1f}" if value else "0",
+    )  # fmt: skip
+
+
+def difference_heat_map(
+    shares: Mapping[str, np.ndarray], clinician: np.ndarray, title: str, path: Path
+) -> None:
+    """Where policies give more (red) or less (blue) of a pair of doses than the clinician.
+
+    Args:
+      shares: [5, 5] percent by name of the policy.
+      clinician: [5, 5] percent.
+      title: of the figure.
+      path: PNG to write.
+    """
+    differences = {name: share - clinician for name, share in shares.items()}
+    largest = max(1.0, *(float(np.abs(change).max()) for change in differences.values()))
+    norm = matplotlib.colors.SymLogNorm(1.0, 1.0, -largest, largest)
+    ticks = [sign * tick for sign in (-1, 1) for tick in _TICKS if tick <= largest]
+    _panels(
+        differences, title, path, cmap="RdBu_r", norm=norm, ticks=sorted({*ticks}),
+        label="policy less clinician, percentage points",
+        text=lambda value: "0" if abs(value) < 0.05 else f"{value:+.1f}",
+    )  # fmt: skip
+
+
+def _panels(
+    values: Mapping[str, np.ndarray], title: str, path: Path, *, norm: Any, ticks: Sequence[float],
+    label: str, text: Callable[[float], str], cmap: str,
+) -> None:  # fmt: skip
+    columns = min(len(values), _COLUMNS)
+    rows = -(-len(values) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(_PANEL * columns + 1.2, _PANEL * rows + 0.9), squeeze=False,
+        sharex=True, sharey=True, layout="constrained",
+    )  # fmt: skip
+    colors = plt.get_cmap(cmap)
+    for axis, (name, value) in zip(axes.flat, values.items(), strict=False):
+        axis.imshow(value, origin="lower", cmap=colors, norm=norm)
+        for (vasopressor, fluid), number in np.ndenumerate(value):
+            dark = np.dot(colors(norm(number))[:3], (0.299, 0.587, 0.114)) < 0.5
+            axis.text(fluid, vasopressor, text(number), ha="center", va="center", fontsize=8,
+                      color="white" if dark else "black")  # fmt: skip
+        axis.set_title(name, fontsize=10)
+        levels = range(schema.NUM_LEVELS)
+        axis.set_xticks(levels, _LEVELS, fontsize=8)
+        axis.set_yticks(levels, _LEVELS, fontsize=8)
+        axis.set_xticks(np.arange(0.5, schema.NUM_LEVELS - 1), minor=True)
+        axis.set_yticks(np.arange(0.5, schema.NUM_LEVELS - 1), minor=True)
+        axis.grid(which="minor", color="white", lw=1.2)
+        axis.tick_params(which="both", length=0)
+        axis.spines[:].set_visible(False)
+    for axis in list(axes.flat)[len(values) :]:
+        axis.set_visible(False)
+    figure.supxlabel("fluid", fontsize=10)
+    figure.supylabel("vasopressor", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    scale = matplotlib.cm.ScalarMappable(norm, colors)
+    bar = figure.colorbar(scale, ax=axes, shrink=0.85, pad=0.02, ticks=ticks, format="%g")
+    bar.minorticks_off()
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def reliability_figure(
+    curves: Mapping[str, pd.DataFrame], errors: Mapping[str, float], title: str, path: Path
+) -> None:
+    """Predicted against observed frequency of actions, with the expected calibration error.
+
+    Args:
+      curves: bins with predicted, observed and count by name (`policy.calibration.judge`).
+      errors: expected calibration error by the same names.
+      title: of the figure.
+      path: PNG to write.
+    """
+    figure, axis = plt.subplots(figsize=(5.4, 5.0), layout="constrained")
+    least, most = 1.0, 0.0
+    for i, (name, bins) in enumerate(curves.items()):
+        predicted, observed = bins["predicted"], bins["observed"]
+        shown = (predicted > 0) & (observed > 0)
+        spread = 1.96 * np.sqrt(observed * (1 - observed) / bins["count"])
+        axis.errorbar(
+            predicted[shown], observed[shown], yerr=spread[shown], fmt="o-", ms=4.5, lw=1.4,
+            elinewidth=1, capsize=2, color=COLORS[i % len(COLORS)],
+            label=f"{name}, ECE {100 * errors[name]:.2f}%",
+        )  # fmt: skip
+        least = min(least, *predicted[shown], *observed[shown])
+        most = max(most, *predicted[shown], *observed[shown])
+    limits = (least / 1.6, min(most * 1.6, 1.0))
+    axis.plot(limits, limits, color="grey", lw=0.9, ls="--", zorder=0)
+    axis.set(
+        xscale="log", yscale="log", xlim=limits, ylim=limits, aspect="equal",
+        xlabel="predicted probability of an action", ylabel="observed frequency",
+    )  # fmt: skip
+    axis.set_title(title, fontsize=11)
+    axis.legend(frameon=False, loc="upper left", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
