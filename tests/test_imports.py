@@ -117,6 +117,13 @@ def test_nothing_heavy_at_module_level():
     assert not {module: names for module, names in found.items() if names}
 
 
+def test_gymnasium_stays_behind_its_own_door():
+    users = {name for name in MODULES if "gymnasium" in packages_of(imports(name, deep=True))}
+    assert users == {"worldmodel.gym"}
+    guests = {name for name in MODULES if "worldmodel.gym" in imports(name, deep=True)}
+    assert not guests
+
+
 def python(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT
