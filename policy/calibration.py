@@ -1,6 +1,8 @@
-"""How good probabilities of actions are, and the one number that makes them honest."""
+"""How good probabilities of actions are, and the two numbers that make them honest."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 _BINS = 10
-_HALVINGS = 40
+_HALVINGS = 30
+_ROUNDS = 30
 _LARGEST = 3.0  # of the logarithm of the temperature
 
 
@@ -53,13 +56,46 @@ def judge(
     return report, table
 
 
+class Calibration(NamedTuple):
+    """(1 - lapse) softmax(logits / temperature) + lapse / A."""
+
+    temperature: jax.Array  # []
+    lapse: jax.Array  # [] share of decisions that no state explains
+
+
 @jax.jit
-def fit_temperature(logits: jax.Array, action: jax.Array) -> jax.Array:
+def fit_calibration(logits: jax.Array, action: jax.Array) -> Calibration:
+    """The likeliest temperature and lapse rate, by expectation-maximisation.
+
+    A temperature alone cannot mend probabilities near 0, of which weights are made: a model that
+    thinks an action next to impossible is wrong whenever somebody lapses (Wichmann & Hill 2001).
+
+    Args:
+      logits: [M, A]; log-probabilities will do.
+      action: [M] int, the action taken.
+    """
+    rare = 1.0 / logits.shape[-1]
+
+    def improve(_: int, now: Calibration) -> Calibration:
+        probs = jax.nn.softmax(logits / now.temperature)
+        chosen = jnp.take_along_axis(probs, action[:, None], -1)[:, 0]
+        lapsed = now.lapse * rare / ((1 - now.lapse) * chosen + now.lapse * rare)
+        return Calibration(fit_temperature(logits, action, 1 - lapsed), lapsed.mean())
+
+    start = Calibration(fit_temperature(logits, action), jnp.float32(0.05))
+    return jax.lax.fori_loop(0, _ROUNDS, improve, start)
+
+
+@jax.jit
+def fit_temperature(
+    logits: jax.Array, action: jax.Array, weight: jax.Array | float = 1.0
+) -> jax.Array:
     """[] temperature T that makes softmax(logits / T) likeliest (Guo et al., ICML 2017).
 
     Args:
       logits: [M, A]; log-probabilities will do.
       action: [M] int, the action taken.
+      weight: [M] of the rows.
 
     Returns:
       T within exp(-3) and exp(3): above 1 where the logits were too sure of themselves.
@@ -71,7 +107,7 @@ def fit_temperature(logits: jax.Array, action: jax.Array) -> jax.Array:
         low, high = bounds
         middle = (low + high) / 2
         expected = (jax.nn.softmax(logits * jnp.exp(-middle)) * logits).sum(-1)
-        too_sure = (taken - expected).mean() < 0
+        too_sure = (weight * (taken - expected)).sum() < 0
         return jnp.where(too_sure, middle, low), jnp.where(too_sure, high, middle)
 
     start = (jnp.float32(-_LARGEST), jnp.float32(_LARGEST))

@@ -3,7 +3,7 @@
 Importance weights are only as good as the clinician's probabilities, so several models are fitted
 on the training split and compared on held-out likelihood and calibration (Raghu et al. 2018; Luo
 et al. 2024). The state of training that is likeliest on the validation split is kept, and a
-temperature fitted there calibrates it.
+temperature and a lapse rate fitted there calibrate it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pandas as pd
 
-from policy.calibration import fit_temperature, judge
+from policy.calibration import fit_calibration, judge
 from policy.clinician_models import GRU, MLP, ClonedClinician, Clusters, Logistic
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -65,9 +65,10 @@ class BehaviorFit:
       name: of the model.
       policy: calibrated; acts in any world.
       probs: [N, T, 25] on all stays; uniform on padding.
-      report: `policy.calibration.judge` on the held-out split, with `temperature`.
+      report: `policy.calibration.judge` on the held-out split, with `temperature` and
+        `lapse`.
       reliability: bins of the held-out split with predicted and observed frequency.
-      uncalibrated_report, uncalibrated_reliability: the same at a temperature of 1.
+      uncalibrated_report, uncalibrated_reliability: the same before calibration.
     """
 
     name: str
@@ -119,11 +120,11 @@ def fit_behavior(
         raw = policy.action_probs(episodes)
         seen = rows["validation"]
         log_probs = np.log(np.maximum(raw[seen], 1e-30))
-        temperature = fit_temperature(jnp.asarray(log_probs), jnp.asarray(action[seen]))
-        policy = policy.replace(temperature=temperature)
+        calibration = fit_calibration(jnp.asarray(log_probs), jnp.asarray(action[seen]))
+        policy = policy.replace(calibration=calibration)
         probs = policy.action_probs(episodes)
         report, reliability = judge(probs, action, held)
-        report["temperature"] = float(temperature)
+        report.update({name: float(x) for name, x in calibration._asdict().items()})
         before = judge(raw, action, held)
         fits.append(BehaviorFit(name, policy, probs, report, reliability, *before))
     return sorted(fits, key=lambda fitted: fitted.report["nll"])

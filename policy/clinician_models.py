@@ -15,6 +15,7 @@ from flax import struct
 from sklearn.cluster import MiniBatchKMeans
 
 from policy.base import Policy
+from policy.calibration import Calibration
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.features import NUM_STATE_FEATURES, state_features
@@ -30,10 +31,10 @@ _OUTPUTS = schema.NUM_ACTIONS + 2 * schema.NUM_LEVELS
 
 @struct.dataclass
 class ClonedClinician(Policy):
-    """A model of the recorded clinicians; `temperature` calibrates it."""
+    """A model of the recorded clinicians, with its calibration."""
 
     scaler: Scaler
-    temperature: jax.Array  # []
+    calibration: Calibration
 
     def logits(self, view: View) -> jax.Array:
         """[25] before calibration."""
@@ -42,7 +43,9 @@ class ClonedClinician(Policy):
     def __call__(self, key: jax.Array, view: View) -> jax.Array:
         """[25] calibrated probabilities."""
         del key
-        return jax.nn.softmax(self.logits(view) / self.temperature)
+        temperature, lapse = self.calibration
+        probs = jax.nn.softmax(self.logits(view) / temperature)
+        return (1 - lapse) * probs + lapse / schema.NUM_ACTIONS
 
 
 @struct.dataclass
@@ -60,7 +63,7 @@ class Logistic(ClonedClinician):
         """Untrained."""
         del hidden
         params = {"out": 0.1 * _matrix(key, _INPUTS, _OUTPUTS), "bias": jnp.zeros(_OUTPUTS)}
-        return cls(scaler, jnp.ones(()), params)
+        return cls(scaler, uncalibrated(), params)
 
 
 @struct.dataclass
@@ -84,7 +87,7 @@ class MLP(ClonedClinician):
             "out": _matrix(last, hidden, _OUTPUTS),
             "bias": jnp.zeros(_OUTPUTS),
         }
-        return cls(scaler, jnp.ones(()), params)
+        return cls(scaler, uncalibrated(), params)
 
 
 @struct.dataclass
@@ -121,7 +124,7 @@ class GRU(ClonedClinician):
             "state_bias": jnp.zeros(3 * hidden),
             "memory": _matrix(memory, hidden, hidden),
         }
-        return cls(scaler, jnp.ones(()), params)
+        return cls(scaler, uncalibrated(), params)
 
 
 @struct.dataclass
@@ -166,7 +169,7 @@ class Clusters(ClonedClinician):
         probs = counts / counts.sum(-1, keepdims=True)
         return cls(
             scaler,
-            jnp.ones(()),
+            uncalibrated(),
             jnp.asarray(centers, jnp.float32),
             jnp.log(jnp.asarray(probs, jnp.float32)),
         )
@@ -183,6 +186,11 @@ def _rows(past: Past, scaler: Scaler) -> jax.Array:
     z = jnp.clip(scaler.normalize(past.dynamic), -_LARGEST, _LARGEST)
     levels = jnp.stack([past.vasopressor, past.fluid], -1) / (schema.NUM_LEVELS - 1)
     return jnp.concatenate([z, levels, past.valid[..., None].astype(jnp.float32)], -1)
+
+
+def uncalibrated() -> Calibration:
+    """The calibration that leaves a model as it is."""
+    return Calibration(jnp.ones(()), jnp.zeros(()))
 
 
 def _matrix(key: jax.Array, rows: int, columns: int) -> jax.Array:

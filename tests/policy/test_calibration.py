@@ -1,10 +1,10 @@
-"""Calibration: errors and temperatures known by hand."""
+"""Calibration: errors, temperatures and lapse rates that are known."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.calibration import fit_temperature, judge
+from policy.calibration import fit_calibration, fit_temperature, judge
 
 
 def test_perfect_calibration_has_no_error():
@@ -42,3 +42,21 @@ def test_the_temperature_is_bounded_where_no_finite_one_is_best():
     logits = jnp.array([[1.0, 0.0], [0.0, 1.0]])
     assert float(fit_temperature(logits, jnp.array([0, 1]))) == pytest.approx(np.exp(-3), rel=1e-4)
     assert float(fit_temperature(logits, jnp.array([1, 0]))) == pytest.approx(np.exp(3), rel=1e-4)
+
+
+def test_calibration_recovers_temperature_and_lapses():
+    rng = np.random.default_rng(0)
+    logits = 6.0 * rng.normal(size=(20_000, 5))
+    probs = np.exp(logits / 2.0) / np.exp(logits / 2.0).sum(-1, keepdims=True)
+    probs = 0.9 * probs + 0.1 / 5
+    action = (probs.cumsum(-1) > rng.random((len(probs), 1))).argmax(-1)
+    found = fit_calibration(jnp.asarray(logits), jnp.asarray(action))
+    assert float(found.temperature) == pytest.approx(2.0, rel=0.05)
+    assert float(found.lapse) == pytest.approx(0.1, abs=0.01)
+
+
+def test_rows_without_weight_do_not_change_the_temperature():
+    logits = jnp.tile(jnp.array([2 * np.log(3.0), 0.0]), (6, 1))
+    action = jnp.array([0, 0, 0, 1, 1, 1])
+    weight = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+    assert float(fit_temperature(logits, action, weight)) == pytest.approx(2.0, rel=1e-4)

@@ -15,7 +15,7 @@ from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 from worldmodel.view import as_pytree, view_at
 
-QUICK = BehaviorConfig(hidden=32, epochs=5, updates=600, batch=256)
+QUICK = BehaviorConfig(hidden=32, epochs=5, updates=450, batch=256)
 MAP = schema.INDEX["meanbp"]
 
 
