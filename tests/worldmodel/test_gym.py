@@ -116,10 +116,10 @@ def test_it_is_the_environment_beneath(envs):
 
 
 def test_truncation_is_apart(envs):
-    env = SepsisGymEnv(SepsisEnv.synthetic(max_steps=2))
+    env = SepsisGymEnv(SepsisEnv.synthetic(max_steps=3))
     env.reset(seed=0)
-    ends = [env.step(0)[2:4] for _ in range(2)]
-    assert ends == [(False, False), (False, True)]
+    ends = [env.step(0)[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (False, True)]
 
 
 @pytest.mark.parametrize("action", [-1, 25, 1.5, [3], None])
@@ -227,7 +227,7 @@ def test_vector_without_seed_goes_on(envs):
 def test_an_off_the_shelf_agent_trains():
     """DQN of Stable-Baselines3 trains against the environment as it is."""
     sb3 = pytest.importorskip("stable_baselines3")
-    env = SepsisGymEnv(SepsisEnv.synthetic(max_steps=10))
+    env = SepsisGymEnv(SepsisEnv.synthetic(max_steps=3))
     agent = sb3.DQN(
         "MlpPolicy", env, learning_starts=100, buffer_size=2_000, train_freq=4, seed=0,
         policy_kwargs={"net_arch": [32]}, device="cpu",

@@ -66,12 +66,16 @@ class LearnedDynamics:
     outcome: str = struct.field(pytree_node=False)
     past: int = struct.field(pytree_node=False)
     mortality_each_step: bool = struct.field(pytree_node=False)
-    last_step: int = struct.field(pytree_node=False)  # no row has a higher number
 
     @property
     def scaler(self) -> Scaler:
         """Of the world model."""
         return self.world_model.scaler
+
+    @property
+    def last_step(self) -> int:
+        """No row has a higher number; on concrete values only."""
+        return self.episodes.num_steps - 1 + (0 if self.horizon is None else int(self.horizon))
 
     def reset(self, key: jax.Array) -> tuple[LearnedState, Timestep]:
         """A stay, its row and a member of the ensemble are drawn.
@@ -225,7 +229,6 @@ def learned_dynamics(
         outcome=outcome,
         past=past,
         mortality_each_step=mortality_each_step,
-        last_step=episodes.num_steps - 1 + (horizon or 0),
     )
 
 

@@ -19,6 +19,8 @@ from worldmodel.view import views
 KEY = jax.random.key(5)
 PLAN = np.array([3, 24, 0, 12, 7])
 HORIZON = len(PLAN)
+KEYS = keys_of(KEY, 9)
+PLANS = jnp.asarray(np.random.default_rng(0).integers(0, 25, (9, 15)))
 
 
 def longest(episodes):
@@ -122,50 +124,49 @@ def test_ends_where_the_record_ended(world, episodes):
 
 def test_terminal_reward_by_outcome(world, episodes):
     stay = longest(episodes)
-    plans = jnp.zeros((300, 2), jnp.int32)
 
     def ends(outcome, mode="corrected"):
         env = SepsisEnv.learned(world, stay, horizon=1, outcome=outcome, mode=mode)
-        _, _, got = play_all(env, keys_of(KEY, 300), plans)
+        _, _, got = play_all(env, keys_of(KEY, 300), jnp.zeros((300, 2), jnp.int32))
         return np.asarray(got.reward[:, 1]), np.asarray(got.info.mortality[:, 1])
 
-    expected, mortality = ends("expected")
+    expected, mortality = ends(None)
     np.testing.assert_allclose(expected, 15 * (1 - 2 * mortality), rtol=1e-5)
-    np.testing.assert_array_equal(ends(None)[0], expected)
     sampled, mortality = ends("sampled")
     assert set(sampled) == {-15.0, 15.0}
     share = (sampled < 0).mean()
     assert abs(share - mortality.mean()) < 4 * np.sqrt(0.25 / 300)
-    for got, mortality in (ends("threshold"), ends(None, "reference")):
-        np.testing.assert_array_equal(got, np.where(mortality > 0.5, -15.0, 15.0))
+    threshold, mortality = ends(None, "reference")
+    np.testing.assert_array_equal(threshold, np.where(mortality > 0.5, -15.0, 15.0))
 
 
 def test_mortality_at_the_end_only(ensemble, episodes):
     """The same episodes, with mortality where an episode ends and nowhere else."""
-    keys, plans = keys_of(KEY, 9), jnp.full((9, 15), 6)
     every, once = (
-        play_all(SepsisEnv.learned(ensemble, episodes, mortality_each_step=each), keys, plans)
+        play_all(SepsisEnv.learned(ensemble, episodes, mortality_each_step=each), KEYS, PLANS)
         for each in (True, False)
     )
     np.testing.assert_allclose(once[2].reward, every[2].reward, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(np.isnan(once[2].info.mortality), ~np.asarray(once[2].terminated))
     ended = np.asarray(once[2].terminated)
+    np.testing.assert_array_equal(np.isnan(once[2].info.mortality), ~ended)
     np.testing.assert_allclose(
         np.asarray(once[2].info.mortality)[ended],
         np.asarray(every[2].info.mortality)[ended],
         rtol=1e-4,
     )
-    assert not ended[:, 0].any() and ended[:, -1].all()
+    assert len(set(ended.argmax(1))) > 3 and ended[:, -1].all()
 
 
 def test_truncation_earns_no_terminal_reward(world, episodes):
     stay = longest(episodes)
-    free = play(SepsisEnv.learned(world, stay), KEY, plan_and_more())[2]
-    cut = play(SepsisEnv.learned(world, stay, max_steps=3), KEY, plan_and_more())[2]
+    free = play(SepsisEnv.learned(world, stay, horizon=9), KEY, plan_and_more())[2]
+    cut = play(SepsisEnv.learned(world, stay, horizon=9, max_steps=3), KEY, plan_and_more())[2]
     np.testing.assert_array_equal(cut.truncated, [False, False, True, True, True, True, True, True])
     assert not cut.terminated.any()
-    np.testing.assert_array_equal(cut.reward[:3], free.reward[:3])
-    np.testing.assert_array_equal(cut.observation.dynamic[2], free.observation.dynamic[2])
+    np.testing.assert_allclose(cut.reward[:3], free.reward[:3], rtol=1e-5)
+    np.testing.assert_allclose(
+        cut.observation.dynamic[2], free.observation.dynamic[2], rtol=1e-4, atol=1e-3
+    )
     # Where the outcome comes with the last step allowed, it counts.
     short = SepsisEnv.learned(world, stay, horizon=2, max_steps=3)
     both = play(short, KEY, plan_and_more())[2]
@@ -174,28 +175,29 @@ def test_truncation_earns_no_terminal_reward(world, episodes):
 
 
 def test_nothing_happens_after_the_end(world, episodes):
-    env = SepsisEnv.learned(world, longest(episodes), horizon=2, max_steps=9)
-    state, _, _ = play(env, KEY, jnp.asarray([1, 2, 3]))
-    assert bool(state.last.terminated)
-    later, timestep = env.step(state, jnp.int32(24))
-    assert float(timestep.reward) == 0 and not timestep.info.reward_terms.any()
-    assert bool(timestep.terminated) and not bool(timestep.truncated)
-    jax.tree.map(np.testing.assert_array_equal, later.dynamics.history, state.dynamics.history)
-    jax.tree.map(np.testing.assert_array_equal, timestep.observation, state.last.observation)
-    assert int(later.taken) == int(state.taken) == 3
+    stay = longest(episodes)
+    for limit, flag in (
+        ({"horizon": 2}, "terminated"),
+        ({"horizon": 9, "max_steps": 3}, "truncated"),
+    ):
+        state, _, got = play(SepsisEnv.learned(world, stay, **limit), KEY, plan_and_more())
+        assert int(state.taken) == 3
+        assert bool(getattr(got, flag)[2]) and float(got.reward[2]) != 0
+        for t in range(3, 8):
+            earned = (got.reward[t], got.info.reward_terms[t], got.info.projected[t])
+            assert not any(np.asarray(value).any() for value in earned)
+            kept = (got.observation, got.terminated, got.truncated, got.info.sofa)
+            jax.tree.map(lambda x, t=t: np.testing.assert_array_equal(x[t], x[2]), kept)
 
 
 def test_a_patient_is_the_same_alone_and_in_a_batch(ensemble, episodes):
-    env = SepsisEnv.learned(ensemble, episodes, start_step="random", horizon=4)
-    keys = keys_of(KEY, 9)
-    plans = jnp.asarray(np.random.default_rng(0).integers(0, 25, (9, 6)))
-    together = play_all(env, keys, plans)
-    others = play_all(env, keys[::-1], plans[::-1])
-    for i in range(9):
-        alone = play(env, keys[i], plans[i])
+    env = SepsisEnv.learned(ensemble, episodes)
+    together = play_all(env, KEYS, PLANS)
+    others = play_all(env, KEYS[::-1], PLANS[::-1])
+    for i in range(len(KEYS)):
         mine = jax.tree.map(lambda leaf, i=i: leaf[i], together)
-        assert_close(alone, mine)
-        assert_close(jax.tree.map(lambda leaf, i=i: leaf[8 - i], others), mine)
+        assert_close(play(env, KEYS[i], PLANS[i]), mine)
+        assert_close(jax.tree.map(lambda leaf, i=i: leaf[len(KEYS) - 1 - i], others), mine)
 
 
 def assert_close(a, b):
@@ -205,17 +207,19 @@ def assert_close(a, b):
 
 
 def test_members_take_turns_and_disagree(ensemble, world, episodes):
-    stay = longest(episodes)
-    state, _, got = play_all(
-        SepsisEnv.learned(ensemble, stay, horizon=2), keys_of(KEY, 40), jnp.zeros((40, 2), int)
-    )
+    longest_stay = int(np.argmax(np.asarray(episodes.length)))
+    copies = episodes.select(np.full(12, longest_stay))
+    state, _, got = play_all(SepsisEnv.learned(ensemble, copies), KEYS, PLANS)
     assert set(np.asarray(state.dynamics.member)) == {0, 1, 2}
     assert (np.asarray(got.info.disagreement) > 1e-3).all()
-    start = start_history(ensemble, stay, 0).choose(jnp.zeros(1, int))
-    mu = ensemble.transitions(*start.window(schema.STATE_WINDOW)).mu[:, 0]
-    np.testing.assert_allclose(got.info.disagreement[:, 0], np.std(mu, 0).mean(), rtol=1e-4)
-    alone = play(SepsisEnv.learned(world, stay, horizon=2), KEY, jnp.zeros(2, int))[2]
+    start = start_history(ensemble, copies.select(slice(0, len(KEYS))), 0).choose(PLANS[:, 0])
+    mu = jax.jit(lambda model, window: model.transitions(*window).mu)(
+        ensemble, start.window(schema.STATE_WINDOW)
+    )
+    np.testing.assert_allclose(got.info.disagreement[:, 0], np.std(mu, 0).mean(-1), rtol=1e-4)
+    alone = play(SepsisEnv.learned(world, longest(episodes), horizon=9), KEY, plan_and_more())[2]
     np.testing.assert_array_equal(alone.info.disagreement, 0)
+    assert np.isnan(alone.info.support).all()
 
 
 def test_support_is_the_behaviour_policys(world, episodes):
@@ -223,15 +227,11 @@ def test_support_is_the_behaviour_policys(world, episodes):
         raised = jnp.zeros(25).at[7].set(1.0 + view.step)
         return jax.nn.softmax(raised)
 
-    stay = longest(episodes)
-    env = SepsisEnv.learned(world, stay, behavior=behaviour)
+    env = SepsisEnv.learned(world, longest(episodes), behavior=behaviour)
     got = play(env, KEY, jnp.asarray([7, 7, 0]))[2]
     raised = np.exp([1.0, 2.0, 3.0])
     want = np.array([raised[0], raised[1], 1.0]) / (raised + 24)
     np.testing.assert_allclose(got.info.support, want, rtol=1e-5)
-    assert np.isnan(
-        play(SepsisEnv.learned(world, stay), KEY, jnp.zeros(2, int))[2].info.support
-    ).all()
 
 
 def test_new_weights_need_no_new_compilation(world, episodes):
