@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 
 
 @struct.dataclass
@@ -56,6 +58,27 @@ def as_pytree(policy: Policy) -> jax.tree_util.Partial:
 
 def _call(policy: Policy, key: jax.Array, view: View) -> jax.Array:
     return policy(key, view)
+
+
+def recent(view: View, past: int) -> View:
+    """The view with only its newest `past` rows; leaves may have leading axes.
+
+    Raises:
+      InputError: the view does not look back so far.
+    """
+    if not past:
+        return replace(view, past=None)
+    rows = 0 if view.past is None else view.past.valid.shape[-1]
+    if rows < past:
+        raise InputError(
+            f"a policy looks back on {past} rows, but sees {rows}; ask the world for View.past "
+            f"(past={past})"
+        )
+    axis = view.step.ndim
+    newest = jax.tree.map(
+        lambda leaf: jax.lax.slice_in_dim(leaf, rows - past, rows, axis=axis), view.past
+    )
+    return replace(view, past=newest)
 
 
 def view_at(episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0) -> View:

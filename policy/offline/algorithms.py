@@ -1,0 +1,181 @@
+"""Offline reinforcement learning for discrete actions: what is learned, and by which loss.
+
+An algorithm makes a dictionary of networks and gives one loss for all of them; gradients are
+stopped where a network only serves as a target. `score` says which of the networks acts.
+
+- `dqn`: double DQN (van Hasselt et al. 2016) with a dueling network (Wang et al. 2016).
+- `wd3qne`: weighted dueling double DQN with embedded expertise (Wu et al. 2023): a next state
+  with SOFA below 4 is valued by the clinician's action, any other by a mixture of the greedy
+  actions of the online and the target network.
+- `cql`: conservative Q-learning (Kumar et al. 2020), discrete.
+- `iql`: implicit Q-learning (Kostrikov et al. 2021): expectile values, advantage-weighted actor.
+- `bcq`: discrete batch-constrained Q-learning (Fujimoto et al. 2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from policy.offline.configuration import OfflineConfig
+from policy.offline.networks import DuelingQ, Perceptron
+from worldmodel import schema
+
+Networks = dict[str, Any]
+
+LOW_SOFA = 4.0  # below it WD3QNE trusts the clinician
+_HUBER = 5.0  # reward units; beyond, errors count linearly
+_LARGEST_WEIGHT = 100.0  # of IQL's actor
+
+
+class Batch(NamedTuple):
+    """B transitions; of a stay's last row, what comes next is undefined and discounted by 0."""
+
+    features: jax.Array  # [B, D]
+    action: jax.Array  # [B] int32
+    reward: jax.Array  # [B]
+    discount: jax.Array  # [B] gamma, 0 where the stay ends
+    next_features: jax.Array  # [B, D]
+    next_action: jax.Array  # [B] int32, the clinician's
+    next_sofa: jax.Array  # [B]
+
+
+Loss = Callable[[Networks, Networks, Batch, OfflineConfig], jax.Array]
+
+
+class Algorithm(NamedTuple):
+    """How one algorithm learns and acts."""
+
+    extra: dict[str, int]  # networks beside Q, and how many numbers they give
+    loss: Loss  # (networks, target networks, batch, config) -> []
+    score: Callable[[Networks, jax.Array, OfflineConfig], jax.Array]  # features [D] -> [25]
+
+
+def make_networks(
+    algorithm: Algorithm, width: int, config: OfflineConfig, rngs: nnx.Rngs
+) -> Networks:
+    """Untrained networks on features of the given width."""
+    networks: Networks = {"q": DuelingQ(width, config.hidden, schema.NUM_ACTIONS, rngs=rngs)}
+    for name, out in algorithm.extra.items():
+        networks[name] = Perceptron(width, config.hidden, out, rngs=rngs)
+    return networks
+
+
+def pick(values: jax.Array, action: jax.Array) -> jax.Array:
+    """[B] the values [B, 25] of the actions [B]."""
+    return jnp.take_along_axis(values, action[:, None], -1)[:, 0]
+
+
+def allowed_actions(logits: jax.Array, share: float) -> jax.Array:
+    """[..., 25] bool: behaviour probability at least `share` of the likeliest action's."""
+    if share <= 0:
+        return jnp.ones(logits.shape, bool)
+    return logits >= logits.max(-1, keepdims=True) + jnp.log(share)
+
+
+def double_q_value(
+    networks: Networks, targets: Networks, features: jax.Array, allowed: jax.Array | None = None
+) -> jax.Array:
+    """[B] the target network's value of the online network's greedy action."""
+    online = networks["q"](features)
+    if allowed is not None:
+        online = jnp.where(allowed, online, -jnp.inf)
+    return pick(targets["q"](features), online.argmax(-1))
+
+
+def _q_error(networks: Networks, batch: Batch, following: jax.Array) -> jax.Array:
+    target = jax.lax.stop_gradient(batch.reward + batch.discount * following)
+    error = pick(networks["q"](batch.features), batch.action) - target
+    return optax.losses.huber_loss(error, delta=_HUBER).mean()
+
+
+def dqn_loss(
+    networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
+) -> jax.Array:
+    """Huber loss to r + gamma Q'(s', argmax Q(s', .))."""
+    del config
+    return _q_error(networks, batch, double_q_value(networks, targets, batch.next_features))
+
+
+def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Array:
+    """[B] value of the next state.
+
+    The published description leaves the weights of the two greedy actions open; they are the
+    softmax of their target values here.
+    """
+    values = targets["q"](batch.next_features)
+    online = pick(values, networks["q"](batch.next_features).argmax(-1))
+    both = jnp.stack([online, values.max(-1)], -1)
+    mixed = (jax.nn.softmax(both, -1) * both).sum(-1)
+    return jnp.where(batch.next_sofa < LOW_SOFA, pick(values, batch.next_action), mixed)
+
+
+def wd3qne_loss(
+    networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
+) -> jax.Array:
+    """Huber loss to r + gamma `wd3qne_value`."""
+    del config
+    return _q_error(networks, batch, wd3qne_value(networks, targets, batch))
+
+
+def cql_loss(
+    networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
+) -> jax.Array:
+    """Double DQN plus alpha (log sum exp Q(s, .) - Q(s, a))."""
+    q = networks["q"](batch.features)
+    penalty = jax.nn.logsumexp(q, -1) - pick(q, batch.action)
+    return dqn_loss(networks, targets, batch, config) + config.cql_alpha * penalty.mean()
+
+
+def iql_loss(
+    networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
+) -> jax.Array:
+    """Expectile regression of V to Q', Q to r + gamma V(s'), actor weighted by exp(beta A)."""
+    taken = jax.lax.stop_gradient(pick(targets["q"](batch.features), batch.action))
+    advantage = taken - networks["v"](batch.features)[:, 0]
+    weight = jnp.where(advantage > 0, config.expectile, 1.0 - config.expectile)
+    value_loss = (weight * advantage**2).mean()
+    log_probs = jax.nn.log_softmax(networks["actor"](batch.features))
+    trust = jnp.exp(config.beta * jax.lax.stop_gradient(advantage))
+    actor_loss = -(jnp.minimum(trust, _LARGEST_WEIGHT) * pick(log_probs, batch.action)).mean()
+    q_loss = _q_error(networks, batch, networks["v"](batch.next_features)[:, 0])
+    return value_loss + q_loss + actor_loss
+
+
+def bcq_loss(
+    networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
+) -> jax.Array:
+    """Double DQN among actions the clinician may choose, plus cloning of the clinician."""
+    allowed = allowed_actions(networks["behavior"](batch.next_features), config.support)
+    following = double_q_value(networks, targets, batch.next_features, allowed)
+    log_probs = jax.nn.log_softmax(networks["behavior"](batch.features))
+    return _q_error(networks, batch, following) - pick(log_probs, batch.action).mean()
+
+
+def _by_q(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
+    del config
+    return networks["q"](features)
+
+
+def _by_actor(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
+    del config
+    return jax.nn.log_softmax(networks["actor"](features))
+
+
+def _by_supported_q(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
+    allowed = allowed_actions(networks["behavior"](features), config.support)
+    return jnp.where(allowed, networks["q"](features), -1e9)
+
+
+ALGORITHMS: dict[str, Algorithm] = {
+    "dqn": Algorithm({}, dqn_loss, _by_q),
+    "wd3qne": Algorithm({}, wd3qne_loss, _by_q),
+    "cql": Algorithm({}, cql_loss, _by_q),
+    "iql": Algorithm({"v": 1, "actor": schema.NUM_ACTIONS}, iql_loss, _by_actor),
+    "bcq": Algorithm({"behavior": schema.NUM_ACTIONS}, bcq_loss, _by_supported_q),
+}

@@ -1,0 +1,71 @@
+"""Settings of offline reinforcement learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from worldmodel import schema
+from worldmodel.errors import InputError
+
+NAMES = ("dqn", "wd3qne", "cql", "iql", "bcq")
+
+
+@dataclass(frozen=True)
+class OfflineConfig:
+    """What to train and how.
+
+    Attributes:
+      algorithm: one of `NAMES`; see `policy.offline.algorithms`.
+      hidden: widths of the networks' layers.
+      updates: number of gradient steps.
+      batch_size: transitions per step.
+      learning_rate: peak of a warm-up and cosine schedule.
+      weight_decay: decoupled, on matrices only.
+      gamma: discount per step.
+      polyak: share of the networks that their targets take over after every step.
+      copy_every: copy the targets whole every so many steps instead; 0 for Polyak.
+      cql_alpha: weight of CQL's penalty.
+      expectile: of IQL's value.
+      beta: how sharply IQL's actor follows the advantage.
+      support: BCQ allows an action where its behaviour probability is at least this share of the
+        likeliest one's.
+      past: rows that the features look back on, the newest included; 0 for the state alone.
+      seeds: networks trained side by side; the policy averages their scores.
+      seed: of initialisation and minibatches.
+    """
+
+    algorithm: str = "iql"
+    hidden: tuple[int, ...] = (128, 128)
+    updates: int = 4000
+    batch_size: int = 512
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    gamma: float = 0.99
+    polyak: float = 0.01
+    copy_every: int = 0
+    cql_alpha: float = 1.0
+    expectile: float = 0.7
+    beta: float = 1.0
+    support: float = 0.3
+    past: int = 4
+    seeds: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in NAMES:
+            raise InputError(
+                f"algorithm: got {self.algorithm!r}, expected one of {', '.join(NAMES)}"
+            )
+        for name in ("updates", "batch_size", "seeds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if not self.hidden or min(self.hidden) < 1:
+            raise InputError(f"hidden: got {self.hidden}, expected widths of at least 1")
+        for name in ("gamma", "polyak", "expectile", "support"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected within [0, 1]")
+        for name in ("learning_rate", "weight_decay", "copy_every", "cql_alpha", "beta"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.past <= schema.OUTCOME_WINDOW:
+            raise InputError(f"past: got {self.past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
