@@ -68,6 +68,10 @@ def from_mapping(cls: type[T], value: Any, *, source: str) -> T:
 def _checked(hint: Any, value: Any, source: str) -> Any:
     if get_origin(hint) is tuple:
         parts = get_args(hint)
+        if parts[-1] is Ellipsis and isinstance(value, list | tuple):
+            parts = parts[:1] * len(value)
+        if parts[-1:] == (Ellipsis,):
+            raise InputError(f"{source}: got {value!r}, expected a list")
         if not isinstance(value, list | tuple) or len(value) != len(parts):
             raise InputError(f"{source}: got {value!r}, expected a list of {len(parts)}")
         return tuple(_checked(part, item, source) for part, item in zip(parts, value, strict=True))

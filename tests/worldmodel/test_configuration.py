@@ -23,6 +23,7 @@ class Outer:
     weight: float | None = None
     shares: tuple[float, float] = (0.5, 0.5)
     folder: Path | None = None
+    widths: tuple[int, ...] = (8, 8)
 
 
 def from_yaml(tmp_path, text):
@@ -40,6 +41,11 @@ def test_yaml_fills_nested_settings(tmp_path):
     assert isinstance(got.inner.rate, float) and isinstance(got.shares[0], float)
 
 
+def test_lists_may_be_of_any_length_where_the_setting_allows(tmp_path):
+    assert from_yaml(tmp_path, "widths: [1, 2, 3]\n").widths == (1, 2, 3)
+    assert from_yaml(tmp_path, "widths: []\n").widths == ()
+
+
 def test_empty_yaml_means_the_defaults(tmp_path):
     assert from_yaml(tmp_path, "# nothing\n") == Outer()
 
@@ -55,6 +61,8 @@ def test_empty_yaml_means_the_defaults(tmp_path):
         ("inner: 3", r"inner: expected a mapping"),
         ("flag: 1", r"flag: got 1, expected bool"),
         ("weight: x", r"weight: got 'x', expected float or NoneType"),
+        ("widths: 3", r"widths: got 3, expected a list"),
+        ("widths: [1, x]", r"widths: got 'x', expected int"),
         ("shares: [1]", r"shares: got \[1\], expected a list of 2"),
         ("shares: [1, x]", r"shares: got 'x', expected float"),
         ("- 1", r"expected a mapping of settings, got list"),

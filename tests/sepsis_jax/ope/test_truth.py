@@ -1,5 +1,7 @@
 """Estimators where the truth is known exactly."""
 
+from importlib.util import find_spec
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def test_doubly_robust_with_exact_values_is_unbiased():
 
 
 def test_doubly_robust_with_exact_values_is_unbiased_on_icu_sepsis():
-    pytest.importorskip("icu_sepsis")
+    if find_spec("icu_sepsis") is None:  # its tables are enough: importing it asks for gym
+        pytest.skip("the package icu-sepsis is not installed")
     check_unbiased(icu_sepsis(), shares=(0.0, 0.2, 0.5), stays=5_000, horizon=20)
 
 
