@@ -15,7 +15,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.view import Past, View
+from worldmodel.view import Past, View, recent
 
 
 @struct.dataclass
@@ -105,6 +105,42 @@ def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View
     )
 
 
+def history_of(world_model: WorldModel, view: View) -> History:
+    """The inverse of `view_of`: where one patient stands, as a batch of one.
+
+    Args:
+      world_model: whose scaler is used.
+      view: of one patient, with at least 12 rows of `View.past`.
+
+    Raises:
+      InputError: the view does not look back far enough.
+    """
+    steps = _urine_steps(world_model)
+    rows = max(schema.OUTCOME_WINDOW, steps)
+    past = recent(view, rows).past
+    assert past is not None
+    valid, scaler = past.valid, world_model.scaler
+    window = slice(-schema.OUTCOME_WINDOW, None)
+    action = jnp.where(valid, schema.action_index(past.vasopressor, past.fluid), -1)
+    urine = jnp.where(valid, past.dynamic[:, schema.URINE], 0.0)
+    history = History(
+        obs=jnp.where(valid[:, None], scaler.normalize(past.dynamic), 0.0)[window],
+        observed=(past.measured & valid[:, None]).astype(jnp.float32)[window],
+        action=action.at[-1].set(-1)[window],
+        static=scaler.normalize_static(view.static),
+        urine=urine[-steps:],
+        sofa=view.sofa,
+        ventilated=view.ventilated,
+        step=view.step,
+        patient=jnp.int32(0),
+    )
+    return jax.tree.map(lambda leaf: leaf[None], history)
+
+
+def _urine_steps(world_model: WorldModel) -> int:
+    return max(round(sofa.WINDOW_HOURS / world_model.step_hours), 1)
+
+
 def start_history(
     world_model: WorldModel,
     episodes: Episodes,
@@ -161,7 +197,7 @@ def history_at(
     window = sequences.window(jnp.stack([stays, step], axis=1), schema.OUTCOME_WINDOW)
     rows = step[:, None] + jnp.arange(1 - schema.OUTCOME_WINDOW, 1)
     action = sequences.action[stays[:, None], sequences.padding + rows].at[:, -1].set(-1)
-    urine_steps = max(round(sofa.WINDOW_HOURS / world_model.step_hours), 1)
+    urine_steps = _urine_steps(world_model)
     urine_rows = step[:, None] + jnp.arange(1 - urine_steps, 1)
     urine = episodes.dynamic[stays[:, None], jnp.maximum(urine_rows, 0), schema.URINE]
     history = History(

@@ -1,0 +1,150 @@
+"""What each of the 25 actions gains over the clinician's habit, learned from records.
+
+A-learning (Murphy 2003; Robins 2004): with the value V of a critic and the clinician's
+probabilities b,
+
+    r + gamma V(s') - V(s) = theta . (x(s, a) - E_b[x(s, A) | s]) + u(s) + noise,
+
+fitted by least squares of residuals on residuals (Robinson 1988; Nie & Wager 2021): what depends
+on the state alone, u(s), is taken out of both sides, so that the fit rests on how the clinician
+chose differently in like states, and few numbers are learned. x(s, a) holds the doses times
+what may moderate them, and the *effects* of the action as a world model predicts them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from policy.features import decision_features
+from worldmodel import schema
+from worldmodel.scaling import Scaler
+from worldmodel.view import View, recent
+
+PAST = 4  # rows of the features that stand for the state
+_AT = schema.INDEX
+_EFFECTS = ("meanbp", "lactate", "output_4hourly", "heart_rate", "creatinine", "hemoglobin")
+_LEVELS = np.stack(schema.action_levels(np.arange(schema.NUM_ACTIONS))) / (schema.NUM_LEVELS - 1)
+
+
+def dose_basis() -> np.ndarray:
+    """[25, 6] v, v^2, any vasopressor, f, f^2, v f of the levels scaled to [0, 1]."""
+    v, f = _LEVELS
+    return np.stack([v, v**2, v > 0, f, f**2, v * f], -1).astype(np.float32)
+
+
+def moderators(view: View, scaler: Scaler) -> jax.Array:
+    """[..., 16] what may change the use of a dose: pressure, perfusion, organs, time, treatment."""
+    z = jnp.clip(scaler.normalize(view.dynamic), -4.0, 4.0)
+    pressure = view.dynamic[..., _AT["meanbp"]]
+    oxygen = 100.0 * view.dynamic[..., _AT["pao2"]] / view.dynamic[..., _AT["fio2"]]
+    names = ("lactate", "output_4hourly", "heart_rate", "creatinine", "hemoglobin", "bicarbonate")
+    top = schema.NUM_LEVELS - 1
+    columns = [
+        jnp.ones_like(pressure),
+        (pressure - 70.0) / 10.0,
+        jnp.maximum(65.0 - pressure, 0.0) / 5.0,
+        jnp.maximum(pressure - 80.0, 0.0) / 10.0,
+        *(z[..., _AT[name]] for name in names),
+        jnp.log(jnp.clip(oxygen, 30.0, 700.0) / 200.0),
+        jnp.exp(-view.step / 3.0),
+        view.step / 20.0,
+        view.vasopressor / top,
+        view.fluid / top,
+        view.ventilated.astype(jnp.float32),
+    ]
+    return jnp.stack(columns, -1)
+
+
+def effects(mu: jax.Array, scaler: Scaler) -> jax.Array:
+    """[..., 8] of predicted next states [..., 39] in z-scores: levels, and MAP out of range."""
+    at = _AT["meanbp"]
+    pressure = mu[..., at] * scaler.std[at] + scaler.mean[at]
+    columns = [
+        jnp.maximum(65.0 - pressure, 0.0) / 5.0,
+        jnp.maximum(pressure - 80.0, 0.0) / 10.0,
+        *(mu[..., _AT[name]] for name in _EFFECTS),
+    ]
+    return jnp.stack(columns, -1)
+
+
+@struct.dataclass
+class Advantage:
+    """A linear advantage over the clinician's habit, in units of reward."""
+
+    doses: jax.Array  # [16, 6] by moderator and dose
+    effects: jax.Array  # [8]
+    usual: jax.Array  # [D, 8] effects that the clinician's habit has, linear in the features
+    scaler: Scaler
+
+    def of_actions(self, view: View, mu: jax.Array, habit: jax.Array) -> jax.Array:
+        """Advantage [..., 25] of all actions.
+
+        Args:
+          view: of one patient.
+          mu: [..., 25, 39] predicted next states, z-scores; leading axes for ensemble members.
+          habit: [25] the clinician's probabilities.
+        """
+        doses = self._of_doses(view, habit)
+        return doses + (effects(mu, self.scaler) - self._usual(view)) @ self.effects
+
+    def of_action(
+        self, view: View, mu: jax.Array, habit: jax.Array, action: jax.Array
+    ) -> jax.Array:
+        """[] advantage of one action, whose predicted next state is mu [39]."""
+        gain = (effects(mu, self.scaler) - self._usual(view)) @ self.effects
+        return self._of_doses(view, habit)[action] + gain
+
+    def _of_doses(self, view: View, habit: jax.Array) -> jax.Array:
+        basis = jnp.asarray(dose_basis())
+        return (basis - habit @ basis) @ (moderators(view, self.scaler) @ self.doses)
+
+    def _usual(self, view: View) -> jax.Array:
+        return decision_features(recent(view, PAST), self.scaler) @ self.usual
+
+
+def fit_advantage(
+    features: np.ndarray,
+    moderator: np.ndarray,
+    effect: np.ndarray,
+    habit: np.ndarray,
+    action: np.ndarray,
+    gain: np.ndarray,
+    scaler: Scaler,
+    *,
+    ridge: float = 100.0,
+) -> Advantage:
+    """Least squares of residuals on residuals.
+
+    Args:
+      features: [M, D] `decision_features` with PAST rows.
+      moderator: [M, 16] of the states.
+      effect: [M, 8] predicted for the action taken.
+      habit: [M, 25] the clinician's probabilities.
+      action: [M] taken.
+      gain: [M] r + gamma V(s') - V(s).
+      scaler: of everything above; kept.
+      ridge: penalty on the squared coefficients, in rows.
+    """
+    state = np.concatenate([features, moderator[:, 1:]], 1).astype(np.float64)
+    solved = np.linalg.inv(state.T @ state + 10.0 * np.eye(state.shape[1]))
+    features = features.astype(np.float64)
+    usual = np.linalg.solve(
+        features.T @ features + 10.0 * np.eye(features.shape[1]), features.T @ effect
+    )
+    basis = dose_basis()
+    doses = moderator[:, :, None] * (basis[action] - habit @ basis)[:, None, :]
+    columns = np.concatenate([doses.reshape(len(action), -1), effect - features @ usual], 1)
+    residual = gain - state @ (solved @ (state.T @ gain))
+    theta = np.linalg.solve(
+        columns.T @ columns + ridge * np.eye(columns.shape[1]), columns.T @ residual
+    )
+    split = moderator.shape[1] * basis.shape[1]
+    return Advantage(
+        doses=jnp.asarray(theta[:split].reshape(moderator.shape[1], -1), jnp.float32),
+        effects=jnp.asarray(theta[split:], jnp.float32),
+        usual=jnp.asarray(usual, jnp.float32),
+        scaler=scaler,
+    )
