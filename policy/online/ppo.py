@@ -1,0 +1,281 @@
+"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) inside the simulator.
+
+Playing, generalised advantage estimation (Schulman et al., arXiv 1506.02438) and learning are one
+jitted call: a scan over rounds, in each a scan over steps of patients side by side, then a scan
+over minibatches. It works for every `SepsisEnv` that shows a `View`: in the synthetic world it
+learns with access to the truth, in a learned world model it is model-based reinforcement learning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from policy.features import decision_features
+from policy.offline.algorithms import pick
+from policy.offline.networks import Perceptron
+from policy.offline.policies import OfflinePolicy
+from policy.online.configuration import PPOConfig
+from policy.online.policies import OnlinePolicy
+from worldmodel import schema
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.errors import InputError
+from worldmodel.scaling import Scaler
+from worldmodel.view import View, recent
+
+Progress = Callable[[int, int, float], None]
+"""`progress(rounds done, rounds, mean return)`."""
+
+_HUBER = 5.0  # reward units; beyond, the critic's errors count linearly
+
+
+class Networks(NamedTuple):
+    """Who acts, and who values."""
+
+    actor: Perceptron  # [..., D] -> [..., 25] logits
+    critic: Perceptron  # [..., D] -> [..., 1] return to come
+
+
+class Played(NamedTuple):
+    """P episodes of at most T steps; what is not `valid` lies after the end."""
+
+    features: jax.Array  # [T + 1, P, D]; the last row is what the last step led to
+    action: jax.Array  # [T, P] int32
+    reward: jax.Array  # [T, P]
+    terminated: jax.Array  # [T, P] bool, the episode has its outcome
+    done: jax.Array  # [T, P] bool, it has ended or was cut off
+    valid: jax.Array  # [T, P] bool, the step was played
+
+
+class Rows(NamedTuple):
+    """R rows to learn from."""
+
+    features: jax.Array  # [R, D]
+    action: jax.Array  # [R] int32
+    log_prob: jax.Array  # [R] of the action when it was played
+    advantage: jax.Array  # [R]
+    target: jax.Array  # [R] of the critic
+
+
+class History(NamedTuple):
+    """The course of training, one number per round."""
+
+    mean_return: np.ndarray  # undiscounted, of the policy that draws its actions
+    entropy: np.ndarray  # nats, mean over the rows played
+    value_error: np.ndarray  # RMS of the critic against its targets, before the round's updates
+    clipped: np.ndarray  # share of rows in the round's minibatches whose ratio was clipped
+
+
+def train_ppo(
+    key: jax.Array,
+    env: SepsisEnv,
+    scaler: Scaler,
+    config: PPOConfig,
+    *,
+    start: OfflinePolicy | None = None,
+    progress: Progress | None = None,
+) -> tuple[OnlinePolicy, History]:
+    """Trains a policy by playing.
+
+    Args:
+      key: of patients, actions, initialisation and minibatches; consumed.
+      env: whose observations are views, with at least `config.past` rows of `View.past`.
+      scaler: of the features; kept in the policy.
+      config: settings.
+      start: an IQL policy; actor and critic start from those of its first seed.
+      progress: called from within the training after every round.
+
+    Raises:
+      InputError: the environment shows no view, or looks back on too few rows; `start` is not of
+        IQL, or has other sizes; the training diverged.
+    """
+    key_init, key_train = jax.random.split(key)
+    shown = jax.eval_shape(env.reset, key_train)[1].observation
+    if not isinstance(shown, View):
+        raise InputError("PPO: the environment must show views; take the synthetic or learned one")
+    width = jax.eval_shape(partial(_features, scaler=scaler, past=config.past), shown).shape[-1]
+    if start is None:
+        networks = _fresh_networks(width, config, nnx.Rngs(key_init))
+    else:
+        networks = _networks_of(start, config)
+    report = None if progress is None else partial(_report, progress, config.iterations)
+    networks, history = _train(key_train, env, networks, scaler, config=config, report=report)
+    history = History(*(np.asarray(values) for values in history))
+    if not all(np.isfinite(values).all() for values in history):
+        raise InputError("PPO: the training diverged; lower learning_rate")
+    return OnlinePolicy(networks.actor, scaler, config), history
+
+
+def _report(progress: Progress, rounds: int, number: jax.Array, value: jax.Array) -> None:
+    progress(int(number) + 1, rounds, float(value))
+
+
+def _features(view: View, *, scaler: Scaler, past: int) -> jax.Array:
+    return decision_features(recent(view, past), scaler)
+
+
+def _fresh_networks(width: int, config: PPOConfig, rngs: nnx.Rngs) -> Networks:
+    return Networks(
+        actor=Perceptron(width, config.hidden, schema.NUM_ACTIONS, rngs=rngs),
+        critic=Perceptron(width, config.hidden, 1, rngs=rngs),
+    )
+
+
+def _networks_of(start: OfflinePolicy, config: PPOConfig) -> Networks:
+    theirs = start.config
+    if theirs.algorithm != "iql":
+        raise InputError(f"PPO starts from a policy of iql, got one of {theirs.algorithm}")
+    for name in ("past", "hidden"):
+        wanted, found = getattr(config, name), getattr(theirs, name)
+        if tuple(np.ravel(wanted)) != tuple(np.ravel(found)):
+            raise InputError(f"{name}: the policy to start from has {found}, PPO {wanted}")
+    first = jax.tree.map(lambda leaf: leaf[0], start.networks)
+    return Networks(first["actor"], first["v"])
+
+
+@partial(jax.jit, static_argnames=("config", "report"))
+def _train(
+    key: jax.Array,
+    env: SepsisEnv,
+    networks: Networks,
+    scaler: Scaler,
+    *,
+    config: PPOConfig,
+    report: Callable | None,
+) -> tuple[Networks, tuple[jax.Array, ...]]:
+    updates = config.iterations * config.minibatches
+    rate = optax.linear_schedule(
+        config.learning_rate, config.final_rate * config.learning_rate, updates
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate))
+
+    def iteration(learner: Any, number: jax.Array) -> Any:
+        networks, state = learner
+        key_play, key_rows = jax.random.split(jax.random.fold_in(key, number))
+        played = play(key_play, env, networks.actor, scaler, config)
+        rows, value_error, entropy = rows_of(networks, played, config)
+        bonus = config.entropy * (1.0 - number / config.iterations)
+
+        def update(learner: Any, key: jax.Array) -> Any:
+            networks, state = learner
+            batch = draw_rows(key, rows, played.valid, config.batch_size)
+            gradient, clipped = jax.grad(ppo_loss, has_aux=True)(networks, batch, bonus, config)
+            change, state = optimizer.update(gradient, state, networks)
+            return (optax.apply_updates(networks, change), state), clipped
+
+        keys = jax.random.split(key_rows, config.minibatches)
+        learner, clipped = jax.lax.scan(update, (networks, state), keys)
+        mean_return = played.reward.sum(0).mean()
+        if report is not None:
+            jax.debug.callback(report, number, mean_return)
+        return learner, (mean_return, entropy, value_error, clipped.mean())
+
+    learner = (networks, optimizer.init(networks))
+    (networks, _), history = jax.lax.scan(iteration, learner, jnp.arange(config.iterations))
+    return networks, history
+
+
+def play(
+    key: jax.Array, env: SepsisEnv, actor: Perceptron, scaler: Scaler, config: PPOConfig
+) -> Played:
+    """Episodes of `config.patients` fresh patients under the actor's drawn actions."""
+    key_patients, key_actions = jax.random.split(key)
+    state, first = jax.vmap(env.reset)(jax.random.split(key_patients, config.patients))
+
+    def step(carry: Any, key: jax.Array) -> Any:
+        state, seen, over = carry
+        action = jax.random.categorical(key, actor(seen)).astype(jnp.int32)
+        state, timestep = jax.vmap(env.step)(state, action)
+        after = _features(timestep.observation, scaler=scaler, past=config.past)
+        out = (seen, action, timestep.reward, timestep.terminated, timestep.done, ~over)
+        return (state, after, timestep.done), out
+
+    seen = _features(first.observation, scaler=scaler, past=config.past)
+    keys = jax.random.split(key_actions, config.steps)
+    (_, last, _), (features, *rest) = jax.lax.scan(step, (state, seen, first.done), keys)
+    return Played(jnp.concatenate([features, last[None]]), *rest)
+
+
+def advantages(
+    reward: jax.Array,
+    values: jax.Array,
+    terminated: jax.Array,
+    done: jax.Array,
+    *,
+    gamma: float,
+    trace: float,
+) -> jax.Array:
+    """[T, P] generalised advantage estimates; undefined after the end of an episode.
+
+    Args:
+      reward, terminated, done: [T, P] of each step; an episode that is done but not terminated
+        was cut off, and is valued by the critic.
+      values: [T + 1, P] before each step and after the last.
+      gamma: discount per step.
+      trace: lambda.
+    """
+    surprise = reward + gamma * jnp.where(terminated, 0.0, values[1:]) - values[:-1]
+
+    def back(following: jax.Array, now: tuple[jax.Array, jax.Array]) -> Any:
+        surprise, done = now
+        advantage = surprise + gamma * trace * jnp.where(done, 0.0, following)
+        return advantage, advantage
+
+    nothing = jnp.zeros_like(reward[0])
+    return jax.lax.scan(back, nothing, (surprise, done), reverse=True)[1]
+
+
+def rows_of(
+    networks: Networks, played: Played, config: PPOConfig
+) -> tuple[Rows, jax.Array, jax.Array]:
+    """All T P rows with normalised advantages, the critic's RMS error and the entropy."""
+    values = networks.critic(played.features)[..., 0]
+    log_probs = jax.nn.log_softmax(networks.actor(played.features[:-1]))
+    advantage = advantages(
+        played.reward,
+        values,
+        played.terminated,
+        played.done,
+        gamma=config.gamma,
+        trace=config.trace,
+    )
+    valid = played.valid
+    target = advantage + values[:-1]
+    error = jnp.sqrt(jnp.mean(advantage**2, where=valid))
+    entropy = -jnp.mean((jnp.exp(log_probs) * log_probs).sum(-1), where=valid)
+    scale = jnp.std(advantage, where=valid) + 1e-8
+    advantage = (advantage - jnp.mean(advantage, where=valid)) / scale
+    taken = jnp.take_along_axis(log_probs, played.action[..., None], -1)[..., 0]
+    rows = Rows(played.features[:-1], played.action, taken, advantage, target)
+    return Rows(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in rows)), error, entropy
+
+
+def draw_rows(key: jax.Array, rows: Rows, valid: jax.Array, count: int) -> Rows:
+    """[count] of the valid rows, drawn with replacement; the key is consumed."""
+    valid = valid.reshape(-1)
+    total = jnp.cumsum(valid)
+    number = jax.random.randint(key, (count,), 0, total[-1])
+    index = jnp.searchsorted(total, number, side="right")
+    return Rows(*(leaf[index] for leaf in rows))
+
+
+def ppo_loss(
+    networks: Networks, batch: Rows, bonus: jax.Array, config: PPOConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Clipped surrogate, the critic's Huber loss and the entropy bonus; share of clipped rows."""
+    log_probs = jax.nn.log_softmax(networks.actor(batch.features))
+    ratio = jnp.exp(pick(log_probs, batch.action) - batch.log_prob)
+    bounded = jnp.clip(ratio, 1.0 - config.clip, 1.0 + config.clip)
+    gain = jnp.minimum(ratio * batch.advantage, bounded * batch.advantage).mean()
+    error = networks.critic(batch.features)[:, 0] - batch.target
+    value_loss = optax.losses.huber_loss(error, delta=_HUBER).mean()
+    entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean()
+    clipped = jnp.mean(bounded != ratio)
+    return -gain + config.value_weight * value_loss - bonus * entropy, clipped
