@@ -88,9 +88,9 @@ def double_q_value(
     return pick(targets["q"](features), online.argmax(-1))
 
 
-def _q_error(networks: Networks, batch: Batch, following: jax.Array) -> jax.Array:
+def _q_error(taken: jax.Array, batch: Batch, following: jax.Array) -> jax.Array:
     target = jax.lax.stop_gradient(batch.reward + batch.discount * following)
-    error = pick(networks["q"](batch.features), batch.action) - target
+    error = taken - target
     return optax.losses.huber_loss(error, delta=_HUBER).mean()
 
 
@@ -99,7 +99,8 @@ def dqn_loss(
 ) -> jax.Array:
     """Huber loss to r + gamma Q'(s', argmax Q(s', .))."""
     del config
-    return _q_error(networks, batch, double_q_value(networks, targets, batch.next_features))
+    taken = pick(networks["q"](batch.features), batch.action)
+    return _q_error(taken, batch, double_q_value(networks, targets, batch.next_features))
 
 
 def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Array:
@@ -120,7 +121,8 @@ def wd3qne_loss(
 ) -> jax.Array:
     """Huber loss to r + gamma `wd3qne_value`."""
     del config
-    return _q_error(networks, batch, wd3qne_value(networks, targets, batch))
+    taken = pick(networks["q"](batch.features), batch.action)
+    return _q_error(taken, batch, wd3qne_value(networks, targets, batch))
 
 
 def cql_loss(
@@ -128,8 +130,10 @@ def cql_loss(
 ) -> jax.Array:
     """Double DQN plus alpha (log sum exp Q(s, .) - Q(s, a))."""
     q = networks["q"](batch.features)
-    penalty = jax.nn.logsumexp(q, -1) - pick(q, batch.action)
-    return dqn_loss(networks, targets, batch, config) + config.cql_alpha * penalty.mean()
+    taken = pick(q, batch.action)
+    penalty = jax.nn.logsumexp(q, -1) - taken
+    following = double_q_value(networks, targets, batch.next_features)
+    return _q_error(taken, batch, following) + config.cql_alpha * penalty.mean()
 
 
 def iql_loss(
@@ -143,7 +147,8 @@ def iql_loss(
     log_probs = jax.nn.log_softmax(networks["actor"](batch.features))
     trust = jnp.exp(config.beta * jax.lax.stop_gradient(advantage))
     actor_loss = -(jnp.minimum(trust, _LARGEST_WEIGHT) * pick(log_probs, batch.action)).mean()
-    q_loss = _q_error(networks, batch, networks["v"](batch.next_features)[:, 0])
+    predicted = pick(networks["q"](batch.features), batch.action)
+    q_loss = _q_error(predicted, batch, networks["v"](batch.next_features)[:, 0])
     return value_loss + q_loss + actor_loss
 
 
@@ -154,7 +159,8 @@ def bcq_loss(
     allowed = allowed_actions(networks["behavior"](batch.next_features), config.support)
     following = double_q_value(networks, targets, batch.next_features, allowed)
     log_probs = jax.nn.log_softmax(networks["behavior"](batch.features))
-    return _q_error(networks, batch, following) - pick(log_probs, batch.action).mean()
+    taken = pick(networks["q"](batch.features), batch.action)
+    return _q_error(taken, batch, following) - pick(log_probs, batch.action).mean()
 
 
 def _by_q(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:

@@ -1,8 +1,15 @@
-"""One training loop for every algorithm: a single jitted scan, seeds mapped over."""
+"""One training loop for every algorithm: a single jitted scan, mapped over seeds.
+
+An accelerator trains the seeds side by side. A CPU is faster with one program per core that trains
+one seed after another: batched matrix products take about twice the time there. Either way seed i
+has the same initialisation and minibatches, whatever the number of seeds.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -46,7 +53,7 @@ def train_offline(
     *,
     progress: Progress | None = None,
 ) -> Learned:
-    """Trains `config.seeds` sets of networks in one call.
+    """Trains `config.seeds` sets of networks.
 
     Args:
       transitions: of the training split, from `policy.offline.data.transitions`.
@@ -59,10 +66,12 @@ def train_offline(
     """
     if transitions.num_rows < 2:
         raise InputError("offline training: needs at least two recorded steps; use more stays")
-    keys = jax.random.split(jax.random.key(config.seed), config.seeds)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(
+        jax.random.key(config.seed), jnp.arange(config.seeds)
+    )
     report = _reporter(progress, config)
-    networks, losses = _train(keys, transitions, config=config, report=report)
-    losses = np.asarray(losses)
+    networks, loss = _train(keys, transitions, config=config, report=report)
+    losses = np.asarray(loss)
     if not np.isfinite(losses).all():
         raise InputError(
             f"offline training ({config.algorithm}): the loss is not finite; lower "
@@ -101,9 +110,24 @@ def _optimizer(config: OfflineConfig, updates: int) -> optax.GradientTransformat
     )
 
 
-@partial(jax.jit, static_argnames=("config", "report"))
 def _train(
     keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
+) -> tuple[Networks, jax.Array]:
+    train_one = partial(_train_one, config=config, report=report)
+    if jax.default_backend() != "cpu":
+        return jax.jit(jax.vmap(train_one, (0, None)))(keys, transitions)
+    program = jax.jit(train_one).lower(keys[0], transitions).compile()
+
+    def run(key: jax.Array) -> tuple[Networks, jax.Array]:
+        return jax.block_until_ready(program(key, transitions))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(run, keys))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def _train_one(
+    key: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
 ) -> tuple[Networks, jax.Array]:
     algorithm = ALGORITHMS[config.algorithm]
     per_record = -(-config.updates // RECORDS)
@@ -130,17 +154,13 @@ def _train(
             jax.debug.callback(report, inputs[1][0] // per_record, loss)
         return learner, loss
 
-    def train_one(key: jax.Array) -> tuple[Networks, jax.Array]:
-        key_init, key_batches = jax.random.split(key)
-        width = transitions.features.shape[-1]
-        networks = make_networks(algorithm, width, config, nnx.Rngs(key_init))
-        numbers = jnp.arange(RECORDS * per_record).reshape(RECORDS, per_record)
-        batch_keys = jax.random.split(key_batches, numbers.shape)
-        learner = _Learner(networks, networks, optimizer.init(networks))
-        learner, losses = jax.lax.scan(record, learner, (batch_keys, numbers))
-        return learner.targets, losses
-
-    return jax.vmap(train_one)(keys)
+    key_init, key_batches = jax.random.split(key)
+    networks = make_networks(algorithm, transitions.features.shape[-1], config, nnx.Rngs(key_init))
+    numbers = jnp.arange(RECORDS * per_record).reshape(RECORDS, per_record)
+    batch_keys = jax.random.split(key_batches, numbers.shape)
+    learner = _Learner(networks, networks, optimizer.init(networks))
+    learner, losses = jax.lax.scan(record, learner, (batch_keys, numbers))
+    return learner.targets, losses
 
 
 def draw_batch(key: jax.Array, transitions: Transitions, config: OfflineConfig) -> Batch:
