@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
-from worldmodel.features import state_features
+from worldmodel.features import NUM_STATE_FEATURES, state_features
 from worldmodel.scaling import Scaler
 from worldmodel.view import View
 
@@ -32,3 +32,8 @@ def decision_features(view: View, scaler: Scaler) -> jax.Array:
         rows = jnp.concatenate([change, levels, valid.astype(jnp.float32)], -1)
         blocks.append(rows.reshape(*rows.shape[:-2], -1))
     return jnp.concatenate(blocks, -1)
+
+
+def feature_width(past: int) -> int:
+    """D of `decision_features` with so many rows of `View.past`."""
+    return NUM_STATE_FEATURES + max(past - 1, 0) * (schema.NUM_FEATURES + 3)

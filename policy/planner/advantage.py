@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from policy.features import decision_features
+from policy.features import decision_features, feature_width
 from worldmodel import schema
 from worldmodel.scaling import Scaler
 from worldmodel.view import View, recent
@@ -26,6 +26,7 @@ from worldmodel.view import View, recent
 PAST = 4  # rows of the features that stand for the state
 _AT = schema.INDEX
 _EFFECTS = ("meanbp", "lactate", "output_4hourly", "heart_rate", "creatinine", "hemoglobin")
+_NUM_MODERATORS, _NUM_EFFECTS = 16, 2 + len(_EFFECTS)
 _LEVELS = np.stack(schema.action_levels(np.arange(schema.NUM_ACTIONS))) / (schema.NUM_LEVELS - 1)
 
 
@@ -147,4 +148,12 @@ def fit_advantage(
         effects=jnp.asarray(theta[split:], jnp.float32),
         usual=jnp.asarray(usual, jnp.float32),
         scaler=scaler,
+    )
+
+
+def untrained_advantage(scaler: Scaler) -> Advantage:
+    """An advantage of zero."""
+    doses = jnp.zeros((_NUM_MODERATORS, dose_basis().shape[1]))
+    return Advantage(
+        doses, jnp.zeros(_NUM_EFFECTS), jnp.zeros((feature_width(PAST), _NUM_EFFECTS)), scaler
     )

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from worldmodel import schema
+from worldmodel.arrays import load_arrays, save_arrays
 from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
@@ -52,7 +52,7 @@ class Saver:
     def save(self, epoch: int, state: Any, history: list[dict[str, float]]) -> None:
         """Saves after an epoch; the previous state goes when the new one is complete."""
         with atomic_folder(self._folder / "state", marker=RUN_FILE) as temporary:
-            _save_arrays(temporary / "arrays", _without_keys(state))
+            save_arrays(temporary / "arrays", _without_keys(state))
             write_json(temporary / "history.json", {"epoch": epoch, "history": history})
             write_json(temporary / RUN_FILE, self._fingerprint)
 
@@ -61,7 +61,7 @@ class Saver:
         folder = self._folder / "state"
         if not folder.exists():
             return state, []
-        arrays = _load_arrays(folder / "arrays", _without_keys(state))
+        arrays = load_arrays(folder / "arrays", _without_keys(state))
         restored = jax.tree.map(
             lambda new, old: jax.random.wrap_key_data(new) if _is_key(old) else new, arrays, state
         )
@@ -83,7 +83,7 @@ def save_world_model(
     """
     path = Path(path).absolute()
     with atomic_folder(path, marker=PARAMS) as folder:
-        _save_arrays(folder / PARAMS, _params(world_model))
+        save_arrays(folder / PARAMS, _params(world_model))
         write_json(folder / "scaler.json", world_model.scaler.to_dict())
         write_json(
             folder / "manifest.json",
@@ -134,7 +134,7 @@ def load_world_model(path: str | Path) -> WorldModel:
             members=members,
         )
     )
-    state_model, outcome_model = _load_arrays(path / PARAMS, _params(world_model))
+    state_model, outcome_model = load_arrays(path / PARAMS, _params(world_model))
     return WorldModel(
         state_model=state_model,
         outcome_model=outcome_model,
@@ -155,41 +155,3 @@ def _is_key(leaf: Any) -> bool:
 
 def _without_keys(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
-
-
-def _save_arrays(folder: Path, tree: Any) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _named(tree))
-
-
-def _load_arrays(folder: Path, like: Any) -> Any:
-    abstract = _named(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
-    if not folder.is_dir():
-        raise InputError(f"{folder}: missing; the checkpoint is incomplete")
-    try:
-        restored = _restore(folder, abstract)
-    except InputError:
-        raise
-    except Exception as error:  # Orbax and its stores fail in many ways on damaged folders
-        raise InputError(f"{folder}: not a readable checkpoint ({error})") from None
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in abstract])
-
-
-def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(folder)
-        found = {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
-        wanted = {name: tuple(leaf.shape) for name, leaf in abstract.items()}
-        if found != wanted:
-            name = next(n for n in sorted({*found, *wanted}) if found.get(n) != wanted.get(n))
-            raise InputError(
-                f"{folder}: {name} has shape {found.get(name)}, expected {wanted.get(name)}; "
-                "the checkpoint belongs to another model configuration"
-            )
-        return checkpointer.restore(folder, abstract)
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Leaves by their path, such as `0.gru.cells.1.weight_hidden.value`."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
