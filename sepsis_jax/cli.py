@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sepsis_jax.commands import cohort, demo, ope, simulate, world_model
+from sepsis_jax.commands import cohort, demo, ope, policy, simulate, world_model
 from sepsis_jax.console import DISCLAIMER, errors
 from worldmodel.errors import InputError
 
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")(demo.demo)
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(world_model.app, name="world-model")
+app.add_typer(policy.app, name="policy")
 app.add_typer(ope.app, name="ope")
 app.command(
     "simulate",

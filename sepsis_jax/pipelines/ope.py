@@ -14,10 +14,10 @@ import pandas as pd
 from policy.clinician import BehaviorFit, fit_behavior
 from sepsis_jax import ope
 from sepsis_jax.ope import policies, sensitivity, subgroups
+from sepsis_jax.pipelines.splits import of_split
 from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
 from sepsis_jax.report.html import Section, Table, write_page
-from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -93,7 +93,7 @@ def evaluate_policies(
     del key
     progress("clinician", 0.05)
     full, taken, fits = _behavior(behavior, everyone, behavior_key)
-    episodes, chosen = _split(everyone, options.split)
+    episodes, chosen = of_split(everyone, options.split)
     full = None if full is None else full[chosen]
     probs = _policies(policy, episodes, full, options)
     if taken is not None:
@@ -155,17 +155,6 @@ def _behavior(
         return policies.read_probabilities(Path(behavior), episodes), None, []
     fits = fit_behavior(key, episodes, models=(behavior,))
     return fits[0].probs, None, fits
-
-
-def _split(episodes: Episodes, split: str) -> tuple[Episodes, np.ndarray]:
-    if split == "all":
-        return episodes, np.arange(episodes.num_stays)
-    if split not in schema.SPLITS:
-        raise InputError(f"split: got {split!r}, expected {', '.join(schema.SPLITS)} or all")
-    chosen = np.flatnonzero(np.asarray(episodes.split) == schema.SPLITS.index(split))
-    if len(chosen) < 2:
-        raise InputError(f"split {split!r} has {len(chosen)} stays; evaluation needs at least 2")
-    return episodes.select(chosen), chosen
 
 
 def _policies(

@@ -152,3 +152,81 @@ def reliability_figure(
     axis.legend(frameon=False, loc="upper left", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     _save(figure, path)
+
+
+def course_figure(course: pd.DataFrame, title: str, path: Path) -> None:
+    """The course of a training: losses of all seeds in one panel, other measures in one each.
+
+    Args:
+      course: `update` and columns of numbers; those that begin with "seed" share a panel.
+      title: of the figure.
+      path: PNG to write.
+    """
+    seeds = [name for name in course if name.startswith("seed")]
+    panels = [("loss", seeds)] if seeds else []
+    panels += [
+        (name.replace("_", " "), [name]) for name in course if name not in ("update", *seeds)
+    ]
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.2 + 3.6 * len(panels), 3.3), squeeze=False, layout="constrained"
+    )
+    for axis, (label, names) in zip(axes.flat, panels, strict=True):
+        for i, name in enumerate(names):
+            axis.plot(course["update"], course[name], "o-", ms=3, lw=1.4, label=name,
+                      color=COLORS[i % len(COLORS)])  # fmt: skip
+        axis.set(xlabel="update", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(names) > 1:
+            axis.legend(frameon=False, fontsize=8)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
+    """Values with 95% intervals, and what they cost: value against adherence and unsafe doses.
+
+    Args:
+      table: rows with policy, kind, value, low, high, adherence, unsafe; NaN is left out.
+      title: of the figure.
+      path: PNG to write.
+    """
+    rows = table[table["value"].notna()].sort_values("value")
+    kinds = list(dict.fromkeys(table["kind"]))
+    color = {kind: COLORS[i % len(COLORS)] for i, kind in enumerate(kinds)}
+    figure, (left, *scatters) = plt.subplots(
+        1, 3, figsize=(16, 0.34 * len(rows) + 2.4), width_ratios=(1.15, 1, 1), layout="constrained"
+    )
+    for place, row in enumerate(rows.itertuples()):
+        left.plot([row.low, row.high], [place] * 2, color=color[row.kind], lw=2.5)
+        left.plot(row.value, place, "o", color=color[row.kind], ms=7)
+        left.annotate(f"{row.value:.2f}", (row.high, place), (6, 0), va="center", fontsize=9,
+                      textcoords="offset points")  # fmt: skip
+    left.set_yticks(range(len(rows)), rows["policy"])
+    left.set(xlabel="value: mean total reward, 95% interval")
+    left.margins(x=0.12)
+    for axis, rate in zip(scatters, ("adherence", "unsafe"), strict=True):
+        for kind in kinds:
+            of_kind = rows[rows["kind"] == kind]
+            axis.scatter(of_kind[rate], of_kind["value"], s=46, color=color[kind], label=kind)
+        _label_points(axis, rows[rate], rows["value"], rows["policy"])
+        axis.set(xlabel=f"{rate}, % of prescriptions", ylabel="value")
+        axis.margins(x=0.22, y=0.08)
+    scatters[-1].legend(frameon=False, fontsize=8, loc="best")
+    for axis in (left, *scatters):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _label_points(axis: Any, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
+    """Names beside points, from below upwards, each pushed up where it would meet the last."""
+    height = 0.045 * (y.max() - y.min() or 1.0)
+    width = 0.25 * (x.max() - x.min() or 1.0)
+    placed: list[tuple[float, float]] = []
+    for at, value, name in sorted(zip(x, y, names, strict=True), key=lambda point: point[1]):
+        spot = value
+        while any(abs(at - a) < width and abs(spot - b) < height for a, b in placed):
+            spot += height / 4
+        placed.append((at, spot))
+        axis.annotate(f"  {name}", (at, value), (at, spot), fontsize=8, va="center",
+                      bbox={"pad": 0, "fc": "none", "ec": "none"})  # fmt: skip

@@ -1,0 +1,175 @@
+"""What policies prescribe in recorded states, beside the clinician."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pandas as pd
+
+from policy.base import Policy
+from policy.checkpoint import load_policy
+from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, find_policies, fit_clone
+from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
+from sepsis_jax.pipelines.splits import of_split
+from sepsis_jax.progress import Progress, silent
+from sepsis_jax.provenance import provenance
+from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.report.policy_figures import action_heat_map, action_shares, difference_heat_map
+from worldmodel import schema
+from worldmodel.episode_files import (
+    EPISODES_FILE,
+    load_dose_edges,
+    load_episodes,
+    load_manifest,
+)
+from worldmodel.episodes import Episodes
+from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
+
+MARKER = "description.csv"
+_LEAST = 1e-12
+
+
+def describe_policies(
+    episodes_path: str | Path,
+    out: str | Path,
+    policy: list[str],
+    *,
+    split: str = "test",
+    clinician: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Describes policies on recorded stays: heat maps, agreement, levels, rules.
+
+    Args:
+      episodes_path: folder of episodes.
+      out: folder to write: description.csv, actions.png, difference.png, report.html,
+        manifest.json.
+      policy: built-in names, folders of policies, or NAME=FOLDER.
+      split: "train", "validation", "test" or "all".
+      clinician: folder of a cloned clinician; None fits one.
+      seed: of the clone and of actions drawn.
+      progress: called with (phase, share done).
+
+    Returns:
+      One row per policy, the clinician of the records first.
+    """
+    episodes_path, out = Path(episodes_path), Path(out)
+    check_replaceable(out, MARKER)
+    policies = find_policies(policy)
+    progress("reading", 0.0)
+    everyone = load_episodes(episodes_path)
+    episodes, _ = of_split(everyone, split)
+    progress("clinician", 0.1)
+    if clinician is None:
+        clone = fit_clone(everyone, replace(CloneConfig(), seed=seed)).policy
+    else:
+        clone = load_policy(clinician)
+    habit = clone.action_probs(episodes)
+    names = [CLINICIAN, *(name for name in policies if name != CLINICIAN)]
+    rows, shares = [], {}
+    for number, name in enumerate(names):
+        progress(name, 0.4 + 0.5 * number / len(names))
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        row, share = _describe(key, name, policies.get(name), episodes, habit, episodes_path)
+        rows.append(row)
+        shares[name] = share
+    table = pd.DataFrame(rows)
+    progress("writing", 0.95)
+    manifest = provenance(
+        episodes={"path": str(episodes_path), "sha256": digest_file(episodes_path / EPISODES_FILE)},
+        policies=policy, split=split, stays=episodes.num_stays, seed=seed,
+        clinician=None if clinician is None else str(clinician),
+    )  # fmt: skip
+    _write(out, table, shares, manifest)
+    progress("done", 1.0)
+    return table
+
+
+def _describe(
+    key: jax.Array,
+    name: str,
+    policy: Policy | None,
+    episodes: Episodes,
+    habit: np.ndarray,
+    episodes_path: Path,
+) -> tuple[dict[str, Any], np.ndarray]:
+    """A row of the table and [5, 5] shares of the actions."""
+    key_policy, key_draw = jax.random.split(key)
+    probs = taken(episodes) if policy is None else policy.action_probs(episodes, key=key_policy)
+    valid = np.asarray(episodes.valid)
+    share = action_shares(probs, valid)
+    step_hours = float(load_manifest(episodes_path)["step_hours"])
+    if policy is None:
+        rates = simulated_rates(episodes, step_hours)
+    else:
+        rates = prescribed_rates(
+            key_draw, episodes, probs, step_hours=step_hours,
+            dose_edges=load_dose_edges(episodes_path),
+        )  # fmt: skip
+    row: dict[str, Any] = {"policy": name, **_agreement(probs, habit, episodes)}
+    if policy is None:
+        row |= {"entropy": np.nan, "kl": np.nan}  # one action was taken, whatever else was likely
+    row |= {name: rates[name] for name in RATES}
+    for level, label in enumerate(schema.LEVEL_NAMES):
+        row[f"vasopressor {label}"] = share[level].sum()
+    for level, label in enumerate(schema.LEVEL_NAMES):
+        row[f"fluid {label}"] = share[:, level].sum()
+    return row, share
+
+
+def _agreement(probs: np.ndarray, habit: np.ndarray, episodes: Episodes) -> dict[str, float]:
+    """With the actions taken (percent) and, in nats, with the clone's probabilities."""
+    valid = np.asarray(episodes.valid)
+    rows, clone = probs[valid].astype(np.float64), habit[valid].astype(np.float64)
+    action = np.asarray(episodes.action)[valid]
+    log = np.log(np.maximum(rows, _LEAST))
+    chosen = rows[np.arange(len(rows)), action]
+    return {
+        "top1": 100.0 * float((rows.argmax(-1) == action).mean()),
+        "probability_of_taken": 100.0 * float(chosen.mean()),
+        "kl": float((rows * (log - np.log(np.maximum(clone, _LEAST)))).sum(-1).mean()),
+        "entropy": float(-(rows * log).sum(-1).mean()),
+    }
+
+
+_TEXT = (
+    "What each policy would give in the states that the records show. top1: percent of steps in "
+    "which its likeliest action is the one taken. kl: nats from the cloned clinician. Rules in "
+    "percent of prescriptions; running vasopressor and volume given are the clinician's, whose "
+    "row shows what was really given. How patients would have fared is not answered here.",
+)
+
+
+def _write(
+    out: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: dict[str, Any]
+) -> None:
+    others = {name: share for name, share in shares.items() if name != CLINICIAN}
+    with atomic_folder(out, marker=MARKER) as folder:
+        table.to_csv(folder / MARKER, index=False)
+        write_json(folder / "manifest.json", manifest)
+        title = f"What is given, {manifest['split']} split"
+        pictures = [(folder / "actions.png", "Share of decisions by pair of doses")]
+        action_heat_map(shares, title, pictures[0][0])
+        if others:
+            pictures.append((folder / "difference.png", "Policy less clinician"))
+            title = f"Policy less clinician, {manifest['split']} split"
+            difference_heat_map(others, shares[CLINICIAN], title, pictures[1][0])
+        write_page(
+            folder / "report.html", "Policies in recorded states",
+            [Section(f"{manifest['stays']} stays", _TEXT, pictures, (description(table),))],
+        )  # fmt: skip
+
+
+def description(table: pd.DataFrame) -> Table:
+    """One column per policy: there are more figures than policies."""
+    numbers = table.set_index("policy").T
+    rows = [
+        (name, *(None if pd.isna(value) else float(value) for value in row))
+        for name, row in zip(numbers.index, numbers.to_numpy(), strict=True)
+    ]
+    return Table("", ("", *numbers.columns), rows)

@@ -1,0 +1,196 @@
+"""From episodes to a folder with one trained policy."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from policy.base import Policy
+from policy.checkpoint import MARKER, load_policy, save_policy
+from policy.offline.configuration import NAMES as OFFLINE
+from sepsis_jax.pipelines.policies import (
+    CLINICIAN,
+    METHODS,
+    PlannerOptions,
+    PPOOptions,
+    Trained,
+    digest_folder,
+    fingerprint,
+    fit_clone,
+    make_planner,
+    of_iql,
+    optimise,
+    train_offline_policy,
+    with_algorithm,
+)
+from sepsis_jax.pipelines.policy_rates import taken
+from sepsis_jax.pipelines.splits import of_split
+from sepsis_jax.progress import Progress, silent
+from sepsis_jax.provenance import provenance
+from sepsis_jax.report.policy_figures import (
+    action_heat_map,
+    action_shares,
+    course_figure,
+    reliability_figure,
+)
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
+from worldmodel.models.checkpoint import load_world_model
+
+
+def train_policy(
+    episodes_path: str | Path,
+    out: str | Path,
+    method: str,
+    config: Any,
+    *,
+    model: str | Path | None = None,
+    critic: str | Path | None = None,
+    clinician: str | Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Trains one policy on the training split and writes it with its pictures.
+
+    Args:
+      episodes_path: folder of episodes.
+      out: folder to write: the policy, losses.csv and losses.png or
+        reliability.csv and reliability.png, actions.png.
+      method: one of `METHODS`.
+      config: of the class `OPTIONS[method]`.
+      model: world model of a planner or of PPO.
+      critic: policy of IQL: critic of a planner, start of PPO; None trains the planner's.
+      clinician: cloned clinician of a planner; None fits one.
+      progress: called with (phase, share done).
+
+    Returns:
+      Method, settings and figures of the training, as kept in the manifest.
+
+    Raises:
+      InputError: an input is missing or is not what the method needs.
+    """
+    if method not in METHODS:
+        raise InputError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
+    if method in ("planner", "ppo") and model is None:
+        raise InputError(f"--model: {method} needs a world model; see sepsis-jax world-model train")
+    for option, given, users in (
+        ("--model", model, ("planner", "ppo")),
+        ("--critic", critic, ("planner", "ppo")),
+        ("--clinician", clinician, ("planner",)),
+    ):
+        if given is not None and method not in users:
+            raise InputError(f"{option}: only for --method {' and '.join(users)}")
+    episodes_path, out = Path(episodes_path), Path(out)
+    check_replaceable(out, MARKER)  # before training, not after
+    progress("reading", 0.0)
+    episodes, scaler = load_episodes(episodes_path), load_scaler(episodes_path)
+    if method in OFFLINE:
+        config = with_algorithm(config, method)
+    start = None if critic is None else of_iql(load_policy(critic))
+
+    def told(what: str, share: float) -> None:
+        progress(what, 0.05 + 0.85 * share)
+
+    if method in OFFLINE:
+        trained = train_offline_policy(episodes, scaler, config, told)
+    elif method == CLINICIAN:
+        trained = fit_clone(episodes, config, told)
+    else:
+        world_model = load_world_model(str(model))
+        if isinstance(config, PPOOptions):
+            env = SepsisEnv.learned(world_model, episodes.of_split("train"), past=config.ppo.past)
+            trained = optimise(env, scaler, config, start, told)
+        else:
+            assert isinstance(config, PlannerOptions)
+            if start is None:
+                settings = with_algorithm(config.critic, "iql")
+                start = of_iql(train_offline_policy(episodes, scaler, settings, told).policy)
+            clone: Policy
+            if clinician is None:
+                clone = fit_clone(episodes, config.clone, told).policy
+            else:
+                clone = load_policy(clinician)
+            trained = make_planner(episodes, world_model, start, clone, config.search, told)
+    inputs = {
+        "episodes": digest_file(episodes_path / EPISODES_FILE),
+        **{
+            name: None if path is None else digest_folder(Path(path))
+            for name, path in (("model", model), ("critic", critic), ("clinician", clinician))
+        },
+    }
+    progress("writing", 0.92)
+    record = write_policy(out, method, trained, config, inputs, episodes)
+    progress("done", 1.0)
+    return record
+
+
+def write_policy(
+    out: Path,
+    method: str,
+    trained: Trained,
+    config: Any,
+    inputs: dict[str, str | None],
+    episodes: Episodes,
+) -> dict[str, Any]:
+    """Writes a policy with its record and pictures; the folder appears whole.
+
+    Args:
+      out: folder to write.
+      method: how it was trained.
+      trained: the policy.
+      config: settings it was trained with.
+      inputs: digests of what it was trained on, part of the fingerprint.
+      episodes: with a test split, for the heat map.
+
+    Returns:
+      The record.
+    """
+    record = {
+        "method": method,
+        "fingerprint": fingerprint(method, config, **inputs),
+        "config": asdict(config),
+        "inputs": inputs,
+        **_facts(trained),
+    }
+    with atomic_folder(out, marker=MARKER) as folder:
+        save_policy(trained.policy, folder, manifest=provenance(**record))
+        if trained.losses is not None:
+            trained.losses.to_csv(folder / "losses.csv", index=False)
+            course_figure(trained.losses, f"{method}: training", folder / "losses.png")
+        if trained.fit is not None:
+            fit = trained.fit
+            fit.reliability.to_csv(folder / "reliability.csv", index=False)
+            curves = {"calibrated": fit.reliability, "before": fit.uncalibrated_reliability}
+            errors = {"calibrated": fit.report["ece"], "before": fit.uncalibrated_report["ece"]}
+            title = f"{fit.name}: probabilities on the test split"
+            reliability_figure(curves, errors, title, folder / "reliability.png")
+        test, _ = of_split(episodes, "test")
+        valid = np.asarray(test.valid)
+        shares = {
+            method if method != CLINICIAN else "clone": action_shares(
+                trained.policy.action_probs(test), valid
+            ),
+            "clinician, recorded": action_shares(taken(test), valid),
+        }
+        action_heat_map(shares, "What is given, test split", folder / "actions.png")
+    return record
+
+
+def _facts(trained: Trained) -> dict[str, Any]:
+    if trained.fit is not None:
+        return {"report": trained.fit.report}
+    if trained.losses is not None:
+        last = trained.losses.iloc[-1]
+        return {"last": {str(name): float(value) for name, value in last.items()}}
+    return {}
+
+
+def known(folder: Path, expected: str) -> bool:
+    """Whether a folder holds a policy of that fingerprint."""
+    file = folder / MARKER
+    return file.exists() and read_json(file).get("fingerprint") == expected

@@ -1,0 +1,179 @@
+"""What policies are worth: in the synthetic world by its truth, else in a world model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+
+from policy.base import Policy
+from policy.planner import Planner
+from sepsis_jax.ope.simulated import simulated_value
+from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
+from sepsis_jax.report.policy_figures import action_shares
+from worldmodel import schema
+from worldmodel.clinical.reward import trajectory_rewards
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.models.world_model import WorldModel
+from worldmodel.synthetic import Config, Params, generate
+
+_NORMAL = 1.96  # of 95% intervals
+_PLANNER_BLOCK = 128  # patients per call: every one of them is 25 predictions wide
+
+
+class Outcome(NamedTuple):
+    """What came of one policy on N patients, the same for every policy."""
+
+    total: np.ndarray  # [N] undiscounted total reward
+    died: np.ndarray | None  # [N] by day 90; None where unknown
+    length: float | None  # mean steps
+    rates: dict[str, float]
+    shares: np.ndarray  # [5, 5] percent
+
+
+@dataclass(frozen=True)
+class TrueWorld:
+    """Fresh patients of the synthetic world; the same for every policy, luck included."""
+
+    patients: int
+    seed: int
+    confounding: float
+
+    def params(self) -> Params:
+        """Coefficients of the world."""
+        params = Params()
+        clinician = replace(params.clinician, confounding=self.confounding)
+        return replace(params, clinician=clinician)
+
+    def outcome(self, policy: Policy | None) -> Outcome:
+        """Of a policy; None is the clinician."""
+        narrow = {"block": _PLANNER_BLOCK} if isinstance(policy, Planner) else {}
+        episodes, truth = generate(
+            jax.random.key(self.seed), self.patients, policy=policy, keep_latent=False,
+            config=Config(past=0 if policy is None else policy.past), params=self.params(),
+            **narrow,
+        )  # fmt: skip
+        return Outcome(
+            total=np.asarray(truth.reward, np.float64).sum(1),
+            died=np.asarray(episodes.died_90d),
+            length=float(np.mean(episodes.length)),
+            rates=simulated_rates(episodes, schema.STEP_HOURS),
+            shares=action_shares(taken(episodes), np.asarray(episodes.valid)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class ModelWorld:
+    """Recorded patients played forward in a world model; rates on the recorded states."""
+
+    world_model: WorldModel
+    episodes: Episodes
+    horizon: int
+    samples: int
+    seed: int
+    dose_edges: schema.DoseEdges
+
+    def outcome(self, policy: Policy | None) -> Outcome:
+        """Of a policy; for the clinician (None) what the records say."""
+        key_value, key_act, key_draw = jax.random.split(jax.random.key(self.seed), 3)
+        episodes, step_hours = self.episodes, self.world_model.step_hours
+        valid = np.asarray(episodes.valid)
+        if policy is None:
+            return Outcome(
+                total=recorded_returns(episodes),
+                died=np.asarray(episodes.died_90d),
+                length=float(np.mean(episodes.length)),
+                rates=simulated_rates(episodes, step_hours),
+                shares=action_shares(taken(episodes), valid),
+            )
+        found = simulated_value(
+            self.world_model, key_value, episodes, policy,
+            horizon=self.horizon, samples=self.samples,
+        )  # fmt: skip
+        probs = policy.action_probs(episodes, key=key_act)
+        rates = prescribed_rates(
+            key_draw, episodes, probs, step_hours=step_hours, dose_edges=self.dose_edges
+        )
+        return Outcome(found.total, None, None, rates, action_shares(probs, valid))
+
+
+def recorded_returns(episodes: Episodes) -> np.ndarray:
+    """[N] undiscounted total reward of recorded stays."""
+    lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
+    reward = trajectory_rewards(episodes.sofa, lactate, episodes.length, episodes.died_90d)
+    return np.asarray(reward, np.float64).sum(1)
+
+
+def typical_horizon(episodes: Episodes) -> int:
+    """Steps that a stay of mean length has beyond its first row; a model has no end of its own."""
+    return max(round(float(np.mean(episodes.length))) - 1, 1)
+
+
+def value_table(
+    outcomes: dict[str, Outcome],
+    kinds: dict[str, str],
+    *,
+    baseline: str,
+    best: str | None,
+) -> pd.DataFrame:
+    """One row per policy with value, paired differences, mortality and rates.
+
+    Args:
+      outcomes: by policy, of the same patients in the same order.
+      kinds: of the policies; the best of kind "offline" is compared with.
+      baseline: policy that `less_clinician` is the difference from.
+      best: policy that marks 100% of the gap from the baseline; None for no gap.
+
+    Raises:
+      InputError: the baseline is missing.
+    """
+    if baseline not in outcomes:
+        raise InputError(f"comparison: the baseline {baseline} is missing")
+    values = {name: float(found.total.mean()) for name, found in outcomes.items()}
+    offline = [name for name in outcomes if kinds[name] == "offline"]
+    rival = max(offline, key=values.__getitem__) if offline else None
+    gap = np.nan if best is None else values[best] - values[baseline]
+    gap = gap if gap > 0 else np.nan  # nothing to close
+    rows = []
+    for name, found in outcomes.items():
+        row: dict[str, Any] = {"policy": name, "kind": kinds[name]}
+        row |= _interval("value", found.total)
+        row |= _against("less_clinician", found, outcomes[baseline], same=name == baseline)
+        rival_found = None if rival is None else outcomes[rival]
+        row |= _against("less_best_offline", found, rival_found, same=name == rival)
+        row["gap_closed"] = 100.0 * (values[name] - values[baseline]) / gap
+        died = found.died
+        row["mortality"] = np.nan if died is None else 100.0 * float(died.mean())
+        row["mortality_se"] = np.nan if died is None else 100.0 * _error(died.astype(np.float64))
+        row["length"] = np.nan if found.length is None else found.length
+        row |= {rate: found.rates[rate] for rate in RATES}
+        rows.append(row)
+    table = pd.DataFrame(rows).rename(columns={"value_low": "low", "value_high": "high"})
+    table.attrs = {"best_offline": rival, "baseline": baseline, "best": best}
+    return table
+
+
+def _against(name: str, found: Outcome, other: Outcome | None, *, same: bool) -> dict[str, float]:
+    """A paired difference; of nothing from itself."""
+    if other is None or same:
+        return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
+    row = _interval(name, found.total - other.total)
+    return {column: value for column, value in row.items() if not column.endswith("_se")}
+
+
+def _interval(name: str, numbers: np.ndarray) -> dict[str, float]:
+    mean, error = float(numbers.mean()), _error(numbers)
+    return {
+        name: mean,
+        f"{name}_low": mean - _NORMAL * error,
+        f"{name}_high": mean + _NORMAL * error,
+        f"{name}_se": error,
+    }
+
+
+def _error(numbers: np.ndarray) -> float:
+    return float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
