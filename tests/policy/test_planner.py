@@ -1,0 +1,288 @@
+"""The planner: a known advantage is found, and every search finds what is best."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy.base import Policy
+from policy.clinician_models import MLP
+from policy.offline.configuration import OfflineConfig
+from policy.offline.data import transitions
+from policy.offline.training import train_offline
+from policy.planner import Planner, PlannerConfig, fit_planner
+from policy.planner.advantage import (
+    PAST,
+    dose_basis,
+    effects,
+    fit_advantage,
+    moderators,
+    untrained_advantage,
+)
+from policy.planner.search import play
+from policy.simple import RandomPolicy
+from tests.toy import toy_episodes
+from worldmodel import schema
+from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.windows import encode_action
+from worldmodel.models.world_model import init_world_model
+from worldmodel.scaling import Scaler
+from worldmodel.simulate.history import history_of, start_history, view_of
+from worldmodel.view import view_at
+
+EPISODES = toy_episodes(60, 14)
+SCALER = Scaler.fit(EPISODES, split=None)
+KEY = jax.random.key(0)
+# The reference variant answers to treatment as it is initialised.
+WORLD = init_world_model(
+    jax.random.key(5),
+    SCALER,
+    ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4),
+    members=2,
+)
+STEP = 5
+
+
+@pytest.fixture(scope="module")
+def stay():
+    return EPISODES.select(np.flatnonzero(np.asarray(EPISODES.length) > STEP)[:1])
+
+
+@pytest.fixture(scope="module")
+def view(stay):
+    return jax.tree.map(lambda leaf: leaf[0], view_at(stay, jnp.array([0]), STEP, past=12))
+
+
+def made(config=None, clinician=None, **advantage) -> Planner:
+    start = untrained_advantage(SCALER)
+    keys = iter(jax.random.split(KEY, 3))
+    filled = jax.tree.map(
+        lambda leaf: jax.random.normal(next(keys), leaf.shape),
+        {"doses": start.doses, "effects": start.effects, "usual": start.usual},
+    )
+    filled |= {name: jnp.asarray(value) for name, value in advantage.items()}
+    clinician = clinician or MLP.initial(KEY, SCALER, 4)
+    return Planner(WORLD, replace(start, **filled), clinician, config or PlannerConfig())
+
+
+def towards(action):
+    """An advantage that grows towards one of the corners of the grid of doses."""
+    vasopressor, fluid = schema.action_levels(action)
+    doses = np.zeros((16, 6), np.float32)
+    doses[0, [0, 3]] = [1.0 if vasopressor else -1.0, 1.0 if fluid else -1.0]
+    return {"doses": doses, "effects": np.zeros(8, np.float32)}
+
+
+# The advantage
+
+
+def test_residuals_on_residuals_find_a_known_advantage():
+    rng = np.random.default_rng(0)
+    rows, action_noise = 40_000, 25
+    moderator = np.concatenate([np.ones((rows, 1)), rng.normal(size=(rows, 15))], 1)
+    features = np.concatenate([np.ones((rows, 1)), rng.normal(size=(rows, 7)), moderator[:, 1:]], 1)
+    # A clinician who treats by the very severity that lowers the value: naive fits are misled.
+    severity = moderator[:, 1]
+    levels = np.arange(action_noise) / 24
+    logits = 2.0 * severity[:, None] * levels
+    habit = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    action = (habit.cumsum(1) > rng.random((rows, 1))).argmax(1)
+    effect = rng.normal(size=(rows, 8)) + severity[:, None]
+    theta = rng.normal(size=(16, 6))
+    gain_of_effects = rng.normal(size=8)
+    basis = dose_basis()
+    centred = basis[action] - habit @ basis
+    gain = (moderator[:, :, None] * centred[:, None]).reshape(rows, -1) @ theta.reshape(-1)
+    gain = gain + effect @ gain_of_effects - 8.0 * severity + rng.normal(size=rows)
+    found = fit_advantage(features, moderator, effect, habit, action, gain, SCALER, ridge=1e-3)
+    np.testing.assert_allclose(found.effects, gain_of_effects, atol=0.05)
+    worth = np.einsum("rm,md,ad->ra", moderator[:500], theta - np.asarray(found.doses), basis)
+    assert np.abs(worth - worth.mean(1, keepdims=True)).mean() < 0.15
+    np.testing.assert_allclose(found.usual[8], np.ones(8), atol=0.05)  # by severity
+
+
+def test_effects_by_hand():
+    mean, std = np.asarray(SCALER.mean), np.asarray(SCALER.std)
+    mu = np.zeros((2, 39), np.float32)
+    at = schema.INDEX["meanbp"]
+    mu[:, at] = (np.array([60.0, 90.0]) - mean[at]) / std[at]
+    mu[:, schema.INDEX["lactate"]] = [1.5, -0.5]
+    got = np.asarray(effects(jnp.asarray(mu), SCALER))
+    np.testing.assert_allclose(got[:, :2], [[1.0, 0.0], [0.0, 1.0]], atol=1e-4)
+    np.testing.assert_allclose(got[:, 3], [1.5, -0.5])
+
+
+def test_moderators_by_hand(view):
+    row = np.asarray(view.dynamic)
+    got = np.asarray(moderators(view, SCALER))
+    pressure = row[schema.INDEX["meanbp"]]
+    ratio = 100 * row[schema.INDEX["pao2"]] / row[schema.INDEX["fio2"]]
+    np.testing.assert_allclose(got[:2], [1, (pressure - 70) / 10], rtol=1e-5)
+    np.testing.assert_allclose(got[2], max(65 - pressure, 0) / 5, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got[10], np.log(np.clip(ratio, 30, 700) / 200), rtol=1e-4)
+    np.testing.assert_allclose(
+        got[11:],
+        [np.exp(-STEP / 3), STEP / 20, view.vasopressor / 4, view.fluid / 4, view.ventilated],
+        rtol=1e-5,
+    )
+
+
+# One step
+
+
+def test_the_view_leads_back_to_the_history(stay):
+    for step in (0, 3, 12):
+        longest = EPISODES.select(np.argmax(np.asarray(EPISODES.length))[None])
+        history = start_history(WORLD, longest, step)
+        seen = jax.tree.map(lambda leaf: leaf[0], view_of(WORLD, history, past=12))
+        again = replace(history_of(WORLD, seen), patient=history.patient)
+        for want, got in zip(jax.tree.leaves(history), jax.tree.leaves(again), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-3)
+
+
+def by_hand(planner, stay, view):
+    """J [25] of the one-step search, action by action."""
+    habit = np.asarray(planner.clinician(KEY, view))
+    advantage = planner.advantage
+    mu = []
+    for action in range(25):
+        window = start_history(WORLD, stay, STEP).window(6)
+        rows = window.action.at[:, -1].set(encode_action(jnp.array([action])))
+        mu.append(
+            np.asarray(WORLD.transitions(window.obs, window.observed, window.static, rows).mu)
+        )
+    mu = np.stack(mu, 1)[:, :, 0]  # [E, 25, 39]
+    moderator = np.asarray(moderators(view, SCALER))
+    doses = dose_basis() @ (moderator @ np.asarray(advantage.doses))
+    doses = doses - habit @ doses
+    features = np.asarray(
+        transitions(stay, SCALER, past=PAST).features[STEP]
+    ) @ np.asarray(advantage.usual)  # fmt: skip
+    gains = (np.asarray(effects(jnp.asarray(mu), SCALER)) - features) @ np.asarray(
+        advantage.effects
+    )
+    total = doses + gains
+    config = planner.config
+    return total.mean(0) - config.risk * total.std(0) + config.prior_weight * np.log(habit)
+
+
+def test_one_step_by_hand(stay, view):
+    planner = made(PlannerConfig(prior_weight=0.7, risk=1.3, support=0.0))
+    want = by_hand(planner, stay, view)
+    np.testing.assert_allclose(planner.action_values(KEY, view), want, rtol=1e-3, atol=5e-3)
+    chosen = np.asarray(planner(KEY, view))
+    assert chosen.argmax() == want.argmax() and chosen.sum() == 1
+
+
+def test_the_price_of_disagreement(stay, view):
+    bold, careful = (
+        made(PlannerConfig(risk=risk, support=0.0)).action_values(KEY, view) for risk in (0, 2.0)
+    )
+    assert (np.asarray(bold - careful) > 0).all()
+
+
+def test_one_step_is_a_sequence_of_one(view):
+    planner = made(PlannerConfig(risk=0.5, support=0.0))
+    sequences = jnp.arange(25)[:, None]
+    got = play(planner, KEY, view, sequences, 0)
+    np.testing.assert_allclose(got, planner.action_values(KEY, view), rtol=1e-3, atol=5e-3)
+
+
+def test_a_rare_action_is_never_chosen(view):
+    class Timid(Policy):
+        def __call__(self, key, view):
+            return jnp.full(25, 1e-4).at[6].set(1 - 24e-4)
+
+    config = PlannerConfig(prior_weight=0.0)
+    free = made(replace(config, support=0.0), Timid(), **towards(24))
+    bound = made(replace(config, support=0.01), Timid(), **towards(24))
+    assert free(KEY, view).argmax() == 24
+    assert bound(KEY, view).argmax() == 6
+    # The price of leaving the habit does the same without a bound.
+    assert made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, view).argmax() == 6
+
+
+# Sequences
+
+
+@pytest.mark.parametrize("best", [0, 4, 20, 24])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PlannerConfig(prior_weight=0.0),
+        PlannerConfig(
+            search="cross-entropy", horizon=2, candidates=64, elites=8, iterations=4,
+            prior_weight=0.0,
+        ),
+        PlannerConfig(
+            search="sequential-halving", horizon=2, samples=1, candidates=8, prior_weight=0.0
+        ),
+    ],
+    ids=lambda config: config.search,
+)  # fmt: skip
+def test_every_search_finds_the_best(view, config, best):
+    planner = made(config, RandomPolicy(), **towards(best))
+    probs = jax.jit(lambda planner, key, view: planner(key, view))(planner, KEY, view)
+    assert probs.argmax() == best
+    soft = replace(planner, config=replace(config, temperature=1.0))(KEY, view)
+    assert float(soft.sum()) == pytest.approx(1.0, abs=1e-5) and soft.argmax() == best
+
+
+def test_sequences_meet_the_same_noise_and_add_up(view):
+    planner = made(PlannerConfig(search="cross-entropy", horizon=3, prior_weight=0.2))
+    sequences = jnp.array([[3, 7, 7], [3, 7, 7], [4, 7, 7]])
+    noisy = np.asarray(play(planner, KEY, view, sequences, 4))
+    assert noisy[0] == pytest.approx(noisy[1], abs=1e-4) and abs(noisy[0] - noisy[2]) > 1e-3
+    short = np.asarray(play(planner, KEY, view, sequences[:, :1], 0))
+    longer = np.asarray(play(planner, KEY, view, sequences[:, :2], 0))
+    # Nothing that comes later is worth anything at a discount of 0.
+    blind = replace(planner, config=replace(planner.config, gamma=0.0))
+    np.testing.assert_allclose(play(blind, KEY, view, sequences[:, :2], 0), short, atol=1e-3)
+    assert np.abs(longer - short).max() > 1e-3
+
+
+def test_minus_one_is_what_the_clinician_would_do(view):
+    planner = made(PlannerConfig(prior_weight=0.3))
+    usual = int(planner.habit(view).argmax())
+    both = play(planner, KEY, view, jnp.array([[-1], [usual]]), 0)
+    assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-5)
+
+
+# Fitting and settings
+
+
+def test_fitting_end_to_end():
+    config = OfflineConfig(hidden=(8,), updates=20, batch_size=32, seeds=2, past=2)
+    rows = transitions(EPISODES.of_split("train"), SCALER, past=2)
+    critic = train_offline(rows, SCALER, config).policy
+    planner = fit_planner(EPISODES, WORLD, critic, RandomPolicy())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(planner.advantage))
+    assert np.abs(planner.advantage.doses).max() > 0
+    probs = planner.action_probs(EPISODES)
+    np.testing.assert_allclose(probs.sum(-1), 1.0, atol=1e-5)
+    with pytest.raises(InputError, match="trained by cql has no value"):
+        wrong = train_offline(rows, SCALER, replace(config, algorithm="cql")).policy
+        fit_planner(EPISODES, WORLD, wrong, RandomPolicy())
+    with pytest.raises(InputError, match="has no stays"):
+        test_only = EPISODES.of_split("test")
+        fit_planner(test_only, WORLD, critic, RandomPolicy())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"search": "beam"}, "search: got 'beam'"),
+        ({"horizon": 2}, "the one-step search has 1"),
+        ({"search": "cross-entropy", "horizon": 0}, "horizon: got 0"),
+        ({"elites": 40}, "at most the 32 candidates"),
+        ({"search": "sequential-halving", "horizon": 2}, "there are 25 first actions"),
+        ({"risk": -1.0}, "risk: got -1.0"),
+        ({"support": 1.5}, r"support: got 1.5, expected within \[0, 1\]"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(InputError, match=message):
+        PlannerConfig(**settings)
