@@ -20,6 +20,10 @@ from worldmodel.errors import InputError
 _PANEL = 3.3  # inches
 _COLUMNS = 4
 _LEVELS = tuple(name.replace("Very High", "Very\nhigh") for name in schema.LEVEL_NAMES)
+_KIND_COLORS = {
+    "clinician": "black", "bracket": "grey", "rules": COLORS[2], "clone": COLORS[3],
+    "offline": COLORS[4], "planner": COLORS[1], "with the truth": COLORS[0],
+}  # fmt: skip
 _TICKS = (0, 1, 2, 5, 10, 20, 50, 100)
 
 
@@ -186,13 +190,12 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
     """Values with 95% intervals, and what they cost: value against adherence and unsafe doses.
 
     Args:
-      table: rows with policy, kind, value, low, high, adherence, unsafe; NaN is left out.
+      table: rows with policy, kind, value, low, high, adherence, unsafe; brackets are in the
+        first panel alone, since they would flatten the others.
       title: of the figure.
       path: PNG to write.
     """
-    rows = table[table["value"].notna()].sort_values("value")
-    kinds = list(dict.fromkeys(table["kind"]))
-    color = {kind: COLORS[i % len(COLORS)] for i, kind in enumerate(kinds)}
+    rows, color = table.sort_values("value"), _KIND_COLORS
     figure, (left, *scatters) = plt.subplots(
         1, 3, figsize=(16, 0.34 * len(rows) + 2.4), width_ratios=(1.15, 1, 1), layout="constrained"
     )
@@ -204,14 +207,12 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
     left.set_yticks(range(len(rows)), rows["policy"])
     left.set(xlabel="value: mean total reward, 95% interval")
     left.margins(x=0.12)
+    near = rows[rows["kind"] != "bracket"]
     for axis, rate in zip(scatters, ("adherence", "unsafe"), strict=True):
-        for kind in kinds:
-            of_kind = rows[rows["kind"] == kind]
-            axis.scatter(of_kind[rate], of_kind["value"], s=46, color=color[kind], label=kind)
-        _label_points(axis, rows[rate], rows["value"], rows["policy"])
+        axis.scatter(near[rate], near["value"], s=46, c=near["kind"].map(color))
+        _label_points(axis, near[rate], near["value"], near["policy"])
         axis.set(xlabel=f"{rate}, % of prescriptions", ylabel="value")
-        axis.margins(x=0.22, y=0.08)
-    scatters[-1].legend(frameon=False, fontsize=8, loc="best")
+        axis.margins(x=0.25, y=0.12)
     for axis in (left, *scatters):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
@@ -219,14 +220,13 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
 
 
 def _label_points(axis: Any, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
-    """Names beside points, from below upwards, each pushed up where it would meet the last."""
-    height = 0.045 * (y.max() - y.min() or 1.0)
-    width = 0.25 * (x.max() - x.min() or 1.0)
+    """Names beside points, from below upwards, each pushed up where it would meet another."""
+    height = 0.055 * (y.max() - y.min() or 1.0)
+    width = 0.3 * (x.max() - x.min() or 1.0)
     placed: list[tuple[float, float]] = []
     for at, value, name in sorted(zip(x, y, names, strict=True), key=lambda point: point[1]):
         spot = value
         while any(abs(at - a) < width and abs(spot - b) < height for a, b in placed):
             spot += height / 4
         placed.append((at, spot))
-        axis.annotate(f"  {name}", (at, value), (at, spot), fontsize=8, va="center",
-                      bbox={"pad": 0, "fc": "none", "ec": "none"})  # fmt: skip
+        axis.annotate(f"  {name}", (at, value), (at, spot), fontsize=9, va="center")
