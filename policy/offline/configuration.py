@@ -61,6 +61,12 @@ class OfflineConfig:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not self.hidden or min(self.hidden) < 1:
             raise InputError(f"hidden: got {self.hidden}, expected widths of at least 1")
+        if not self.copy_every and not self.polyak:
+            raise InputError("polyak: got 0, so that targets never move; set it or copy_every")
+        if self.copy_every > self.updates:
+            raise InputError(
+                f"copy_every: got {self.copy_every}, expected at most the {self.updates} updates"
+            )
         for name in ("gamma", "polyak", "expectile", "support"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, expected within [0, 1]")

@@ -113,19 +113,18 @@ def _optimizer(config: OfflineConfig, updates: int) -> optax.GradientTransformat
 def _train(
     keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
 ) -> tuple[Networks, jax.Array]:
-    train_one = partial(_train_one, config=config, report=report)
     if jax.default_backend() != "cpu":
-        return jax.jit(jax.vmap(train_one, (0, None)))(keys, transitions)
-    program = jax.jit(train_one).lower(keys[0], transitions).compile()
+        return _train_all(keys, transitions, config=config, report=report)
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
-        return jax.block_until_ready(program(key, transitions))
+        return jax.block_until_ready(_train_one(key, transitions, config=config, report=report))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(run, keys))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
+@partial(jax.jit, static_argnames=("config", "report"))
 def _train_one(
     key: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
 ) -> tuple[Networks, jax.Array]:
@@ -161,6 +160,14 @@ def _train_one(
     learner = _Learner(networks, networks, optimizer.init(networks))
     learner, losses = jax.lax.scan(record, learner, (batch_keys, numbers))
     return learner.targets, losses
+
+
+@partial(jax.jit, static_argnames=("config", "report"))
+def _train_all(
+    keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
+) -> tuple[Networks, jax.Array]:
+    train_one = partial(_train_one, config=config, report=report)
+    return jax.vmap(train_one, (0, None))(keys, transitions)
 
 
 def draw_batch(key: jax.Array, transitions: Transitions, config: OfflineConfig) -> Batch:
