@@ -29,7 +29,8 @@ def evaluate(
         typer.Option(
             "--policy",
             help="NAME=FILE, a CSV or Parquet table with stay_id, step, action_0 ... action_24; "
-            "or clinician, random, none. Repeat for more.",
+            "NAME=FOLDER, a policy that `sepsis-jax policy train` wrote; or clinician, random, "
+            "none, max, guideline. Repeat for more.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,
@@ -41,6 +42,10 @@ def evaluate(
             "fit: logistic, mlp, gru, clusters, marginal.",
         ),
     ] = "recorded",
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="World model in which policies are played as well."),
+    ] = None,
     config: Config = None,
     setting: Annotated[
         list[str] | None,
@@ -66,7 +71,13 @@ def evaluate(
     options = replace(options, seed=seed) if seed else options
     with phases("off-policy evaluation") as progress:
         table = evaluate_policies(
-            episodes, out, policy or [], behavior=behavior, options=options, progress=progress
+            episodes,
+            out,
+            policy or [],
+            behavior=behavior,
+            model=model,
+            options=options,
+            progress=progress,
         )
     rows = records(table)
     columns = ("policy", "estimator", "estimate", "low", "high", "difference", "ess")

@@ -134,13 +134,15 @@ def compare(
 ) -> None:
     """Train policies and compare them with the clinician. The same command again goes on."""
     from sepsis_jax.pipelines.policy_comparison import ComparisonOptions, compare_policies
-    from sepsis_jax.pipelines.policy_report import COLUMNS, cells, plain
+    from sepsis_jax.pipelines.policy_report import COLUMNS, SHORT, cells, plain
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(ComparisonOptions, config, setting, source="--set")
     with phases("comparison") as progress:
         table = compare_policies(episodes, model, out, options, truth=truth, progress=progress)
-    print_table("Policies on the same patients, 95% intervals", COLUMNS, cells(table))
+    rows = [row[:SHORT] for row in cells(table)]
+    title = "Policies on the same patients (from gap on: percent; ± half a 95% interval)"
+    print_table(title, COLUMNS[:SHORT], rows)
     console.print(f"{out / 'report.html'}, comparison.csv, .json, .md, policies/.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), **table.attrs, "rows": plain(table)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
+from policy.base import Policy as SomePolicy
+from policy.simple import GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.view import Policy, View, as_pytree, views
 
-BUILT_IN = ("clinician", "random", "none")
+SIMPLE: dict[str, Callable[[], SomePolicy]] = {
+    "random": RandomPolicy,
+    "none": NoTreatment,
+    "max": MaximumTreatment,
+    "guideline": GuidelineRules,
+}
+BUILT_IN = ("clinician", *SIMPLE)
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
 
 
@@ -33,14 +42,9 @@ def _on_rows(policy: Any, rows: View) -> jax.Array:
 def built_in(
     name: str, episodes: Episodes, behavior_probs: np.ndarray | None
 ) -> np.ndarray | jax.Array:
-    """[N, T, 25] probabilities of "clinician", "random" or "none" (no treatment)."""
-    shape = (episodes.num_stays, episodes.num_steps, schema.NUM_ACTIONS)
-    if name == "random":
-        return np.full(shape, 1.0 / schema.NUM_ACTIONS, np.float32)
-    if name == "none":
-        probs = np.zeros(shape, np.float32)
-        probs[..., 0] = 1.0
-        return probs
+    """[N, T, 25] probabilities of "clinician" or one of `SIMPLE`."""
+    if name in SIMPLE:
+        return SIMPLE[name]().action_probs(episodes)
     if name != "clinician":
         raise InputError(f"policy {name!r} is not built in; known: {', '.join(BUILT_IN)}")
     if behavior_probs is None:

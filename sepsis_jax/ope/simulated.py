@@ -41,6 +41,7 @@ def simulated_value(
     *,
     horizon: int,
     samples: int = 64,
+    block: int = 1024,
 ) -> SimulatedValue:
     """Plays the stays of `episodes` forward from admission under a policy.
 
@@ -51,12 +52,19 @@ def simulated_value(
       policy: `(key, view) -> [25]`, traced into the rollout.
       horizon: steps; the model has no end of its own, the terminal reward is asked at the last.
       samples: futures per patient, a multiple of the ensemble size.
+      block: patients per call; bounds the memory, changes no number.
     """
-    start = start_history(world_model, episodes, 0)
-    futures = rollout(
-        world_model, key, start, policy, horizon=horizon, samples=samples, features=()
-    )
-    total = np.asarray(futures.total_reward, np.float64)[:, 0]  # [N, S]
+    count = episodes.num_stays
+    block = min(block, count)
+    parts = []
+    for first in range(0, count, block):
+        rows = np.minimum(np.arange(first, first + block), count - 1)  # one shape for all
+        start = start_history(world_model, episodes.select(rows), 0)
+        futures = rollout(
+            world_model, key, start, policy, horizon=horizon, samples=samples, features=()
+        )
+        parts.append(np.asarray(futures.total_reward, np.float64)[:, 0])
+    total = np.concatenate(parts)[:count]  # [N, S]
     by_patient = total.mean(1)
     members = total.reshape(len(total), -1, world_model.num_members).mean((0, 1))
     error = by_patient.std(ddof=1) / np.sqrt(len(by_patient)) if len(by_patient) > 1 else np.nan

@@ -11,9 +11,13 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy.base import Policy
+from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
 from sepsis_jax import ope
 from sepsis_jax.ope import policies, sensitivity, subgroups
+from sepsis_jax.pipelines.ope_model import world_model_rows
+from sepsis_jax.pipelines.policies import CLINICIAN
 from sepsis_jax.pipelines.splits import of_split
 from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
@@ -22,11 +26,12 @@ from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
+from worldmodel.models.checkpoint import load_world_model
 
 SHOWN = ("policy", "estimator", "estimate", "low", "high", "difference", "difference_low",
          "difference_high", "ess", "trust", "reason")  # fmt: skip
 MARKER = "estimates.csv"
-HEADLINES = ("on_policy", "wis", "wpdis", "dm", "dr", "wdr")
+HEADLINES = ("on_policy", "wis", "wpdis", "dm", "dr", "wdr", "world_model")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class OPEOptions:
       soften: "none", "uniform" or "clinician".
       soften_share: share that softening gives away.
       zero_behavior, row_sums, missing_reward: "error" or a treatment.
+      horizon: steps in a world model; 0 for the mean length of the stays.
+      samples: futures per stay in a world model; 0 for one per ensemble member.
       seed: of every random choice.
     """
 
@@ -59,6 +66,8 @@ class OPEOptions:
     zero_behavior: str = "error"
     row_sums: str = "error"
     missing_reward: str = "error"
+    horizon: int = 0
+    samples: int = 0
     seed: int = 0
 
 
@@ -68,6 +77,7 @@ def evaluate_policies(
     policy: Sequence[str],
     *,
     behavior: str = "recorded",
+    model: str | Path | None = None,
     options: OPEOptions | None = None,
     progress: Progress = silent,
 ) -> pd.DataFrame:
@@ -77,25 +87,30 @@ def evaluate_policies(
       episodes_path: folder of episodes.
       out: folder to write: estimates.csv/.json/.tex, confounding.csv, subgroups.csv,
         ess_by_step.csv, behavior.csv where fitted, report.html, manifest.json.
-      policy: NAME=FILE with a table of probabilities, or a built-in name.
+      policy: NAME=FILE with a table of probabilities, NAME=FOLDER with a trained policy, or a
+        built-in name.
       behavior: "recorded", a model of `policy.clinician`, or a table of probabilities.
+      model: world model to play policies in as well; tables cannot be played.
       options: settings.
       progress: called with (phase, share done).
 
     Returns:
-      The table of `sepsis_jax.ope.evaluate`.
+      The table of `sepsis_jax.ope.evaluate`, with rows "world_model" where one is given.
     """
     options = options or OPEOptions()
     progress("reading", 0.0)
     everyone = load_episodes(episodes_path)
     key = jax.random.key(options.seed)
     fit_key, behavior_key, bootstrap_key, group_key = jax.random.split(key, 4)
+    world_model = None if model is None else load_world_model(model)
     del key
     progress("clinician", 0.05)
     full, taken, fits = _behavior(behavior, everyone, behavior_key)
     episodes, chosen = of_split(everyone, options.split)
     full = None if full is None else full[chosen]
-    probs = _policies(policy, episodes, full, options)
+    probs, played = _policies(policy, episodes, full, options)
+    if fits:
+        played[CLINICIAN] = fits[0].policy
     if taken is not None:
         episodes = replace(episodes, behavior_prob=jax.numpy.asarray(taken[chosen]))
     data = ope.from_episodes(episodes, behavior_probs=full, features=ope.state_features(episodes))
@@ -118,6 +133,15 @@ def evaluate_policies(
         "interval": options.interval, "n_bootstrap": options.n_bootstrap, "fitted": fitted,
     }  # fmt: skip
     table = ope.evaluate(data, probs, key=bootstrap_key, **shared)
+    if world_model is not None:
+        progress("world model", 0.6)
+        attrs = table.attrs
+        rows = world_model_rows(
+            world_model, list(probs), played, episodes,
+            horizon=options.horizon, samples=options.samples, seed=options.seed,
+        )  # fmt: skip
+        table = pd.concat([table, rows], ignore_index=True)
+        table.attrs = attrs
     weights = ope.weigh(data, jax.numpy.stack(list(probs.values())), clip)
     confounding = sensitivity.confounding_table(
         list(probs), data.returns(options.gamma), weights.log_weight[..., -1]
@@ -138,7 +162,8 @@ def evaluate_policies(
     manifest = provenance(
         episodes={"path": str(episodes_path),
                   "sha256": digest_file(Path(episodes_path) / EPISODES_FILE)},
-        policies=list(policy), options=vars(options), **facts,
+        policies=list(policy), model=None if model is None else str(model),
+        options=vars(options), **facts,
     )  # fmt: skip
     _write(Path(out), table, confounding, groups, fits, manifest)
     progress("done", 1.0)
@@ -159,20 +184,30 @@ def _behavior(
 
 def _policies(
     given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None, options: OPEOptions
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, Policy]]:
+    """Probabilities of all, and those that can be played in a world."""
     if not given:
-        raise InputError("--policy: none given; use NAME=FILE, or clinician, random, none")
+        raise InputError(
+            f"--policy: none given; use NAME=FILE, NAME=FOLDER, or {', '.join(policies.BUILT_IN)}"
+        )
     probs: dict[str, Any] = {}
+    played: dict[str, Policy] = {}
     for text in given:
         name, sign, file = text.partition("=")
         if name in probs or not name:
             raise InputError(f"--policy {text!r}: names must be given and differ")
         if not sign:
             probs[name] = policies.built_in(name, episodes, behavior)
+            if name in policies.SIMPLE:
+                played[name] = policies.SIMPLE[name]()
             continue
-        table = policies.read_probabilities(Path(file), episodes)
+        if Path(file).is_dir():
+            played[name] = load_policy(file)
+            table = played[name].action_probs(episodes)
+        else:
+            table = policies.read_probabilities(Path(file), episodes)
         probs[name] = policies.soften(table, options.soften, options.soften_share, behavior)
-    return probs
+    return probs, played
 
 
 def _write(

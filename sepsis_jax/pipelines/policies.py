@@ -23,8 +23,8 @@ from policy.offline.policies import OfflinePolicy
 from policy.offline.training import train_offline
 from policy.online.configuration import PPOConfig
 from policy.online.ppo import train_ppo
-from policy.planner import PlannerConfig, fit_planner
-from policy.simple import GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
+from policy.planner import Planner, PlannerConfig, fit_planner
+from sepsis_jax.ope.policies import SIMPLE
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -34,12 +34,6 @@ from worldmodel.scaling import Scaler
 
 METHODS = ("iql", "cql", "wd3qne", "dqn", "bcq", "clinician", "planner", "ppo")
 CLINICIAN = "clinician"  # built in, but no policy: what the records or the world say
-BUILT_IN: dict[str, Callable[[], Policy]] = {
-    "random": RandomPolicy,
-    "none": NoTreatment,
-    "max": MaximumTreatment,
-    "guideline": GuidelineRules,
-}
 
 
 @dataclass(frozen=True)
@@ -197,6 +191,11 @@ def with_algorithm(config: OfflineConfig, method: str) -> OfflineConfig:
     return replace(config, algorithm=method)
 
 
+def patients_per_call(policy: Policy | None) -> int:
+    """In a simulation; a planner asks the world model about 25 actions per patient and step."""
+    return 128 if isinstance(policy, Planner) else 1024
+
+
 def find_policy(text: str) -> tuple[str, Policy | None]:
     """Name and policy for a built-in name, a folder, or NAME=FOLDER; None is the clinician.
 
@@ -205,13 +204,13 @@ def find_policy(text: str) -> tuple[str, Policy | None]:
     """
     if text == CLINICIAN:
         return text, None
-    if text in BUILT_IN:
-        return text, BUILT_IN[text]()
+    if text in SIMPLE:
+        return text, SIMPLE[text]()
     name, sign, folder = text.partition("=")
     path = Path(folder if sign else text)
     if not path.is_dir():
         raise InputError(
-            f"--policy {text!r}: neither {', '.join((CLINICIAN, *BUILT_IN))} nor a folder that "
+            f"--policy {text!r}: neither {', '.join((CLINICIAN, *SIMPLE))} nor a folder that "
             "`sepsis-jax policy train` wrote"
         )
     return (name if sign else path.name), load_policy(path)
@@ -224,7 +223,7 @@ def find_policies(texts: list[str]) -> dict[str, Policy | None]:
       InputError: none, or two of one name.
     """
     if not texts:
-        raise InputError(f"--policy: none given; use a folder, {CLINICIAN}, {', '.join(BUILT_IN)}")
+        raise InputError(f"--policy: none given; use a folder, {CLINICIAN}, {', '.join(SIMPLE)}")
     found: dict[str, Policy | None] = {}
     for text in texts:
         name, policy = find_policy(text)

@@ -15,8 +15,8 @@ from policy.checkpoint import load_policy
 from policy.offline.configuration import NAMES as OFFLINE
 from policy.offline.configuration import OfflineConfig
 from policy.planner import PlannerConfig
+from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import (
-    BUILT_IN,
     CLINICIAN,
     CloneConfig,
     PPOOptions,
@@ -244,7 +244,7 @@ def _train_all(
 
     episodes, scaler = shop.episodes, shop.scaler
     policies: dict[str, Policy | None] = {CLINICIAN: None}
-    policies |= {name: make() for name, make in BUILT_IN.items()}
+    policies |= {name: make() for name, make in SIMPLE.items()}
     clone = shop.make(CLONE, options.clone, {}, lambda: fit_clone(episodes, options.clone, told))
     policies[CLONE] = clone
     for name in offline:

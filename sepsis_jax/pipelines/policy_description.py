@@ -114,7 +114,7 @@ def _describe(
     row: dict[str, Any] = {"policy": name, **_agreement(probs, habit, episodes)}
     if policy is None:
         row |= {"entropy": np.nan, "kl": np.nan}  # one action was taken, whatever else was likely
-    row |= {name: rates[name] for name in RATES}
+    row |= {rate: rates[rate] for rate in RATES}
     for level, label in enumerate(schema.LEVEL_NAMES):
         row[f"vasopressor {label}"] = share[level].sum()
     for level, label in enumerate(schema.LEVEL_NAMES):
@@ -133,7 +133,7 @@ def _agreement(probs: np.ndarray, habit: np.ndarray, episodes: Episodes) -> dict
         "top1": 100.0 * float((rows.argmax(-1) == action).mean()),
         "probability_of_taken": 100.0 * float(chosen.mean()),
         "kl": float((rows * (log - np.log(np.maximum(clone, _LEAST)))).sum(-1).mean()),
-        "entropy": float(-(rows * log).sum(-1).mean()),
+        "entropy": abs(float((rows * log).sum(-1).mean())),
     }
 
 

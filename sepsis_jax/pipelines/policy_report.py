@@ -16,8 +16,9 @@ from sepsis_jax.report.policy_figures import (
 )
 from worldmodel.files import write_json
 
-COLUMNS = ("policy", "value", "less clinician", "less best offline", "gap closed, %",
-           "mortality, %", "adherence, %", "unsafe, %", "under, %", "over, %")  # fmt: skip
+COLUMNS = ("policy", "value", "less clinician", "less offline", "gap", "mortality", "adherence",
+           "unsafe", "under", "over")  # fmt: skip
+SHORT = 8  # columns that fit a terminal
 _RATES = ("g1", "g2", "dose_jump", "abrupt_stop", "early_fluid_missed", "fluid_overload",
           "vasopressor_at_high_map")  # fmt: skip
 
@@ -70,11 +71,13 @@ def _text(manifest: dict[str, Any]) -> tuple[str, ...]:
     rest = (
         "± is half a 95% interval over patients: it holds neither the choice of seeds nor that "
         "of the best offline method on the same patients. Adherence alone proves nothing: the "
-        "highest dose of everything adheres."
+        "highest dose of everything adheres. `less offline` is the difference from "
+        f"{manifest['best_offline']}, the best offline method; `under` and `over` add up to "
+        "`unsafe`; all after `less offline` are percent."
     )
     if manifest["best"]:
         rest += (
-            f" `gap closed` is the share of the way from the {manifest['baseline']} to "
+            f" `gap` is the share of the way from the {manifest['baseline']} to "
             f"{manifest['best']}, the best policy found with access to the truth."
         )
     return (start, rest)

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from policy.base import Policy
-from policy.planner import Planner
 from sepsis_jax.ope.simulated import simulated_value
+from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.report.policy_figures import action_shares
 from worldmodel import schema
@@ -22,7 +22,6 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.synthetic import Config, Params, generate
 
 _NORMAL = 1.96  # of 95% intervals
-_PLANNER_BLOCK = 128  # patients per call: every one of them is 25 predictions wide
 
 
 class Outcome(NamedTuple):
@@ -51,11 +50,10 @@ class TrueWorld:
 
     def outcome(self, policy: Policy | None) -> Outcome:
         """Of a policy; None is the clinician."""
-        narrow = {"block": _PLANNER_BLOCK} if isinstance(policy, Planner) else {}
         episodes, truth = generate(
             jax.random.key(self.seed), self.patients, policy=policy, keep_latent=False,
             config=Config(past=0 if policy is None else policy.past), params=self.params(),
-            **narrow,
+            block=patients_per_call(policy),
         )  # fmt: skip
         return Outcome(
             total=np.asarray(truth.reward, np.float64).sum(1),
@@ -92,7 +90,7 @@ class ModelWorld:
             )
         found = simulated_value(
             self.world_model, key_value, episodes, policy,
-            horizon=self.horizon, samples=self.samples,
+            horizon=self.horizon, samples=self.samples, block=patients_per_call(policy),
         )  # fmt: skip
         probs = policy.action_probs(episodes, key=key_act)
         rates = prescribed_rates(
