@@ -38,6 +38,11 @@ def main() -> None:
         line = " ".join(str(error).split())  # what libraries say may take several lines
         errors.print(f"sepsis-jax: {line}", soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        errors.print(f"sepsis-jax: {error.filename}: {error.strerror}", soft_wrap=True)
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print("sepsis-jax: interrupted")
         sys.exit(130)

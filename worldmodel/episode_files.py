@@ -228,14 +228,24 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load_episodes(path: str | Path) -> Episodes:
+def load_episodes(path: str | Path, *, step_hours: float | None = None) -> Episodes:
     """Episodes from a folder that `save_episodes` wrote.
 
+    Args:
+      path: the folder.
+      step_hours: length of a step that is needed, as of a world model; None for any.
+
     Raises:
-      InputError: a file is missing, unreadable or of another schema version, or a value is bad.
+      InputError: a file is missing, unreadable or of another schema version, a value is bad, or
+        the steps have another length.
     """
     path = Path(path)
-    load_manifest(path)
+    found = load_manifest(path).get("step_hours", schema.STEP_HOURS)
+    if step_hours is not None and found != step_hours:
+        raise InputError(
+            f"{path}: steps of {found:g} h, but the model was trained on {step_hours:g} h; "
+            "build the cohort with the model's step_hours"
+        )
     file = path / EPISODES_FILE
     if not file.exists():
         raise InputError(f"{file}: missing; rebuild the cohort")

@@ -43,9 +43,10 @@ def simulate(
     from worldmodel.episode_files import load_episodes
     from worldmodel.models.checkpoint import load_world_model
 
+    world_model = load_world_model(model)
     outcomes = simulate_patient(
-        load_world_model(model),
-        load_episodes(episodes),
+        world_model,
+        load_episodes(episodes, step_hours=world_model.step_hours),
         out,
         stay_id=stay,
         step=step,

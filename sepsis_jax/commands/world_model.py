@@ -64,7 +64,9 @@ def evaluate(
 
     if split not in schema.SPLITS:
         raise InputError(f"--split: got {split!r}, expected one of {', '.join(schema.SPLITS)}")
-    metrics = evaluate_world_model(load_world_model(model), load_episodes(episodes), split=split)
+    world_model = load_world_model(model)
+    recorded = load_episodes(episodes, step_hours=world_model.step_hours)
+    metrics = evaluate_world_model(world_model, recorded, split=split)
     _show(metrics)
     if json:
         print_json(summary(metrics))

@@ -1,6 +1,7 @@
 """The command line: what each command gives, and how bad input ends."""
 
 import json
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -341,6 +342,20 @@ def test_a_simulation_deletes_no_strangers_folder(run, model, cohort, tmp_path):
     refuse(run(*small_simulation(model, cohort, tmp_path)), "exists")
     refuse(run(*small_simulation(model, cohort, tmp_path / "thesis.txt")), "is a file")
     assert leftovers(tmp_path) == ["manifest.json", "thesis.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named(run, model, cohort, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    result = run(*small_simulation(model, cohort, tmp_path / "thesis.txt" / "out"))
+    refuse(result, "thesis.txt")
+
+
+def test_steps_of_another_length_are_refused(run, model, cohort, tmp_path):
+    copy = shutil.copytree(cohort, tmp_path / "cohort")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "step_hours": 1.0}))
+    refuse(run("world-model", "evaluate", "--model", model, "--episodes", copy), "steps of 1 h")
+    refuse(run(*small_simulation(model, copy, tmp_path / "out")), "trained on 4 h")
 
 
 @pytest.mark.parametrize(
