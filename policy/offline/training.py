@@ -66,9 +66,7 @@ def train_offline(
     """
     if transitions.num_rows < 2:
         raise InputError("offline training: needs at least two recorded steps; use more stays")
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(config.seed), jnp.arange(config.seeds)
-    )
+    keys = seed_keys(config)
     report = _reporter(progress, config)
     networks, loss = _train(keys, transitions, config=config, report=report)
     losses = np.asarray(loss)
@@ -110,11 +108,17 @@ def _optimizer(config: OfflineConfig, updates: int) -> optax.GradientTransformat
     )
 
 
+def seed_keys(config: OfflineConfig) -> jax.Array:
+    """[S] a key for each seed, the same whatever the number of seeds."""
+    world = jax.random.key(config.seed)
+    return jax.vmap(jax.random.fold_in, (None, 0))(world, jnp.arange(config.seeds))
+
+
 def _train(
     keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
 ) -> tuple[Networks, jax.Array]:
     if jax.default_backend() != "cpu":
-        return _train_all(keys, transitions, config=config, report=report)
+        return train_all(keys, transitions, config=config, report=report)
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
         return jax.block_until_ready(_train_one(key, transitions, config=config, report=report))
@@ -163,9 +167,10 @@ def _train_one(
 
 
 @partial(jax.jit, static_argnames=("config", "report"))
-def _train_all(
+def train_all(
     keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
 ) -> tuple[Networks, jax.Array]:
+    """Networks [S, ...] and losses [S, RECORDS] of all seeds in one batched program."""
     train_one = partial(_train_one, config=config, report=report)
     return jax.vmap(train_one, (0, None))(keys, transitions)
 

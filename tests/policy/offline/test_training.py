@@ -11,7 +11,7 @@ from policy.offline.algorithms import ALGORITHMS
 from policy.offline.configuration import OfflineConfig
 from policy.offline.data import Transitions, transitions
 from policy.offline.policies import OfflinePolicy
-from policy.offline.training import RECORDS, train_offline
+from policy.offline.training import RECORDS, seed_keys, train_all, train_offline
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 from worldmodel.published import published_scaler
@@ -150,6 +150,14 @@ def test_a_seed_is_the_same_whoever_is_trained_beside_it():
     assert len(np.unique(kernels[:, 0, 0])) == 3
     other = train_offline(data, SCALER, replace(short(), seed=1)).policy
     assert (np.asarray(other.networks["q"].trunk.layers[0].kernel[...]) != kernels).all()
+
+
+def test_one_batched_program_learns_the_same():
+    data = records(sofa=9.0, rows=500)
+    networks, losses = train_all(seed_keys(short()), data, config=short(), report=None)
+    learned = train_offline(data, SCALER, short())
+    assert_equal(networks, learned.policy.networks, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(losses, learned.losses, rtol=1e-3)
 
 
 def test_targets_follow_by_polyak_or_by_copies():
