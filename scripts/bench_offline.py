@@ -4,8 +4,8 @@
 
 Stays of the synthetic world, their training split as transitions; then each method with its
 default settings and several seeds, once, compilation included: wall seconds, and the processor
-seconds of all cores, which other jobs on the machine change less. The value is the
-true one of the greedy policy (mean over seeds' scores) on fresh patients, beside the clinician's.
+seconds of all cores, which other jobs on the machine change less. The value is the true one of
+the greedy policy (mean over seeds' scores) on fresh patients, beside the clinician's.
 With `--side-by-side` the seeds are also trained as one batched program, as an accelerator does.
 The last line is JSON.
 """
@@ -60,9 +60,9 @@ def main() -> None:
 
     world = {"num_patients": arguments.values, "config": Config(past=settings.past)}
     clinician = true_value(jax.random.key(_TEST_WORLD), None, **world)
-    print(
-        f"{'':12s} {'seconds':>8s} {'of cores':>8s} {'batched':>8s} {'value':>7s} {'SE':>5s} {'mortality':>9s}"
-    )
+    heads = ("seconds", "of cores", "batched")
+    print(f"{'':12s} " + " ".join(f"{head:>8s}" for head in heads), end="")
+    print(f" {'value':>7s} {'SE':>5s} {'mortality':>9s}")
     print(f"{'clinician':39s} {clinician.value:7.2f} {clinician.value_se:5.2f}", end="")
     print(f" {clinician.mortality:9.3f}", flush=True)
     rows = {}
