@@ -7,6 +7,7 @@ has the same initialisation and minibatches, whatever the number of seeds.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 
 Progress = Callable[[int, int, float], None]
-"""`progress(updates done, updates, mean loss)`."""
+"""`progress(updates done, updates, latest loss)`; updates as the mean over seeds."""
 
 RECORDS = 20  # points of the loss curve
 _WARM_UP = 100  # updates
@@ -81,14 +82,12 @@ def train_offline(
 def _reporter(progress: Progress | None, config: OfflineConfig) -> Callable | None:
     if progress is None:
         return None
-    # Seeds report one by one; the first of each record is enough.
-    latest = [-1]
+    reports = itertools.count(1)  # of every seed, in any order
 
-    def report(record: jax.Array, loss: jax.Array) -> None:
-        if int(record) > latest[0]:
-            latest[0] = int(record)
-            done = (latest[0] + 1) * config.updates // RECORDS
-            progress(done, config.updates, float(loss))
+    def report(loss: jax.Array) -> None:
+        records, rest = divmod(next(reports), config.seeds)
+        if not rest:
+            progress(records * config.updates // RECORDS, config.updates, float(loss))
 
     return report
 
@@ -154,7 +153,7 @@ def _train_one(
         learner, losses = jax.lax.scan(update, learner, inputs)
         loss = losses.mean()
         if report is not None:
-            jax.debug.callback(report, inputs[1][0] // per_record, loss)
+            jax.debug.callback(report, loss)
         return learner, loss
 
     key_init, key_batches = jax.random.split(key)
