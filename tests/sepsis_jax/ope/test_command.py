@@ -3,15 +3,23 @@
 import json
 import sys
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
 
+from policy.checkpoint import save_policy
+from policy.simple import Constant
 from sepsis_jax.cli import main
 from sepsis_jax.ope.policies import read_probabilities, soften, write_probabilities
+from sepsis_jax.ope.simulated import simulated_value
 from tests.toy import toy_episodes
 from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
+from worldmodel.models.checkpoint import save_world_model
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.scaling import Scaler
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,40 @@ def test_command_writes_every_table(folder, episodes, tmp_path, monkeypatch, cap
     assert json.loads((out / "manifest.json").read_text())["stays"] == 120
 
 
+def test_policy_folders_are_evaluated_and_played_in_a_world_model(
+    folder, episodes, tmp_path, monkeypatch
+):
+    save_policy(Constant(7), tmp_path / "seven")
+    write_probabilities(tmp_path / "p.csv", episodes, np.full((120, 9, 25), 0.04))
+    config = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
+    world_model = init_world_model(jax.random.key(0), Scaler.fit(episodes), config)
+    save_world_model(world_model, tmp_path / "model")
+    out = tmp_path / "out"
+    code = run(
+        monkeypatch, "--episodes", folder, "--policy", f"seven={tmp_path / 'seven'}",
+        "--policy", "none", "--policy", f"table={tmp_path / 'p.csv'}",
+        "--model", tmp_path / "model", "--out", out, "--set", "split=all",
+        "--set", "n_bootstrap=0", "--set", "values=none", "--set", "soften=uniform",
+        "--set", "soften_share=0.5", "--set", "horizon=2", "--set", "samples=2",
+        "--set", "interval=delta",
+    )  # fmt: skip
+    assert code == 0
+    table = pd.read_csv(out / "estimates.csv")
+    rows = table[table["estimator"] == "world_model"].set_index("policy")
+    assert list(rows.index) == ["seven", "none", "table"] and not rows["trust"].any()
+    expected = simulated_value(
+        world_model, jax.random.key(0), episodes, Constant(7), horizon=2, samples=2
+    )
+    assert rows.loc["seven", "estimate"] == pytest.approx(expected.value, abs=1e-4)
+    assert rows.loc["seven", "se"] == pytest.approx(expected.se, rel=1e-3)
+    assert rows.loc["seven", "spread"] == 0
+    assert np.isnan(rows.loc["table", "estimate"]) and "cannot be played" in rows["reason"]["table"]
+    # Softening is of the probabilities that the records are weighed with.
+    taken = np.asarray(episodes.action)[np.asarray(episodes.valid)]
+    weights = table[table["estimator"] == "is"].set_index("policy")
+    assert 0 < weights.loc["seven", "ess"] < 120 and (taken == 7).any()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -100,6 +142,9 @@ def test_command_writes_every_table(folder, episodes, tmp_path, monkeypatch, cap
         (("--episodes", "{folder}", "--out", "x", "--policy", "nope"), "not built in"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "clinician"), "needs the clinician"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "a=none.csv"), "no such file"),
+        (("--episodes", "{folder}", "--out", "x", "--policy", "a={folder}"), "policy.json"),
+        (("--episodes", "{folder}", "--out", "x", "--policy", "none", "--model", "m"),
+         "m: no such folder"),
         (("--episodes", "nowhere", "--out", "x", "--policy", "random"), "no such folder"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "random", "--set", "split=x"),
          "split: got"),
