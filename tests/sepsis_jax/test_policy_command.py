@@ -24,8 +24,8 @@ from worldmodel.synthetic import true_value
 TINY = "{updates: 20, batch_size: 32, seeds: 1, hidden: [8]}"
 CLONE = "{updates: 20, epochs: 1, hidden: 8}"
 FAST = (
-    "--set", "methods=[iql, planner, ppo]", "--set", f"iql={TINY}", "--set", f"clone.fit={CLONE}",
-    "--set", "ppo.ppo={hidden: [8], iterations: 1, patients: 16, minibatches: 1, batch_size: 16}",
+    "--set", "methods=[iql, cql]", "--set", f"iql={TINY}", "--set", f"cql={TINY}",
+    "--set", f"clone.fit={CLONE}", "--set", "ppo.ppo={hidden: [8], iterations: 1, patients: 16, minibatches: 1, batch_size: 16}",
     "--set", "patients=20",
 )  # fmt: skip
 
@@ -169,18 +169,16 @@ def test_comparison_writes_everything_and_reports_pairs(compared):
         "actions.png", "comparison.csv", "comparison.json", "comparison.md", "comparison.png",
         "difference.png", "manifest.json", "policies", "report.html",
     ]  # fmt: skip
-    assert leftovers(compared / "policies") == ["clone", "iql", "planner", "ppo"]
+    assert leftovers(compared / "policies") == ["clone", "cql", "iql"]
     table = pd.read_csv(compared / "comparison.csv").set_index("policy")
-    assert list(table.index) == [
-        "clinician", "guideline", "clone", "iql", "planner", "ppo",
-    ]  # fmt: skip
+    assert list(table.index) == ["clinician", "guideline", "clone", "iql", "cql"]
     difference = table["value"] - table.loc["clinician", "value"]
     rest = table.index != "clinician"
     assert np.allclose(table["less_clinician"][rest], difference[rest], atol=1e-6)
     assert table.loc["guideline", "adherence"] == 100
     rates = table[["underdosing", "overdosing"]].sum(axis=1)
     assert np.allclose(rates, table["unsafe"])
-    assert (compared / "comparison.md").read_text().count("\n| ") == 8
+    assert (compared / "comparison.md").read_text().count("\n| ") == 7
 
 
 def test_comparison_goes_on_from_policies_that_fit(run, compared, cohort, model, monkeypatch):
@@ -196,9 +194,18 @@ def test_comparison_goes_on_from_policies_that_fit(run, compared, cohort, model,
     assert run(*arguments).status == 0
     assert trained == []
     pd.testing.assert_frame_equal(pd.read_csv(compared / "comparison.csv"), before)
-    # Other settings of the planner: it alone is made again.
-    assert run(*arguments, "--set", "planner.ridge=10").status == 0
-    assert trained == ["make_planner"]
+    # Other settings of one method: it alone is trained again.
+    assert run(*arguments, "--set", "cql.cql_alpha=2").status == 0
+    assert trained == ["train_offline_policy"]
+
+
+@pytest.mark.slow
+def test_comparison_with_the_planner_and_the_best_policy_known(run, cohort, model, tmp_path):
+    result = run("compare", "--episodes", cohort, "--model", model, "--out", tmp_path / "all", *FAST,
+                 "--set", "methods=[iql, planner, ppo]", "--json")  # fmt: skip
+    assert result.status == 0, result.err
+    assert leftovers(tmp_path / "all" / "policies") == ["clone", "iql", "planner", "ppo"]
+    assert result.last_json["best"] == "ppo" and result.last_json["best_offline"] == "iql"
 
 
 def test_comparison_without_the_truth_asks_the_world_model(run, compared, cohort, model):
