@@ -25,7 +25,8 @@ TINY = "{updates: 20, batch_size: 32, seeds: 1, hidden: [8]}"
 CLONE = "{updates: 20, epochs: 1, hidden: 8}"
 FAST = (
     "--set", "methods=[iql, cql]", "--set", f"iql={TINY}", "--set", f"cql={TINY}",
-    "--set", f"clone.fit={CLONE}", "--set", "ppo.ppo={hidden: [8], iterations: 1, patients: 16, minibatches: 1, batch_size: 16}",
+    "--set", f"clone.fit={CLONE}",
+    "--set", "ppo.ppo={hidden: [8], iterations: 1, patients: 16, minibatches: 1, batch_size: 16}",
     "--set", "patients=20",
 )  # fmt: skip
 
@@ -201,10 +202,11 @@ def test_comparison_goes_on_from_policies_that_fit(run, compared, cohort, model,
 
 @pytest.mark.slow
 def test_comparison_with_the_planner_and_the_best_policy_known(run, cohort, model, tmp_path):
-    result = run("compare", "--episodes", cohort, "--model", model, "--out", tmp_path / "all", *FAST,
-                 "--set", "methods=[iql, planner, ppo]", "--json")  # fmt: skip
+    out = tmp_path / "all"
+    result = run("compare", "--episodes", cohort, "--model", model, "--out", out, *FAST, "--set",
+                 "methods=[iql, planner, ppo]", "--json")  # fmt: skip
     assert result.status == 0, result.err
-    assert leftovers(tmp_path / "all" / "policies") == ["clone", "iql", "planner", "ppo"]
+    assert leftovers(out / "policies") == ["clone", "iql", "planner", "ppo"]
     assert result.last_json["best"] == "ppo" and result.last_json["best_offline"] == "iql"
 
 
