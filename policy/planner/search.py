@@ -73,12 +73,16 @@ def _one_step(planner: Planner, key: jax.Array, view: View, habit: jax.Array) ->
     here = _repeat(history_of(planner.world_model, view), schema.NUM_ACTIONS).choose(every)
     mu = planner.world_model.transitions(*here.window(schema.STATE_WINDOW)).mu  # [E, 25, 39]
     gains = planner.advantage.of_actions(view, mu, habit)
-    return _cautious(gains, planner.config) + planner.config.prior_weight * jnp.log(habit)
+    return _cautious(gains, planner.config) + planner.config.prior_weight * _log(habit)
 
 
 def _cautious(values: jax.Array, config: PlannerConfig) -> jax.Array:
     """[...] mean over members [E, ...] less the price of their disagreement."""
     return values.mean(0) - config.risk * values.std(0)
+
+
+def _log(probability: jax.Array) -> jax.Array:
+    return jnp.log(jnp.maximum(probability, 1e-12))  # clinicians may rule an action out
 
 
 def _repeat(history: History, count: int) -> History:
@@ -118,7 +122,7 @@ def play(
             history = history.choose(action)
             prediction = member.transition(*history.window(schema.STATE_WINDOW))
             gain = jax.vmap(planner.advantage.of_action)(seen, prediction.mu, habits, action)
-            price = jnp.log(jnp.take_along_axis(habits, action[:, None], -1)[:, 0])
+            price = _log(jnp.take_along_axis(habits, action[:, None], -1)[:, 0])
             eps = jnp.tile(eps, (count, 1))
             history, _ = follow(member, history, prediction, eps, mode="corrected")
             return history, gain + config.prior_weight * price

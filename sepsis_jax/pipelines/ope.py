@@ -99,10 +99,11 @@ def evaluate_policies(
     """
     options = options or OPEOptions()
     progress("reading", 0.0)
-    everyone = load_episodes(episodes_path)
+    world_model = None if model is None else load_world_model(model)
+    step_hours = None if world_model is None else world_model.step_hours
+    everyone = load_episodes(episodes_path, step_hours=step_hours)
     key = jax.random.key(options.seed)
     fit_key, behavior_key, bootstrap_key, group_key = jax.random.split(key, 4)
-    world_model = None if model is None else load_world_model(model)
     del key
     progress("clinician", 0.05)
     full, taken, fits = _behavior(behavior, everyone, behavior_key)

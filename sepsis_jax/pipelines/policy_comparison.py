@@ -168,8 +168,8 @@ def compare_policies(
     episodes_path, model, out = Path(episodes_path), Path(model), Path(out)
     check_replaceable(out, POLICIES)
     progress("reading", 0.0)
-    manifest, episodes = load_manifest(episodes_path), load_episodes(episodes_path)
-    world_model = load_world_model(model)
+    manifest, world_model = load_manifest(episodes_path), load_world_model(model)
+    episodes = load_episodes(episodes_path, step_hours=world_model.step_hours)
     truth = manifest.get("source") == SOURCE if truth is None else truth
     world = _world(episodes_path, manifest, episodes, world_model, options, truth=truth)
     inputs: dict[str, str | None] = {

@@ -88,7 +88,10 @@ def train_policy(
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)
-    episodes, scaler = load_episodes(episodes_path), load_scaler(episodes_path)
+    world_model = None if model is None else load_world_model(model)
+    step_hours = None if world_model is None else world_model.step_hours
+    episodes = load_episodes(episodes_path, step_hours=step_hours)
+    scaler = load_scaler(episodes_path)
     if method in OFFLINE:
         config = with_algorithm(config, method)
     start = None if critic is None else of_iql(load_policy(critic))
@@ -101,7 +104,7 @@ def train_policy(
     elif method == CLINICIAN:
         trained = fit_clone(episodes, config, told)
     else:
-        world_model = load_world_model(str(model))
+        assert world_model is not None
         if isinstance(config, PPOOptions):
             env = SepsisEnv.learned(world_model, episodes.of_split("train"), past=config.ppo.past)
             trained = optimise(env, scaler, config, start, told)

@@ -22,7 +22,7 @@ from policy.planner.advantage import (
     untrained_advantage,
 )
 from policy.planner.search import play
-from policy.simple import RandomPolicy
+from policy.simple import Constant, RandomPolicy
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -203,6 +203,13 @@ def test_a_rare_action_is_never_chosen(view):
     assert bound(KEY, view).argmax() == 6
     # The price of leaving the habit does the same without a bound.
     assert made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, view).argmax() == 6
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_what_the_clinician_rules_out_is_no_number_lost(view, weight):
+    planner = made(PlannerConfig(prior_weight=weight), Constant(6), **towards(24))
+    assert np.isfinite(planner.action_values(KEY, view)).all()
+    assert planner(KEY, view).argmax() == 6
 
 
 # Sequences
