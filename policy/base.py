@@ -6,12 +6,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from worldmodel import schema
+from worldmodel.blocks import in_blocks
 from worldmodel.episodes import Episodes
-from worldmodel.view import View, as_pytree, view_at
+from worldmodel.view import Policy as SomePolicy
+from worldmodel.view import View, as_pytree, draw_action, view_at
 
 
 class Policy:
@@ -30,33 +31,43 @@ class Policy:
 
     def act(self, key: jax.Array, view: View) -> jax.Array:
         """[] int32 joint action 0-24, drawn from the probabilities."""
-        own, draw = jax.random.split(key)
-        chosen = jax.random.categorical(draw, jnp.log(self(own, view)))
-        return chosen.astype(jnp.int32)
+        return draw_action(self, key, view)
 
     def action_probs(
         self, episodes: Episodes, *, key: jax.Array | None = None, block: int = 1024
     ) -> np.ndarray:
-        """[N, T, 25] probabilities in every recorded row; uniform on padding.
+        """[N, T, 25] probabilities in every recorded row; see `action_probs`."""
+        return action_probs(self, episodes, key=key, block=block)
 
-        Args:
-          episodes: the stays.
-          key: of policies that draw; consumed.
-          block: rows per call; bounds the memory.
-        """
-        key = jax.random.key(0) if key is None else key
-        probs = np.full(
-            (episodes.num_stays, episodes.num_steps, schema.NUM_ACTIONS),
-            1.0 / schema.NUM_ACTIONS,
-            np.float32,
-        )
-        stay, step = np.nonzero(np.asarray(episodes.valid))
-        for first in range(0, len(stay), block):
-            rows = np.minimum(np.arange(first, first + block), len(stay) - 1)  # one shape for all
-            index = (jnp.asarray(rows), jnp.asarray(stay[rows]), jnp.asarray(step[rows]))
-            found = _on_rows(as_pytree(self), key, episodes, *index, past=self.past)
-            probs[stay[rows], step[rows]] = found
-        return probs
+
+def action_probs(
+    policy: SomePolicy,
+    episodes: Episodes,
+    *,
+    key: jax.Array | None = None,
+    block: int = 1024,
+) -> np.ndarray:
+    """[N, T, 25] probabilities of a policy in every recorded row; uniform on padding.
+
+    Args:
+      policy: `(key, view) -> [25]`; its attribute `past`, where it has one, asks for rows of
+        `View.past`.
+      episodes: the stays.
+      key: of policies that draw; consumed.
+      block: rows per call; bounds the memory.
+    """
+    key = jax.random.key(0) if key is None else key
+    probs = np.full(
+        (episodes.num_stays, episodes.num_steps, schema.NUM_ACTIONS),
+        1.0 / schema.NUM_ACTIONS,
+        np.float32,
+    )
+    stay, step = np.nonzero(np.asarray(episodes.valid))
+    on_rows = partial(_on_rows, as_pytree(policy), key, episodes, past=getattr(policy, "past", 0))
+    if len(stay):
+        found = in_blocks(lambda rows: on_rows(rows, stay[rows], step[rows]), len(stay), block)
+        probs[stay, step] = found
+    return probs
 
 
 @partial(jax.jit, static_argnames="past")

@@ -56,6 +56,12 @@ def as_pytree(policy: Policy) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_call, policy)
 
 
+def draw_action(policy: Policy, key: jax.Array, view: View) -> jax.Array:
+    """[] int32 joint action of one patient, drawn from a policy; the key is consumed."""
+    own, draw = jax.random.split(key)
+    return jax.random.categorical(draw, jnp.log(policy(own, view))).astype(jnp.int32)
+
+
 def _call(policy: Policy, key: jax.Array, view: View) -> jax.Array:
     return policy(key, view)
 

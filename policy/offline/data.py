@@ -8,8 +8,8 @@ import numpy as np
 from flax import struct
 
 from policy.features import decision_features
-from worldmodel import schema
-from worldmodel.clinical.reward import trajectory_rewards
+from worldmodel.blocks import in_blocks
+from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.scaling import Scaler
 from worldmodel.view import view_at
@@ -48,16 +48,11 @@ def transitions(episodes: Episodes, scaler: Scaler, *, past: int, block: int = 4
     def of_rows(stays: jax.Array, steps: jax.Array) -> jax.Array:
         return decision_features(view_at(episodes, stays, steps, past=past), scaler)
 
-    parts = []
-    for first in range(0, len(stay), block):
-        rows = np.minimum(np.arange(first, first + block), len(stay) - 1)  # one shape for all
-        parts.append(of_rows(jnp.asarray(stay[rows]), jnp.asarray(step[rows])))
-    lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
-    reward = trajectory_rewards(episodes.sofa, lactate, episodes.length, episodes.died_90d)
+    features = in_blocks(lambda rows: of_rows(stay[rows], step[rows]), len(stay), block)
     return Transitions(
-        features=jnp.concatenate(parts)[: len(stay)],
+        features=jnp.asarray(features),
         action=episodes.action[stay, step],
-        reward=reward[stay, step],
+        reward=episode_rewards(episodes)[stay, step],
         last=jnp.asarray(step == np.asarray(episodes.length)[stay] - 1),
         sofa=episodes.sofa[stay, step],
     )

@@ -13,6 +13,7 @@ from policy.planner.advantage import PAST, effects, fit_advantage, moderators
 from policy.planner.configuration import PlannerConfig
 from policy.planner.search import Planner
 from worldmodel import schema
+from worldmodel.blocks import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import to_sequences
@@ -91,8 +92,4 @@ def _predicted_effects(
         mu = world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)).mu
         return effects(mu, world_model.scaler)
 
-    parts = []
-    for first in range(0, len(index), _BLOCK):
-        rows = index[np.minimum(np.arange(first, first + _BLOCK), len(index) - 1)]
-        parts.append(np.asarray(of_rows(jnp.asarray(rows))))
-    return np.concatenate(parts)[: len(index)]
+    return in_blocks(lambda rows: of_rows(jnp.asarray(index[rows])), len(index), _BLOCK)

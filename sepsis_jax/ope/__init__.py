@@ -6,7 +6,7 @@ Every estimate comes with an interval, diagnostics and a verdict. Conventions, f
 drawn from worlds where the truth is known: docs/ope.md.
 """
 
-from sepsis_jax.ope.data import OPEData, Treatment, check, from_episodes, rewards
+from sepsis_jax.ope.data import OPEData, Treatment, check, from_episodes
 from sepsis_jax.ope.diagnostics import Limits, diagnose
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
@@ -20,6 +20,7 @@ from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.features import state_features
 from sepsis_jax.ope.fitted import Fitted, fit
 from sepsis_jax.ope.weights import Clip, weigh
+from worldmodel.clinical.reward import episode_rewards as rewards
 
 __all__ = [
     "ESTIMATORS",

@@ -17,13 +17,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
 from sepsis_jax.ope.data import OPEData, check, from_episodes
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.features import key_features
 from sepsis_jax.ope.fitted import fit
 from sepsis_jax.ope.mdp import sample
-from sepsis_jax.ope.policies import probabilities_of
 from worldmodel import mdp
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, View, generate, random_policy, titration, true_value
@@ -120,7 +120,8 @@ def synthetic_pools(options: BenchmarkOptions) -> Iterator[Pool]:
             config = BehaviorConfig(epochs=5)
             behavior = fit_behavior(fit_key, episodes, models=("mlp",), config=config)[0].probs
         probs = {
-            name: probabilities_of(policy, episodes, fit_key) for name, policy in targets.items()
+            name: jnp.asarray(action_probs(policy, episodes, key=fit_key))
+            for name, policy in targets.items()
         }
         data = from_episodes(episodes, behavior_probs=behavior, features=key_features(episodes))
         setting = {"world": "synthetic", "confounding": dial, "horizon": data.num_steps}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.clinical import reward as clinical_reward
+from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 
@@ -83,19 +83,6 @@ class Treatment:
             raise InputError(f"floor: got {self.floor}, expected between 0 and 1")
 
 
-def rewards(episodes: Episodes) -> jax.Array:
-    """[N, T] rewards of recorded stays (`worldmodel.clinical.reward`); 0 after the end."""
-    lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
-    shaping = clinical_reward.step_reward(
-        episodes.sofa[:, :-1], episodes.sofa[:, 1:], lactate[:, :-1], lactate[:, 1:]
-    )
-    shaping = jnp.pad(shaping, ((0, 0), (0, 1)))
-    step = jnp.arange(episodes.num_steps)
-    last = step == episodes.length[:, None] - 1
-    terminal = clinical_reward.terminal_reward(episodes.died_90d)[:, None]
-    return jnp.where(last, terminal, jnp.where(episodes.valid, shaping, 0.0))
-
-
 def from_episodes(
     episodes: Episodes,
     *,
@@ -131,7 +118,7 @@ def from_episodes(
                 "estimate the clinician's probabilities first (policy.clinician)"
             )
     return OPEData(
-        reward=rewards(episodes),
+        reward=episode_rewards(episodes),
         alive=episodes.valid,
         action=episodes.action,
         behavior_prob=jnp.where(episodes.valid, taken, 1.0),

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from policy.base import Policy as SomePolicy
+from policy.base import Policy
 from policy.simple import GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.view import Policy, View, as_pytree, views
 
-SIMPLE: dict[str, Callable[[], SomePolicy]] = {
+SIMPLE: dict[str, Callable[[], Policy]] = {
     "random": RandomPolicy,
     "none": NoTreatment,
     "max": MaximumTreatment,
@@ -26,17 +24,6 @@ SIMPLE: dict[str, Callable[[], SomePolicy]] = {
 }
 BUILT_IN = ("clinician", *SIMPLE)
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
-
-
-def probabilities_of(policy: Policy, episodes: Episodes, key: jax.Array) -> jax.Array:
-    """[N, T, 25] probabilities of an in-graph policy `(key, view) -> [25]`; uniform on padding."""
-    probs = _on_rows(jax.tree_util.Partial(as_pytree(policy), key), views(episodes))
-    return jnp.where(episodes.valid[..., None], probs, 1.0 / schema.NUM_ACTIONS)
-
-
-@jax.jit
-def _on_rows(policy: Any, rows: View) -> jax.Array:
-    return jax.vmap(jax.vmap(policy))(rows)
 
 
 def built_in(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from worldmodel.blocks import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
@@ -54,17 +55,16 @@ def simulated_value(
       samples: futures per patient, a multiple of the ensemble size.
       block: patients per call; bounds the memory, changes no number.
     """
-    count = episodes.num_stays
-    block = min(block, count)
-    parts = []
-    for first in range(0, count, block):
-        rows = np.minimum(np.arange(first, first + block), count - 1)  # one shape for all
+
+    def play(rows: np.ndarray) -> jax.Array:
         start = start_history(world_model, episodes.select(rows), 0)
         futures = rollout(
             world_model, key, start, policy, horizon=horizon, samples=samples, features=()
         )
-        parts.append(np.asarray(futures.total_reward, np.float64)[:, 0])
-    total = np.concatenate(parts)[:count]  # [N, S]
+        return futures.total_reward[:, 0]
+
+    count = episodes.num_stays
+    total = in_blocks(play, count, min(block, count)).astype(np.float64)  # [N, S]
     by_patient = total.mean(1)
     members = total.reshape(len(total), -1, world_model.num_members).mean((0, 1))
     error = by_patient.std(ddof=1) / np.sqrt(len(by_patient)) if len(by_patient) > 1 else np.nan

@@ -13,6 +13,7 @@ from scipy.stats import pearsonr, spearmanr
 from sepsis_jax.progress import Progress, silent
 from sepsis_jax.report.figures import effects_figure
 from worldmodel import schema
+from worldmodel.blocks import in_blocks
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.windows import Sequences, encode_action, to_sequences, transition_index
@@ -41,11 +42,8 @@ def learned_next_state(
 
         return jax.lax.map(of_action, jnp.arange(schema.NUM_ACTIONS)).swapaxes(0, 1)
 
-    parts = [
-        np.asarray(of_states(jnp.asarray(index[start : start + _STATES_PER_CALL])))
-        for start in range(0, len(index), _STATES_PER_CALL)
-    ]
-    return np.concatenate(parts)
+    block = min(_STATES_PER_CALL, len(index))
+    return in_blocks(lambda rows: of_states(jnp.asarray(index[rows])), len(index), block)
 
 
 def compare_effects(

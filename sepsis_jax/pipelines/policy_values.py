@@ -15,7 +15,7 @@ from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.report.policy_figures import action_shares
 from worldmodel import schema
-from worldmodel.clinical.reward import trajectory_rewards
+from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
@@ -101,9 +101,7 @@ class ModelWorld:
 
 def recorded_returns(episodes: Episodes) -> np.ndarray:
     """[N] undiscounted total reward of recorded stays."""
-    lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
-    reward = trajectory_rewards(episodes.sofa, lactate, episodes.length, episodes.died_90d)
-    return np.asarray(reward, np.float64).sum(1)
+    return np.asarray(episode_rewards(episodes), np.float64).sum(1)
 
 
 def typical_horizon(episodes: Episodes) -> int:

@@ -12,6 +12,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+
 TERMINAL = 15.0
 
 
@@ -41,6 +44,12 @@ def step_terms(
 def terminal_reward(died: jax.Array) -> jax.Array:
     """-15 for death within 90 days, +15 for release; `died` may be a probability."""
     return TERMINAL * (1.0 - 2.0 * jnp.asarray(died, jnp.float32))
+
+
+def episode_rewards(episodes: Episodes) -> jax.Array:
+    """[N, T] `trajectory_rewards` of recorded stays."""
+    lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
+    return trajectory_rewards(episodes.sofa, lactate, episodes.length, episodes.died_90d)
 
 
 def trajectory_rewards(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldmodel import schema
+from worldmodel.blocks import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.models import baselines, metrics
 from worldmodel.models.baselines import HostPrediction
@@ -22,6 +23,8 @@ from worldmodel.models.windows import (
     transition_index,
 )
 from worldmodel.models.world_model import WorldModel
+
+_BATCH = 4096  # rows per call
 
 
 class _Side(NamedTuple):
@@ -123,17 +126,11 @@ def predict_members(world_model: WorldModel, sequences: Sequences, index: np.nda
     return tuple(np.swapaxes(output, 0, 1) for output in outputs)
 
 
-def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray, *, batch: int = 4096):
-    """Applies a function of index rows in equal batches; the last one is padded and cut."""
+def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray) -> Any:
+    """Applies a function of index rows [B, 2] batch by batch."""
     jitted = jax.jit(function)
-    count = len(index)
-    batch = min(batch, count)
-    outputs = []
-    for start in range(0, count, batch):
-        rows = index[start : start + batch]
-        padded = np.concatenate([rows, np.repeat(rows[:1], batch - len(rows), axis=0)])
-        outputs.append([np.asarray(leaf)[: len(rows)] for leaf in jitted(jnp.asarray(padded))])
-    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+    batch = min(_BATCH, len(index))
+    return in_blocks(lambda rows: jitted(jnp.asarray(index[rows])), len(index), batch)
 
 
 def _judge_outcome(

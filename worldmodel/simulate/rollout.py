@@ -23,7 +23,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History, view_of
 from worldmodel.simulate.noise import branch_key, policy_key, state_noise
 from worldmodel.simulate.step import MODES, advance
-from worldmodel.view import Policy, View, as_pytree
+from worldmodel.view import Policy, as_pytree, draw_action
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
@@ -250,9 +250,8 @@ def _simulate(
             action = flat(plans[:, :, h][..., None])
         else:
             view = view_of(world_model, branch.history, past=settings.past)
-            action = _choose(
-                policy, flat(jax.vmap(policy_key)(keys.reshape(-1)).reshape(keys.shape)), view
-            )
+            policy_keys = flat(jax.vmap(policy_key)(keys.reshape(-1)).reshape(keys.shape))
+            action = jax.vmap(partial(draw_action, policy))(policy_keys, view)
         moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=settings.mode)
         record = {
             "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
@@ -278,16 +277,6 @@ def _simulate(
         "mortality": mortality.reshape(shape),
         "projected": last.projected.reshape(shape),
     }
-
-
-def _choose(policy: Any, keys: jax.Array, view: View) -> jax.Array:
-    """[B] int32 actions drawn from a policy."""
-
-    def one(key: jax.Array, seen: View) -> jax.Array:
-        own, draw = jax.random.split(key)
-        return jax.random.categorical(draw, jnp.log(policy(own, seen)))
-
-    return jax.vmap(one)(keys, view).astype(jnp.int32)
 
 
 def _branch_keys(
