@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from policy.online.configuration import PPOConfig
 from policy.online.ppo import train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
 from sepsis_jax.ope.policies import SIMPLE
+from sepsis_jax.progress import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -87,9 +87,6 @@ OPTIONS: dict[str, type] = {
 }
 """Settings by method."""
 
-Told = Callable[[str, float], None]
-"""`told(what, share done)` of one training."""
-
 
 class Trained(NamedTuple):
     """A policy with how it came about."""
@@ -99,12 +96,8 @@ class Trained(NamedTuple):
     fit: BehaviorFit | None = None  # of a cloned clinician
 
 
-def silent(what: str, share: float) -> None:
-    """Tells nobody."""
-
-
 def train_offline_policy(
-    episodes: Episodes, scaler: Scaler, config: OfflineConfig, told: Told = silent
+    episodes: Episodes, scaler: Scaler, config: OfflineConfig, told: Progress = silent
 ) -> Trained:
     """Offline reinforcement learning on the training split."""
     recorded = transitions(episodes.of_split("train"), scaler, past=config.past)
@@ -119,7 +112,7 @@ def train_offline_policy(
     return Trained(learned.policy, losses)
 
 
-def fit_clone(episodes: Episodes, config: CloneConfig, told: Told = silent) -> Trained:
+def fit_clone(episodes: Episodes, config: CloneConfig, told: Progress = silent) -> Trained:
     """A clone of the clinician, calibrated on the validation split."""
     told(f"clinician, {config.model}", 0.0)
     key = jax.random.key(config.seed)
@@ -133,7 +126,7 @@ def make_planner(
     critic: Policy,
     clone: Policy,
     config: PlannerConfig,
-    told: Told = silent,
+    told: Progress = silent,
 ) -> Trained:
     """A planner whose advantage is learned from the training split."""
     told("planner", 0.0)
@@ -156,7 +149,7 @@ def optimise(
     scaler: Scaler,
     options: PPOOptions,
     start: OfflinePolicy | None = None,
-    told: Told = silent,
+    told: Progress = silent,
 ) -> Trained:
     """PPO in an environment, from a policy or from nothing."""
 
