@@ -6,6 +6,7 @@ Host-side NumPy on small arrays; all are two-sided at level 1 - alpha unless nam
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -13,6 +14,21 @@ from scipy import stats
 from worldmodel.errors import InputError
 
 Interval = tuple[np.ndarray, np.ndarray]
+
+
+class Mean(NamedTuple):
+    """A mean with its standard error and its normal interval at level 95%."""
+
+    value: float
+    se: float
+    low: float
+    high: float
+
+
+def mean_of(numbers: np.ndarray) -> Mean:
+    """The mean of independent numbers [N], at least two."""
+    mean, error = float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
+    return Mean(mean, error, mean - 1.96 * error, mean + 1.96 * error)
 
 
 def percentile(resampled: np.ndarray, alpha: float = 0.05) -> Interval:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from policy.base import Policy
+from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
 from sepsis_jax.pipelines.policies import CLINICIAN, patients_per_call
 from sepsis_jax.pipelines.policy_values import typical_horizon
@@ -17,7 +18,6 @@ from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
 
 ESTIMATOR = "world_model"
-_NORMAL = 1.96
 
 
 def world_model_rows(
@@ -61,16 +61,10 @@ def _row(
     row: dict[str, Any] = {"policy": name, "estimator": ESTIMATOR, "trust": False}
     if found is None:
         return row | {"estimate": np.nan, "reason": "a table cannot be played in a world model"}
-    row |= _interval("", found.total)
+    mean = mean_of(found.total)
+    row |= {"estimate": mean.value, "se": mean.se, "low": mean.low, "high": mean.high}
     if clinician is not None and clinician is not found:
-        row |= _interval("difference", found.total - clinician.total)
+        gain = mean_of(found.total - clinician.total)
+        row |= {"difference": gain.value, "difference_low": gain.low, "difference_high": gain.high}
     reason = f"the model's own word; its members differ by {found.spread:.2g}"
     return row | {"spread": found.spread, "reason": reason}
-
-
-def _interval(name: str, numbers: np.ndarray) -> dict[str, float]:
-    mean, error = float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
-    bounds = (mean - _NORMAL * error, mean + _NORMAL * error)
-    if not name:
-        return {"estimate": mean, "se": error, "low": bounds[0], "high": bounds[1]}
-    return {name: mean, f"{name}_low": bounds[0], f"{name}_high": bounds[1]}

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from policy.base import Policy
+from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import simulated_value
 from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
@@ -20,8 +21,6 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.synthetic import Config, Params, generate
-
-_NORMAL = 1.96  # of 95% intervals
 
 
 class Outcome(NamedTuple):
@@ -137,18 +136,19 @@ def value_table(
     rows = []
     for name, found in outcomes.items():
         row: dict[str, Any] = {"policy": name, "kind": kinds[name]}
-        row |= _interval("value", found.total)
+        total = mean_of(found.total)
+        row |= {"value": total.value, "low": total.low, "high": total.high, "value_se": total.se}
         row |= _against("less_clinician", found, outcomes[baseline], same=name == baseline)
         rival_found = None if rival is None else outcomes[rival]
         row |= _against("less_best_offline", found, rival_found, same=name == rival)
         row["gap_closed"] = 100.0 * (values[name] - values[baseline]) / gap
-        died = found.died
-        row["mortality"] = np.nan if died is None else 100.0 * float(died.mean())
-        row["mortality_se"] = np.nan if died is None else 100.0 * _error(died.astype(np.float64))
+        died = None if found.died is None else mean_of(found.died.astype(np.float64))
+        row["mortality"] = np.nan if died is None else 100.0 * died.value
+        row["mortality_se"] = np.nan if died is None else 100.0 * died.se
         row["length"] = np.nan if found.length is None else found.length
         row |= {rate: found.rates[rate] for rate in RATES}
         rows.append(row)
-    table = pd.DataFrame(rows).rename(columns={"value_low": "low", "value_high": "high"})
+    table = pd.DataFrame(rows)
     table.attrs = {"best_offline": rival, "baseline": baseline, "best": best}
     return table
 
@@ -157,19 +157,5 @@ def _against(name: str, found: Outcome, other: Outcome | None, *, same: bool) ->
     """A paired difference; of nothing from itself."""
     if other is None or same:
         return {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
-    row = _interval(name, found.total - other.total)
-    return {column: value for column, value in row.items() if not column.endswith("_se")}
-
-
-def _interval(name: str, numbers: np.ndarray) -> dict[str, float]:
-    mean, error = float(numbers.mean()), _error(numbers)
-    return {
-        name: mean,
-        f"{name}_low": mean - _NORMAL * error,
-        f"{name}_high": mean + _NORMAL * error,
-        f"{name}_se": error,
-    }
-
-
-def _error(numbers: np.ndarray) -> float:
-    return float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
+    gain = mean_of(found.total - other.total)
+    return {name: gain.value, f"{name}_low": gain.low, f"{name}_high": gain.high}
