@@ -64,6 +64,8 @@ def describe_policies(
     progress("reading", 0.0)
     everyone = load_episodes(episodes_path)
     episodes, _ = of_split(everyone, split)
+    step_hours = float(load_manifest(episodes_path)["step_hours"])
+    dose_edges = load_dose_edges(episodes_path)
     progress("clinician", 0.1)
     if clinician is None:
         clone = fit_clone(everyone, replace(CloneConfig(), seed=seed)).policy
@@ -75,8 +77,10 @@ def describe_policies(
     for number, name in enumerate(names):
         progress(name, 0.4 + 0.5 * number / len(names))
         key = jax.random.fold_in(jax.random.key(seed), number)
-        row, share = _describe(key, name, policies.get(name), episodes, habit, episodes_path)
-        rows.append(row)
+        row, share = _describe(
+            key, policies.get(name), episodes, habit, step_hours=step_hours, dose_edges=dose_edges
+        )
+        rows.append({"policy": name, **row})
         shares[name] = share
     table = pd.DataFrame(rows)
     progress("writing", 0.95)
@@ -92,26 +96,25 @@ def describe_policies(
 
 def _describe(
     key: jax.Array,
-    name: str,
     policy: Policy | None,
     episodes: Episodes,
     habit: np.ndarray,
-    episodes_path: Path,
-) -> tuple[dict[str, Any], np.ndarray]:
+    *,
+    step_hours: float,
+    dose_edges: schema.DoseEdges,
+) -> tuple[dict[str, float], np.ndarray]:
     """A row of the table and [5, 5] shares of the actions."""
     key_policy, key_draw = jax.random.split(key)
     probs = taken(episodes) if policy is None else policy.action_probs(episodes, key=key_policy)
     valid = np.asarray(episodes.valid)
     share = action_shares(probs, valid)
-    step_hours = float(load_manifest(episodes_path)["step_hours"])
     if policy is None:
         rates = simulated_rates(episodes, step_hours)
     else:
         rates = prescribed_rates(
-            key_draw, episodes, probs, step_hours=step_hours,
-            dose_edges=load_dose_edges(episodes_path),
-        )  # fmt: skip
-    row: dict[str, Any] = {"policy": name, **_agreement(probs, habit, episodes)}
+            key_draw, episodes, probs, step_hours=step_hours, dose_edges=dose_edges
+        )
+    row = _agreement(probs, habit, episodes)
     if policy is None:
         row |= {"entropy": np.nan, "kl": np.nan}  # one action was taken, whatever else was likely
     row |= {rate: rates[rate] for rate in RATES}

@@ -50,7 +50,8 @@ def prescribed_rates(
     shape = action.shape
     before = jnp.pad(episodes.vasopressor[:, :-1], ((0, 0), (1, 0)))
     given = jnp.where(episodes.valid, episodes.fluid_dose, 0.0)
-    at = {name: episodes.dynamic[..., schema.INDEX[name]] for name in schema.FEATURE_NAMES}
+    seen = ("meanbp", "lactate", "pao2", "fio2")
+    at = {name: episodes.dynamic[..., schema.INDEX[name]] for name in seen}
     rows = {
         "meanbp": at["meanbp"],
         "lactate": at["lactate"],
