@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sepsis_jax import cli
 from sepsis_jax.commands import world_model as world_model_commands
-from tests.compiled import compilation_cached
+from tests.sepsis_jax.command_line import FAST, call, leftovers, refuse
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 COMMANDS = (
     ("demo",),
@@ -29,78 +30,11 @@ COMMANDS = (
     ("world-model", "effects"),
     ("world-model", "export"),
 )
-# These tests ask whether it runs, not whether it is good.
-FAST = (
-    "--set", "model={variant: reference, hidden: 8, layers: 1, embed: 4, head: 4}",
-    "--set", "state={epochs: 2, batch_size: 64}",
-    "--set", "outcome={epochs: 1}",
-)  # fmt: skip
-
-
-class Result:
-    def __init__(self, status, out, err):
-        self.status, self.out, self.err = status, out, err
-
-    @property
-    def last_json(self):
-        return json.loads(self.out.rstrip("\n").split("\n")[-1])
-
-
-def call(capture, *arguments):
-    """Runs `sepsis-jax ARGUMENTS` in this process."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["sepsis-jax", *map(str, arguments)])
-    capture.readouterr()
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as end:
-        status = end.code or 0
-    finally:
-        patch.undo()
-    return Result(status, *capture.readouterr())
 
 
 @pytest.fixture
 def run(capsys):
     return lambda *arguments: call(capsys, *arguments)
-
-
-def finish(*arguments):
-    """The same from a fixture, where nothing captures; it must succeed."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(sys, "argv", ["sepsis-jax", *map(str, arguments)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        assert not end.code
-    finally:
-        patch.undo()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with compilation_cached(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "cohort"
-    finish("cohort", "synthetic", "--patients", 60, "--out", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def model(cohort):
-    """A model of the reference variant, in the published shape."""
-    out = cohort.with_name("model")
-    finish("world-model", "train", "--episodes", cohort, "--out", out, *FAST)
-    return out
-
-
-def leftovers(folder: Path):
-    return sorted(path.name for path in folder.iterdir())
 
 
 def small_simulation(model, cohort, out):
@@ -236,15 +170,6 @@ def test_interrupted_training_resumes_to_the_same_model(run, cohort, model, tmp_
 
 
 # What does not
-
-
-def refuse(result, *words):
-    """Status 2 and one line on stderr that holds the words."""
-    assert result.status == 2, (result.status, result.out, result.err)
-    assert result.err.startswith("sepsis-jax: ") and result.err.count("\n") == 1, result.err
-    for word in words:
-        assert word in result.err
-    assert "Traceback" not in result.out
 
 
 @pytest.mark.parametrize(

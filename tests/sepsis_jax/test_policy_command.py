@@ -12,13 +12,13 @@ from policy.simple import GuidelineRules
 from sepsis_jax.pipelines import policies, policy_comparison, policy_training
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.pipelines.policy_values import ModelWorld, Outcome, TrueWorld, value_table
-from tests.compiled import compilation_cached
-from tests.sepsis_jax.test_cli import FAST as FAST_MODEL
-from tests.sepsis_jax.test_cli import call, finish, leftovers, refuse
+from tests.sepsis_jax.command_line import call, finish, leftovers, refuse
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import true_value
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 # These tests ask whether it runs, not whether it is good.
 TINY = "{updates: 20, batch_size: 32, seeds: 1, hidden: [8]}"
@@ -40,29 +40,9 @@ def few_brackets():
     patch.undo()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with compilation_cached(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture
 def run(capsys):
     return lambda *arguments: call(capsys, "policy", *arguments)
-
-
-@pytest.fixture(scope="module")
-def cohort(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "cohort"
-    finish("cohort", "synthetic", "--patients", 60, "--out", out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def model(cohort):
-    out = cohort.with_name("model")
-    finish("world-model", "train", "--episodes", cohort, "--out", out, *FAST_MODEL)
-    return out
 
 
 @pytest.fixture(scope="module")

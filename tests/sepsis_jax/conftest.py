@@ -1,0 +1,27 @@
+"""A cohort and a model made by the commands."""
+
+import pytest
+
+from tests.compiled import compilation_cached
+from tests.sepsis_jax.command_line import FAST, finish
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    with compilation_cached(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "cohort"
+    finish("cohort", "synthetic", "--patients", 60, "--out", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(cohort):
+    """A model of the reference variant, in the published shape."""
+    out = cohort.with_name("model")
+    finish("world-model", "train", "--episodes", cohort, "--out", out, *FAST)
+    return out
