@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -13,6 +13,18 @@ import yaml
 from worldmodel.errors import InputError
 
 T = TypeVar("T")
+
+
+def require(config: Any, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
+    """Checks fields of a configuration.
+
+    Raises:
+      InputError: a value is not as expected.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if not holds(value):
+            raise InputError(f"{name}: got {value}, expected {expected}")
 
 
 def load_config(cls: type[T], path: str | Path) -> T:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worldmodel import schema
+from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
 NAMES = ("dqn", "wd3qne", "cql", "iql", "bcq")
@@ -56,22 +57,17 @@ class OfflineConfig:
             raise InputError(
                 f"algorithm: got {self.algorithm!r}, expected one of {', '.join(NAMES)}"
             )
-        for name in ("updates", "batch_size", "seeds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.hidden or min(self.hidden) < 1:
-            raise InputError(f"hidden: got {self.hidden}, expected widths of at least 1")
+        require(self, "at least 1", lambda count: count >= 1, "updates", "batch_size", "seeds")
+        require(self, "widths of at least 1", lambda widths: widths and min(widths) >= 1, "hidden")
         if not self.copy_every and not self.polyak:
             raise InputError("polyak: got 0, so that targets never move; set it or copy_every")
         if self.copy_every > self.updates:
             raise InputError(
                 f"copy_every: got {self.copy_every}, expected at most the {self.updates} updates"
             )
-        for name in ("gamma", "polyak", "expectile", "support"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected within [0, 1]")
-        for name in ("learning_rate", "weight_decay", "copy_every", "cql_alpha", "beta"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.past <= schema.OUTCOME_WINDOW:
-            raise InputError(f"past: got {self.past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
+        shares = ("gamma", "polyak", "expectile", "support")
+        require(self, "within [0, 1]", lambda share: 0 <= share <= 1, *shares)
+        sizes = ("learning_rate", "weight_decay", "copy_every", "cql_alpha", "beta")
+        require(self, "0 or more", lambda size: size >= 0, *sizes)
+        most = schema.OUTCOME_WINDOW
+        require(self, f"0 to {most} rows", lambda rows: 0 <= rows <= most, "past")

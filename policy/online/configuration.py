@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worldmodel import schema
-from worldmodel.errors import InputError
+from worldmodel.configuration import require
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,12 @@ class PPOConfig:
     past: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "patients", "steps", "minibatches", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not self.hidden or min(self.hidden) < 1:
-            raise InputError(f"hidden: got {self.hidden}, expected widths of at least 1")
-        for name in ("final_rate", "gamma", "trace"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected within [0, 1]")
-        for name in ("learning_rate", "clip", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected more than 0")
-        for name in ("value_weight", "entropy"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 or more")
-        if not 0 <= self.past <= schema.OUTCOME_WINDOW:
-            raise InputError(f"past: got {self.past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
+        counts = ("iterations", "patients", "steps", "minibatches", "batch_size")
+        require(self, "at least 1", lambda count: count >= 1, *counts)
+        require(self, "widths of at least 1", lambda widths: widths and min(widths) >= 1, "hidden")
+        shares = ("final_rate", "gamma", "trace")
+        require(self, "within [0, 1]", lambda share: 0 <= share <= 1, *shares)
+        require(self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "clip_norm")
+        require(self, "0 or more", lambda weight: weight >= 0, "value_weight", "entropy")
+        most = schema.OUTCOME_WINDOW
+        require(self, f"0 to {most} rows", lambda rows: 0 <= rows <= most, "past")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from worldmodel import schema
+from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
 SEARCHES = ("one-step", "cross-entropy", "sequential-halving")
@@ -46,9 +47,8 @@ class PlannerConfig:
     def __post_init__(self) -> None:
         if self.search not in SEARCHES:
             raise InputError(f"search: got {self.search!r}, expected one of {', '.join(SEARCHES)}")
-        for name in ("horizon", "candidates", "iterations", "elites"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        counts = ("horizon", "candidates", "iterations", "elites")
+        require(self, "at least 1", lambda count: count >= 1, *counts)
         if self.search == "one-step" and self.horizon != 1:
             raise InputError(
                 f"horizon: got {self.horizon}, the one-step search has 1; longer sequences need "
@@ -60,9 +60,6 @@ class PlannerConfig:
             )
         if self.search == "sequential-halving" and self.candidates > schema.NUM_ACTIONS:
             raise InputError(f"candidates: got {self.candidates}, there are 25 first actions")
-        for name in ("samples", "prior_weight", "risk", "temperature", "ridge"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected 0 or more")
-        for name in ("support", "gamma"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected within [0, 1]")
+        sizes = ("samples", "prior_weight", "risk", "temperature", "ridge")
+        require(self, "0 or more", lambda size: size >= 0, *sizes)
+        require(self, "within [0, 1]", lambda share: 0 <= share <= 1, "support", "gamma")

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from worldmodel import schema
+from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.gru import GRU
 
@@ -56,16 +57,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise InputError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
-        for name in ("hidden", "layers", "embed", "head"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not 1 <= self.linear_rows <= schema.STATE_WINDOW:
-            raise InputError(
-                f"linear_rows: got {self.linear_rows}, expected 1 to {schema.STATE_WINDOW}, the "
-                "rows of the State Model's window"
-            )
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"dropout: got {self.dropout}, expected at least 0 and below 1")
+        widths = ("hidden", "layers", "embed", "head")
+        require(self, "at least 1", lambda width: width >= 1, *widths)
+        window = f"1 to {schema.STATE_WINDOW}, the rows of the State Model's window"
+        require(self, window, lambda rows: 1 <= rows <= schema.STATE_WINDOW, "linear_rows")
+        require(self, "at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
 

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from flax import struct
 
+from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.windows import Sequences
@@ -48,14 +49,10 @@ class FitConfig:
     patience: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "patience", "max_updates"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        for name in ("learning_rate", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name}: got {getattr(self, name)}, expected above 0")
-        if self.weight_decay < 0:
-            raise InputError(f"weight_decay: got {self.weight_decay}, expected 0 or more")
+        require(self, "at least 1", lambda count: count >= 1, "epochs", "batch_size", "patience")
+        require(self, "at least 1", lambda count: count is None or count >= 1, "max_updates")
+        require(self, "above 0", lambda value: value > 0, "learning_rate", "clip_norm")
+        require(self, "0 or more", lambda value: value >= 0, "weight_decay")
 
 
 @struct.dataclass

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from worldmodel import schema
+from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
-from worldmodel.errors import InputError
 from worldmodel.files import digest
 from worldmodel.models import baselines
 from worldmodel.models.baselines import Rows
@@ -63,12 +63,9 @@ class TrainConfig:
     outcome_prefixes: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.members < 1:
-            raise InputError(f"members: got {self.members}, expected at least 1")
-        for name in ("imputed_weight", "vent_weight"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{name}: got {value}, expected 0 or more")
+        require(self, "at least 1", lambda count: count >= 1, "members")
+        require(self, "0 or more", lambda weight: weight is None or weight >= 0, "imputed_weight")
+        require(self, "0 or more", lambda weight: weight >= 0, "vent_weight")
 
     @property
     def resolved_imputed_weight(self) -> float:
