@@ -48,8 +48,8 @@ class Scaler:
     def denormalize(self, obs: jax.Array) -> jax.Array:
         """z-scores [..., 39] to physical units; urine is never below 0 mL."""
         values = obs * self.std + self.mean
-        urine = jnp.maximum(jnp.expm1(values[..., schema.URINE]), 0.0)
-        return values.at[..., schema.URINE].set(urine)
+        urine = jnp.maximum(jnp.expm1(values[..., schema.URINE, None]), 0.0)
+        return jnp.where(jnp.arange(schema.NUM_FEATURES) == schema.URINE, urine, values)
 
     def normalize_static(self, static: jax.Array) -> jax.Array:
         """Age, sex, Charlson [..., 3] to model inputs."""

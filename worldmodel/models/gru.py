@@ -49,10 +49,15 @@ def gates(projected: jax.Array, recurrent: jax.Array, h: jax.Array) -> jax.Array
     """The elementwise half of a GRU step: two [..., 3H] sides and h [..., H] to h' [..., H]."""
     input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
     hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)
-    r = jax.nn.sigmoid(input_r + hidden_r)
-    z = jax.nn.sigmoid(input_z + hidden_z)
+    r = _sigmoid(input_r + hidden_r)
+    z = _sigmoid(input_z + hidden_z)
     n = jnp.tanh(input_n + r * hidden_n)
     return n + z * (h - n)
+
+
+def _sigmoid(x: jax.Array) -> jax.Array:
+    # Gates are half of a rollout's time on a CPU, where tanh costs less than exp and a division.
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5
 
 
 class GRU(nnx.Module):

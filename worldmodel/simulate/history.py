@@ -66,8 +66,18 @@ class History:
 
     def urine_24h(self) -> jax.Array:
         """Urine of the last 24 h, mL, scaled up where the stay is shorter: [B]."""
-        window = self.urine.shape[-1]
-        return self.urine.sum(-1) * (window / jnp.minimum(self.step + 1, window))
+        return urine_per_day(self.urine.sum(-1), self.step, self.urine.shape[-1])
+
+
+def urine_per_day(total: jax.Array, step: jax.Array, window: int) -> jax.Array:
+    """Urine of the last 24 h, mL, scaled up where the stay is shorter.
+
+    Args:
+      total: [...] mL in the last `window` rows, 0 before admission.
+      step: [...] int32 index of the newest of them, 0 at admission.
+      window: rows in 24 h.
+    """
+    return total * (window / jnp.minimum(step + 1, window))
 
 
 def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View:

@@ -24,8 +24,9 @@ def project(obs: jax.Array, scaler: Scaler) -> tuple[jax.Array, jax.Array]:
     low = scaler.normalize(jnp.asarray(schema.LOW))
     high = scaler.normalize(jnp.asarray(schema.HIGH))
     projected = jnp.clip(obs, low, high)
-    meanbp = projected[..., _MEANBP] * scaler.std[_MEANBP] + scaler.mean[_MEANBP]
-    for index, bound in ((_SYSBP, jnp.maximum), (_DIABP, jnp.minimum)):
-        limit = (meanbp - scaler.mean[index]) / scaler.std[index]
-        projected = projected.at[..., index].set(bound(projected[..., index], limit))
+    meanbp = projected[..., _MEANBP, None] * scaler.std[_MEANBP] + scaler.mean[_MEANBP]
+    limit = (meanbp - scaler.mean) / scaler.std
+    feature = jnp.arange(schema.NUM_FEATURES)
+    projected = jnp.where(feature == _SYSBP, jnp.maximum(projected, limit), projected)
+    projected = jnp.where(feature == _DIABP, jnp.minimum(projected, limit), projected)
     return projected, (projected != obs).sum(-1).astype(jnp.int32)

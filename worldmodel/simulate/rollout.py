@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History, view_of
 from worldmodel.simulate.noise import branch_key, policy_key, state_noise
-from worldmodel.simulate.step import MODES, advance
+from worldmodel.simulate.play import Job, Now, Step, play
+from worldmodel.simulate.step import MODES
 from worldmodel.view import Policy, as_pytree, draw_action
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
@@ -67,12 +68,6 @@ class _Settings:
     features: tuple[str, ...]
     common_noise: bool
     mode: str
-
-
-class _Branch(NamedTuple):
-    history: History
-    projected: jax.Array  # [B] int32
-    last_action: jax.Array  # [B] int32
 
 
 def rollout(
@@ -231,52 +226,46 @@ def _simulate(
     # Under common noise all plans share one draw per patient and sample.
     plan_ids = jnp.zeros(1, jnp.int32) if settings.common_noise else jnp.arange(shape[1])
 
-    def flat(leaf: jax.Array) -> jax.Array:
-        """[P, K or 1, C or 1, ...] to branches [B, ...]."""
-        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
-
-    def unflat(leaf: jax.Array) -> jax.Array:
-        """Stacked scan outputs [H, B, ...] to [P, K, C, H, ...]."""
-        leaf = leaf.reshape(settings.horizon, *shape, *leaf.shape[2:])
-        return jnp.moveaxis(leaf, 0, 3)
-
-    def step(branch: _Branch, h: jax.Array) -> tuple[_Branch, dict[str, jax.Array]]:
-        keys = _branch_keys(key, start, h, plan_ids, samples)
+    def draw_noise(h: jax.Array) -> jax.Array:
         if noise is not None:
-            eps = noise[:, None, samples, h]
-        else:
-            eps = jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
-        if plans is not None:
-            action = flat(plans[:, :, h][..., None])
-        else:
-            view = view_of(world_model, branch.history, past=settings.past)
-            policy_keys = flat(jax.vmap(policy_key)(keys.reshape(-1)).reshape(keys.shape))
-            action = jax.vmap(partial(draw_action, policy))(policy_keys, view)
-        moved, outputs = advance(world_model, branch.history, action, flat(eps), mode=settings.mode)
-        record = {
-            "values": world_model.scaler.denormalize(moved.obs[:, -1])[:, columns],
-            "sofa": moved.sofa,
-            "ventilation": outputs.ventilation,
-            "reward": outputs.reward,
-            "action": action,
-        }
-        return _Branch(moved, branch.projected + outputs.projected, action), record
+            return noise[:, None, samples, h]
+        keys = _branch_keys(key, start, h, plan_ids, samples)
+        return jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
 
-    branches = shape[0] * shape[1] * shape[2]
-    first = _Branch(
-        history=jax.tree.map(lambda leaf: flat(leaf[:, None, None]), start),
-        projected=jnp.zeros(branches, jnp.int32),
-        last_action=jnp.zeros(branches, jnp.int32),
+    def treat(h: jax.Array, now: Now) -> jax.Array:
+        if plans is not None:
+            return plans[:, :, h][..., None]
+        assert now.history is not None
+        view = view_of(world_model, now.history, past=settings.past)
+        keys = _branch_keys(key, start, h, plan_ids, samples).reshape(-1)
+        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), view)
+        return action.reshape(shape)
+
+    def collect(step: Step) -> dict[str, jax.Array]:
+        return {
+            "values": step.dynamic[..., columns],
+            "sofa": step.sofa,
+            "ventilation": step.ventilation,
+            "reward": step.reward,
+            "action": step.action,
+        }
+
+    played = play(
+        world_model,
+        start,
+        Job(
+            shape=shape,
+            horizon=settings.horizon,
+            treat=treat,
+            noise=draw_noise,
+            collect=collect,
+            fold=lambda projected, step: projected + step.projected,
+            folded=jnp.zeros(shape, jnp.int32),
+            mode=settings.mode,
+            looks_back=plans is None,
+        ),
     )
-    last, records = jax.lax.scan(step, first, jnp.arange(settings.horizon))
-    # The outcome is asked of the last row as if its treatment went on.
-    final = last.history.choose(last.last_action).window(schema.OUTCOME_WINDOW)
-    mortality = jax.nn.sigmoid(world_model.mortality_logit(*final))
-    return {
-        **{name: unflat(leaf) for name, leaf in records.items()},
-        "mortality": mortality.reshape(shape),
-        "projected": last.projected.reshape(shape),
-    }
+    return {**played.collected, "mortality": played.mortality, "projected": played.folded}
 
 
 def _branch_keys(

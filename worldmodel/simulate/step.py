@@ -16,8 +16,16 @@ from worldmodel.simulate.history import History
 from worldmodel.simulate.projection import project
 
 MODES = ("corrected", "reference")
+LACTATE = schema.INDEX["lactate"]
 
-_LACTATE = schema.INDEX["lactate"]
+
+class NextRow(NamedTuple):
+    """A row drawn from a prediction; leading axes of any shape."""
+
+    obs: jax.Array  # [..., 39] z-scores
+    dynamic: jax.Array  # [..., 39] physical units
+    ventilation: jax.Array  # [...] probability
+    projected: jax.Array  # [...] int32 entries moved into range
 
 
 class StepOutputs(NamedTuple):
@@ -49,40 +57,75 @@ def follow(
     world_model: WorldModel, history: History, prediction: Prediction, eps: jax.Array, *, mode: str
 ) -> tuple[History, StepOutputs]:
     """`advance` with the prediction given, for histories whose treatment is chosen."""
-    action = history.action[:, -1]
+    row = next_row(world_model, prediction, eps, mode=mode)
+    before = world_model.scaler.denormalize(history.obs[:, -1])
+    moved = history.append(row.obs, row.dynamic[:, schema.URINE], row.ventilation > 0.5)
+    score = score_row(
+        world_model,
+        row,
+        history.action[:, -1],
+        urine_before=history.urine.sum(-1),
+        urine_24h=moved.urine_24h(),
+        mode=mode,
+    )
+    step_reward = reward.step_reward(
+        history.sofa, score, before[:, LACTATE], row.dynamic[:, LACTATE]
+    )
+    outputs = StepOutputs(row.ventilation, step_reward, row.projected)
+    return replace(moved, sofa=score), outputs
+
+
+def next_row(
+    world_model: WorldModel, prediction: Prediction, eps: jax.Array, *, mode: str
+) -> NextRow:
+    """Draws the row that a prediction speaks of; leading axes broadcast.
+
+    Args:
+      world_model: whose scaler is used.
+      prediction: of the row.
+      eps: [..., 39] standard normal noise.
+      mode: "corrected" (projected into physiologic ranges) or "reference".
+    """
     obs = prediction.mu + jnp.exp(prediction.log_sigma) * eps
-    projected = jnp.zeros(action.shape, jnp.int32)
+    projected = jnp.zeros(obs.shape[:-1], jnp.int32)
     if mode == "corrected":
         obs, projected = project(obs, world_model.scaler)
     dynamic = world_model.scaler.denormalize(obs)
-    before = world_model.scaler.denormalize(history.obs[:, -1])
-    ventilation = jax.nn.sigmoid(prediction.vent_logit)
-    moved = history.append(obs, dynamic[:, schema.URINE], ventilation > 0.5)
-    score = _score(world_model, dynamic, action, history, moved, mode).total
-    step_reward = reward.step_reward(history.sofa, score, before[:, _LACTATE], dynamic[:, _LACTATE])
-    return replace(moved, sofa=score), StepOutputs(ventilation, step_reward, projected)
+    return NextRow(obs, dynamic, jax.nn.sigmoid(prediction.vent_logit), projected)
 
 
-def _score(
+def score_row(
     world_model: WorldModel,
-    dynamic: jax.Array,
+    row: NextRow,
     action: jax.Array,
-    history: History,
-    moved: History,
+    *,
+    urine_before: jax.Array,
+    urine_24h: jax.Array,
     mode: str,
-) -> sofa.SofaScore:
+) -> jax.Array:
+    """SOFA [...] of a drawn row.
+
+    Args:
+      world_model: whose dose edges turn levels into doses.
+      row: the row.
+      action: [...] joint action that led to it.
+      urine_before: [...] mL in the 24 h before the row, unscaled; read in reference mode.
+      urine_24h: [...] mL in the 24 h up to the row; read in corrected mode.
+      mode: "corrected" or "reference".
+    """
     vasopressor, _ = schema.action_levels(action)
+    ventilated = row.ventilation > 0.5
     if mode == "reference":
         return sofa.reference(
-            dynamic,
-            ventilated=moved.ventilated,
+            row.dynamic,
+            ventilated=ventilated,
             vasopressor_level=vasopressor,
-            urine_before=history.urine.sum(-1),
-        )
+            urine_before=urine_before,
+        ).total
     doses = jnp.asarray(schema.level_doses(world_model.dose_edges.vasopressor))
     return sofa.standard(
-        dynamic,
-        ventilated=moved.ventilated,
+        row.dynamic,
+        ventilated=ventilated,
         vasopressor_dose=doses[vasopressor],
-        urine_24h=moved.urine_24h(),
-    )
+        urine_24h=urine_24h,
+    ).total
