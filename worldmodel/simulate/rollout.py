@@ -7,9 +7,10 @@ numbers), which removes noise from comparisons between plans.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,18 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward
+from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.history import History, view_of
-from worldmodel.simulate.noise import branch_key, policy_key, state_noise
-from worldmodel.simulate.play import Job, Now, Step, play
+from worldmodel.simulate.branches import drawn_noise, under_plans, under_policy
+from worldmodel.simulate.history import History
+from worldmodel.simulate.play import Job, Step, play
 from worldmodel.simulate.step import MODES
-from worldmodel.view import Policy, as_pytree, draw_action
+from worldmodel.view import Policy, as_pytree
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
-MAX_BRANCHES = 65_536  # simulated at a time; bounds memory, changes no number
+MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
+CACHED_BRANCHES = 1_024  # and on a CPU, whose caches they fit
 
 
 @struct.dataclass
@@ -39,7 +42,7 @@ class Rollouts:
     ventilation: jax.Array  # [P, K, S, H] probability
     reward: jax.Array  # [P, K, S, H] shaping of each step; the terminal reward is apart
     action: jax.Array  # [P, K, S, H] int32 joint action taken
-    mortality: jax.Array  # [P, K, S] probability of death within 90 days, asked at the end
+    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not asked
     projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
     features: tuple[str, ...] = struct.field(pytree_node=False)
     mode: str = struct.field(pytree_node=False)
@@ -68,6 +71,8 @@ class _Settings:
     features: tuple[str, ...]
     common_noise: bool
     mode: str
+    mortality: bool
+    precision: str | None
 
 
 def rollout(
@@ -82,7 +87,9 @@ def rollout(
     common_noise: bool = True,
     noise: jax.Array | None = None,
     mode: str = "corrected",
-    max_branches: int = MAX_BRANCHES,
+    mortality: bool = True,
+    precision: str | None = None,
+    max_branches: int | None = None,
 ) -> Rollouts:
     """Plays patients forward under plans or a policy.
 
@@ -103,7 +110,10 @@ def rollout(
         `abduct_noise` returns them.
       mode: "corrected" (projection into physiologic ranges, standard SOFA, scaled urine) or
         "reference" (SepsisAgent's rules: neither).
-      max_branches: bound on the branches simulated at a time.
+      mortality: ask the Outcome Model at the end; otherwise `Rollouts.mortality` is NaN.
+      precision: of matrix products, one of `clinical_model.PRECISIONS` or "bfloat16" (operands
+        rounded, sums in float32); None for the model's own.
+      max_branches: bound on the branches simulated at a time; None for what suits the device.
 
     Returns:
       The rollouts; arrays are on the device.
@@ -127,22 +137,25 @@ def rollout(
             f"noise: got shape {noise.shape}, expected {(patients, samples, horizon, 39)}"
         )
     num_plans = 1 if plans is None else plans.shape[1]
-    per_member = samples // members
-    chunk = _chunk(per_member, max(max_branches // (patients * num_plans), 1))
-    # Sample s belongs to member s mod E.
-    sample_ids = jnp.arange(samples).reshape(per_member // chunk, chunk, members)
-    return _rollout(
-        world_model,
-        key,
-        start,
-        plans,
-        None if policy is None else as_pytree(policy),
-        noise,
-        sample_ids,
-        settings=_Settings(
-            getattr(policy, "past", 0), horizon, tuple(features), common_noise, mode
-        ),
+    if max_branches is None:
+        max_branches = _suitable_branches(horizon)
+    inputs = (world_model, key, start, plans, policy and as_pytree(policy), noise)
+    settings = _Settings(
+        past=getattr(policy, "past", 0),
+        horizon=horizon,
+        features=tuple(features),
+        common_noise=common_noise,
+        mode=mode,
+        mortality=mortality,
+        precision=precision,
     )
+    rows = _in_equal_parts(patients, max_branches // num_plans)
+    ids = _in_equal_parts(samples // members, max_branches // (num_plans * rows.shape[1]))
+    # Sample s belongs to member s mod E.
+    blocks = _Blocks(rows, ids[None] * members + np.arange(members)[:, None, None])
+    if being_traced():
+        return _rollout(*inputs, blocks, samples, settings)
+    return _jitted(precision)(*inputs, blocks, samples, settings)
 
 
 def _resolve(
@@ -169,12 +182,32 @@ def _resolve(
     return jnp.asarray(plans, jnp.int32), None
 
 
-def _chunk(count: int, most: int) -> int:
-    """The largest divisor of `count` that is at most `most`."""
-    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
+class _Blocks(NamedTuple):
+    """What is simulated one after the other; the last of each may repeat its last entry."""
+
+    patients: np.ndarray  # [blocks, p] int32
+    samples: np.ndarray  # [E, blocks, c] int32
 
 
-@partial(jax.jit, static_argnames="settings")
+def _suitable_branches(horizon: int) -> int:
+    if jax.default_backend() != "cpu":
+        return MAX_BRANCHES
+    # The first step costs branches next to nothing, so short horizons take more at a time.
+    return CACHED_BRANCHES * max(8 // horizon, 1)
+
+
+def _in_equal_parts(count: int, most: int) -> np.ndarray:
+    """Indices [parts, size] of 0 to count - 1, with size at most `most`, the last repeated."""
+    parts = -(-count // max(most, 1))
+    size = -(-count // parts)
+    return np.minimum(np.arange(parts * size), count - 1).reshape(parts, size).astype(np.int32)
+
+
+@cache
+def _jitted(precision: str | None) -> Any:
+    return jax.jit(_rollout, static_argnums=(7, 8), compiler_options=compiler_options(precision))
+
+
 def _rollout(
     world_model: WorldModel,
     key: jax.Array,
@@ -182,31 +215,39 @@ def _rollout(
     plans: jax.Array | None,
     policy: Any,
     noise: jax.Array | None,
-    sample_ids: jax.Array,
-    *,
+    blocks: _Blocks,
+    samples: int,
     settings: _Settings,
 ) -> Rollouts:
-    """Members one by one, and each one's samples [chunks, C] chunk by chunk."""
+    """Patients block by block, in each the members, and in each their samples block by block."""
 
-    def of_member(inputs: tuple[Any, Any, jax.Array]) -> dict[str, jax.Array]:
-        state_model, outcome_model, chunks = inputs
-        add_axis = partial(jax.tree.map, lambda leaf: leaf[None])
-        member = replace(
-            world_model, state_model=add_axis(state_model), outcome_model=add_axis(outcome_model)
-        )
-        simulate = partial(_simulate, member, key, start, plans, policy, noise, settings=settings)
-        return jax.lax.map(simulate, chunks)
+    def of_patients(rows: jax.Array) -> dict[str, jax.Array]:
+        starts, own_plans, own_noise = jax.tree.map(lambda leaf: leaf[rows], (start, plans, noise))
 
-    models = (world_model.state_model, world_model.outcome_model, jnp.moveaxis(sample_ids, -1, 0))
-    results = jax.lax.map(of_member, models)  # leaves [E, chunks, P, K, C, ...]
+        def of_member(inputs: tuple[Any, Any, jax.Array]) -> dict[str, jax.Array]:
+            state_model, outcome_model, sample_blocks = inputs
+            add_axis = partial(jax.tree.map, lambda leaf: leaf[None])
+            member = replace(
+                world_model,
+                state_model=add_axis(state_model),
+                outcome_model=add_axis(outcome_model),
+            )
+            simulate = partial(
+                _simulate, member, key, starts, own_plans, policy, own_noise, settings=settings
+            )
+            return jax.lax.map(simulate, sample_blocks)
 
-    def merge_samples(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.transpose(2, 3, 1, 4, 0, *range(5, leaf.ndim))
-        return leaf.reshape(*leaf.shape[:2], sample_ids.size, *leaf.shape[5:])
+        models = (world_model.state_model, world_model.outcome_model, blocks.samples)
+        return jax.lax.map(of_member, models)
 
-    return Rollouts(
-        **jax.tree.map(merge_samples, results), features=settings.features, mode=settings.mode
-    )
+    results = jax.lax.map(of_patients, blocks.patients)  # leaves [blocks, E, blocks, p, K, c, ...]
+
+    def merge(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.transpose(0, 3, 4, 2, 5, 1, *range(6, leaf.ndim))
+        leaf = leaf.reshape(-1, leaf.shape[2], math.prod(leaf.shape[3:6]), *leaf.shape[6:])
+        return leaf[: start.step.shape[0], :, :samples]
+
+    return Rollouts(**jax.tree.map(merge, results), features=settings.features, mode=settings.mode)
 
 
 def _simulate(
@@ -223,23 +264,19 @@ def _simulate(
     """One member's branches [P, K, C] for the samples [C]."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
     columns = np.array([schema.INDEX[name] for name in settings.features], np.int32)
-    # Under common noise all plans share one draw per patient and sample.
-    plan_ids = jnp.zeros(1, jnp.int32) if settings.common_noise else jnp.arange(shape[1])
+    treat = (
+        under_plans(plans)
+        if plans is not None
+        else under_policy(policy, world_model, key, start, samples, past=settings.past)
+    )
+    if noise is None:
+        common = settings.common_noise
+        eps = drawn_noise(key, start, samples, shape, settings.horizon, common=common)
+    else:
+        given = noise[:, None, samples]
 
-    def draw_noise(h: jax.Array) -> jax.Array:
-        if noise is not None:
-            return noise[:, None, samples, h]
-        keys = _branch_keys(key, start, h, plan_ids, samples)
-        return jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
-
-    def treat(h: jax.Array, now: Now) -> jax.Array:
-        if plans is not None:
-            return plans[:, :, h][..., None]
-        assert now.history is not None
-        view = view_of(world_model, now.history, past=settings.past)
-        keys = _branch_keys(key, start, h, plan_ids, samples).reshape(-1)
-        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), view)
-        return action.reshape(shape)
+        def eps(h: jax.Array) -> jax.Array:
+            return given[:, :, :, h]
 
     def collect(step: Step) -> dict[str, jax.Array]:
         return {
@@ -257,27 +294,15 @@ def _simulate(
             shape=shape,
             horizon=settings.horizon,
             treat=treat,
-            noise=draw_noise,
+            noise=eps,
             collect=collect,
             fold=lambda projected, step: projected + step.projected,
             folded=jnp.zeros(shape, jnp.int32),
             mode=settings.mode,
             looks_back=plans is None,
+            mortality=settings.mortality,
+            precision=settings.precision,
         ),
     )
-    return {**played.collected, "mortality": played.mortality, "projected": played.folded}
-
-
-def _branch_keys(
-    key: jax.Array, start: History, h: jax.Array, plan_ids: jax.Array, samples: jax.Array
-) -> jax.Array:
-    """Keys [P, K or 1, C] by patient, step, sample and (if not common) plan."""
-
-    def of(patient: jax.Array, step: jax.Array, plan: jax.Array, sample: jax.Array) -> jax.Array:
-        return branch_key(key, patient, step + h, sample, plan)
-
-    over_samples = jax.vmap(of, in_axes=(None, None, None, 0))
-    over_plans = jax.vmap(over_samples, in_axes=(None, None, 0, None))
-    return jax.vmap(over_plans, in_axes=(0, 0, None, None))(
-        start.patient, start.step, plan_ids, samples
-    )
+    mortality = jnp.full(shape, jnp.nan) if played.mortality is None else played.mortality
+    return {**played.collected, "mortality": mortality, "projected": played.folded}

@@ -1,0 +1,43 @@
+"""Compiler options that make matrix products and gates faster, and change no program."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+
+# Measured with jaxlib 0.10 on AVX-512 cores (docs/benchmarks.md): Eigen's float32 products beat
+# YNNPACK's at the shapes of a GRU, and gates gain from full-width vectors. In bfloat16 it is
+# YNNPACK that knows the matrix instructions.
+_CPU = {"xla_cpu_prefer_vector_width": 512}
+_CPU_FLOAT32 = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+@cache
+def compiler_options(precision: str | None = None, platform: str | None = None) -> dict:
+    """For `jax.jit(..., compiler_options=...)` of an outermost function.
+
+    Args:
+      precision: of its products; "bfloat16" or anything else for float32.
+      platform: "cpu", "gpu" or "tpu"; None for JAX's default. Only a CPU has options here, and
+        those that this jaxlib does not know are left out.
+    """
+    if (platform or jax.default_backend()) != "cpu":
+        return {}
+    options = _CPU if precision == "bfloat16" else _CPU | _CPU_FLOAT32
+    return {name: value for name, value in options.items() if _known(name, value)}
+
+
+def being_traced() -> bool:
+    """Whether an outer `jax.jit` is tracing, in which no options can be given."""
+    return isinstance(jax.lax.add(0, 0), jax.core.Tracer)
+
+
+def _known(name: str, value: object) -> bool:
+    device = jax.local_devices(backend="cpu")[0]
+    try:
+        with jax.default_device(device):
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True

@@ -1,0 +1,271 @@
+"""Branches in tasks of one fixed shape, dealt to the devices of a mesh.
+
+A task is a member of the ensemble with some patients and some samples under every plan. All
+tasks of a job have one shape and one program, whatever the device that gets them: the numbers
+do not depend on how many devices there are, on their order, or on where a job was resumed.
+Devices exchange nothing.
+
+On a CPU one device per core (`use_every_core`) is faster than one device of all cores: a task
+whose rows fit the core's cache needs no other thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from worldmodel.compilation import compiler_options
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.branches import drawn_noise, under_plans, under_policy
+from worldmodel.simulate.history import History
+from worldmodel.simulate.play import Job, Shape, play
+from worldmodel.simulate.summary import BranchSummary, empty_summary, finish_summary, fold_step
+from worldmodel.view import Policy, as_pytree
+
+AXIS = "branches"
+_IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
+
+
+# Branches that a device plays at a time: what fits a core's cache, or fills an accelerator.
+BRANCHES_PER_DEVICE = {"cpu": 512, "gpu": 131_072, "tpu": 65_536}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is compiled into a job.
+
+    Attributes:
+      horizon: steps H.
+      features: names whose last values are kept.
+      mode: "corrected" or "reference".
+      common_noise: the same noise under every plan.
+      mortality: ask the Outcome Model at the end.
+      precision: of matrix products; None for the model's own.
+    """
+
+    horizon: int
+    features: tuple[str, ...] = ("meanbp", "lactate")
+    mode: str = "corrected"
+    common_noise: bool = True
+    mortality: bool = True
+    precision: str | None = None
+
+
+class Task(NamedTuple):
+    """A device's share of a call; with a leading axis, one task per device."""
+
+    patients: np.ndarray  # [p] int32 rows of the start
+    samples: np.ndarray  # [c] int32 sample numbers, all of one member
+    member: np.ndarray  # [] int32
+
+
+def use_every_core() -> None:
+    """Makes each core of a CPU a JAX device; to be called before JAX is used.
+
+    Does nothing once JAX has begun, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES have decided.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    with suppress(RuntimeError):  # JAX has begun
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def branch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of one axis, "branches", over this process's devices or those given."""
+    return Mesh(np.array(devices or jax.local_devices()), (AXIS,))
+
+
+class Player:
+    """Plays tasks of one shape, as many at a time as the mesh has devices.
+
+    Args:
+      world_model: to play in, copied to every device.
+      mesh: from `branch_mesh`.
+      shape: branches p, K, c of a task; K = 1 for a policy.
+      settings: what to play.
+      policy: `(key, view) -> [25]`; None where plans are given.
+    """
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        mesh: Mesh,
+        shape: Shape,
+        settings: Settings,
+        policy: Policy | None = None,
+    ):
+        self.mesh, self.shape, self.settings = mesh, shape, settings
+        past = getattr(policy, "past", 0)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        self._constant = jax.device_put((world_model, policy and as_pytree(policy)), everywhere)
+        self.call = sharded_call(mesh, shape, settings, past=past)
+
+    def __call__(
+        self, key: jax.Array, start: History, plans: jax.Array | None, tasks: Task
+    ) -> BranchSummary:
+        """Plays one task per device.
+
+        Args:
+          key: of the whole job; noise is folded in by patient, step and sample.
+          start: patients that the tasks point into.
+          plans: [patients, K, H] joint actions; None for a policy.
+          tasks: leaves with a leading axis of the devices D.
+
+        Returns:
+          Leaves [D, p, K, c, ...], sharded over the mesh and perhaps still being computed.
+        """
+        world_model, policy = self._constant
+        return self.call(world_model, policy, key, start, plans, tasks)
+
+
+def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0) -> Any:
+    """The jitted function behind a `Player`, for those who compile ahead of time.
+
+    Returns:
+      `f(world_model, policy or None, key, start, plans or None, tasks) -> BranchSummary`, the
+      tasks and the result sharded over the mesh, the rest replicated.
+    """
+
+    def of_device(
+        world_model: WorldModel,
+        policy: Any,
+        key: jax.Array,
+        start: History,
+        plans: jax.Array | None,
+        tasks: Task,
+    ) -> BranchSummary:
+        task = jax.tree.map(lambda leaf: leaf[0], tasks)
+        member = replace(
+            world_model,
+            state_model=_pick(world_model.state_model, task.member),
+            outcome_model=_pick(world_model.outcome_model, task.member),
+        )
+        starts, own_plans = jax.tree.map(lambda leaf: leaf[task.patients], (start, plans))
+        played = play(
+            member,
+            starts,
+            Job(
+                shape=shape,
+                horizon=settings.horizon,
+                treat=under_plans(own_plans)
+                if own_plans is not None
+                else under_policy(policy, member, key, starts, task.samples, past=past),
+                noise=drawn_noise(
+                    key,
+                    starts,
+                    task.samples,
+                    shape,
+                    settings.horizon,
+                    common=settings.common_noise,
+                ),
+                fold=partial(fold_step, features=settings.features),
+                folded=empty_summary(shape, settings.features),
+                mode=settings.mode,
+                looks_back=own_plans is None,
+                mortality=settings.mortality,
+                precision=settings.precision,
+            ),
+        )
+        summary = finish_summary(played.folded, played.mortality, settings.horizon)
+        return jax.tree.map(lambda leaf: leaf[None], summary)
+
+    same, split = PartitionSpec(), PartitionSpec(AXIS)
+    return jax.jit(
+        jax.shard_map(
+            of_device,
+            mesh=mesh,
+            in_specs=(same, same, same, same, same, split),
+            out_specs=split,
+            check_vma=False,  # devices exchange nothing
+        ),
+        compiler_options=compiler_options(settings.precision, mesh.devices.flat[0].platform),
+    )
+
+
+def task_shape(patients: int, plans: int, samples: int, members: int, *, branches: int) -> Shape:
+    """The shape (p, K, c) of tasks that divide a job into about equal parts.
+
+    Args:
+      patients, plans, samples: of the job; samples over all members.
+      members: ensemble size, which divides the samples.
+      branches: at most so many per task, unless the plans alone are more.
+    """
+    own = samples // members
+    size = -(-own // -(-own // max(branches // plans, 1)))
+    return min(max(branches // (plans * size), 1), patients), plans, size
+
+
+def play_block(
+    player: Player, key: jax.Array, start: History, plans: jax.Array | None, samples: int
+) -> BranchSummary:
+    """Every sample of every patient: numpy leaves [P, K, S, ...].
+
+    Args:
+      player: whose tasks cover the block.
+      key: of the whole job.
+      start: P patients.
+      plans: [P, K, H] joint actions; None for a policy.
+      samples: S, a multiple of the ensemble size E; sample s is played by member s mod E.
+    """
+    world_model, _ = player._constant
+    num_plans = player.shape[1]
+    count = start.step.shape[0]
+    tasks = list(_tasks(count, samples, world_model.num_members, player.shape))
+    devices = player.mesh.devices.size
+    whole: BranchSummary | None = None
+
+    def write(found: BranchSummary, group: list[Task]) -> None:
+        nonlocal whole
+        leaves, structure = jax.tree.flatten(jax.device_get(found))
+        if whole is None:
+            whole = jax.tree.unflatten(
+                structure,
+                [np.empty((count, num_plans, samples, *x.shape[4:]), x.dtype) for x in leaves],
+            )
+        for device, task in enumerate(group):
+            index = np.ix_(task.patients, np.arange(num_plans), task.samples)
+            for kept, leaf in zip(jax.tree.leaves(whole), leaves, strict=True):
+                kept[index] = leaf[device]
+
+    queue: deque[tuple[BranchSummary, list[Task]]] = deque()
+    for first in range(0, len(tasks), devices):
+        group = tasks[first : first + devices]
+        # A device without a task of its own repeats the last one; nobody reads that.
+        padded = group + group[-1:] * (devices - len(group))
+        queue.append((player(key, start, plans, _together(padded)), group))
+        if len(queue) > _IN_FLIGHT:
+            write(*queue.popleft())
+    while queue:
+        write(*queue.popleft())
+    assert whole is not None
+    return whole
+
+
+def _tasks(count: int, samples: int, members: int, shape: Shape) -> Iterator[Task]:
+    """Tasks that cover a block; the last ones repeat entries to keep the shape."""
+    patients, _, size = shape
+    own = samples // members
+    for first in range(0, count, patients):
+        rows = np.minimum(np.arange(first, first + patients), count - 1).astype(np.int32)
+        for member in range(members):
+            for begin in range(0, own, size):
+                ids = np.minimum(np.arange(begin, begin + size), own - 1)
+                yield Task(rows, (ids * members + member).astype(np.int32), np.array(member))
+
+
+def _together(tasks: list[Task]) -> Task:
+    return Task(*(np.stack(parts) for parts in zip(*tasks, strict=True)))
+
+
+def _pick(model: Any, member: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[member][None], model)
