@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from sepsis_jax.commands import cohort, demo, ope, policy, simulate, world_model
+from sepsis_jax.commands import bench, cohort, demo, ope, policy, simulate, sweep, world_model
 from sepsis_jax.console import DISCLAIMER, errors
 from worldmodel.errors import InputError
 
@@ -28,6 +28,14 @@ app.command(
     epilog="Example: sepsis-jax simulate --model runs/model --episodes runs/synthetic "
     "--plan 'early=3,2;1,1' --plan 'rest=0,0' --out runs/futures",
 )(simulate.simulate)
+app.command(
+    "sweep",
+    epilog="Example: sepsis-jax sweep --model runs/model --episodes runs/synthetic "
+    "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
+)(sweep.sweep)
+app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
+    bench.bench
+)
 
 
 def main() -> None:

@@ -1,0 +1,260 @@
+"""One benchmark: contenders built, timed in turns, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from sepsis_jax.benchmark.agent import QUESTION, agent_questions
+from sepsis_jax.benchmark.flops import minimal_flops, plain_flops
+from sepsis_jax.benchmark.ours import BFLOAT16, drift, jitted_rollout, plain_model, sharded
+from sepsis_jax.benchmark.peak import jax_products, torch_products
+from sepsis_jax.benchmark.theirs import (
+    COMPILED,
+    EAGER,
+    ONE_BRANCH,
+    torch_contender,
+    torch_device,
+)
+from sepsis_jax.benchmark.timing import Contender, Timed, best, summary, take_turns
+from sepsis_jax.benchmark.torch_model import load_torch, torch_installed
+from sepsis_jax.benchmark.workload import Workload, patient_pool, shape_of, workload
+from sepsis_jax.progress import Progress, silent
+from worldmodel import schema
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import PRECISIONS
+from worldmodel.models.world_model import WorldModel
+
+OURS: dict[str, Callable[[Workload], Contender]] = {
+    "rollout": jitted_rollout,
+    "rollout, all features": lambda job: jitted_rollout(
+        job, "rollout, all features", features=schema.FEATURE_NAMES
+    ),
+    "sharded": sharded,
+    "sharded, bfloat16": lambda job: sharded(job, "sharded, bfloat16", precision=BFLOAT16),
+    "plain model": plain_model,
+}
+_FLOAT32 = ("rollout", "sharded")  # of ours, what is compared with torch and with the bound
+NAMES = (*OURS, EAGER, COMPILED, ONE_BRANCH, QUESTION)
+BRANCHES = {"cpu": (64, 256, 1024, 4096)}
+_BRANCHES_ELSEWHERE = (1024, 8192, 65_536, 524_288)
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to measure.
+
+    Attributes:
+      branches: numbers of branches, each a multiple of plans x samples; () for the device's own.
+      plans: per patient.
+      samples: per plan.
+      horizon: steps.
+      repeats: timed runs of each contender.
+      question_samples: per treatment in the agent's question.
+      seed: of patients and plans.
+      only: contenders to measure; () for all.
+    """
+
+    branches: tuple[int, ...] = ()
+    plans: int = 4
+    samples: int = 16
+    horizon: int = 24
+    repeats: int = 10
+    question_samples: int = 1000
+    seed: int = 0
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = ("plans", "samples", "horizon", "repeats", "question_samples")
+        require(self, "at least 1", lambda value: value >= 1, *counts)
+        unknown = [name for name in self.only if name not in NAMES]
+        if unknown:
+            raise InputError(f"--only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
+        for branches in self.branches:
+            shape_of(branches, plans=self.plans, samples=self.samples)
+
+    def asks(self, name: str) -> bool:
+        """Whether a contender is wanted."""
+        return not self.only or name in self.only
+
+
+def run_bench(
+    world_model: WorldModel, options: BenchOptions, progress: Progress = silent
+) -> dict[str, Any]:
+    """Measures and compares.
+
+    Args:
+      world_model: whose first member is played.
+      options: what to measure.
+      progress: told of phases.
+
+    Returns:
+      JSON-ready: `table` (a row per contender and number of branches), `peak`, `bound`,
+      `ratios`, `question`, `drift`, `flops`.
+    """
+    world_model = world_model.member(0)
+    precision = world_model.config.precision
+    assert precision in PRECISIONS
+    torch = load_torch(precision) if torch_installed() else None
+    pool = patient_pool(world_model, options.seed)
+    default = BRANCHES.get(jax.default_backend(), _BRANCHES_ELSEWHERE)
+    jobs = [
+        workload(
+            world_model,
+            pool,
+            shape_of(branches, plans=options.plans, samples=options.samples),
+            options.horizon,
+            seed=options.seed,
+        )
+        for branches in sorted(options.branches or default)
+    ]
+    contenders = _players(jobs, options, torch, progress)
+    questions = (
+        agent_questions(world_model, pool, options.question_samples)
+        if options.asks(QUESTION)
+        else []
+    )
+    products = jax_products(precision)
+    if options.asks("sharded, bfloat16"):
+        products += jax_products(BFLOAT16)
+    if torch is not None:
+        products += torch_products(torch, torch_device(torch, jax.default_backend()))
+    timed = take_turns([*contenders, *questions, *products], options.repeats, progress)
+    players, rest = timed[: len(contenders)], timed[len(contenders) :]
+    answered, multiplied = rest[: len(questions)], rest[len(questions) :]
+    of_jax = [found for found in multiplied if found.contender.name.startswith(f"JAX {precision}")]
+    minimal = {job.shape.branches: _minimal(job) for job in jobs}
+    return {
+        "table": [_row(found, jobs, best(of_jax), minimal) for found in players],
+        "peak": [{"name": found.contender.name, **summary(found.rates)} for found in multiplied],
+        "bound": _bound(players, best(of_jax), minimal),
+        "ratios": _ratios(players),
+        "question": [_answer(found) for found in answered],
+        "drift": {name: drift(_drift_job(jobs), name) for name in _reduced(precision)},
+        "flops": {
+            "plain": plain_flops(world_model.config, options.horizon),
+            "minimal": {str(branches): value for branches, value in minimal.items()},
+        },
+        "torch": torch is not None,
+    }
+
+
+def _players(
+    jobs: Sequence[Workload], options: BenchOptions, torch: Any, progress: Progress
+) -> list[Contender]:
+    """Contenders that play, compiled; torch's loop of one plays a single branch."""
+    found: list[Contender] = []
+    for index, job in enumerate(jobs):
+        progress(f"compiling, {job.shape.branches} branches", index / len(jobs))
+        found += [make(job) for name, make in OURS.items() if options.asks(name)]
+        if torch is not None:
+            device = torch_device(torch, jax.default_backend())
+            found += [
+                torch_contender(torch, job, device, name)
+                for name in (EAGER, COMPILED)
+                if options.asks(name)
+            ]
+    if torch is not None and options.asks(ONE_BRANCH):
+        first = jobs[0]
+        one = workload(
+            first.world_model, first.start, shape_of(1, plans=1, samples=1), options.horizon,
+            seed=options.seed,
+        )  # fmt: skip
+        device = torch_device(torch, jax.default_backend())
+        found.append(torch_contender(torch, one, device, ONE_BRANCH))
+    return found
+
+
+def _minimal(job: Workload) -> float:
+    return minimal_flops(job.world_model.config, job.shape, job.horizon)
+
+
+def _reduced(precision: str) -> list[str]:
+    """Precisions whose drift is worth knowing: on a CPU, float32 is float32."""
+    own = [precision] if precision != "highest" and jax.default_backend() != "cpu" else []
+    return [*own, BFLOAT16]
+
+
+def _drift_job(jobs: Sequence[Workload]) -> Workload:
+    """The largest job of at most 1,024 branches, else the smallest."""
+    small = [job for job in jobs if job.shape.branches <= 1024]
+    return small[-1] if small else jobs[0]
+
+
+def _row(
+    found: Timed, jobs: Sequence[Workload], peak: Timed, minimal: dict[int, float]
+) -> dict[str, Any]:
+    contender = found.contender
+    engine = contender.name in OURS and contender.name != "plain model"
+    if engine:
+        flops = minimal[contender.branches]
+    else:
+        flops = plain_flops(jobs[0].world_model.config, jobs[0].horizon)
+    return {
+        "name": contender.name,
+        "branches": contender.branches,
+        **summary(found.rates),
+        "compile_seconds": contender.compile_seconds,
+        "memory_bytes": contender.memory_bytes,
+        "gflops": summary(found.rates)["median"] * flops / 1e9,
+        "share_of_peak": summary(found.rates * flops / peak.rates)["median"],
+        "checksum": found.checksum,
+    }
+
+
+def _bound(players: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> dict[str, Any]:
+    """What products alone would allow, and how near to it the best of ours come."""
+    shares = {}
+    for name in _FLOAT32:
+        named = [found for found in players if found.contender.name == name]
+        if named:
+            top = best(named)
+            flops = minimal[top.contender.branches]
+            shares[_title(top)] = summary(top.rates * flops / peak.rates)
+    return {
+        "shares": shares,
+        "product": peak.contender.name,
+        "flops_per_second": summary(peak.rates),
+        "branch_steps_per_second": {
+            str(branches): summary(peak.rates / flops) for branches, flops in minimal.items()
+        },
+    }
+
+
+def _ratios(players: Sequence[Timed]) -> dict[str, Any]:
+    """Ours to torch's, each at its best number of branches, repeat by repeat."""
+
+    def champion(*names: str) -> Timed | None:
+        named = [found for found in players if found.contender.name in names]
+        return best(named) if named else None
+
+    ours = champion(*_FLOAT32)
+    out: dict[str, Any] = {}
+    others = {"batched torch": champion(EAGER, COMPILED), "torch, one branch": champion(ONE_BRANCH)}
+    for name, other in others.items():
+        if ours and other:
+            out[name] = {
+                "ours": _title(ours),
+                "other": _title(other),
+                **summary(ours.rates / other.rates),
+            }
+    return out
+
+
+def _title(found: Timed) -> str:
+    return f"{found.contender.name}, {found.contender.branches} branches"
+
+
+def _answer(found: Timed) -> dict[str, Any]:
+    """Latency in ms; the rate is of questions."""
+    return {
+        "name": found.contender.name,
+        "branches": found.contender.branches,
+        **{f"{key}_ms": value for key, value in summary(1e3 / found.rates).items()},
+        "compile_seconds": found.contender.compile_seconds,
+        "checksum": found.checksum,
+    }

@@ -1,0 +1,130 @@
+"""`sepsis-jax bench`: how fast futures are simulated, beside torch and the machine's limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sepsis_jax.commands.options import Json, Out, Seed
+from sepsis_jax.console import console, phases, print_json, print_table
+
+OptionalModel = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", help="World model to play; default: an untrained one of the published shape."
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="Of matrix products: highest (float32), or default (TF32 on recent GPUs) in JAX "
+        "and torch alike; default: the model's own.",
+    ),
+]
+
+
+def bench(
+    out: Out,
+    model: OptionalModel = None,
+    branches: Annotated[
+        list[int] | None,
+        typer.Option("--branches", help="Branches at a time; repeat for a sweep."),
+    ] = None,
+    plans: Annotated[int, typer.Option("--plans", help="Plans per patient.")] = 4,
+    samples: Annotated[int, typer.Option("--samples", help="Futures per plan.")] = 16,
+    horizon: Annotated[int, typer.Option("--horizon", help="Steps to simulate.")] = 24,
+    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each contender.")] = 10,
+    question_samples: Annotated[
+        int, typer.Option("--question-samples", help="Futures per treatment an agent asks for.")
+    ] = 1000,
+    precision: Precision = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Contender to measure; repeat for more.")
+    ] = None,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Time rollouts in turns with torch: throughput, share of the bound, latency, plots."""
+    from sepsis_jax.benchmark.setting import begin_devices, model_to_measure
+
+    begin_devices()
+    from sepsis_jax.benchmark.bench import BenchOptions, run_bench
+    from sepsis_jax.benchmark.hardware import hardware, torch_version
+    from sepsis_jax.benchmark.report import write_bench
+    from sepsis_jax.provenance import provenance
+    from worldmodel.files import check_replaceable
+
+    options = BenchOptions(
+        branches=tuple(branches or ()),
+        plans=plans,
+        samples=samples,
+        horizon=horizon,
+        repeats=repeats,
+        question_samples=question_samples,
+        seed=seed,
+        only=tuple(only or ()),
+    )
+    check_replaceable(out, "bench.json")
+    world_model, what = model_to_measure(model, precision)
+    console.print(f"model: {what}")
+    with phases("bench") as progress:
+        result = run_bench(world_model, options, progress)
+    if not result["torch"]:
+        console.print("torch is not installed (extra `parity`): measured without it")
+    result |= {
+        "model": what,
+        "options": vars(options) | {"branches": list(branches or ())},
+        "hardware": hardware(),
+        **provenance(torch=torch_version()),
+    }
+    write_bench(result, out)
+    _show(result)
+    console.print(f"{out / 'bench.json'}, bench.csv, scaling.png")
+    if json:
+        print_json({"out": str(out), **result})
+
+
+def _show(result: dict) -> None:
+    print_table(
+        "Branch-steps per second",
+        ("", "branches", "median", "min", "max", "of peak", "compile s", "MB"),
+        [
+            (
+                row["name"],
+                row["branches"],
+                *(f"{row[key]:,.0f}" for key in ("median", "min", "max")),
+                f"{100 * row['share_of_peak']:.0f}%",
+                row["compile_seconds"],
+                row["memory_bytes"] and row["memory_bytes"] / 1e6,
+            )
+            for row in result["table"]
+        ],
+    )
+    peak = result["bound"]["flops_per_second"]
+    console.print(
+        f"matrix products: {peak['median'] / 1e9:,.0f} GFLOP/s "
+        f"({peak['min'] / 1e9:,.0f} to {peak['max'] / 1e9:,.0f}; {result['bound']['product']})"
+    )
+    for name, row in result["bound"]["shares"].items():
+        console.print(
+            f"share of the bound: {100 * row['median']:.0f}% ({100 * row['min']:.0f} to "
+            f"{100 * row['max']:.0f}; {name})"
+        )
+    for name, row in result["ratios"].items():
+        console.print(
+            f"to {name}: {row['median']:.2f} x ({row['min']:.2f} to {row['max']:.2f}; "
+            f"{row['ours']} to {row['other']})"
+        )
+    for row in result["question"]:
+        console.print(
+            f"{row['name']}, {row['branches']} branches: {row['median_ms']:.1f} ms "
+            f"({row['min_ms']:.1f} to {row['max_ms']:.1f})"
+        )
+    for name, row in result["drift"].items():
+        console.print(
+            f"{name} differs from float32 by {row['mean']:.2g} (mean) and {row['max']:.2g} (max) "
+            f"z-scores in the last row"
+        )
