@@ -40,7 +40,6 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
       InputError: the text is malformed, a level is outside 0-4, the plan is longer than the
         horizon, or the record ends too early for `clinician`.
     """
-    name, sign, body = text.partition("=")
     if is_clinician(text):
         recorded = int(stay.length[0]) - step
         if recorded < 1:
@@ -51,6 +50,17 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
                 f"is {horizon}; use --horizon {recorded} or an earlier --step"
             )
         return Plan(CLINICIAN, np.asarray(stay.action[0, step : step + horizon]))
+    return parse_sequence(text, horizon=horizon)
+
+
+def parse_sequence(text: str, *, horizon: int) -> Plan:
+    """Reads `NAME=V,F;V,F;...`, as `parse_plan` describes it.
+
+    Raises:
+      InputError: the text is malformed, a level is outside 0-4, or the plan is longer than the
+        horizon.
+    """
+    name, sign, body = text.partition("=")
     if not sign:
         name, body = text, text
     if not name.strip():
