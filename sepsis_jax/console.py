@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -59,13 +60,25 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 @contextmanager
-def phases(title: str) -> Iterator[PhaseProgress]:
-    """A progress bar for jobs that name their phases: `update(phase, share done)`."""
+def phases(title: str, *, log_every: float | None = None) -> Iterator[PhaseProgress]:
+    """A progress bar for jobs that name their phases: `update(phase, share done)`.
+
+    Args:
+      title: of the job.
+      log_every: seconds between lines where the output is no terminal; None for no lines.
+    """
     with _bar() as progress:
         task = progress.add_task(title, total=1.0)
+        begun = said = time.monotonic()
 
         def update(phase: str, share: float) -> None:
+            nonlocal said
             progress.update(task, description=f"{title}: {phase}", completed=share)
+            now = time.monotonic()
+            if log_every is not None and progress.disable and now - said >= log_every:
+                said = now
+                left = (now - begun) * (1 - share) / share if share else 0.0
+                errors.print(f"{title}: {phase}, {left / 60:.0f} min left", soft_wrap=True)
 
         yield update
         progress.update(task, description=title, completed=1.0)
