@@ -244,7 +244,8 @@ def _rollout(
 
     def merge(leaf: jax.Array) -> jax.Array:
         leaf = leaf.transpose(0, 3, 4, 2, 5, 1, *range(6, leaf.ndim))
-        leaf = leaf.reshape(-1, leaf.shape[2], math.prod(leaf.shape[3:6]), *leaf.shape[6:])
+        patients, plans, sets = leaf.shape[:2], leaf.shape[2], leaf.shape[3:6]
+        leaf = leaf.reshape(math.prod(patients), plans, math.prod(sets), *leaf.shape[6:])
         return leaf[: start.step.shape[0], :, :samples]
 
     return Rollouts(**jax.tree.map(merge, results), features=settings.features, mode=settings.mode)
