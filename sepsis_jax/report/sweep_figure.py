@@ -21,7 +21,8 @@ _MAPS = {
     "deviation": "in the first step only,\nless no treatment in it",
 }
 _DOT_COLORS = {"sequence": COLORS[0], "clinician": "black", "policy": COLORS[1]}
-_RARE = 0.5  # share of starts; where an action has less support than that, its cell is hatched
+_RARE = 0.5  # share of starts; where an action has support in fewer, its cell is marked
+_CORNER = ((0.47, 0.47), (0.2, 0.47), (0.47, 0.2))
 
 
 class _Measure(NamedTuple):
@@ -70,10 +71,11 @@ def sweep_figure(summary: pd.DataFrame, title: str, path: Path) -> None:
         axes[-1][0].set_yticks(range(len(others)), others["plan"][::-1])
     notes = ["red: more, blue: less"] if kinds else []
     if kinds and summary["supported"].notna().any():
-        notes += ["hatched: in most starts clinicians hardly ever begin so"]
+        notes += ["marked corner: in most starts clinicians hardly ever begin so"]
     if len(others) and "constant" in kinds:
         notes += ["dashed: no treatment"]
-    figure.suptitle("\n".join([title, "; ".join(notes)]), fontsize=10, x=0.01, ha="left")
+    lines = [title, "; ".join(notes)] if notes else [title]
+    figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
     _save(figure, path)
 
 
@@ -90,12 +92,11 @@ def _map(axis: Any, rows: pd.DataFrame, measure: _Measure) -> None:
     for (vasopressor, fluid), value in np.ndenumerate(values):
         dark = np.dot(colors(norm(value))[:3], (0.299, 0.587, 0.114)) < 0.5
         text = f"{value:+.{digits}f}" if round(value, digits) else "0"
+        ink = "white" if dark else "black"
         if supported[vasopressor, fluid] < _RARE:
-            box = plt.Rectangle((fluid - 0.5, vasopressor - 0.5), 1, 1, fill=False, lw=0)
-            box.set(hatch="////", edgecolor="white" if dark else "darkgrey")
-            axis.add_patch(box)
-        axis.text(fluid, vasopressor, text, ha="center", va="center", fontsize=8,
-                  color="white" if dark else "black")  # fmt: skip
+            corner = [(fluid + dx, vasopressor + dy) for dx, dy in _CORNER]
+            axis.add_patch(plt.Polygon(corner, color=ink, lw=0, alpha=0.55))
+        axis.text(fluid, vasopressor, text, ha="center", va="center", fontsize=8, color=ink)
     axis.set(xticks=_LEVELS, yticks=_LEVELS, xlabel="fluid level")
     axis.set_title(measure.title, fontsize=10)
     axis.tick_params(length=0, labelsize=8)
