@@ -6,7 +6,17 @@ import sys
 
 import typer
 
-from sepsis_jax.commands import bench, cohort, demo, ope, policy, simulate, sweep, world_model
+from sepsis_jax.commands import (
+    bench,
+    cohort,
+    demo,
+    ope,
+    policy,
+    profile,
+    simulate,
+    sweep,
+    world_model,
+)
 from sepsis_jax.console import DISCLAIMER, errors
 from worldmodel.errors import InputError
 
@@ -35,6 +45,9 @@ app.command(
 )(sweep.sweep)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
     bench.bench
+)
+app.command("profile", epilog="Example: sepsis-jax profile --model runs/model --out runs/profile")(
+    profile.profile
 )
 
 

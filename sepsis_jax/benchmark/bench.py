@@ -134,7 +134,11 @@ def run_bench(
         "bound": _bound(players, best(of_jax), minimal),
         "ratios": _ratios(players),
         "question": [_answer(found) for found in answered],
-        "drift": {name: drift(_drift_job(jobs), name) for name in _reduced(precision)},
+        "drift": {
+            name: drift(_drift_job(jobs), name)
+            for name in _reduced(precision)
+            if options.asks("sharded, bfloat16")
+        },
         "flops": {
             "plain": plain_flops(world_model.config, options.horizon),
             "minimal": {str(branches): value for branches, value in minimal.items()},

@@ -1,0 +1,94 @@
+"""`bench` and `profile` from end to end, small."""
+
+import json
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from sepsis_jax.benchmark.bench import BenchOptions, run_bench
+from tests.sepsis_jax.command_line import call, leftovers, refuse
+from worldmodel.models.checkpoint import load_world_model, save_world_model
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.published import published_scaler
+
+TINY = ("--branches", 4, "--plans", 2, "--samples", 2, "--horizon", 1)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "model"
+    config = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
+    save_world_model(init_world_model(jax.random.key(0), published_scaler(), config), folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def little_to_do(monkeypatch):
+    """Few patients and small matrix products."""
+    monkeypatch.setattr("sepsis_jax.benchmark.workload._POOL", 8)
+    monkeypatch.setattr("sepsis_jax.benchmark.peak.SHAPES", {"cpu": ((8, 8, 8),)})
+    monkeypatch.setattr("sepsis_jax.benchmark.peak._LEAST", {"cpu": 1e4})
+
+
+def test_bench(small_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("sepsis_jax.benchmark.bench.torch_installed", lambda: False)
+    out = tmp_path / "bench"
+    result = call(capfd, "bench", "--model", small_model, *TINY, "--repeats", 2,
+                  "--question-samples", 4, "--only", "rollout", "--only", "sharded",
+                  "--only", "agent's question", "--out", out, "--json")  # fmt: skip
+    assert result.status == 0, result.err
+    assert leftovers(out) == ["bench.csv", "bench.json", "scaling.png"]
+    assert "measured without it" in result.out
+    table = pd.read_csv(out / "bench.csv")
+    assert set(zip(table["name"], table["branches"], strict=True)) == {
+        ("rollout", 4),
+        ("sharded", 4),
+    }
+    assert (table["min"] <= table["median"]).all() and (table["median"] <= table["max"]).all()
+    assert np.isfinite(table["checksum"]).all() and (table["compile_seconds"] >= 0).all()
+    kept = json.loads((out / "bench.json").read_text())
+    assert {key: result.last_json[key] for key in kept} == kept
+    assert [row["branches"] for row in kept["question"]] == [100, 100]
+    assert kept["hardware"]["cores"] >= 1 and kept["versions"]["jax"]
+    share = kept["bound"]["shares"]
+    assert len(share) == 2 and all(row["median"] > 0 for row in share.values())
+
+
+def test_torch_takes_its_turns(small_model):
+    pytest.importorskip("torch")
+    options = BenchOptions(branches=(4,), plans=2, samples=2, horizon=1, repeats=2,
+                           only=("sharded", "torch, eager", "torch, one branch"))  # fmt: skip
+    result = run_bench(load_world_model(small_model), options)
+    assert [row["name"] for row in result["table"]] == list(options.only)
+    assert [row["branches"] for row in result["table"]] == [4, 4, 1]
+    assert set(result["ratios"]) == {"batched torch", "torch, one branch"}
+    assert any(row["name"].startswith("torch") for row in result["peak"])
+
+
+def test_profile(small_model, tmp_path, capfd):
+    out = tmp_path / "profile"
+    result = call(capfd, "profile", "--model", small_model, *TINY, "--out", out, "--json")
+    assert result.status == 0, result.err
+    assert leftovers(out) == ["profile.csv", "profile.json", "trace"]
+    table = pd.read_csv(out / "profile.csv").set_index("part")
+    assert table["share"].sum() == pytest.approx(1.0)
+    assert table["share"].drop("idle").between(0, 1).all()
+    assert table.loc[["idle"], "share"].item() < 1
+    assert result.last_json["devices"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--branches", 7), ("--branches", "multiple of 4 plans x 16 samples")),
+        (("--only", "numpy"), ("--only", "known")),
+        (("--precision", "half"), ("--precision", "highest")),
+        (("--repeats", 0), ("repeats",)),
+    ],
+)
+def test_bad_input_is_refused(arguments, words, tmp_path, capfd):
+    refuse(call(capfd, "bench", *arguments, "--out", tmp_path / "bench"), *words)
+    assert not (tmp_path / "bench").exists()
