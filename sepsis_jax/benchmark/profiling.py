@@ -90,7 +90,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     progress("reading the trace", 0.9)
     busy = busy_seconds(read_spans(out), parts_of(compiled.as_text()))
     wall = seconds / _RUNS
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "part": part,
             "device_seconds": busy[part] / _RUNS,

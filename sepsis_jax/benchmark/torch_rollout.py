@@ -7,8 +7,10 @@ runner's loop: one patient at a time, one step in flight.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from sepsis_jax.benchmark.torch_model import Tensor, TorchModels
@@ -51,6 +53,9 @@ class Constant(NamedTuple):
     embedded: Tensor  # [B, embed]
 
 
+Begun = tuple[Any, Now, Constant]  # the start's fields as tensors; where it stands; what stays
+
+
 class TorchRollout:
     """Plays branches forward in torch.
 
@@ -71,7 +76,7 @@ class TorchRollout:
 
         self.mean, self.std = tensor(scaler.mean), tensor(scaler.std)
         self.low, self.high = (
-            tensor(scaler.normalize(limit)) for limit in (schema.LOW, schema.HIGH)
+            tensor(scaler.normalize(jnp.asarray(limit))) for limit in (schema.LOW, schema.HIGH)
         )
         self.limits = tensor(_LIMITS)
         doses = np.asarray(schema.level_doses(world_model.dose_edges.vasopressor))
@@ -85,14 +90,14 @@ class TorchRollout:
             self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
             self.mortality = torch.compile(self.mortality, fullgraph=True, dynamic=False)
 
-    def start(self, history: History) -> tuple[History, Now, Constant]:
+    def start(self, begin: History) -> Begun:
         """B branches at their start: their rows as tensors, their state, what stays."""
         torch, state = self.torch, self.models.state
         with torch.inference_mode():
-            history = History(
+            history = SimpleNamespace(
                 **{
                     name: torch.tensor(np.asarray(value), device=self.device)
-                    for name, value in vars(history).items()
+                    for name, value in vars(begin).items()
                 }
             )
             past = history.action[:, -7:-1].long()
@@ -116,7 +121,7 @@ class TorchRollout:
 
     def play(
         self,
-        begun: tuple[History, Now, Constant],
+        begun: Begun,
         plans: Tensor,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:

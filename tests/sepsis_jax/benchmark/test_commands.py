@@ -9,10 +9,12 @@ import pytest
 
 from sepsis_jax.benchmark.bench import BenchOptions, run_bench
 from tests.sepsis_jax.command_line import call, leftovers, refuse
+from tests.toy import toy_episodes
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.published import published_scaler
+from worldmodel.simulate.history import start_history
 
 TINY = ("--branches", 4, "--plans", 2, "--samples", 2, "--horizon", 1)
 
@@ -27,8 +29,13 @@ def small_model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def little_to_do(monkeypatch):
-    """Few patients and small matrix products."""
-    monkeypatch.setattr("sepsis_jax.benchmark.workload._POOL", 8)
+    """Patients at hand and small matrix products."""
+
+    def patient_pool(world_model, seed):
+        return start_history(world_model, toy_episodes(8), 0)
+
+    for module in ("bench", "workload"):
+        monkeypatch.setattr(f"sepsis_jax.benchmark.{module}.patient_pool", patient_pool)
     monkeypatch.setattr("sepsis_jax.benchmark.peak.SHAPES", {"cpu": ((8, 8, 8),)})
     monkeypatch.setattr("sepsis_jax.benchmark.peak._LEAST", {"cpu": 1e4})
 
