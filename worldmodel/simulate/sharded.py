@@ -2,8 +2,9 @@
 
 A task is a member of the ensemble with some patients and some samples under every plan. All
 tasks of a job have one shape and one program, whatever the device that gets them: the numbers
-do not depend on how many devices there are, on their order, or on where a job was resumed.
-Devices exchange nothing.
+do not depend on how many devices there are (two or more; for a single one XLA compiles another
+program, equal to rounding), on their order, or on where a job was resumed. Devices exchange
+nothing.
 
 On a CPU one device per core (`use_every_core`) is faster than one device of all cores: a task
 whose rows fit the core's cache needs no other thread.
@@ -69,7 +70,7 @@ class Task(NamedTuple):
 
 
 def use_every_core() -> None:
-    """Makes each core of a CPU a JAX device; to be called before JAX is used.
+    """Makes each core of a CPU a JAX device, and one core two; to be called before JAX is used.
 
     Does nothing once JAX has begun, or where XLA_FLAGS or JAX_NUM_CPU_DEVICES have decided.
     """
@@ -77,7 +78,13 @@ def use_every_core() -> None:
     if "host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     with suppress(RuntimeError):  # JAX has begun
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", max(_cores(), 2))
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def branch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
