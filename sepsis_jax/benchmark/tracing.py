@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 import jax
 
 OTHER = "other"
-GATES = "gates"
 CONTAINER = "container"  # loops and calls
-_RECURRENCE = "recurrence"
-SCOPES = ("projection", _RECURRENCE, "heads", "sampling", "scoring", "output")
-PARTS = ("projection", _RECURRENCE, GATES, "heads", "sampling", "scoring", "output", OTHER)
+SCOPES = (
+    "projection", "recurrence", "gates", "heads", "sampling", "scoring", "policy", "outcome",
+    "output",
+)  # fmt: skip
+PARTS = (*SCOPES, OTHER)
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\([^=]*?\)|\S+) ([\w\-]+)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*? ([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CALLS = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_PRODUCTS = ("dot", "custom-call", "convolution")
 _CONTAINERS = ("while", "conditional", "call")
 
 
@@ -46,7 +46,6 @@ def parts_of(hlo: str) -> dict[str, str]:
     """
     inside: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
     found: dict[str, tuple[str | None, str, list[str]]] = {}
-    products: set[str] = set()  # computations that hold one
     computation = ""
     for line in hlo.splitlines():
         if match := _COMPUTATION.match(line):
@@ -56,8 +55,6 @@ def parts_of(hlo: str) -> dict[str, str]:
             op_name = _OP_NAME.search(line)
             scope = _scope(op_name[1]) if op_name else None
             found[name] = (scope, opcode, _CALLS.findall(line))
-            if opcode in _PRODUCTS:
-                products.add(computation)
             if scope:
                 inside.setdefault(computation, Counter())[scope] += 1
     parts = {}
@@ -65,16 +62,19 @@ def parts_of(hlo: str) -> dict[str, str]:
         for called in calls if scope is None else ():
             if called in inside:
                 scope = inside[called].most_common(1)[0][0]
-        if scope == _RECURRENCE and opcode not in _PRODUCTS and products.isdisjoint(calls):
-            scope = GATES
         parts[name] = CONTAINER if opcode in _CONTAINERS else scope or OTHER
     return parts
 
 
 def _scope(op_name: str) -> str | None:
-    """The innermost of our scopes in a path such as jit(f)/while/body/heads/dot_general."""
+    """The innermost of our scopes in a path such as jit(f)/while/body/heads/dot_general.
+
+    What runs inside of the outcome model or of a policy is theirs.
+    """
     named = [part for part in op_name.split("/") if part in SCOPES]
-    return named[-1] if named else None
+    whole = [part for part in named if part in ("outcome", "policy")]
+    kept = whole or named[-1:]
+    return kept[0] if kept else None
 
 
 def read_spans(folder: Path) -> list[Span]:

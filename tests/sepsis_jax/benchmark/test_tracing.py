@@ -18,7 +18,8 @@ def program(x, weight):
     def step(h, _):
         with jax.named_scope("recurrence"):
             product = h @ weight
-            h = jnp.tanh(product) * 0.5 + h
+            with jax.named_scope("gates"):
+                h = jnp.tanh(product) * 0.5 + h
         with jax.named_scope("scoring"):
             score = jnp.sort(h, axis=-1)[:, 0]
         return h, score
