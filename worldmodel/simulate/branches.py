@@ -44,6 +44,7 @@ def under_policy(
     """
     shape = (start.step.shape[0], 1, samples.shape[0])
 
+    @jax.named_scope("policy")
     def treat(h: jax.Array, now: Now) -> jax.Array:
         assert now.history is not None
         view = view_of(world_model, now.history, past=past)
@@ -66,6 +67,7 @@ def drawn_noise(
     """Standard normals [P, K, S, 39] of each step, [P, 1, S, 39] where all plans share them."""
     plan_ids = jnp.zeros(1, jnp.int32) if common else jnp.arange(shape[1])
 
+    @jax.named_scope("sampling")
     def draw(h: jax.Array) -> jax.Array:
         keys = _branch_keys(key, start, h, plan_ids, samples)
         return jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)

@@ -207,22 +207,35 @@ def _beside(*parts: Rows) -> Rows:
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
 
 
-def begin(kernel: StateKernel, past: Sequence[Row], *, horizon: int) -> Flow:
+def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
     """Chains of the windows that have begun before the newest row.
 
     Args:
       kernel: packed State Model.
-      past: the rows before the newest, oldest first; the last five are read.
+      past: [R, ...] the rows before the newest, oldest first; the last five are read.
       horizon: steps that will be played; no more chains than that are kept.
     """
-    past = list(past)[1 - schema.STATE_WINDOW :]
-    chains: tuple[Hidden, ...] = ()
-    ahead = _no_terms(kernel, past[0].obs)
-    for row in past:
-        projected, terms = _project(kernel, row)
-        chains = tuple(_advance(kernel.trunk, chain, projected) for chain in (*chains, None))
-        ahead = _pass_on(terms, ahead)[1]
-    return Flow(chains[:horizon], ahead)
+    count = schema.STATE_WINDOW - 1
+    projected, terms = _project(kernel, jax.tree.map(lambda leaf: leaf[-count:], past))
+    ids = jnp.arange(count).reshape(count, *(1,) * (projected.ndim - 1))
+
+    def step(chains: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
+        index, read = row
+        # Chain i starts with row i; until then its h stays 0.
+        moved = _advance(kernel.trunk, chains, read[None])
+        return tuple(jnp.where(ids <= index, h, 0.0) for h in moved), None
+
+    width = kernel.trunk.gates_width // 3
+    zeros = jnp.zeros((count, *projected.shape[1:-1], width), projected.dtype)
+    chains, _ = jax.lax.scan(
+        step, (zeros,) * len(kernel.trunk.layers), (jnp.arange(count), projected)
+    )
+    lags = kernel.linear_rows
+    ahead = tuple(
+        sum((terms[lag][due - lag] for lag in range(due + 2, lags)), terms[due + 1][-1])
+        for due in range(lags - 1)
+    )
+    return Flow(tuple(tuple(h[i] for h in chains) for i in range(min(horizon, count))), ahead)
 
 
 def predict(
@@ -246,15 +259,28 @@ def predict(
     return Flow(tuple(going), ahead), _heads(kernel, done[-1], row.obs, change)
 
 
-def mortality_logit(kernel: OutcomeKernel, rows: Sequence[Row]) -> jax.Array:
-    """Logit [...] of death within 90 days from the newest 12 rows, oldest first."""
+def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
+    """Logit [...] of death within 90 days from the newest 12 rows.
+
+    Args:
+      kernel: packed Outcome Model.
+      groups: [n, ...] the rows, oldest first, in groups of consecutive rows whose leading axes
+        are alike; those of a later group may be wider.
+    """
+
+    def step(chain: Hidden | None, row: Row) -> tuple[Hidden, None]:
+        return _advance(kernel.trunk, chain, _read(kernel.trunk, row)), None
+
     chain: Hidden | None = None
-    for row in rows:
-        chain = _advance(kernel.trunk, chain, _read(kernel.trunk, row))
+    for rows in groups:
+        chain, _ = step(chain, jax.tree.map(lambda leaf: leaf[0], rows))
+        if rows.obs.shape[0] > 1:
+            chain, _ = jax.lax.scan(step, chain, jax.tree.map(lambda leaf: leaf[1:], rows))
     assert chain is not None
     dot = _dot_of(kernel.trunk.precision)
-    hidden = jax.nn.relu(dot(chain[-1], kernel.hidden) + kernel.hidden_bias)
-    return (hidden * kernel.out).sum(-1) + kernel.out_bias
+    with jax.named_scope("heads"):
+        hidden = jax.nn.relu(dot(chain[-1], kernel.hidden) + kernel.hidden_bias)
+        return (hidden * kernel.out).sum(-1) + kernel.out_bias
 
 
 def _dot_of(precision: str) -> Any:
@@ -271,6 +297,7 @@ def _dot_of(precision: str) -> Any:
     return dot
 
 
+@jax.named_scope("projection")
 def _read(trunk: Trunk, row: Row) -> jax.Array:
     """[..., X] everything that is linear in a row."""
     dot = _dot_of(trunk.precision)
@@ -290,10 +317,6 @@ def _project(kernel: StateKernel, row: Row) -> tuple[jax.Array, list[jax.Array]]
     return read[..., :width], terms
 
 
-def _no_terms(kernel: StateKernel, like: jax.Array) -> tuple[jax.Array, ...]:
-    return (jnp.zeros_like(like),) * max(kernel.linear_rows - 1, 0)
-
-
 def _pass_on(
     terms: list[jax.Array], ahead: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
@@ -305,6 +328,7 @@ def _pass_on(
     return now, tuple(later)
 
 
+@jax.named_scope("recurrence")
 def _advance(trunk: Trunk, chain: Hidden | None, projected: jax.Array) -> Hidden:
     """One row further in every layer; a chain of None starts here, from h = 0."""
     dot = _dot_of(trunk.precision)
@@ -318,10 +342,12 @@ def _advance(trunk: Trunk, chain: Hidden | None, projected: jax.Array) -> Hidden
         else:
             h = chain[index]
             recurrent = dot(h, layer.weight_hidden) + layer.bias_hidden
-        moved.append(gates(projected, recurrent, h))
+        with jax.named_scope("gates"):
+            moved.append(gates(projected, recurrent, h))
     return tuple(moved)
 
 
+@jax.named_scope("heads")
 def _heads(
     kernel: StateKernel, h: jax.Array, obs: jax.Array, change: jax.Array | None
 ) -> Prediction:

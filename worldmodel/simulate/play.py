@@ -99,7 +99,7 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
     member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
     kernel = engine.pack_state(member, job.precision)
     past = _past_rows(start)
-    constant = past[-1]._replace(observed=start.observed[:, None, None, -1])
+    constant = _constant_row(start)
 
     def step(carry: _Carry, h: jax.Array, *, more: bool) -> tuple[_Carry, Any]:
         now = carry.now
@@ -119,23 +119,26 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
             mode=job.mode,
         )
         lactate = drawn.dynamic[..., LACTATE]
+        with jax.named_scope("scoring"):
+            earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
         brought = Step(
             obs=drawn.obs,
             dynamic=drawn.dynamic,
             action=action,
             sofa=sofa,
             ventilation=drawn.ventilation,
-            reward=reward.step_reward(now.sofa, sofa, now.lactate, lactate),
+            reward=earned,
             projected=drawn.projected,
         )
         history = now.history
         if history is not None:
             history = _append(history, brought, job.shape)
-        moved = _Carry(
-            flow, Now(drawn.obs, lactate, sofa, urine, history), job.fold(carry.folded, brought)
-        )
+        with jax.named_scope("output"):
+            folded = job.fold(carry.folded, brought)
+        moved = _Carry(flow, Now(drawn.obs, lactate, sofa, urine, history), folded)
         trail = (now.obs, action) if job.mortality else ()
-        return moved, (job.collect(brought), trail)
+        with jax.named_scope("output"):
+            return moved, (job.collect(brought), trail)
 
     carry = _Carry(
         engine.begin(kernel, past, horizon=job.horizon),
@@ -162,23 +165,35 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
     collected = _stack([kept for kept, _ in parts], job.shape)
     mortality = None
     if job.mortality:
-        simulated = [(obs[i], action[i]) for _, (obs, action) in parts for i in range(obs.shape[0])]
-        mortality = _mortality(world_model, start, job, simulated, carry.now.obs)
+        trail = [rows for _, rows in parts]
+        mortality = _mortality(world_model, start, job, trail, carry.now.obs)
     return Played(carry.folded, collected, mortality)
 
 
-def _past_rows(start: History) -> list[engine.Row]:
-    """The rows before the newest, oldest first, with axes [P, 1, 1]."""
-    actions = encode_action(start.action)
-    return [
-        engine.Row(
-            obs=start.obs[:, None, None, i],
-            observed=start.observed[:, None, None, i],
-            static=start.static[:, None, None],
-            action=actions[:, None, None, i],
-        )
-        for i in range(start.obs.shape[1] - 1)
-    ]
+def _past_rows(start: History) -> engine.Row:
+    """[11, P, 1, 1, ...] the rows before the newest, oldest first."""
+
+    def by_row(leaf: jax.Array) -> jax.Array:
+        return jnp.moveaxis(leaf[:, :-1], 1, 0)[:, :, None, None]
+
+    static = jnp.broadcast_to(start.static[:, None], (*start.obs.shape[:2], schema.NUM_STATIC))
+    return engine.Row(
+        obs=by_row(start.obs),
+        observed=by_row(start.observed),
+        static=by_row(static),
+        action=by_row(encode_action(start.action)),
+    )
+
+
+def _constant_row(start: History) -> engine.Row:
+    """[P, 1, 1, ...] what simulated rows have in common: who it is and what is measured."""
+    nothing = jnp.zeros(0)
+    return engine.Row(
+        obs=nothing,
+        observed=start.observed[:, None, None, -1],
+        static=start.static[:, None, None],
+        action=nothing,
+    )
 
 
 def _start(world_model: WorldModel, start: History, job: Job) -> Now:
@@ -224,6 +239,7 @@ def _spread(carry: _Carry, shape: Shape) -> _Carry:
     return _Carry(flow, now._replace(history=carry.now.history), carry.folded)
 
 
+@jax.named_scope("output")
 def _stack(parts: list[Any], shape: Shape) -> Any:
     """Collected leaves [n, P, K, S, ...] of consecutive steps to [P, K, S, H, ...]."""
 
@@ -236,22 +252,52 @@ def _stack(parts: list[Any], shape: Shape) -> Any:
     return jax.tree.map(join, *parts)
 
 
+@jax.named_scope("outcome")
 def _mortality(
     world_model: WorldModel,
     start: History,
     job: Job,
-    simulated: list[tuple[jax.Array, jax.Array]],
+    trail: list[tuple[jax.Array, jax.Array]],
     newest: jax.Array,
 ) -> jax.Array:
-    """[P, K, S], asked of the last row as if its treatment went on."""
+    """[P, K, S], asked of the last row as if its treatment went on.
+
+    Args:
+      world_model: of ensemble size 1.
+      start: P patients.
+      job: what was played.
+      trail: rows [n, ...] that were treated, and their actions; the first part is the start.
+      newest: [..., 39] the row after the last treatment.
+    """
     model = jax.tree.map(lambda leaf: leaf[0], world_model.outcome_model)
     kernel = engine.pack_outcome(model, job.precision)
-    past = _past_rows(start)
-    constant = past[-1]._replace(observed=start.observed[:, None, None, -1])
-    _, last_action = simulated[-1]
-    rows = past + [
-        constant._replace(obs=obs, action=encode_action(action))
-        for obs, action in [*simulated, (newest, last_action)]
-    ]
-    logit = engine.mortality_logit(kernel, rows[-schema.OUTCOME_WINDOW :])
+    _, last_action = trail[-1]
+    simulated = [*trail[1:], (newest[None], last_action[-1:])]
+    simulated_rows = min(job.horizon, schema.OUTCOME_WINDOW)
+
+    def spread(leaf: jax.Array, full: tuple[int, ...]) -> jax.Array:
+        return jnp.broadcast_to(leaf, (leaf.shape[0], *full, *leaf.shape[4:]))
+
+    # Actions keep their own, perhaps narrower shape.
+    narrow = last_action.shape[1:]
+    obs = jnp.concatenate([spread(rows, job.shape) for rows, _ in simulated])[-simulated_rows:]
+    action = jnp.concatenate([spread(acts, narrow) for _, acts in simulated])[-simulated_rows:]
+    constant = _constant_row(start)
+
+    def rows_of(obs: jax.Array, action: jax.Array) -> engine.Row:
+        def repeat(leaf: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(leaf, (obs.shape[0], *leaf.shape))
+
+        return engine.Row(
+            obs, repeat(constant.observed), repeat(constant.static), encode_action(action)
+        )
+
+    groups = [rows_of(obs, action)]
+    missing = schema.OUTCOME_WINDOW - simulated_rows
+    if missing:
+        groups.insert(0, rows_of(*trail[0]))
+    if missing > 1:
+        past = _past_rows(start)
+        groups.insert(0, jax.tree.map(lambda leaf: leaf[1 - missing :], past))
+    logit = engine.mortality_logit(kernel, groups)
     return jnp.broadcast_to(jax.nn.sigmoid(logit), job.shape)

@@ -75,6 +75,7 @@ def follow(
     return replace(moved, sofa=score), outputs
 
 
+@jax.named_scope("sampling")
 def next_row(
     world_model: WorldModel, prediction: Prediction, eps: jax.Array, *, mode: str
 ) -> NextRow:
@@ -94,6 +95,7 @@ def next_row(
     return NextRow(obs, dynamic, jax.nn.sigmoid(prediction.vent_logit), projected)
 
 
+@jax.named_scope("scoring")
 def score_row(
     world_model: WorldModel,
     row: NextRow,

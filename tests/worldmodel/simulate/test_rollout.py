@@ -322,13 +322,20 @@ def test_equal_shapes_compile_once(world, start, patients):
     assert len(traces) > once
 
 
+def test_a_rollout_may_be_traced(world, start, base):
+    """Inside an outer jit, where no compiler options can be given."""
+    inner = jax.jit(lambda key: rollout(world, key, start, PLANS, samples=4, features=("meanbp",)))
+    np.testing.assert_allclose(inner(KEY).reward, base.reward, rtol=1e-5, atol=1e-5)
+
+
 def test_other_plans_of_equal_shape_compile_nothing(world, start, base):
     from worldmodel.simulate import rollout as module
 
-    size = module._rollout._cache_size()
+    compiled = module._jitted(None)
+    size = compiled._cache_size()
     assert size >= 1
     settings = {"samples": 4, "features": schema.FEATURE_NAMES}
     rollout(world, jax.random.key(5), start, (PLANS + 3) % 25, **settings)
-    assert module._rollout._cache_size() == size
+    assert compiled._cache_size() == size
     rollout(world, KEY, start, PLANS[:, :1], **settings)
-    assert module._rollout._cache_size() == size + 1
+    assert compiled._cache_size() == size + 1
