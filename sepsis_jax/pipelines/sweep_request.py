@@ -197,7 +197,9 @@ def load_sweep(
             "branch_steps": sum(map(grid.branch_steps, grid.blocks)),
         },
         "software": {
-            "platform": platform, "machine": made["machine"], "python": made["python"],
+            # One device alone runs a program that is fused otherwise (`sharded`).
+            "platform": platform, "devices": "one" if jax.local_device_count() == 1 else "several",
+            "machine": made["machine"], "python": made["python"],
             "versions": made["versions"] | {"pyarrow": pa.__version__},
         },
         "revision": made["revision"],
