@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,12 @@ def bench(
     check_replaceable(out, "bench.json")
     world_model, what = model_to_measure(model, precision)
     console.print(f"model: {what}")
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        console.print(
+            f"other programs are running (load {busy:.1f}): torch's threads wait for each other "
+            "and suffer most, so its figures and the ratios to it will mislead"
+        )
     with phases("bench") as progress:
         result = run_bench(world_model, options, progress)
     if not result["torch"]:
@@ -78,6 +85,7 @@ def bench(
         "model": what,
         "options": vars(options) | {"branches": list(branches or ())},
         "hardware": hardware(),
+        "load_before": busy,
         **provenance(torch=torch_version()),
     }
     write_bench(result, out)
