@@ -15,6 +15,7 @@ from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate import engine
 from worldmodel.simulate.history import History, urine_per_day
+from worldmodel.simulate.kernels import pack_outcome, pack_state
 from worldmodel.simulate.step import LACTATE, next_row, score_row
 
 Shape = tuple[int, int, int]  # patients P, plans K, samples S
@@ -97,7 +98,7 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
       job: what to play.
     """
     member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
-    kernel = engine.pack_state(member, job.precision)
+    kernel = pack_state(member, job.precision)
     past = _past_rows(start)
     constant = _constant_row(start)
 
@@ -270,7 +271,7 @@ def _mortality(
       newest: [..., 39] the row after the last treatment.
     """
     model = jax.tree.map(lambda leaf: leaf[0], world_model.outcome_model)
-    kernel = engine.pack_outcome(model, job.precision)
+    kernel = pack_outcome(model, job.precision)
     _, last_action = trail[-1]
     simulated = [*trail[1:], (newest[None], last_action[-1:])]
     simulated_rows = min(job.horizon, schema.OUTCOME_WINDOW)

@@ -322,6 +322,11 @@ def test_equal_shapes_compile_once(world, start, patients):
     assert len(traces) > once
 
 
+def test_unknown_precision_is_refused(world, start):
+    with pytest.raises(InputError, match="precision: got 'float8', expected one of"):
+        rollout(world, KEY, start, PLANS, precision="float8")
+
+
 def test_a_rollout_may_be_traced(world, start, base):
     """Inside an outer jit, where no compiler options can be given."""
     inner = jax.jit(lambda key: rollout(world, key, start, PLANS, samples=4, features=("meanbp",)))
