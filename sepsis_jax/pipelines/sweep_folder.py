@@ -75,8 +75,9 @@ class SweepFolder:
           InputError: another request or something else is in the way, or, without `resume`,
             blocks of this share.
         """
-        check_replaceable(self.path, MANIFEST)
         file = self.path / MANIFEST
+        if not self.path.is_dir() or any(not _hidden(entry) for entry in self.path.iterdir()):
+            check_replaceable(self.path, MANIFEST)  # hidden: another host begins at this moment
         own = [block for block in self.grid.blocks if shard.owns(block)]
         if file.exists():
             _compare(read_json(file), manifest, file)
@@ -86,8 +87,8 @@ class SweepFolder:
                     "another folder"
                 )
         else:
-            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             write_json(file, manifest)
+        (self.path / PARTS).mkdir(exist_ok=True)
         self._sweep_up(own)
         return [block for block in own if not self.holds(block)]
 
@@ -104,7 +105,7 @@ class SweepFolder:
 
     def missing(self) -> int:
         """Blocks that no host has written yet."""
-        return sum(not self.part(block).exists() for block in self.grid.blocks)
+        return sum(not self.holds(block) for block in self.grid.blocks)
 
     def write(self, block: Block, table: pa.Table) -> None:
         """Writes a block; the file appears whole or not at all."""
@@ -122,6 +123,10 @@ class SweepFolder:
         for file in (self.path / PARTS).glob(".part-*"):
             if file.name.split(".")[1] in names:
                 file.unlink(missing_ok=True)
+
+
+def _hidden(path: Path) -> bool:
+    return path.name.startswith(".")
 
 
 def _compare(found: Any, wanted: dict[str, Any], file: Path) -> None:
