@@ -33,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("compiled_once")
 # 9 stays in blocks of 2 starts under 52 plans, and 16 starts under the policy.
 REQUEST = (
     "--plan", "constant", "--plan", "deviations", "--plan", "clinician", "--plan", "early=2,1;1,1",
-    "--policy", "guideline", "--steps", "0,3,60", "--horizon", 3, "--samples", 4,
+    "--steps", "0,3,60", "--horizon", 3, "--samples", 4,
     "--set", "patients=9", "--set", "block=416", "--set", "task=104",
 )  # fmt: skip
 KEY = jax.random.key(0)
@@ -64,7 +64,8 @@ def clone(cohort):
 @pytest.fixture(scope="module")
 def arguments(cohort, ensemble, clone):
     """All but `--out`."""
-    return ("sweep", "--model", ensemble, "--episodes", cohort, "--behavior", clone, *REQUEST)
+    folders = ("--model", ensemble, "--episodes", cohort, "--behavior", clone)
+    return ("sweep", *folders, "--policy", f"cloned={clone}", *REQUEST)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,9 @@ def test_support_is_what_the_clone_says(swept, cohort, clone):
     want = probs[stay, plans["step"], plans["first_action"].astype(int)]
     np.testing.assert_allclose(plans["support"], want, rtol=1e-4)
     assert (table["supported"] == (table["support"] >= 0.01)).all()
+    # A policy that draws: its samples begin differently, and the clone gives what it gives.
+    drawn = table[table["kind"] == "policy"]
+    assert drawn["first_action"].isna().any() and (drawn["support"] > 0).all()
 
 
 def test_the_summary_is_the_mean_over_starts(swept):
@@ -160,7 +164,7 @@ def test_the_summary_is_the_mean_over_starts(swept):
     want = table.groupby("plan")[["reward_mean", "lactate_clearance", "supported"]].mean()
     for name in want:
         np.testing.assert_allclose(summary[name].loc[want.index], want[name].astype(float), 1e-4)
-    assert list(summary.index)[-2:] == ["early", "guideline"]
+    assert list(summary.index)[-2:] == ["early", "cloned"]
 
 
 def test_without_a_behavior_policy_support_is_empty(run, cohort, tmp_path):
@@ -324,7 +328,7 @@ def test_a_strangers_folder_is_not_touched(run, arguments, tmp_path):
         (("--samples", "0"), ("samples: got 0",)),
         (("--horizon", "0"), ("horizon: got 0",)),
         (("--plan", "x=9,9"), ("level 9 is outside",)),
-        (("--plan", "guideline=0,0"), ("--policy guideline: a plan has that name",)),
+        (("--plan", "cloned=0,0"), ("--policy cloned: a plan has that name",)),
         (("--policy", "clinician"), ("--plan clinician",)),
         (("--policy", "nowhere"), ("--policy 'nowhere'",)),
         (("--behavior", "nowhere"), ("nowhere: no such folder",)),
