@@ -25,6 +25,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
@@ -71,7 +72,7 @@ def main() -> None:
         "horizon": arguments.horizon,
         "members": arguments.members,
         "precision": arguments.precision,
-        "versions": {"jax": jax.__version__, "jaxlib": jax.lib.__version__},
+        "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
     }
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
