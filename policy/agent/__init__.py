@@ -1,0 +1,1 @@
+"""An agent that proposes treatments, has them simulated, refines and prescribes."""

@@ -1,0 +1,1 @@
+"""Where a language model runs: here, behind vLLM, or behind any OpenAI-compatible endpoint."""
