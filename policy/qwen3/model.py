@@ -1,0 +1,294 @@
+"""Qwen3 in Flax NNX: one scan over stacked layers, for packed training and cached decoding.
+
+Modules and parameters are named as in the Hugging Face checkpoints; kernels are [in, out]. The
+architecture is that of the Qwen3 technical report (arXiv 2505.09388): pre-norm, grouped-query
+attention with RMS-normed queries and keys, rotary positions, SwiGLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx, struct
+
+from policy.qwen3.attention import QUERY_BLOCK, Tokens, attend, rotary, rotate
+from policy.qwen3.config import Qwen3Config
+from policy.qwen3.partitioning import constrain
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass keeps of a layer: all, its matrix products, or its input alone."""
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of tokens read so far; a token's slot is its position."""
+
+    k: jax.Array  # [L, B, S, K, D]
+    v: jax.Array  # [L, B, S, K, D]
+
+    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> Cache:
+        """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ..."""
+        row = jnp.arange(k.shape[0])[:, None]
+        slot = start[:, None] + jnp.arange(k.shape[1])
+        return Cache(
+            self.k.at[layer, row, slot].set(k, mode="drop"),
+            self.v.at[layer, row, slot].set(v, mode="drop"),
+        )
+
+
+class Linear(nnx.Module):
+    """x @ kernel, plus a low-rank adapter where one is attached."""
+
+    def __init__(self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: Any, rngs: nnx.Rngs):
+        draw = jax.random.normal(rngs.params(), (n_in, n_out), dtype)
+        self.kernel = nnx.Param(config.initializer_range * draw)
+        self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation, in float32."""
+
+    def __init__(self, config: Qwen3Config, width: int, *, dtype: Any):
+        self.scale = nnx.Param(jnp.ones((width,), dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        full = x.astype(jnp.float32)
+        full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
+        return (full * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; what is attended to is the caller's."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+        linear = partial(Linear, config, dtype=dtype, rngs=rngs)
+        inner = config.num_attention_heads * config.head_dim
+        outer = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = linear(config.hidden_size, inner)
+        self.k_proj = linear(config.hidden_size, outer)
+        self.v_proj = linear(config.hidden_size, outer)
+        self.o_proj = linear(inner, config.hidden_size)
+        self.q_norm = RMSNorm(config, config.head_dim, dtype=dtype)
+        self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
+
+    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        batch, length, _ = x.shape
+
+        def heads(y: jax.Array) -> jax.Array:
+            y = y.reshape(batch, length, -1, self.head_dim)
+            return constrain(y, "batch", "length", "heads", None)
+
+        q = rotate(self.q_norm(heads(self.q_proj(x))), angles)
+        k = rotate(self.k_norm(heads(self.k_proj(x))), angles)
+        context, memory = attend(q, k, heads(self.v_proj(x)))
+        return self.o_proj(context.reshape(batch, length, -1)), memory
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+        linear = partial(Linear, config, dtype=dtype, rngs=rngs)
+        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(constrain(inner, "batch", "length", "mlp"))
+
+
+class Layer(nnx.Module):
+    """Attention and MLP, each on normed input and added to the stream."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
+        x = constrain(x + attended, "batch", "length", "embed")
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        return constrain(x, "batch", "length", "embed"), memory
+
+
+class Embedding(nnx.Module):
+    """A table [V, D] of token embeddings."""
+
+    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+        draw = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
+        self.embedding = nnx.Param(config.initializer_range * draw)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        return self.embedding[...][ids]
+
+
+class Qwen3(nnx.Module):
+    """A dense Qwen3; parameters of `layers` carry a leading axis of layers.
+
+    Args:
+      config: its figures.
+      dtype: of activations and products; norms, softmax and logits are float32 in any case.
+      param_dtype: of the parameters.
+      rngs: of the initial parameters.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = Embedding(config, dtype=param_dtype, rngs=rngs)
+
+        @nnx.split_rngs(splits=config.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(config, dtype=param_dtype, rngs=rngs)
+
+        self.layers = stack(rngs)
+        self.norm = RMSNorm(config, config.hidden_size, dtype=param_dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head: Linear | None = nnx.data(
+            None
+            if tied
+            else Linear(config, config.hidden_size, config.vocab_size, dtype=param_dtype, rngs=rngs)
+        )
+
+    def hidden(
+        self,
+        ids: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        shared: jax.Array | None = None,
+        remat: str = "none",
+        query_block: int = QUERY_BLOCK,
+    ) -> jax.Array:
+        """Final normed hidden states [B, T, D] of whole sequences, padded or packed.
+
+        Args:
+          ids: [B, T] int token ids.
+          positions: [B, T] int, counted within each segment; the column if not given.
+          segments: [B, T] int; a token sees earlier positions of its own segment alone, and 0
+            marks padding. One segment per row if not given.
+          shared: [B, T] bool; marks tokens that later positions of every segment see, such as
+            one prompt before several continuations.
+          remat: what the backward pass keeps, one of `REMAT`.
+          query_block: see `attention.attend`.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        if segments is None:
+            segments = jnp.ones_like(ids)
+        tokens = Tokens(positions, segments, shared)
+
+        def over_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attend(q, k, v, tokens, tokens, block=query_block), None
+
+        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, angles, over_tokens)
+
+        if remat != "none":
+            one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
+        x, _ = jax.lax.scan(one, self._embed(ids), stacked)
+        return self.norm(x)
+
+    def extend(
+        self, ids: jax.Array, start: jax.Array, cache: Cache, *, query_block: int = QUERY_BLOCK
+    ) -> tuple[jax.Array, Cache]:
+        """Reads further tokens after what a cache holds.
+
+        Args:
+          ids: [B, T] int. Padding at the end of a row does no harm: what it leaves in the cache
+            is seen by no earlier position, and the row's next tokens take its slots.
+          start: [B] int; position of each row's first token, so tokens already read.
+          cache: changed; of at least `start + T` slots. What would fall outside is dropped.
+
+        Returns:
+          Final normed hidden states [B, T, D], and the cache with the new tokens.
+        """
+        positions = start[:, None] + jnp.arange(ids.shape[1])
+        queries = Tokens(positions, jnp.zeros_like(positions))
+        slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (ids.shape[0], cache.k.shape[2]))
+        keys = Tokens(slots, jnp.zeros_like(slots))
+        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        graphdef, stacked = nnx.split(self.layers)
+
+        def one(carry: tuple[jax.Array, Cache], layer: Any) -> tuple[tuple[jax.Array, Cache], None]:
+            x, cache = carry
+            index, params = layer
+
+            def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
+                new = cache.write(index, k, v, start)
+                k, v = new.k[index], new.v[index]
+                return attend(q, k, v, queries, keys, block=query_block), new
+
+            return nnx.merge(graphdef, params)(x, angles, over_cache), None
+
+        layers = (jnp.arange(self.config.num_hidden_layers), stacked)
+        (x, cache), _ = jax.lax.scan(one, (self._embed(ids), cache), layers)
+        return self.norm(x), cache
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache in which nothing has been read."""
+        config = self.config
+        shape = (
+            config.num_hidden_layers,
+            batch,
+            slots,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+    def head(self) -> jax.Array:
+        """[D, V] output projection; the transposed embeddings where they are tied."""
+        if self.lm_head is None:
+            return self.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., V] float32 logits of hidden states [..., D]."""
+        return project(hidden, self.head())
+
+    def _embed(self, ids: jax.Array) -> jax.Array:
+        return constrain(self.embed_tokens(ids).astype(self.dtype), "batch", "length", "embed")
+
+
+def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+    """[..., V] float32 logits; operands in the type of the hidden states, sums in float32."""
+    return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def logits(model: Qwen3, ids: jax.Array, **where: Any) -> jax.Array:
+    """[B, T, V] float32 logits of the next token after each of `ids` [B, T].
+
+    Args:
+      where: positions, segments and so on, as for `Qwen3.hidden`.
+    """
+    return model.logits(model.hidden(ids, **where))
