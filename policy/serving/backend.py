@@ -35,7 +35,7 @@ class ToolCall:
     """A call as the model wrote it; neither name nor arguments are checked here."""
 
     id: str
-    name: str
+    name: str  # empty where what was written is no call at all
     arguments: str  # JSON, or whatever was written instead
 
 

@@ -1,0 +1,266 @@
+"""One patient's whole stay as one dialogue: propose, simulate, refine, prescribe.
+
+Nothing is prescribed but what the model prescribed in a call that could be read with certainty.
+Everything else goes back to the model as an error, a bounded number of times; after that the
+stay has failed, and counts as failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from policy.agent.chart import Chart, options
+from policy.agent.prompts import Prompts
+from policy.agent.tools import (
+    REASONS,
+    SCHEMAS,
+    InvalidCallError,
+    Prescribe,
+    Simulate,
+    read_call,
+)
+from policy.agent.ward import Ward
+from policy.serving.backend import (
+    LENGTH,
+    Backend,
+    BackendError,
+    Conversation,
+    Reply,
+    Sampling,
+    ToolCall,
+)
+from worldmodel.configuration import require
+from worldmodel.envs.base import Timestep
+
+COMPLETED, FAILED = "completed", "failed"
+RELEASE, DEATH, CUT_OFF = "release", "death", "cut off"
+TOO_MANY_INVALID, NO_BACKEND = "too_many_invalid", "backend"
+
+_OUTCOMES = {
+    RELEASE: "the patient was released",
+    DEATH: "the patient died",
+    CUT_OFF: "observation ended",
+}
+
+
+@dataclass(frozen=True)
+class DialogueConfig:
+    """Bounds of a dialogue.
+
+    Attributes:
+      max_simulations: simulation calls answered per decision.
+      max_invalid: invalid calls and replies per decision; with one more the stay has failed.
+      sampling: how replies are drawn.
+    """
+
+    max_simulations: int = 10
+    max_invalid: int = 10
+    sampling: Sampling = field(default_factory=Sampling)
+
+    def __post_init__(self) -> None:
+        require(self, "0 or more", lambda n: n >= 0, "max_simulations", "max_invalid")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the model was told, and what it said."""
+
+    messages: tuple[dict[str, Any], ...]
+    reply: Reply
+    seed: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A treatment, the state it answered, and what it brought."""
+
+    step: int  # row since admission
+    action: int  # joint action 0-24
+    reward: float
+    sofa: float  # points, before
+    meanbp: float  # mmHg, before
+    lactate: float  # mmol/L, before
+    pao2: float  # mmHg, before
+    fio2: float  # percent, before
+    previous_vasopressor: int
+    simulations: int  # calls answered
+    invalid: int  # calls and replies refused
+
+
+@dataclass
+class Stay:
+    """A stay from admission to its end or failure."""
+
+    patient: int
+    status: str = FAILED  # COMPLETED or FAILED
+    failure: str | None = None  # TOO_MANY_INVALID or NO_BACKEND
+    detail: str | None = None  # of the failure
+    outcome: str | None = None  # RELEASE, DEATH or CUT_OFF; None of a failed stay
+    mortality: float | None = None  # probability; 0 or 1 where it is a fact
+    decisions: list[Decision] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    closing: str = ""  # the answer to the last prescription
+    invalid: Counter[str] = field(default_factory=Counter)  # by reason
+    tool_calls: int = 0  # that were answered with what they asked for
+
+    @property
+    def total_reward(self) -> float:
+        """Undiscounted."""
+        return sum(decision.reward for decision in self.decisions)
+
+
+async def treat(
+    bed: int,
+    patient: int,
+    backend: Backend,
+    ward: Ward,
+    prompts: Prompts,
+    config: DialogueConfig,
+    *,
+    seed: int,
+) -> Stay:
+    """Lets a language model treat a patient of a ward until the stay ends or fails.
+
+    Args:
+      bed: the patient's place on the ward.
+      patient: identity, for the record and the seeds.
+      backend: the model.
+      ward: where the patient is.
+      prompts: what the model is told.
+      config: bounds.
+      seed: of the run; each reply has a seed of its own, by run, patient and turn.
+    """
+    return await _Dialogue(bed, patient, backend, ward, prompts, config, seed).run()
+
+
+class _FailedError(Exception):
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+class _Dialogue:
+    def __init__(
+        self,
+        bed: int,
+        patient: int,
+        backend: Backend,
+        ward: Ward,
+        prompts: Prompts,
+        config: DialogueConfig,
+        seed: int,
+    ):
+        tools = SCHEMAS if ward.can_simulate else SCHEMAS[1:]
+        self.conversation: Conversation = backend.open(tools)
+        self.bed, self.ward, self.prompts, self.config = bed, ward, prompts, config
+        self.seed = seed
+        self.stay = Stay(patient)
+        self.chart = Chart.of(ward.admitted(bed))
+        self.simulations = self.invalid = 0  # at this decision
+        self.done = False
+
+    async def run(self) -> Stay:
+        messages = self.prompts.first(self.chart, can_simulate=self.ward.can_simulate)
+        try:
+            while not self.done:
+                reply = await self._ask(messages)
+                messages = await self._answer(reply)
+            self.stay.status = COMPLETED
+        except BackendError as error:
+            self.stay.failure, self.stay.detail = NO_BACKEND, str(error)
+        except _FailedError as failure:
+            self.stay.failure, self.stay.detail = failure.reason, str(failure)
+        return self.stay
+
+    async def _ask(self, messages: Sequence[dict[str, Any]]) -> Reply:
+        turn = f"{self.seed}:{self.stay.patient}:{len(self.stay.turns)}"
+        seed = int.from_bytes(hashlib.sha256(turn.encode()).digest()[:4], "big") >> 1
+        reply = await self.conversation.ask(messages, sampling=self.config.sampling, seed=seed)
+        self.stay.turns.append(Turn(tuple(messages), reply, seed))
+        return reply
+
+    async def _answer(self, reply: Reply) -> list[dict[str, Any]]:
+        """What the model is told next."""
+        if not reply.tool_calls:
+            reason = "truncated" if reply.finish_reason == LENGTH else "no_call"
+            return [{"role": "user", "content": self._refuse(reason)}]
+        answers = await asyncio.gather(
+            *(self._answer_call(call, reply) for call in reply.tool_calls)
+        )
+        return [
+            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer}
+            for call, answer in zip(reply.tool_calls, answers, strict=True)
+        ]
+
+    async def _answer_call(self, call: ToolCall, reply: Reply) -> str:
+        if reply.finish_reason == LENGTH:
+            return self._refuse("truncated")
+        try:
+            asked = read_call(call)
+        except InvalidCallError as error:
+            return self._refuse(error.reason)
+        if isinstance(asked, Simulate):
+            return await self._simulate(asked)
+        if len(reply.tool_calls) > 1:
+            return self._refuse("not_alone")
+        return await self._prescribe(asked)
+
+    async def _simulate(self, asked: Simulate) -> str:
+        if not self.ward.can_simulate:
+            return self._refuse("unknown_tool")
+        if self.simulations >= self.config.max_simulations:
+            return self._refuse("too_many_simulations")
+        self.simulations += 1
+        forecast = await self.ward.simulate(self.bed, asked.actions)
+        self.stay.tool_calls += 1
+        return self.prompts.simulation(options(asked.actions, forecast))
+
+    async def _prescribe(self, asked: Prescribe) -> str:
+        after = await self.ward.prescribe(self.bed, asked.action)
+        self.stay.tool_calls += 1
+        self.stay.decisions.append(self._decision(asked.action, after))
+        self.simulations = self.invalid = 0
+        self.chart.add(asked.action, after)
+        self.done = bool(after.done)
+        outcome = ""
+        if self.done:
+            self.stay.outcome, self.stay.mortality = _outcome(after)
+            outcome = _OUTCOMES[self.stay.outcome]
+        answer = self.prompts.prescription(self.chart, done=self.done, outcome=outcome)
+        if self.done:
+            self.stay.closing = answer
+        return answer
+
+    def _decision(self, action: int, after: Timestep) -> Decision:
+        chart = self.chart
+        return Decision(
+            step=chart.step,
+            action=action,
+            reward=float(after.reward),
+            sofa=chart.sofa[-1],
+            **{name: chart.number(name) for name in ("meanbp", "lactate", "pao2", "fio2")},
+            previous_vasopressor=chart.given.vasopressor,
+            simulations=self.simulations,
+            invalid=self.invalid,
+        )
+
+    def _refuse(self, reason: str) -> str:
+        self.stay.invalid[reason] += 1
+        self.invalid += 1
+        if self.invalid > self.config.max_invalid:
+            raise _FailedError(
+                TOO_MANY_INVALID, f"{self.invalid} invalid calls at t = {self.chart.step}"
+            )
+        return self.prompts.error(REASONS[reason])
+
+
+def _outcome(after: Timestep) -> tuple[str, float | None]:
+    if not after.terminated:
+        return CUT_OFF, None
+    mortality = float(after.info.mortality)
+    return (DEATH if mortality > 0.5 else RELEASE), mortality

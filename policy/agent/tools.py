@@ -1,0 +1,203 @@
+"""The agent's two tools: their JSON schemas, and a strict reading of what a model calls.
+
+The forms are SepsisAgent's (arXiv 2605.14723), so that its checkpoints can call them. What cannot
+be read with certainty is refused with a reason and goes back to the model as a tool error: no
+value is ever filled in, clamped or guessed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from policy.serving.backend import ToolCall
+from worldmodel import schema
+
+SIMULATION, PRESCRIPTION = "simulation", "prescription"
+MAX_OPTIONS = 3  # actions in one simulation call
+MAX_CHARACTERS = 4_096  # of a call's arguments
+
+_LEVEL = {"type": "integer", "minimum": 0, "maximum": schema.NUM_LEVELS - 1}
+_PAIR = r"\[ ?[0-4] ?, ?[0-4] ?\]"
+_READ_PAIR = re.compile(r"\[ ?([0-4]) ?, ?([0-4]) ?\]", re.ASCII)
+
+SCHEMAS: tuple[Mapping[str, Any], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": SIMULATION,
+            "description": "Predicts the patient's state four hours ahead under up to "
+            f"{MAX_OPTIONS} treatments.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "actions": {
+                        "type": "array",
+                        "description": 'Treatments as "[vasopressor level, fluid level]", such as '
+                        '"[1, 2]".',
+                        "items": {"type": "string", "pattern": f"^{_PAIR}$"},
+                        "minItems": 1,
+                        "maxItems": MAX_OPTIONS,
+                    }
+                },
+                "required": ["actions"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": PRESCRIPTION,
+            "description": "Gives a treatment for the next four hours.",
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "vasopressor": {**_LEVEL, "description": "Vasopressor level."},
+                    "iv_fluid": {**_LEVEL, "description": "Intravenous fluid level."},
+                },
+                "required": ["vasopressor", "iv_fluid"],
+                "additionalProperties": False,
+            },
+        },
+    },
+)
+"""Both tools in OpenAI's form."""
+
+REASONS: dict[str, str] = {
+    "malformed": "the call is not a JSON object with a name and arguments",
+    "unknown_tool": "there is no such tool; the tools are simulation and prescription",
+    "too_long": "the arguments are too long",
+    "not_json": "the arguments are not a JSON object",
+    "duplicate_argument": "an argument is given twice",
+    "missing_argument": "an argument is missing",
+    "extra_argument": "there is an argument that the tool does not have",
+    "wrong_type": "a value has the wrong type",
+    "out_of_range": "levels go from 0 to 4",
+    "no_actions": "no treatment to simulate is given",
+    "too_many_actions": f"at most {MAX_OPTIONS} treatments can be simulated in one call",
+    "no_call": "no tool was called",
+    "truncated": "the reply was cut off before it ended",
+    "too_many_simulations": "no more simulations at this decision; prescribe",
+    "not_alone": "a prescription must be the only call of a reply",
+}
+"""Why a reply can be refused, as the model is told."""
+
+
+class InvalidCallError(Exception):
+    """A reply or call that asks for nothing that can be done.
+
+    Attributes:
+      reason: a key of `REASONS`.
+    """
+
+    def __init__(self, reason: str):
+        super().__init__(REASONS[reason])
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Simulate:
+    """A question to the world model."""
+
+    actions: tuple[int, ...]  # joint actions 0-24, one to three
+
+
+@dataclass(frozen=True)
+class Prescribe:
+    """A treatment for the next step."""
+
+    action: int  # joint action 0-24
+
+
+def read_call(call: ToolCall) -> Simulate | Prescribe:
+    """What a call asks for.
+
+    Raises:
+      InvalidCallError: it is not exactly what a schema allows.
+    """
+    if not call.name:
+        raise InvalidCallError("malformed")
+    if call.name not in (SIMULATION, PRESCRIPTION):
+        raise InvalidCallError("unknown_tool")
+    arguments = _arguments(call.arguments)
+    if call.name == SIMULATION:
+        (actions,) = _take(arguments, "actions")
+        return Simulate(_pairs(actions))
+    levels = [_level(value) for value in _take(arguments, "vasopressor", "iv_fluid")]
+    return Prescribe(schema.action_index(*levels))
+
+
+def prescription_arguments(action: int) -> str:
+    """The arguments of the call that prescribes a joint action, as JSON."""
+    vasopressor, fluid = schema.action_levels(int(action))
+    return json.dumps({"vasopressor": int(vasopressor), "iv_fluid": int(fluid)})
+
+
+def simulation_arguments(actions: tuple[int, ...]) -> str:
+    """The arguments of the call that simulates joint actions, as JSON."""
+    pairs = [list(map(int, schema.action_levels(int(action)))) for action in actions]
+    return json.dumps({"actions": [json.dumps(pair) for pair in pairs]})
+
+
+def _arguments(text: Any) -> dict[str, Any]:
+    if not isinstance(text, str):
+        raise InvalidCallError("not_json")
+    if len(text) > MAX_CHARACTERS:
+        raise InvalidCallError("too_long")
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        raise InvalidCallError("not_json") from None
+    if not isinstance(value, dict):
+        raise InvalidCallError("not_json")
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InvalidCallError("duplicate_argument")
+    return dict(pairs)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _take(arguments: dict[str, Any], *names: str) -> list[Any]:
+    if any(name not in arguments for name in names):
+        raise InvalidCallError("missing_argument")
+    if len(arguments) > len(names):
+        raise InvalidCallError("extra_argument")
+    return [arguments[name] for name in names]
+
+
+def _level(value: Any) -> int:
+    if type(value) is not int:  # neither 2.0 nor true is a level
+        raise InvalidCallError("wrong_type")
+    if not 0 <= value < schema.NUM_LEVELS:
+        raise InvalidCallError("out_of_range")
+    return value
+
+
+def _pairs(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise InvalidCallError("wrong_type")
+    if not value:
+        raise InvalidCallError("no_actions")
+    if len(value) > MAX_OPTIONS:
+        raise InvalidCallError("too_many_actions")
+    return tuple(_pair(item) for item in value)
+
+
+def _pair(value: Any) -> int:
+    if not isinstance(value, str):
+        raise InvalidCallError("wrong_type")
+    found = _READ_PAIR.fullmatch(value)
+    if found is None:
+        numbers = re.fullmatch(r"\[ ?-?\d+ ?, ?-?\d+ ?\]", value, re.ASCII)
+        raise InvalidCallError("out_of_range" if numbers else "wrong_type")
+    return schema.action_index(int(found[1]), int(found[2]))

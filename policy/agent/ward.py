@@ -1,0 +1,161 @@
+"""The ward: all patients under treatment at once, on the device, behind two questions.
+
+Dialogues run one by one and wait for each other; the device works in batches. Whatever they ask
+meanwhile, what would happen (`simulate`) or what does happen (`prescribe`), is answered by one
+jitted call for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from policy.agent.batching import Batcher
+from policy.agent.forecast import Forecast, Forecaster
+from policy.agent.tools import MAX_OPTIONS
+from worldmodel.envs.base import Timestep
+from worldmodel.envs.env import EnvState, SepsisEnv
+from worldmodel.errors import InputError
+
+CAPACITY = 64
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who is on the ward."""
+
+    patients: np.ndarray  # [N] int32 identities, of stays or of synthetic patients
+    states: EnvState  # leaves [N, ...]
+
+
+def admit(
+    env: SepsisEnv,
+    keys: jax.Array,
+    patients: np.ndarray,
+    *,
+    stays: np.ndarray | None = None,
+) -> Admission:
+    """N patients at the start of their episodes.
+
+    Args:
+      env: whose observations are views that look back `Forecaster.past` rows.
+      keys: [N] the whole luck of each episode.
+      patients: [N] int32 identities.
+      stays: [N] indices of recorded stays to start from, for a learned world model.
+
+    Raises:
+      InputError: nobody to admit.
+    """
+    if not len(patients):
+        raise InputError("patients: none to treat; pick a split that has some")
+    index = None if stays is None else jnp.asarray(stays, jnp.int32)
+    states, _ = _reset(env, keys, index)
+    return Admission(np.asarray(patients, np.int32), states)
+
+
+class Ward:
+    """Patients who wait for decisions.
+
+    Args:
+      env: the world that the patients live in.
+      admission: from `admit` with the same environment.
+      forecaster: the world model that answers questions; it may be another world than `env`.
+        None where there is none to ask.
+      capacity: patients in a batch.
+    """
+
+    def __init__(
+        self,
+        env: SepsisEnv,
+        admission: Admission,
+        forecaster: Forecaster | None,
+        *,
+        capacity: int = CAPACITY,
+    ):
+        self._env, self._states, self._patients = env, admission.states, admission.patients
+        self._forecaster = forecaster
+        self._capacity = min(capacity, len(admission.patients))
+        self._first = jax.device_get(admission.states.last)
+        thread = ThreadPoolExecutor(1, thread_name_prefix="ward")
+        batcher = partial(Batcher, capacity=self._capacity, thread=thread)
+        self._questions: Batcher[tuple[int, tuple[int, ...]], Forecast] = batcher(self._forecast)
+        self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
+        self._thread = thread
+
+    @property
+    def can_simulate(self) -> bool:
+        """Whether there is a world model to ask."""
+        return self._forecaster is not None
+
+    def admitted(self, bed: int) -> Timestep:
+        """What was seen of a patient at the start, as numpy arrays."""
+        return _row(self._first, bed)
+
+    async def simulate(self, bed: int, actions: tuple[int, ...]) -> Forecast:
+        """What the world model expects under one to three joint actions; leaves [K, ...]."""
+        answer = await self._questions.ask((bed, actions))
+        return answer
+
+    async def prescribe(self, bed: int, action: int) -> Timestep:
+        """Four hours under a joint action, as numpy arrays."""
+        return await self._orders.ask((bed, action))
+
+    def close(self) -> None:
+        """Lets go of the thread."""
+        self._thread.shutdown(wait=False)
+
+    def _forecast(self, asked: Sequence[tuple[int, tuple[int, ...]]]) -> list[Forecast]:
+        assert self._forecaster is not None
+        beds = self._padded([bed for bed, _ in asked], 0)
+        actions = np.zeros((self._capacity, MAX_OPTIONS), np.int32)
+        for row, (_, options) in enumerate(asked):
+            actions[row, : len(options)] = options
+        views = _views(self._states, beds)
+        found = self._forecaster(views, self._patients[beds], actions)
+        return [
+            jax.tree.map(itemgetter((row, slice(len(options)))), found)
+            for row, (_, options) in enumerate(asked)
+        ]
+
+    def _move(self, orders: Sequence[tuple[int, int]]) -> list[Timestep]:
+        # Rows beyond the last patient are read as the last one's and written nowhere.
+        beds = self._padded([bed for bed, _ in orders], len(self._patients))
+        actions = self._padded([action for _, action in orders], 0)
+        self._states, timesteps = _step(self._env, self._states, beds, actions)
+        found = jax.device_get(timesteps)
+        return [_row(found, row) for row in range(len(orders))]
+
+    def _padded(self, values: list[int], fill: int) -> np.ndarray:
+        return np.asarray(values + [fill] * (self._capacity - len(values)), np.int32)
+
+
+@jax.jit
+def _reset(env: SepsisEnv, keys: jax.Array, stays: jax.Array | None) -> tuple[EnvState, Timestep]:
+    return jax.vmap(env.reset, in_axes=(0, None if stays is None else 0))(keys, stays)
+
+
+@jax.jit
+def _views(states: EnvState, beds: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[beds], states.last.observation)
+
+
+@partial(jax.jit, donate_argnums=1)
+def _step(
+    env: SepsisEnv, states: EnvState, beds: jax.Array, actions: jax.Array
+) -> tuple[EnvState, Timestep]:
+    chosen = jax.tree.map(lambda leaf: leaf[beds], states)
+    moved, timesteps = jax.vmap(env.step)(chosen, actions)
+    after = jax.tree.map(lambda old, new: old.at[beds].set(new, mode="drop"), states, moved)
+    return after, timesteps
+
+
+def _row(batch: Timestep, row: int) -> Timestep:
+    return jax.tree.map(itemgetter(row), batch)

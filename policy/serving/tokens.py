@@ -1,0 +1,154 @@
+"""Dialogues token by token: what a model reads is, id by id, what it wrote.
+
+Rendering a whole dialogue anew for every turn tokenises the model's own words again, sometimes
+into other tokens than it drew; then its log-probabilities belong to a text it never wrote. Here
+ids are only ever appended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from policy.serving import hermes
+from policy.serving.backend import (
+    LENGTH,
+    TOOL_CALLS,
+    Generator,
+    Message,
+    Reply,
+    Sampling,
+)
+from worldmodel.errors import InputError
+
+_MARK = "\u2063assistant\u2063"  # stands for a reply where a template is asked what follows one
+
+
+class ChatTokens:
+    """Messages as tokens, by the chat template of a tokenizer.
+
+    Args:
+      tokenizer: of transformers, with a chat template whose turns end with its `eos_token`.
+
+    Raises:
+      InputError: there is no such template.
+    """
+
+    def __init__(self, tokenizer: Any):
+        if not getattr(tokenizer, "chat_template", None) or not tokenizer.eos_token:
+            raise InputError("tokenizer: has no chat template; give a folder of a chat model")
+        self._tokenizer = tokenizer
+        self.end_id: int = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ChatTokens:
+        """The tokenizer of a model's folder.
+
+        Raises:
+          InputError: it cannot be read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return cls(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise InputError(f"{path}: no readable tokenizer ({first})") from None
+
+    def first(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids that begin a dialogue, up to where the model speaks."""
+        return self._encode(self._render(messages, tools))
+
+    def more(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids that follow a reply with its end token, up to where the model speaks again."""
+        before = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
+        text = self._render([*before, *messages], tools)
+        _, found, after = text.partition(_MARK)
+        _, ended, after = after.partition(self._tokenizer.eos_token)
+        if not found or not ended:
+            raise InputError("tokenizer: its chat template does not end turns with its eos token")
+        return self._encode(after)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of a reply without its end token; marks of tool calls are kept."""
+        kept = list(ids[:-1] if ids and ids[-1] == self.end_id else ids)
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a piece of a reply."""
+        return self._encode(text)
+
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+        return self._tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] or None,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+class TokenBackend:
+    """A `Backend` over a `Generator`.
+
+    Args:
+      generator: draws tokens and scores them; closed with the backend.
+      tokens: of the generator's model.
+    """
+
+    def __init__(self, generator: Generator, tokens: ChatTokens):
+        self.generator, self.tokens = generator, tokens
+        self.name = generator.name
+
+    def open(self, tools: Sequence[Mapping[str, Any]]) -> TokenConversation:
+        """A new dialogue."""
+        return TokenConversation(self, tools)
+
+    async def close(self) -> None:
+        """Closes the generator."""
+        await self.generator.close()
+
+
+class TokenConversation:
+    """One dialogue; `ids` only grows."""
+
+    def __init__(self, backend: TokenBackend, tools: Sequence[Mapping[str, Any]]):
+        self._backend, self._tools = backend, tools
+        self._turns = 0
+        self.ids: list[int] = []
+
+    async def ask(self, messages: Sequence[Message], *, sampling: Sampling, seed: int) -> Reply:
+        """See `Conversation`."""
+        prompt = [*self.ids, *self._appended(messages)]
+        drawn = await self._backend.generator.generate(prompt, sampling=sampling, seed=seed)
+        self.ids = [*prompt, *drawn.token_ids]
+        self._turns += 1
+        text = self._backend.tokens.text(drawn.token_ids)
+        parts = hermes.parse(text, id_prefix=f"call-{self._turns}")
+        reason = drawn.finish_reason
+        return Reply(
+            content=parts.content,
+            tool_calls=parts.tool_calls,
+            finish_reason=TOOL_CALLS if parts.tool_calls and reason != LENGTH else reason,
+            reasoning=parts.reasoning,
+            prompt_ids=tuple(prompt),
+            token_ids=drawn.token_ids,
+            logprobs=drawn.logprobs,
+            weight_version=drawn.weight_version,
+            usage={"prompt_tokens": len(prompt), "completion_tokens": len(drawn.token_ids)},
+        )
+
+    def prefix(self, messages: Sequence[Message]) -> list[int]:
+        """All ids up to where the model would speak after these messages; says nothing."""
+        return [*self.ids, *self._appended(messages)]
+
+    def _appended(self, messages: Sequence[Message]) -> list[int]:
+        tokens = self._backend.tokens
+        if not self.ids:
+            return tokens.first(messages, self._tools)
+        # A reply that was cut off, or ended by another token, gets the end that templates expect.
+        ended = self.ids[-1] == tokens.end_id
+        return [*([] if ended else [tokens.end_id]), *tokens.more(messages, self._tools)]
