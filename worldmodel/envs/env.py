@@ -21,7 +21,7 @@ from flax import struct
 from worldmodel import schema
 from worldmodel.envs.base import Dynamics, Timestep
 from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
-from worldmodel.envs.learned import learned_dynamics
+from worldmodel.envs.learned import LearnedDynamics, learned_dynamics
 from worldmodel.envs.synthetic import SyntheticDynamics
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -67,6 +67,7 @@ class SepsisEnv:
         past: int = 0,
         behavior: Policy | None = None,
         mortality_each_step: bool = True,
+        follow_record: bool = False,
         max_steps: int | None = None,
     ) -> SepsisEnv:
         """Patients of a learned world model.
@@ -89,6 +90,9 @@ class SepsisEnv:
           mortality_each_step: ask the Outcome Model in every step, which takes two thirds of the
             time; otherwise only in steps in which an episode of the batch ends, and
             `Info.mortality` is NaN elsewhere.
+          follow_record: as long as every treatment is the recorded one, the recorded rows follow
+            and the recorded outcome counts; from the first difference on the model plays
+            (SepsisAgent's protocol).
           max_steps: truncates longer episodes.
 
         Raises:
@@ -104,6 +108,7 @@ class SepsisEnv:
             past=past,
             behavior=behavior,
             mortality_each_step=mortality_each_step,
+            follow_record=follow_record,
         )
         return cls(dynamics, _checked(max_steps))
 
@@ -142,13 +147,20 @@ class SepsisEnv:
         """
         return cls(icu_sepsis_dynamics(), _checked(max_steps))
 
-    def reset(self, key: jax.Array) -> tuple[EnvState, Timestep]:
+    def reset(self, key: jax.Array, stay: jax.Array | None = None) -> tuple[EnvState, Timestep]:
         """A patient at the start of an episode.
 
         Args:
           key: [] the whole luck of the episode; equal keys and actions, equal episodes.
+          stay: [] int32 index of the recorded stay to start from, with a learned world model
+            only; drawn by default.
         """
-        dynamics, timestep = self.dynamics.reset(key)
+        if stay is None:
+            dynamics, timestep = self.dynamics.reset(key)
+        else:
+            if not isinstance(self.dynamics, LearnedDynamics):
+                raise InputError("stay: only a learned world model starts from recorded stays")
+            dynamics, timestep = self.dynamics.admit(key, stay)
         return EnvState(dynamics, timestep, jnp.int32(0)), timestep
 
     def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Timestep]:

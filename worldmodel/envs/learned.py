@@ -50,6 +50,8 @@ class LearnedState:
     member: jax.Array  # [] int32 who plays the episode; also its sample number
     last_row: jax.Array  # [] int32, the row whose treatment ends the episode
     ended: jax.Array  # [] bool, that treatment was given
+    stay: jax.Array  # [] int32 index of the recorded stay
+    on_record: jax.Array  # [] bool, every treatment so far was the recorded one
 
 
 @struct.dataclass
@@ -66,6 +68,7 @@ class LearnedDynamics:
     outcome: str = struct.field(pytree_node=False)
     past: int = struct.field(pytree_node=False)
     mortality_each_step: bool = struct.field(pytree_node=False)
+    follow_record: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def scaler(self) -> Scaler:
@@ -83,22 +86,19 @@ class LearnedDynamics:
         The noise of a step depends on the key, the stay's id, the row and the member alone, as in
         `rollout`, whose sample number is the member here.
         """
-        draws = jax.random.split(jax.random.fold_in(key, _START), 3)
-        stay = jax.random.randint(draws[0], (), 0, self.episodes.num_stays)
+        draw = _start_draws(key)[0]
+        return self.admit(key, jax.random.randint(draw, (), 0, self.episodes.num_stays))
+
+    def admit(self, key: jax.Array, stay: jax.Array) -> tuple[LearnedState, Timestep]:
+        """`reset` to the stay of an index [] that is given; its row and the member are drawn."""
+        draws = _start_draws(key)
         member = jax.random.randint(draws[1], (), 0, self.world_model.num_members)
         length = self.episodes.length[stay]
         if self.start_step is None:
             row = jax.random.randint(draws[2], (), 0, jnp.maximum(length - 1, 1))
         else:
             row = self.start_step
-        history = history_at(
-            self.world_model,
-            self.episodes,
-            self.sequences,
-            stay[None],
-            row[None],
-            recorded_sofa=self.mode == "reference",
-        )
+        history = self._recorded(stay, row)
         state = LearnedState(
             history=history,
             ventilation=history.ventilated[0].astype(jnp.float32),
@@ -106,6 +106,8 @@ class LearnedDynamics:
             member=member,
             last_row=length - 1 if self.horizon is None else row + self.horizon,
             ended=jnp.bool_(False),
+            stay=jnp.asarray(stay, jnp.int32),
+            on_record=jnp.bool_(self.follow_record),
         )
         view = self._view(history)
         return state, first_timestep(view, sofa=view.sofa, ventilation=state.ventilation)
@@ -122,12 +124,23 @@ class LearnedDynamics:
         )
         terminated = before.step >= state.last_row
         mortality = self._mortality(chosen, state.member, terminated & ~state.ended)
-
-        history, ventilation = jax.tree.map(
-            lambda stay, move: jnp.where(terminated, stay, move),
-            (state.history, state.ventilation),
-            (moved, outputs.ventilation[0]),
-        )
+        next_row = (moved, outputs.ventilation[0])
+        on_record = state.on_record
+        if self.follow_record:
+            at = (state.stay, before.step)
+            recorded_action = schema.action_index(
+                self.episodes.vasopressor[at], self.episodes.fluid[at]
+            )
+            on_record &= action == recorded_action
+            recorded = self._recorded(state.stay, before.step + 1)
+            next_row = _choose(
+                on_record,
+                (recorded, recorded.ventilated[0].astype(jnp.float32)),
+                next_row,
+            )
+            died = self.episodes.died_90d[state.stay].astype(jnp.float32)
+            mortality = jnp.where(on_record & terminated, died, mortality)
+        history, ventilation = _choose(terminated, (state.history, state.ventilation), next_row)
         after = self._view(history)
         died = {
             "expected": mortality,
@@ -140,13 +153,30 @@ class LearnedDynamics:
             start.info,
             reward_terms=terms,
             mortality=mortality,
-            projected=jnp.where(terminated, 0, outputs.projected[0]),
+            projected=jnp.where(terminated | on_record, 0, outputs.projected[0]),
             support=action_probability(self.behavior, policy_key(key), before, action),
             disagreement=members.mu.std(0).mean(),
         )
         timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
-        state = replace(state, history=history, ventilation=ventilation, ended=terminated)
+        state = replace(
+            state,
+            history=history,
+            ventilation=ventilation,
+            ended=terminated,
+            on_record=on_record,
+        )
         return state, timestep
+
+    def _recorded(self, stay: jax.Array, row: jax.Array) -> History:
+        """A recorded row as a batch of one; undefined after the end of the stay."""
+        return history_at(
+            self.world_model,
+            self.episodes,
+            self.sequences,
+            stay[None],
+            row[None],
+            recorded_sofa=self.mode == "reference",
+        )
 
     def _mortality(self, history: History, member: jax.Array, needed: jax.Array) -> jax.Array:
         """[] of one member; unless asked in each step, NaN where it is not needed."""
@@ -163,6 +193,14 @@ class LearnedDynamics:
         return jax.tree.map(
             lambda leaf: leaf[0], view_of(self.world_model, history, past=self.past)
         )
+
+
+def _start_draws(key: jax.Array) -> jax.Array:
+    return jax.random.split(jax.random.fold_in(key, _START), 3)
+
+
+def _choose(first: jax.Array, one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
 
 
 @jax.custom_batching.custom_vmap
@@ -205,6 +243,7 @@ def learned_dynamics(
     past: int = 0,
     behavior: Policy | None = None,
     mortality_each_step: bool = True,
+    follow_record: bool = False,
 ) -> LearnedDynamics:
     """Checks and prepares what `LearnedDynamics` needs; see `SepsisEnv.learned`."""
     if mode not in MODES:
@@ -216,6 +255,8 @@ def learned_dynamics(
         raise InputError(f"past: got {past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
     if horizon is not None and horizon < 1:
         raise InputError(f"horizon: got {horizon}, expected at least 1 step, or None")
+    if follow_record and horizon is not None:
+        raise InputError("follow_record: recorded stays have their own end; leave out horizon")
     if not episodes.num_stays:
         raise InputError("episodes: no stay to start from; pick a split that has some")
     return LearnedDynamics(
@@ -229,6 +270,7 @@ def learned_dynamics(
         outcome=outcome,
         past=past,
         mortality_each_step=mortality_each_step,
+        follow_record=follow_record,
     )
 
 
