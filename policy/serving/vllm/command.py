@@ -1,0 +1,163 @@
+"""The command and the variables that start a vLLM server; nothing here runs anything."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from policy.serving.vllm.environment import ServingEnvironment
+from worldmodel.errors import InputError
+
+KEY_VARIABLE = "VLLM_API_KEY"
+"""Environment variable that holds the key of servers started here, and of their clients."""
+
+INSIDE = Path(__file__).with_name("inside")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """How a folder of weights is served.
+
+    `swaps` opens vLLM's endpoints for new weights and adapters, which can also run code in the
+    server: they ask for the key, and only servers on the loopback interface get them.
+    """
+
+    model: Path  # Hugging Face folder
+    name: str | None = None  # in requests; default: the folder's name
+    host: str = "127.0.0.1"
+    port: int = 0  # 0 takes a free one
+    allow_remote: bool = False  # lets the host be other than loopback
+    max_model_len: int | None = None  # tokens of prompt and reply; default: the model's own
+    dtype: str = "auto"
+    data_parallel: int = 1
+    tensor_parallel: int = 1
+    lora_rank: int = 0  # highest rank of adapters; 0 takes none
+    swaps: bool = False
+    tool_parser: str | None = "hermes"
+    eager: bool | None = None  # no compilation; default: on CPUs
+    cpu_cache_gib: float = 1.0  # for keys and values, on CPUs
+    seed: int = 0
+    extra: tuple[str, ...] = ()  # further flags of vLLM, as they are
+
+    @property
+    def served_name(self) -> str:
+        """The name that requests give."""
+        return self.name or self.model.resolve().name
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_options(options: ServerOptions) -> None:
+    """Refuses what cannot or must not be served.
+
+    Raises:
+      InputError: says what and how to mend it.
+    """
+    if not (options.model / "config.json").is_file():
+        raise InputError(
+            f"{options.model}: no config.json; give a folder of weights in Hugging Face's form"
+        )
+    try:
+        json.loads((options.model / "config.json").read_text())
+    except ValueError as error:
+        raise InputError(f"{options.model / 'config.json'}: not readable JSON ({error})") from None
+    if not any(options.model.glob("*.safetensors")):
+        raise InputError(f"{options.model}: no weights (*.safetensors)")
+    if not is_loopback(options.host):
+        if not options.allow_remote:
+            raise InputError(
+                f"host {options.host}: not of this machine alone; keep 127.0.0.1, or allow remote "
+                "hosts expressly"
+            )
+        if options.swaps:
+            raise InputError(
+                f"host {options.host}: weights can be swapped on loopback hosts only; serve on "
+                "127.0.0.1 or without swaps"
+            )
+    if not 0 <= options.port <= 65535:
+        raise InputError(f"port {options.port}: expected 0 (a free one) to 65535")
+    for what in ("data_parallel", "tensor_parallel"):
+        if getattr(options, what) < 1:
+            raise InputError(f"{what} {getattr(options, what)}: expected at least 1")
+
+
+def make_key(variable: str = KEY_VARIABLE) -> str:
+    """The key in an environment variable, or else a new one of 256 bits."""
+    return os.environ.get(variable) or secrets.token_urlsafe(32)
+
+
+def command(environment: ServingEnvironment, options: ServerOptions, port: int) -> list[str]:
+    """The command line; it holds no secret."""
+    flags: dict[str, str | None] = {
+        "--model": str(options.model.resolve()),
+        "--served-model-name": options.served_name,
+        "--host": options.host,
+        "--port": str(port),
+        "--dtype": options.dtype,
+        "--seed": str(options.seed),
+        # Log-probabilities of the distribution that was drawn from, temperature included.
+        "--logprobs-mode": "processed_logprobs",
+        # The folder's own top-k and temperature would apply to whoever leaves them out.
+        "--generation-config": "vllm",
+        "--max-logprobs": "128",
+        "--enable-scale-out": None,  # token ids in and out, with the version of the weights
+        "--middleware": "sepsis_jax_key.KeyOnEveryPath",
+        "--disable-uvicorn-access-log": None,
+    }
+    if options.max_model_len is not None:
+        flags["--max-model-len"] = str(options.max_model_len)
+    if options.data_parallel > 1:
+        flags["--data-parallel-size"] = str(options.data_parallel)
+    if options.tensor_parallel > 1:
+        flags["--tensor-parallel-size"] = str(options.tensor_parallel)
+    if options.lora_rank:
+        flags["--enable-lora"] = None
+        flags["--max-lora-rank"] = str(options.lora_rank)
+    if options.tool_parser:
+        flags["--enable-auto-tool-choice"] = None
+        flags["--tool-call-parser"] = options.tool_parser
+    if environment.cpu if options.eager is None else options.eager:
+        flags["--enforce-eager"] = None
+    words = [word for flag, value in flags.items() for word in (flag, value) if word is not None]
+    # The `vllm` program fails in the CPU build: it looks for a package named vllm.
+    module = "vllm.entrypoints.openai.api_server"
+    return [str(environment.python), "-m", module, *words, *options.extra]
+
+
+def variables(environment: ServingEnvironment, options: ServerOptions, key: str) -> dict[str, str]:
+    """The server's environment: ours, with the key, and nothing sent to anybody."""
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONHOME", "VIRTUAL_ENV", "VLLM_SERVER_DEV_MODE")
+    }
+    ours |= {
+        KEY_VARIABLE: key,
+        "PYTHONPATH": str(INSIDE),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if environment.cpu:
+        ours |= {
+            "VLLM_TARGET_DEVICE": "cpu",
+            "VLLM_CPU_KVCACHE_SPACE": f"{options.cpu_cache_gib:g}",
+        }
+    if options.swaps:
+        ours["VLLM_SERVER_DEV_MODE"] = "1"
+        if options.lora_rank:
+            ours["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    return ours

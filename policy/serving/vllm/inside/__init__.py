@@ -1,0 +1,1 @@
+"""What runs beside or inside a vLLM server, outside this environment: standard library alone."""
