@@ -7,8 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 1024
-"""Queries attended at once; bounds the memory of the scores to [B, H, QUERY_BLOCK, S]."""
+from policy.qwen3.chunks import map_chunks
+
+SCORES_AT_ONCE = 2**28
+"""Scores of queries with keys that are held at once; 1 GiB of float32."""
 
 
 class Tokens(NamedTuple):
@@ -35,7 +37,13 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens, *, block: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    block: int | None = None,
 ) -> jax.Array:
     """Causal softmax attention with scores and weights in float32.
 
@@ -44,30 +52,24 @@ def attend(
       k, v: [B, S, K, D]; K divides H, and each key head serves H / K query heads.
       queries: [B, T].
       keys: [B, S].
-      block: queries at once. More than one block is computed one after another, and again in the
-        backward pass.
+      block: queries at once; as many as `SCORES_AT_ONCE` allows if not given. Several blocks are
+        computed one after another, and again in the backward pass.
 
     Returns:
       [B, T, H, D] in the type of `v`. Where a query sees nothing the value means nothing, but it
       is finite.
     """
     batch, length, heads, width = q.shape
+    block = block or max(16, SCORES_AT_ONCE // (batch * heads * k.shape[1]))
     q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
     if length <= block:
         return _attend(q, k, v, queries, keys).reshape(batch, length, heads, width)
 
-    blocks = -(-length // block)
-
-    def in_blocks(x: jax.Array) -> jax.Array:
-        pad = [(0, 0), (0, blocks * block - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, blocks, block, *x.shape[2:]), 1, 0)
-
-    @jax.checkpoint
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         return _attend(part[0], k, v, Tokens(part[1], part[2]), keys)
 
-    out = jax.lax.map(one, jax.tree.map(in_blocks, (q, queries.position, queries.segment)))
-    return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * block, heads, width)[:, :length]
+    out = map_chunks(one, (q, queries.position, queries.segment), block)
+    return out.reshape(batch, length, heads, width)
 
 
 def _attend(

@@ -122,6 +122,20 @@ def load_config(folder: str | Path) -> Qwen3Config:
     return Qwen3Config.from_hf(values, source=str(path))
 
 
+def load_stop_ids(folder: str | Path) -> tuple[int, ...]:
+    """The tokens that end generation, of generation_config.json or else of config.json.
+
+    Raises:
+      InputError: neither file names any.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        found = read_json(path).get("eos_token_id") if path.exists() else None
+        if found is not None:
+            return (found,) if isinstance(found, int) else tuple(found)
+    raise InputError(f"{folder}: no eos_token_id in generation_config.json or config.json")
+
+
 def _rope_theta(values: Mapping[str, Any], source: str) -> float:
     found = set()
     for part in (values, values.get("rope_parameters") or {}, values.get("rope_scaling") or {}):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx, struct
 
-from policy.qwen3.attention import QUERY_BLOCK, Tokens, attend, rotary, rotate
+from policy.qwen3.attention import Tokens, attend, rotary, rotate
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.partitioning import constrain
 
@@ -184,7 +184,7 @@ class Qwen3(nnx.Module):
         segments: jax.Array | None = None,
         shared: jax.Array | None = None,
         remat: str = "none",
-        query_block: int = QUERY_BLOCK,
+        query_block: int | None = None,
     ) -> jax.Array:
         """Final normed hidden states [B, T, D] of whole sequences, padded or packed.
 
@@ -218,9 +218,7 @@ class Qwen3(nnx.Module):
         x, _ = jax.lax.scan(one, self._embed(ids), stacked)
         return self.norm(x)
 
-    def extend(
-        self, ids: jax.Array, start: jax.Array, cache: Cache, *, query_block: int = QUERY_BLOCK
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, ids: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
         """Reads further tokens after what a cache holds.
 
         Args:
@@ -246,7 +244,7 @@ class Qwen3(nnx.Module):
             def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
                 new = cache.write(index, k, v, start)
                 k, v = new.k[index], new.v[index]
-                return attend(q, k, v, queries, keys, block=query_block), new
+                return attend(q, k, v, queries, keys), new
 
             return nnx.merge(graphdef, params)(x, angles, over_cache), None
 

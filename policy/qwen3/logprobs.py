@@ -1,0 +1,90 @@
+"""Log-probabilities and entropies of tokens without ever holding [B, T, V] logits.
+
+Logits of a few positions at a time are made, used and forgotten, and made again in the backward
+pass; with 151,936 tokens they would otherwise be the largest array of a training step by far.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from policy.qwen3.chunks import map_chunks
+from policy.qwen3.model import Qwen3, project
+
+LOGITS_AT_ONCE = 2**27
+"""Logits that are held at once; 512 MiB of float32."""
+
+
+class TokenLogprobs(NamedTuple):
+    """Under the distribution from which each token was, or would be, drawn."""
+
+    logprob: jax.Array  # [B, T] float32
+    entropy: jax.Array  # [B, T] float32, nats
+
+
+def token_logprobs(
+    model: Qwen3,
+    ids: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+    remat: str = "none",
+    chunk: int | None = None,
+) -> TokenLogprobs:
+    """Log-probability of each token given those before it in its segment; differentiable.
+
+    Args:
+      ids: [B, T] int.
+      positions, segments, remat: as for `Qwen3.hidden`.
+      temperature: logits are divided by it; positive.
+      chunk: as for `chunked_logprobs`.
+
+    Returns:
+      [B, T] each; 0 for the first token of a segment, which nothing predicts, and for padding.
+    """
+    hidden = model.hidden(ids, positions=positions, segments=segments, remat=remat)
+    found = chunked_logprobs(
+        hidden[:, :-1], model.head(), ids[:, 1:], temperature=temperature, chunk=chunk
+    )
+    if segments is None:
+        segments = jnp.ones_like(ids)
+    predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    return jax.tree.map(
+        lambda x: jnp.pad(jnp.where(predicted, x, 0.0), ((0, 0), (1, 0))),
+        found,
+    )
+
+
+def chunked_logprobs(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    *,
+    temperature: float | jax.Array = 1.0,
+    chunk: int | None = None,
+) -> TokenLogprobs:
+    """Log-probabilities of targets, and entropies, from final hidden states.
+
+    Args:
+      hidden: [B, T, D].
+      head: [D, V] output projection.
+      targets: [B, T] int token ids.
+      temperature: logits are divided by it; positive.
+      chunk: columns whose logits [B, chunk, V] are held at once; as many as `LOGITS_AT_ONCE`
+        allows if not given. Rows are never mixed, so a batch split over devices stays so.
+
+    Returns:
+      [B, T] each, float32.
+    """
+    batch, vocab = hidden.shape[0], head.shape[1]
+
+    def one(part: tuple[jax.Array, jax.Array]) -> TokenLogprobs:
+        logprobs = jax.nn.log_softmax(project(part[0], head) / temperature)  # [B, chunk, V]
+        logprob = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
+        return TokenLogprobs(logprob, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
+
+    return map_chunks(one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab)))

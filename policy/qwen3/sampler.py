@@ -1,0 +1,230 @@
+"""Batched generation: one jitted call reads the prompts and draws until every row is done.
+
+A row's draws depend on its prompt, its seed and the position of each token alone, so they are
+the same in every batch, however padded (up to the rounding of the products).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from policy.qwen3.model import Cache, Qwen3
+from worldmodel.errors import InputError
+
+SMALLEST_BUCKET = 32
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How one row is drawn."""
+
+    prompt_ids: tuple[int, ...]
+    seed: int = 0
+    temperature: float = 1.0  # 0 takes the most probable token
+    top_p: float = 1.0  # the least set of most probable tokens with this mass is drawn from
+    max_new_tokens: int = 128
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What was drawn after one prompt."""
+
+    token_ids: tuple[int, ...]  # with the stop token that ended them, if one did
+    logprobs: tuple[float, ...]  # under the distribution drawn from; 0 at temperature 0
+    model_logprobs: tuple[float, ...]  # under the model's own, at temperature 1
+    stopped: bool  # by a stop token, not by the limit
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The least power of two that is at least `size` and `smallest`."""
+    return max(smallest, 1 << max(size - 1, 0).bit_length())
+
+
+def generate(model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = ()) -> list[Drawn]:
+    """Draws tokens after each prompt until a stop token or the limit.
+
+    One program is compiled per number of rows, longest prompt and most new tokens, each rounded
+    up to a power of two. A limit beyond the model's positions is lowered to what they allow.
+
+    Args:
+      model: the model.
+      draws: any number of rows, at least one.
+      stop_ids: tokens that end a row, such as the end of a turn or of a tool call.
+
+    Raises:
+      InputError: a prompt is empty, holds unknown ids, or leaves no room in the model's
+        positions; or a temperature, top_p or limit has no meaning.
+    """
+    for draw in draws:
+        _check(draw, model)
+    room = model.config.max_position_embeddings
+    rows = bucket(len(draws))
+    length = np.ones(rows, np.int32)
+    length[: len(draws)] = [len(draw.prompt_ids) for draw in draws]
+    limit = np.zeros(rows, np.int32)  # rows that fill the batch are done before they begin
+    limit[: len(draws)] = [min(draw.max_new_tokens, room - len(draw.prompt_ids)) for draw in draws]
+    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), room)), np.int32)
+    for row, draw in enumerate(draws):
+        ids[row, : length[row]] = draw.prompt_ids
+    fill = [Draw((0,))] * (rows - len(draws))
+    seeds = np.array([draw.seed % 2**64 for draw in [*draws, *fill]], np.uint64)
+    settings = _Settings(
+        length=length,
+        limit=limit,
+        seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
+        temperature=np.array([draw.temperature for draw in [*draws, *fill]], np.float32),
+        top_p=np.array([draw.top_p for draw in [*draws, *fill]], np.float32),
+        stop_ids=np.array(stop_ids, np.int32),
+    )
+    most = bucket(int(limit.max()), SMALLEST_BUCKET)
+    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
+    return [_of_row(out, row) for row in range(len(draws))]
+
+
+class _Settings(NamedTuple):
+    length: Any  # [B]
+    limit: Any  # [B]
+    seed: Any  # [B, 2] uint32
+    temperature: Any  # [B]
+    top_p: Any  # [B]
+    stop_ids: Any  # [K]
+
+
+class _State(NamedTuple):
+    token: jax.Array  # [B] last drawn
+    drawn: jax.Array  # [B] how many so far
+    stopped: jax.Array  # [B]
+    cache: Cache
+    tokens: jax.Array  # [B, N]
+    logprobs: jax.Array  # [B, N]
+    model_logprobs: jax.Array  # [B, N]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "most"))
+def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int) -> _State:
+    model: Qwen3 = nnx.merge(graphdef, state)
+    batch, width = ids.shape
+    cache = model.empty_cache(batch, width + most)
+    hidden, cache = model.extend(ids, jnp.zeros(batch, jnp.int32), cache)
+    last = jnp.take_along_axis(hidden, settings.length[:, None, None] - 1, axis=1)[:, 0]
+
+    def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:
+        token, logprob, model_logprob = jax.vmap(draw_token)(
+            model.logits(hidden),
+            settings.seed,
+            settings.length + step,
+            settings.temperature,
+            settings.top_p,
+        )
+        going = ~now.stopped & (step < settings.limit)
+        return _State(
+            token=token,
+            drawn=now.drawn + going,
+            stopped=now.stopped | (going & (token[:, None] == settings.stop_ids).any(-1)),
+            cache=now.cache,
+            tokens=now.tokens.at[:, step].set(token),
+            logprobs=now.logprobs.at[:, step].set(logprob),
+            model_logprobs=now.model_logprobs.at[:, step].set(model_logprob),
+        )
+
+    def unfinished(carry: tuple[jax.Array, _State]) -> jax.Array:
+        step, now = carry
+        return jnp.any(~now.stopped & (step < settings.limit))
+
+    def advance(carry: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
+        step, now = carry
+        hidden, cache = model.extend(now.token[:, None], settings.length + step - 1, now.cache)
+        return step + 1, draw(hidden[:, 0], step, now._replace(cache=cache))
+
+    none = jnp.zeros(batch, jnp.int32)
+    blank = jnp.zeros((batch, most), jnp.float32)
+    now = _State(none, none, none.astype(bool), cache, blank.astype(jnp.int32), blank, blank)
+    now = draw(last, jnp.int32(0), now)
+    _, now = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), now))
+    return now._replace(cache=None)  # type: ignore[arg-type]
+
+
+def draw_token(
+    logits: jax.Array,
+    seed: jax.Array,
+    position: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Draws one token.
+
+    Args:
+      logits: [V] float32.
+      seed: [2] uint32, low and high.
+      position: [] int; where the token will stand.
+      temperature: []; 0 takes the most probable token.
+      top_p: [].
+
+    Returns:
+      The token, its log-probability under the distribution drawn from, and under the model's own.
+    """
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
+    greedy = temperature == 0
+    tempered = logits / jnp.where(greedy, 1.0, temperature)
+    allowed = jnp.where(nucleus(jax.nn.softmax(tempered), top_p), tempered, -jnp.inf)
+    noisy = allowed + jnp.where(greedy, 0.0, jax.random.gumbel(key, logits.shape))
+    token = jnp.argmax(noisy).astype(jnp.int32)
+    logprob = jnp.where(greedy, 0.0, allowed[token] - jax.nn.logsumexp(allowed))
+    return token, logprob, jax.nn.log_softmax(logits)[token]
+
+
+def nucleus(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+    """[V] bool: the least set of most probable tokens whose mass reaches `top_p`.
+
+    Equally probable tokens at its edge are all in. The edge is found by bisection over the bits
+    of positive floats, which are ordered as the floats are: 31 sums instead of a sort.
+
+    Args:
+      probs: [V] float32.
+      top_p: []; at 0 only the most probable remain, at 1 all do.
+    """
+    bits = jax.lax.bitcast_convert_type(probs, jnp.int32)
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds
+        middle = low + (high - low + 1) // 2
+        enough = jnp.sum(jnp.where(bits >= middle, probs, 0.0)) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    edge, _ = jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), bits.max()))
+    return bits >= jnp.where(top_p < 1, edge, 0)
+
+
+def _of_row(out: _State, row: int) -> Drawn:
+    kept = slice(int(out.drawn[row]))
+    return Drawn(
+        token_ids=tuple(out.tokens[row, kept].tolist()),
+        logprobs=tuple(out.logprobs[row, kept].tolist()),
+        model_logprobs=tuple(out.model_logprobs[row, kept].tolist()),
+        stopped=bool(out.stopped[row]),
+    )
+
+
+def _check(draw: Draw, model: Qwen3) -> None:
+    config = model.config
+    count = len(draw.prompt_ids)
+    if not 0 < count < config.max_position_embeddings:
+        raise InputError(
+            f"prompt of {count} tokens: expected 1 to {config.max_position_embeddings - 1}, "
+            "one less than the model's positions"
+        )
+    if not (min(draw.prompt_ids) >= 0 and max(draw.prompt_ids) < config.vocab_size):
+        raise InputError(f"prompt: token ids must be 0 to {config.vocab_size - 1}")
+    if not (draw.temperature >= 0 and 0 <= draw.top_p <= 1 and draw.max_new_tokens > 0):
+        raise InputError(
+            f"temperature {draw.temperature}, top_p {draw.top_p}, max_new_tokens "
+            f"{draw.max_new_tokens}: expected at least 0, 0 to 1, at least 1"
+        )

@@ -1,0 +1,209 @@
+"""A language model in this very process: the JAX sampler behind the contract of generators.
+
+Requests of many dialogues that wait at the same time are answered in one batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from policy.qwen3.config import load_stop_ids
+from policy.qwen3.model import Qwen3
+from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, bucket, generate
+from policy.qwen3.scoring import Question, score
+from policy.qwen3.weights import load
+from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
+
+Ask = TypeVar("Ask")
+Answer = TypeVar("Answer")
+
+
+class _Weights(NamedTuple):
+    model: Qwen3
+    version: str | None
+
+
+class EmbeddedGenerator:
+    """A `Generator` over `policy.qwen3.sampler`.
+
+    Args:
+      model: a Qwen3.
+      stop_ids: tokens that end a completion.
+      name: for records.
+      version: of the weights.
+      max_batch: rows of a batch at most; a power of two.
+      max_wait: seconds that a first request waits for others.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        *,
+        stop_ids: Sequence[int],
+        name: str = "embedded",
+        version: str | None = None,
+        max_batch: int = 64,
+        max_wait: float = 0.005,
+    ):
+        self.name = name
+        self.stop_ids = tuple(stop_ids)
+        self._weights = _Weights(model, version)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
+        self._draws = _Batcher(self._draw, self._thread, max_batch, max_wait, _width_of_draw)
+        self._scores = _Batcher(self._score, self._thread, max_batch, max_wait, _width_of_question)
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, **settings: Any
+    ) -> EmbeddedGenerator:
+        """A generator of a Hugging Face folder, that stops at its end-of-sequence tokens.
+
+        Args:
+          folder, dtype, param_dtype: as for `qwen3.load`.
+          settings: of the class; the name is the folder unless given.
+
+        Raises:
+          InputError: as `qwen3.load`, or the folder names no end-of-sequence token.
+        """
+        settings = {"stop_ids": load_stop_ids(folder), "name": str(folder)} | settings
+        return cls(load(folder, dtype=dtype, param_dtype=param_dtype), **settings)
+
+    def set_weights(self, model: Qwen3, version: str | None) -> None:
+        """Takes new weights for all batches from now on; one under way ends with the old ones."""
+        self._weights = _Weights(model, version)
+
+    async def generate(
+        self, prompt_ids: Sequence[int], *, sampling: Sampling, seed: int
+    ) -> Completion:
+        """Draws tokens until one of the stop tokens or the limit.
+
+        Raises:
+          BackendError: the prompt does not fit the model, or the device failed.
+        """
+        draw = Draw(
+            prompt_ids=tuple(prompt_ids),
+            seed=seed,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        return await self._draws.ask(draw)
+
+    async def score(
+        self, prompt_ids: Sequence[int], continuations: Sequence[Sequence[int]]
+    ) -> list[float]:
+        """Summed log-probability of each continuation after the prompt, at temperature 1.
+
+        Raises:
+          BackendError: the prompt does not fit the model, or the device failed.
+        """
+        return await self._scores.ask((tuple(prompt_ids), [tuple(part) for part in continuations]))
+
+    async def close(self) -> None:
+        """Waits for the batch under way; requests that still wait are refused."""
+        self._draws.refuse()
+        self._scores.refuse()
+        await asyncio.to_thread(self._thread.shutdown)
+
+    def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
+        model, version = self._weights
+        return [
+            Completion(
+                token_ids=drawn.token_ids,
+                logprobs=drawn.logprobs,
+                finish_reason=STOP if drawn.stopped else LENGTH,
+                weight_version=version,
+            )
+            for drawn in generate(model, draws, stop_ids=self.stop_ids)
+        ]
+
+    def _score(self, questions: Sequence[Question]) -> list[list[float]]:
+        return score(self._weights.model, questions)
+
+
+class _Batcher(Generic[Ask, Answer]):
+    """Gathers what is asked at the same time and has it answered in one go, in a thread.
+
+    Requests that share the width of the one that has waited longest go together, the longest
+    waiting first. If a batch fails, its requests are tried one by one, so that a bad one fails
+    alone.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Ask]], Sequence[Answer]],
+        thread: ThreadPoolExecutor,
+        max_batch: int,
+        max_wait: float,
+        width: Callable[[Ask], Hashable],
+    ):
+        self.answer, self.thread, self.width = answer, thread, width
+        self.max_batch, self.max_wait = max_batch, max_wait
+        self.waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
+        self.task: asyncio.Task[None] | None = None
+        self.closed = False
+
+    async def ask(self, what: Ask) -> Answer:
+        if self.closed:
+            raise BackendError("the generator is closed")
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self.waiting.append((what, future))
+        if self.task is None or self.task.done():
+            self.task = loop.create_task(self._work())
+        return await future
+
+    def refuse(self) -> None:
+        self.closed = True
+        for _, future in self.waiting:
+            if not future.done():
+                future.set_exception(BackendError("the generator is closed"))
+        self.waiting.clear()
+
+    async def _work(self) -> None:
+        await asyncio.sleep(self.max_wait)
+        while batch := self._next():
+            if not await self._answer(batch) and len(batch) > 1:
+                for one in batch:
+                    await self._answer([one])
+
+    def _next(self) -> list[tuple[Ask, asyncio.Future[Answer]]]:
+        self.waiting = [pair for pair in self.waiting if not pair[1].done()]  # cancelled
+        if not self.waiting:
+            return []
+        width = self.width(self.waiting[0][0])
+        alike = [pair for pair in self.waiting if self.width(pair[0]) == width]
+        batch = alike[: self.max_batch]
+        taken = {id(future) for _, future in batch}
+        self.waiting = [pair for pair in self.waiting if id(pair[1]) not in taken]
+        return batch
+
+    async def _answer(self, batch: list[tuple[Ask, asyncio.Future[Answer]]]) -> bool:
+        """Whether it went well; a failure is passed on to a request that is alone."""
+        asked = [what for what, _ in batch]
+        try:
+            loop = asyncio.get_running_loop()
+            answers = await loop.run_in_executor(self.thread, self.answer, asked)
+        except Exception as error:  # whatever it was, the dialogues must hear of it
+            if len(batch) == 1 and not batch[0][1].done():
+                failure = BackendError(f"{type(error).__name__}: {error}")
+                failure.__cause__ = error
+                batch[0][1].set_exception(failure)
+            return False
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
+        return True
+
+
+def _width_of_draw(draw: Draw) -> int:
+    return bucket(len(draw.prompt_ids), SMALLEST_BUCKET)
+
+
+def _width_of_question(question: Question) -> int:
+    prompt, continuations = question
+    return bucket(len(prompt) + sum(map(len, continuations)), SMALLEST_BUCKET)
