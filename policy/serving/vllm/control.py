@@ -1,0 +1,163 @@
+"""New weights and adapters for a vLLM server that is running and busy."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from policy.serving.backend import BackendError
+from policy.serving.client import Client, Endpoint, MalformedError, member
+from policy.serving.vllm.weights import check_adapter, check_weights, fingerprint
+
+_LOG = logging.getLogger(__name__)
+_EMPTY = hashlib.sha256(b"").hexdigest()
+_RESETS, _RESET_WAIT_S = 20, 0.25
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a swap of weights did."""
+
+    version: str
+    seconds: float  # in which the server drew no tokens, the draining included
+    changed: bool  # whether the checksums are others than before
+    unseen: int  # tensors that the server cannot sum: CPU builds repack those of linear layers
+
+
+class WeightControl:
+    """Swaps weights of a server that was started with `swaps`; one controller per server."""
+
+    def __init__(self, endpoint: Endpoint, folder: Path, *, key: str | None = None) -> None:
+        """Opens no connection yet.
+
+        Args:
+          endpoint: the server. Nothing is tried twice, except when it is briefly out of reach.
+          folder: of the weights that it serves now; gone back to when a swap fails.
+          key: instead of the endpoint's variable or file.
+
+        Raises:
+          InputError: the URL or the key is missing.
+        """
+        patience = min(endpoint.patience_s, 10.0)
+        self._client = Client(replace(endpoint, attempts=1, patience_s=patience), key=key)
+        self._folder = folder
+        self._known: dict[str, Mapping[str, str]] = {}  # checksums by fingerprint of the files
+        self._lock = asyncio.Lock()
+
+    async def swap(self, folder: Path, version: str) -> Swap:
+        """Loads other weights of the same architecture between two tokens of nobody.
+
+        What runs is finished with the old weights, what comes meanwhile waits for the new ones;
+        nothing is aborted. The prefix cache is emptied. Before tokens are drawn again the
+        server's checksums are compared with those of an earlier load of the same files.
+
+        Args:
+          folder: Hugging Face folder, as the server's machine names it.
+          version: what completions are tagged with from then on.
+
+        Raises:
+          BackendError: the folder is unfit and nothing was touched; or the swap failed and the
+            old weights serve again; or that failed too, and the server stays paused, since its
+            weights are neither: restart it.
+        """
+        await asyncio.to_thread(check_weights, folder, self._folder)
+        async with self._lock:
+            old_version, before = await self.weight_version(), await self.checksums()
+            begun = time.monotonic()
+            try:
+                await self._client.post("/pause", None, _ignore, query={"mode": "wait"})
+                after = await self._load(folder)
+                await self._set_version(version)
+            except BaseException as error:
+                await asyncio.shield(self._go_back(old_version, error))
+                raise
+            await self._client.post("/resume", None, _ignore)
+            self._folder = folder
+            unseen = sum(value == _EMPTY for value in after.values())
+            return Swap(version, time.monotonic() - begun, before != after, unseen)
+
+    async def weight_version(self) -> str:
+        """The version that the server tags its tokens with; "default" after a start."""
+        return await self._client.get("/weight_info", lambda v: member(v, "weight_version", str))
+
+    async def checksums(self) -> dict[str, str]:
+        """SHA-256 of the server's tensors by name; an empty tensor's where it cannot see one."""
+        return await self._client.post("/weight_checker", {"action": "checksum"}, _checksums)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Loads a LoRA adapter, in the place of one of the same name.
+
+        Requests then give its name for the model's. A new name for each version keeps what is
+        running on the version that it began with.
+
+        Raises:
+          BackendError: the folder is unfit, or the server refuses it.
+        """
+        await asyncio.to_thread(check_adapter, folder)
+        body = {"lora_name": name, "lora_path": str(folder.resolve()), "load_inplace": True}
+        await self._client.tell("/v1/load_lora_adapter", body)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forgets a LoRA adapter.
+
+        Raises:
+          BackendError: there is none of that name.
+        """
+        await self._client.tell("/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._client.close()
+
+    async def _load(self, folder: Path) -> dict[str, str]:
+        """Reads weights into the paused server and empties its cache; returns the checksums."""
+        print_ = await asyncio.to_thread(fingerprint, folder)
+        arguments = {"weights_path": str(folder.resolve())}
+        call = {"method": "reload_weights", "kwargs": arguments}
+        await self._client.post("/collective_rpc", call, _ignore)
+        # The cache holds keys and values of the old weights, and vLLM would go on using them.
+        for _ in range(_RESETS):
+            if await self._client.post(
+                "/reset_prefix_cache", None, lambda v: member(v, "success", bool)
+            ):
+                break
+            await asyncio.sleep(_RESET_WAIT_S)
+        else:
+            raise BackendError("the server did not empty its prefix cache")
+        sums = await self.checksums()
+        if self._known.setdefault(print_, sums) != sums:
+            raise BackendError(f"{folder}: loaded again, these weights have other checksums")
+        return sums
+
+    async def _set_version(self, version: str) -> None:
+        await self._client.post("/update_weight_version", {"new_version": version}, _ignore)
+
+    async def _go_back(self, version: str, error: BaseException) -> None:
+        """After a failed swap, which leaves tensors without values: the old weights, or none."""
+        _LOG.warning("swap of weights failed (%s); going back to %s", error, self._folder)
+        try:
+            await self._load(self._folder)
+            await self._set_version(version)
+            await self._client.post("/resume", None, _ignore)
+        except BackendError as worse:
+            text = f"going back failed too ({worse}); the server may be paused: restart it"
+            if isinstance(error, BackendError):
+                raise BackendError(f"{error}; {text}") from None
+            _LOG.error(text)
+
+
+def _ignore(value: Any) -> None:
+    """Any JSON will do."""
+
+
+def _checksums(value: Any) -> dict[str, str]:
+    sums = member(value, "checksums", dict)
+    if not all(isinstance(v, str) for v in sums.values()) or not sums:
+        raise MalformedError("checksums are no text")
+    return sums
