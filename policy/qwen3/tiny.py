@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from policy.qwen3.config import Qwen3Config
@@ -113,7 +115,17 @@ def make_tiny(
         bos_token_id=0,
         eos_token_id=2,
     )
-    model = Qwen3(config, param_dtype=dtype, rngs=nnx.Rngs(seed))
+    graphdef, state = nnx.split(
+        nnx.eval_shape(lambda: Qwen3(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
+    )
+    draw = np.random.default_rng(seed)  # NumPy's: nothing to compile, equal on every machine
+    values = []
+    for key, variable in nnx.to_flat_state(state):
+        norm = key[-1] == "scale"
+        value = np.ones(variable.shape) if norm else draw.standard_normal(variable.shape)
+        value = value if norm else initializer_range * value
+        values.append((key, variable.replace(jnp.asarray(value, variable.dtype))))
+    model = nnx.merge(graphdef, nnx.from_flat_state(values))
     with tempfile.TemporaryDirectory() as tokenizer:
         save_tokenizer(Path(tokenizer), vocab=vocab)
         return save_hf(model, path, source=tokenizer)
