@@ -15,3 +15,14 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(folder):
     return qwen3.load(folder)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """torch's threads wait by spinning, which takes minutes where cores are shared."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -29,7 +29,7 @@ def torch_logits(folder, ids):
     ("theta", "tied", "heads", "kv_heads"),
     [(1e4, True, 4, 2), (1e6, False, 4, 1), (5e6, True, 2, 2)],
 )
-def test_logits_are_those_of_transformers(tmp_path, theta, tied, heads, kv_heads):
+def test_logits_are_those_of_transformers(tmp_path, one_torch_thread, theta, tied, heads, kv_heads):
     folder = make_tiny(
         tmp_path / "tiny",
         rope_theta=theta,

@@ -40,7 +40,9 @@ def test_a_saved_model_is_the_model(tmp_path, tied):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("max_file_bytes", [2**30, 300_000])
-def test_transformers_reads_what_was_saved(folder, model, tmp_path, max_file_bytes):
+def test_transformers_reads_what_was_saved(
+    folder, model, tmp_path, one_torch_thread, max_file_bytes
+):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,0 +1,173 @@
+"""Generation equals transformers' where it is greedy, and its own distribution where it is not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy import qwen3
+from policy.qwen3.sampler import Draw, bucket, draw_token, generate, nucleus
+from policy.qwen3.scoring import score
+from worldmodel.errors import InputError
+
+RNG = np.random.default_rng(0)
+PROMPTS = [tuple(RNG.integers(0, 640, count).tolist()) for count in (3, 17, 30)]
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return generate(model, [Draw(ids, temperature=0, max_new_tokens=NEW) for ids in PROMPTS])
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    return generate(model, draws())
+
+
+def draws(*, seeds=(0, 1, 2), limits=(NEW, NEW, NEW)):
+    return [
+        Draw(ids, seed=seed, temperature=0.8, top_p=0.9, max_new_tokens=limit)
+        for ids, seed, limit in zip(PROMPTS, seeds, limits, strict=True)
+    ]
+
+
+@pytest.mark.parity
+def test_greedy_tokens_are_those_of_transformers(folder, greedy, one_torch_thread):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    for ids, reply in zip(PROMPTS, greedy, strict=True):
+        out = theirs.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+        )
+        # min_new_tokens forbids the end of turn, which must not have been due anyway.
+        assert not {0, 2} & set(reply.token_ids)
+        assert tuple(out[0, len(ids) :].tolist()) == reply.token_ids
+
+
+def test_greedy_tokens_are_those_without_a_cache(model, greedy):
+    run = jax.jit(lambda ids: qwen3.logits(model, ids).argmax(-1))
+    for ids, reply in zip(PROMPTS, greedy, strict=True):
+        padded = np.zeros((1, 64), int)
+        padded[0, : len(ids) + NEW] = ids + reply.token_ids
+        best = np.asarray(run(padded))[0, len(ids) - 1 : len(ids) - 1 + NEW]
+        assert tuple(best.tolist()) == reply.token_ids
+        assert set(reply.logprobs) == {0.0} and not reply.stopped
+
+
+def test_draws_depend_on_neither_batch_nor_padding(model, drawn):
+    alone = generate(model, draws()[1:2])[0]
+    reordered = generate(model, [*draws()[::-1], Draw((5,) * 40, max_new_tokens=2)])
+    for other in (alone, reordered[1]):
+        assert other.token_ids == drawn[1].token_ids
+        np.testing.assert_allclose(other.logprobs, drawn[1].logprobs, atol=1e-4)
+    assert reordered[0].token_ids == drawn[2].token_ids
+    assert len(reordered[3].token_ids) == 2
+
+
+def test_seeds_matter_to_the_last_bit(model, drawn):
+    for far in (1, 2**32, 2**63):
+        again = generate(
+            model, [Draw(**(vars(draw) | {"seed": draw.seed + far})) for draw in draws()]
+        )
+        assert [reply.token_ids for reply in again] != [reply.token_ids for reply in drawn]
+    assert generate(model, draws()) == drawn
+
+
+def test_logprobs_are_those_of_the_distributions(model, drawn):
+    run = jax.jit(lambda ids: qwen3.logits(model, ids))
+    for ids, reply in zip(PROMPTS, drawn, strict=True):
+        padded = np.zeros((1, 64), int)
+        padded[0, : len(ids) + len(reply.token_ids)] = ids + reply.token_ids
+        logits = np.asarray(run(padded))[0, len(ids) - 1 :]
+        for at, token in enumerate(reply.token_ids):
+            own = jax.nn.log_softmax(logits[at])
+            assert reply.model_logprobs[at] == pytest.approx(float(own[token]), abs=1e-4)
+            probs = np.asarray(jax.nn.softmax(logits[at] / 0.8), np.float64)
+            order = np.argsort(-probs)
+            kept = order[: np.searchsorted(np.cumsum(probs[order]), 0.9) + 1]
+            assert token in kept
+            expected = np.log(probs[token] / probs[kept].sum())
+            assert reply.logprobs[at] == pytest.approx(expected, abs=1e-4)
+
+
+def test_stop_tokens_end_rows(model, drawn):
+    stop = drawn[0].token_ids[4]
+    first = drawn[0].token_ids.index(stop)
+    reply = generate(model, draws(), stop_ids=[stop])[0]
+    assert reply.stopped
+    assert reply.token_ids == drawn[0].token_ids[: first + 1]
+    assert len(reply.logprobs) == len(reply.model_logprobs) == first + 1
+
+
+def test_limits_are_per_row(model, drawn):
+    mixed = [
+        Draw(**(vars(draw) | {"max_new_tokens": n}))
+        for draw, n in zip(draws(), (1, 5, 9), strict=True)
+    ]
+    for reply, whole, count in zip(generate(model, mixed), drawn, (1, 5, 9), strict=True):
+        assert reply.token_ids == whole.token_ids[:count]
+        assert not reply.stopped
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [(0.0, [1]), (0.4, [1]), (0.41, [1, 3]), (0.7, [1, 3]), (0.71, [0, 1, 2, 3]), (1.0, range(5))],
+)
+def test_nucleus_is_the_least_set_with_the_mass(top_p, expected):
+    probs = jnp.array([0.125, 0.4, 0.125, 0.3, 0.05])
+    assert np.flatnonzero(nucleus(probs, jnp.float32(top_p))).tolist() == list(expected)
+
+
+def test_frequencies_are_the_probabilities():
+    logits = jnp.array([1.0, 2.0, 0.5, 3.0, -2.0])
+    draw = jax.jit(jax.vmap(draw_token, (None, 0, None, None, None)))
+    seeds = jnp.stack([jnp.arange(20000), jnp.zeros(20000, int)], -1).astype(jnp.uint32)
+    token, logprob, own = draw(logits, seeds, 7, 0.7, 0.95)
+    probs = np.array(jax.nn.softmax(logits / 0.7))
+    probs[[2, 4]] = 0  # 0.95 is reached without them
+    probs /= probs.sum()
+    np.testing.assert_allclose(np.bincount(token, minlength=5) / 20000, probs, atol=0.012)
+    np.testing.assert_allclose(logprob, np.log(probs[token]), atol=1e-5)
+    np.testing.assert_allclose(own, jax.nn.log_softmax(logits)[token], atol=1e-5)
+
+
+def test_scores_are_sums_of_logprobs(model, drawn, monkeypatch):
+    questions = [
+        (ids, [reply.token_ids, reply.token_ids[:3], ()])
+        for ids, reply in zip(PROMPTS, drawn, strict=True)
+    ]
+    found = score(model, questions)
+    for reply, row in zip(drawn, found, strict=True):
+        own = np.cumsum((0.0, *reply.model_logprobs))
+        np.testing.assert_allclose(row, own[[NEW, 3, 0]], atol=1e-3)
+    monkeypatch.setattr("policy.qwen3.scoring.TOKENS_PER_ROW", 13)
+    np.testing.assert_allclose(score(model, questions), found, atol=1e-3)
+    assert score(model, [((5,), [])]) == [[]]
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (Draw(()), "prompt of 0 tokens"),
+        (Draw((1,) * 40000), "expected 1 to 32767"),
+        (Draw((640,)), "token ids must be 0 to 639"),
+        (Draw((1,), temperature=-1.0), "temperature -1"),
+        (Draw((1,), top_p=1.5), "top_p 1.5"),
+        (Draw((1,), max_new_tokens=0), "max_new_tokens 0"),
+    ],
+)
+def test_bad_requests_are_refused(model, draw, message):
+    with pytest.raises(InputError, match=message):
+        generate(model, [draw])
+
+
+def test_buckets():
+    assert [bucket(size) for size in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
+    assert bucket(5, 32) == 32
