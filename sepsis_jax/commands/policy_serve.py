@@ -83,8 +83,8 @@ def serve(
         with phases("serve", log_every=10.0) as progress:
             server.start(progress)
         where = f"file {written}" if written else f"variable {KEY_VARIABLE}"
-        console.print(f"{server.url}/v1 serves {options.served_name}; key: {where}")
-        console.print(f"log: {server.log}; Ctrl-C stops.  {DISCLAIMER}")
+        console.print(f"{server.url}/v1 serves {options.served_name}; key: {where}", soft_wrap=True)
+        console.print(f"log: {server.log}; Ctrl-C stops.  {DISCLAIMER}", soft_wrap=True)
         if json:
             print_json(
                 {

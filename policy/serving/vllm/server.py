@@ -238,6 +238,9 @@ class VLLMServer:
         connection = http.client.HTTPConnection(host, self.port, timeout=60.0 if body else 5.0)
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         try:
+            connection.connect()
+            if connection.sock.getsockname() == connection.sock.getpeername():
+                return False  # a free port of this machine may be given its own caller
             connection.request(method, path, json.dumps(body) if body else None, headers)
             return connection.getresponse().status == 200
         except (OSError, http.client.HTTPException):

@@ -14,7 +14,7 @@ import sys
 import time
 
 _TICK_S = 0.2
-_CHILDREN_S = 3.0  # for the server's own children, which end a little later
+_CHILDREN_S = 1.0  # for the server's own children, which end a little later
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
