@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +30,7 @@ FORECAST: tuple[str, ...] = (
 """Features in the answer of a simulation, likewise."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A feature over time, or in one row."""
 
     name: str
@@ -62,8 +61,7 @@ class Treatment:
         return schema.LEVEL_NAMES[self.fluid]
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """A feature four hours ahead."""
 
     name: str
@@ -83,6 +81,13 @@ class Option:
     ventilation: float
     disagreement: float
     support: float | None  # probability that a clinician gives it
+
+    def table(self, intervals: bool = True) -> str:
+        """The features as lines; many times faster than a loop in a template."""
+        return "\n".join(
+            f"- {name} [{unit}]: {mean}" + (f" ({low} to {high})" if intervals else "")
+            for name, unit, mean, low, high in self.features.values()
+        )
 
 
 @dataclass
@@ -134,6 +139,12 @@ class Chart:
             for name, i in zip(names, columns, strict=True)
         ]
 
+    def table(self) -> str:
+        """`rows()` as lines; many times faster than a loop in a template."""
+        return "\n".join(
+            f"{name} [{unit}]: {', '.join(texts)}" for name, unit, texts in self.rows()
+        )
+
     def value(self, name: str) -> str:
         """A feature in the newest row, rounded."""
         return self.texts[-1][schema.INDEX[name]]
@@ -162,10 +173,16 @@ def options(actions: tuple[int, ...], forecast: Forecast) -> list[Option]:
     """What the world model said, for people; `forecast` has leaves [K, ...]."""
     found = []
     for k, action in enumerate(actions):
-        bounds = [_texts(value[k]) for value in (forecast.mean, forecast.low, forecast.high)]
+        texts = zip(
+            *(
+                _texts(value[k, _COLUMNS], _FORECAST_FORMATS)
+                for value in (forecast.mean, forecast.low, forecast.high)
+            ),
+            strict=True,
+        )
         features = {
-            name: Expected(name, schema.FEATURES[i].unit, *(texts[i] for texts in bounds))
-            for name, i in _FORECAST_COLUMNS
+            name: Expected(name, unit, *of_feature)
+            for name, unit, of_feature in zip(FORECAST, _UNITS, texts, strict=True)
         }
         support = float(forecast.support[k])
         found.append(
@@ -182,10 +199,12 @@ def options(actions: tuple[int, ...], forecast: Forecast) -> list[Option]:
 
 
 _FORMATS = tuple(f"%.{feature.decimals}f" for feature in schema.FEATURES)
-_FORECAST_COLUMNS = tuple((name, schema.INDEX[name]) for name in FORECAST)
+_COLUMNS = [schema.INDEX[name] for name in FORECAST]
+_FORECAST_FORMATS = tuple(_FORMATS[i] for i in _COLUMNS)
+_UNITS = tuple(schema.FEATURES[i].unit for i in _COLUMNS)
 
 
-def _texts(values: np.ndarray) -> list[str]:
-    """[39] rounded to the features' decimals."""
+def _texts(values: np.ndarray, formats: tuple[str, ...] = _FORMATS) -> list[str]:
+    """Rounded to the features' decimals."""
     numbers = np.asarray(values).tolist()
-    return [form % number for form, number in zip(_FORMATS, numbers, strict=True)]
+    return [form % number for form, number in zip(formats, numbers, strict=True)]

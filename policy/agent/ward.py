@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -154,7 +154,8 @@ def _step(
     chosen = jax.tree.map(lambda leaf: leaf[beds], states)
     moved, timesteps = jax.vmap(env.step)(chosen, actions)
     after = jax.tree.map(lambda old, new: old.at[beds].set(new, mode="drop"), states, moved)
-    return after, timesteps
+    # Who asks has seen the past already, and it is most of what would travel to the host.
+    return after, replace(timesteps, observation=replace(timesteps.observation, past=None))
 
 
 def _row(batch: Timestep, row: int) -> Timestep:

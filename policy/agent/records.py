@@ -1,0 +1,154 @@
+"""What an agent did, stay by stay: an append-only file of JSON lines.
+
+One line per attempt at a stay, written when the attempt has ended, so that a run that was killed
+loses the stays it was in and nothing else. A stay that failed may have several attempts; the last
+one counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from policy.agent.dialogue import COMPLETED, Stay, Turn
+from worldmodel.errors import InputError
+
+VERSION = 1
+
+
+def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
+    """A stay as JSON-ready data, with `extra` fields.
+
+    `turns[i].prompt_ids` holds the ids since the reply before; where what was read does not begin
+    with all that was read and written before, it holds everything and `restarts` is true.
+    """
+    return {
+        "version": VERSION,
+        "patient": stay.patient,
+        "attempt": attempt,
+        "status": stay.status,
+        "failure": stay.failure,
+        "detail": stay.detail,
+        "outcome": stay.outcome,
+        "mortality": stay.mortality,
+        "total_reward": stay.total_reward if stay.status == COMPLETED else None,
+        "tool_calls": stay.tool_calls,
+        "invalid": dict(stay.invalid),
+        "decisions": [asdict(decision) for decision in stay.decisions],
+        "turns": _turns(stay.turns),
+        "closing": stay.closing,
+        **extra,
+    }
+
+
+class Records:
+    """The file of a run.
+
+    Args:
+      path: the file; made where it is missing. Half a line at its end, which a kill can leave, is
+        cut off.
+
+    Raises:
+      InputError: a line is no record.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _cut_off_half_line(path)
+        self.completed: set[int] = set()
+        self.attempts: dict[int, int] = {}
+        for record in read_records(path):
+            self._count(record)
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one attempt; it is on the disk when this returns.
+
+        Raises:
+          InputError: the stay was completed before.
+        """
+        if record["patient"] in self.completed:
+            raise InputError(f"{self.path}: stay {record['patient']} was completed before")
+        line = json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n"
+        with self.path.open("a", encoding="utf-8", errors="surrogatepass") as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+        self._count(record)
+
+    def _count(self, record: Mapping[str, Any]) -> None:
+        patient = int(record["patient"])
+        self.attempts[patient] = self.attempts.get(patient, 0) + 1
+        if record["status"] == COMPLETED:
+            self.completed.add(patient)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """All attempts in the order they ended.
+
+    Raises:
+      InputError: the file is missing, or a line is no record.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                yield _record(line, path, number)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; name the folder of an agent's run") from None
+
+
+def last_attempts(path: Path) -> dict[int, dict[str, Any]]:
+    """The attempt that counts of each stay, by patient, in order of patients."""
+    found = {record["patient"]: record for record in read_records(path)}
+    return dict(sorted(found.items()))
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8", errors="surrogatepass"))
+    except ValueError as error:
+        raise InputError(f"{path}: line {number} is not JSON ({error})") from None
+    known = isinstance(record, dict) and record.get("version") == VERSION
+    if not known or not isinstance(record.get("patient"), int):
+        raise InputError(f"{path}: line {number} is no record of version {VERSION}")
+    return record
+
+
+def _cut_off_half_line(path: Path) -> None:
+    with path.open("ab+") as file:
+        size = file.seek(0, os.SEEK_END)
+        end = size
+        while end:
+            start = max(end - 65_536, 0)
+            file.seek(start)
+            at = file.read(end - start).rfind(b"\n")
+            if at >= 0:
+                end = start + at + 1
+                break
+            end = start
+        if end < size:
+            file.truncate(end)
+
+
+def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
+    found = []
+    before: tuple[int, ...] = ()
+    for turn in turns:
+        reply = turn.reply
+        prompt, restarts = reply.prompt_ids, False
+        if prompt is not None:
+            restarts = prompt[: len(before)] != before
+            prompt = prompt if restarts else prompt[len(before) :]
+            before = (*(reply.prompt_ids or ()), *(reply.token_ids or ()))
+        found.append(
+            {
+                "messages": list(turn.messages),
+                "reply": {**asdict(reply), "prompt_ids": prompt, "restarts": restarts},
+                "seed": turn.seed,
+            }
+        )
+    return found
