@@ -58,7 +58,8 @@ def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
     """
     count = schema.STATE_WINDOW - 1
     projected, terms = _project(kernel, jax.tree.map(lambda leaf: leaf[-count:], past))
-    ids = jnp.arange(count).reshape(count, *(1,) * (projected.ndim - 1))
+    kept = min(horizon, count)
+    ids = jnp.arange(kept).reshape(kept, *(1,) * (projected.ndim - 1))
 
     def step(chains: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
         index, read = row
@@ -67,7 +68,7 @@ def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
         return tuple(jnp.where(ids <= index, h, 0.0) for h in moved), None
 
     width = kernel.trunk.gates_width // 3
-    zeros = jnp.zeros((count, *projected.shape[1:-1], width), projected.dtype)
+    zeros = jnp.zeros((kept, *projected.shape[1:-1], width), projected.dtype)
     chains, _ = jax.lax.scan(
         step, (zeros,) * len(kernel.trunk.layers), (jnp.arange(count), projected)
     )
@@ -76,7 +77,7 @@ def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
         sum((terms[lag][due - lag] for lag in range(due + 2, lags)), terms[due + 1][-1])
         for due in range(lags - 1)
     )
-    return Flow(tuple(tuple(h[i] for h in chains) for i in range(min(horizon, count))), ahead)
+    return Flow(tuple(tuple(h[i] for h in chains) for i in range(kept)), ahead)
 
 
 def predict(
