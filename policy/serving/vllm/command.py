@@ -115,6 +115,8 @@ def command(environment: ServingEnvironment, options: ServerOptions, port: int) 
     if options.lora_rank:
         flags["--enable-lora"] = None
         flags["--max-lora-rank"] = str(options.lora_rank)
+    if options.swaps:
+        flags["--worker-extension-cls"] = "sepsis_jax_worker.WeightTools"
     if options.tool_parser:
         flags["--enable-auto-tool-choice"] = None
         flags["--tool-call-parser"] = options.tool_parser

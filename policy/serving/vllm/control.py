@@ -27,7 +27,7 @@ class Swap:
     version: str
     seconds: float  # in which the server drew no tokens, the draining included
     changed: bool  # whether the checksums are others than before
-    unseen: int  # tensors that the server cannot sum: CPU builds repack those of linear layers
+    unseen: int  # tensors without a checksum
 
 
 class WeightControl:
@@ -87,8 +87,24 @@ class WeightControl:
         return await self._client.get("/weight_info", lambda v: member(v, "weight_version", str))
 
     async def checksums(self) -> dict[str, str]:
-        """SHA-256 of the server's tensors by name; an empty tensor's where it cannot see one."""
-        return await self._client.post("/weight_checker", {"action": "checksum"}, _checksums)
+        """SHA-256 by name of the server's tensors and of what its packed ones make of an input.
+
+        What a server cannot see has the checksum of nothing.
+        """
+        sums = await self._client.post("/weight_checker", {"action": "checksum"}, _checksums)
+        call = {"method": "sepsis_jax_packed_checksums"}
+        packed = await self._client.post("/collective_rpc", call, _of_workers)
+        emptied = {f"{name}.weight" for worker in packed for name in worker}
+        seen = {
+            name: value
+            for name, value in sums.items()
+            if value != _EMPTY or name.rsplit(":", 1)[-1] not in emptied
+        }
+        return seen | {
+            f"worker {i}, packed {name}": value
+            for i, worker in enumerate(packed)
+            for name, value in worker.items()
+        }
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Loads a LoRA adapter, in the place of one of the same name.
@@ -118,8 +134,7 @@ class WeightControl:
     async def _load(self, folder: Path) -> dict[str, str]:
         """Reads weights into the paused server and empties its cache; returns the checksums."""
         print_ = await asyncio.to_thread(fingerprint, folder)
-        arguments = {"weights_path": str(folder.resolve())}
-        call = {"method": "reload_weights", "kwargs": arguments}
+        call = {"method": "sepsis_jax_swap", "kwargs": {"folder": str(folder.resolve())}}
         await self._client.post("/collective_rpc", call, _ignore)
         # The cache holds keys and values of the old weights, and vLLM would go on using them.
         for _ in range(_RESETS):
@@ -157,7 +172,14 @@ def _ignore(value: Any) -> None:
 
 
 def _checksums(value: Any) -> dict[str, str]:
-    sums = member(value, "checksums", dict)
-    if not all(isinstance(v, str) for v in sums.values()) or not sums:
+    return _texts(member(value, "checksums", dict))
+
+
+def _of_workers(value: Any) -> list[dict[str, str]]:
+    return [_texts(worker) for worker in member(value, "results", list)]
+
+
+def _texts(sums: Any) -> dict[str, str]:
+    if not isinstance(sums, dict) or not all(isinstance(v, str) for v in sums.values()):
         raise MalformedError("checksums are no text")
     return sums

@@ -15,6 +15,9 @@ from tests.policy.serving.fake import FakeServer
 EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
+READING = {"/weight_info", "/weight_checker", "sepsis_jax_packed_checksums"}
+
+
 class FakeWeights(FakeServer):
     """A server that remembers whether it is paused and what it has loaded."""
 
@@ -27,7 +30,8 @@ class FakeWeights(FakeServer):
 
     def answer(self, _, request):
         path, body = request["path"].split("?")[0], request["body"] or {}
-        if path not in ("/weight_info", "/weight_checker"):
+        path = path if body.get("method") not in READING else body["method"]
+        if path not in READING:
             self.steps.append(request["path"])
         if self.fail.get(path, 0):
             self.fail[path] -= 1
@@ -36,9 +40,11 @@ class FakeWeights(FakeServer):
             case "/pause" | "/resume":
                 self.paused = path == "/pause"
                 return {"status": "ok"}
+            case "sepsis_jax_packed_checksums":
+                return {"results": [{"packed": f"product of {self.loaded}"}]}
             case "/collective_rpc":
-                assert self.paused and body["method"] == "reload_weights"
-                self.loaded = body["kwargs"]["weights_path"]
+                assert self.paused and body["method"] == "sepsis_jax_swap"
+                self.loaded = body["kwargs"]["folder"]
                 return {"results": [None]}
             case "/reset_prefix_cache":
                 return {"success": self.fail.pop("busy", 0) == 0}
@@ -48,9 +54,9 @@ class FakeWeights(FakeServer):
             case "/weight_info":
                 return {"weight_version": self.version}
             case "/weight_checker":
-                return {
-                    "checksums": {"embedding": f"sum of {self.loaded}{self.drift}", "linear": EMPTY}
-                }
+                known = f"sum of {self.loaded}{self.drift}"
+                sums = {"dp0:tp0:x.weight": known, "tp0:packed.weight": EMPTY, "tp0:y": EMPTY}
+                return {"checksums": sums}
             case "/v1/load_lora_adapter" | "/v1/unload_lora_adapter":
                 return 200, "Success: it is there."
         raise AssertionError(path)
