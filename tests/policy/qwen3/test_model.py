@@ -75,7 +75,7 @@ def packed(model):
 
 def test_theta_is_not_ignored(model, plain):
     """Far positions differ much between bases; the truth above would not hold by chance."""
-    other = nnx.merge(*nnx.split(model))
+    other = nnx.clone(model)
     other.config = dataclasses.replace(model.config, rope_theta=1e4)
     assert np.abs(plain(IDS[0]) - plain(IDS[0], model=other)).max() > 0.05
 

@@ -1,0 +1,119 @@
+"""Models laid out over a mesh: abstractly, to count bytes, or for real."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from policy.qwen3.config import Qwen3Config
+from policy.qwen3.partitioning import AXES, param_spec
+from worldmodel.errors import InputError
+
+
+def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+    """A mesh of `data` x `fsdp` x `tensor` devices.
+
+    Args:
+      data: copies of the parameters, each reading rows of its own.
+      fsdp: shards of the parameters, gathered layer by layer; they too read rows of their own.
+      tensor: shards of heads, MLP and vocabulary, that read the same rows.
+      devices: to use; the first of `jax.devices()` if not given.
+
+    Raises:
+      InputError: there are too few devices.
+    """
+    count = data * fsdp * tensor
+    devices = jax.devices() if devices is None else devices
+    if count > len(devices):
+        raise InputError(
+            f"mesh of {data} x {fsdp} x {tensor}: needs {count} devices, there are {len(devices)}"
+        )
+    return jax.make_mesh(
+        (data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count]
+    )
+
+
+def check_divisible(config: Qwen3Config, mesh: Mesh) -> None:
+    """Makes sure that the axes of a model divide evenly.
+
+    Raises:
+      InputError: heads, MLP, vocabulary or width do not.
+    """
+    for name, axis in (
+        ("num_key_value_heads", "tensor"),
+        ("intermediate_size", "tensor"),
+        ("vocab_size", "tensor"),
+        ("hidden_size", "fsdp"),
+    ):
+        if getattr(config, name) % mesh.shape[axis]:
+            raise InputError(
+                f"{name} {getattr(config, name)} is no multiple of the {mesh.shape[axis]} devices "
+                f"along {axis}"
+            )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """How each array of a tree lies on the mesh.
+
+    Args:
+      tree: a model's state, its gradients, or the state of an optimiser over it; arrays or shapes.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
+        names = [name for name in names if isinstance(name, str) and name != "value"]
+        return NamedSharding(mesh, param_spec(names, leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How arrays [B, ...] of a batch lie: rows over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def shard(tree: Any, mesh: Mesh) -> Any:
+    """A model's or an optimiser's state, laid out over the mesh."""
+    return jax.device_put(tree, shardings(tree, mesh))
+
+
+def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
+    """Shapes, types and shardings of a tree that is never made.
+
+    Args:
+      make: gives the tree; a module's state, an optimiser's, ...
+    """
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings(shapes, mesh),
+    )
+
+
+def init_sharded(make: Callable[[], nnx.Module], mesh: Mesh) -> Any:
+    """A module whose parameters are made where they will lie; no device holds them all.
+
+    Args:
+      make: gives the module.
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(make))
+
+    def state() -> Any:
+        return nnx.state(make())
+
+    places = shardings(jax.eval_shape(state), mesh)
+    return nnx.merge(graphdef, jax.jit(state, out_shardings=places)())
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of arrays or shapes with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
