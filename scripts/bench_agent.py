@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay
@@ -47,12 +48,12 @@ def main() -> None:
         untrained_model("highest"), jax.random.key(1), ForecastConfig(samples=arguments.samples)
     )
     runs = {name: partial(whole_run, env, forecaster, name, arguments) for name in OWN_SETS}
-    first = {name: seconds_of(lambda run=run: run(0))[1] for name, run in runs.items()}
+    first = {name: seconds_of(partial(run, 0))[1] for name, run in runs.items()}
     compiled = count_compilations(runs["compact"])
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(arguments.repeats):
         for name, run in runs.items():
-            calls, seconds = seconds_of(lambda run=run, repeat=repeat: run(repeat))
+            calls, seconds = seconds_of(partial(run, repeat))
             rates[name].append(calls / seconds)
 
     result = provenance(
@@ -79,7 +80,7 @@ def whole_run(
 ) -> int:
     """Treats everybody from admission on; the tool calls that were answered."""
     patients = np.arange(arguments.patients)
-    keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), patients)
+    keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), jnp.asarray(patients))
     ward = Ward(env, admit(env, keys, patients), forecaster)
     stays: list[Stay] = []
     asyncio.run(
@@ -89,7 +90,7 @@ def whole_run(
             ward,
             Prompts(templates),
             DialogueConfig(),
-            seed=seed,
+            seeds=[seed] * len(patients),
             concurrency=len(patients),
             finished=stays.append,
         )
@@ -104,9 +105,9 @@ def count_compilations(run: Callable[[int], int]) -> int:
     """Programs that XLA compiles in a run that was made before."""
     compiled: list[str] = []
 
-    def note(name: str, seconds: float, **_: object) -> None:
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled.append(name)
+    def note(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(note)
     run(1)

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from sepsis_jax.commands import (
+    agent,
     bench,
     cohort,
     demo,
@@ -32,6 +33,7 @@ app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")(demo.demo
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(world_model.app, name="world-model")
 app.add_typer(policy.app, name="policy")
+app.add_typer(agent.app, name="agent")
 app.add_typer(ope.app, name="ope")
 app.command(
     "simulate",

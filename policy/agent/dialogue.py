@@ -133,7 +133,7 @@ async def treat(
       ward: where the patient is.
       prompts: what the model is told.
       config: bounds.
-      seed: of the run; each reply has a seed of its own, by run, patient and turn.
+      seed: of the attempt; each reply has a seed of its own, by attempt, patient and turn.
     """
     return await _Dialogue(bed, patient, backend, ward, prompts, config, seed).run()
 

@@ -71,7 +71,7 @@ class Prompts:
             self._templates = {name: environment.get_template(f"{name}.md.j2") for name in names}
         except TemplateError as error:
             raise InputError(f"{folder}: {error}") from None
-        self._folder = folder
+        self._folder, self.hours = folder, hours
 
     def first(self, chart: Chart, *, can_simulate: bool) -> list[dict[str, str]]:
         """The messages that begin a dialogue."""

@@ -18,7 +18,7 @@ async def treat_all(
     prompts: Prompts,
     config: DialogueConfig,
     *,
-    seed: int,
+    seeds: Sequence[int],
     concurrency: int,
     finished: Callable[[Stay], None],
 ) -> None:
@@ -26,7 +26,8 @@ async def treat_all(
 
     Args:
       patients: [N] identities, in the order of the ward's beds.
-      backend, ward, prompts, config, seed: as for `treat`.
+      backend, ward, prompts, config: as for `treat`.
+      seeds: [N] as for `treat`.
       concurrency: stays in treatment at the same time.
       finished: called with each stay as it ends, in the order they end.
     """
@@ -34,7 +35,7 @@ async def treat_all(
 
     async def nurse() -> None:
         for bed, patient in waiting:
-            finished(await treat(bed, patient, backend, ward, prompts, config, seed=seed))
+            finished(await treat(bed, patient, backend, ward, prompts, config, seed=seeds[bed]))
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(patients))):

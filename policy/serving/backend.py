@@ -124,3 +124,18 @@ class Generator(Protocol):
     async def close(self) -> None:
         """Lets go of connections and tasks."""
         ...
+
+
+def as_message(reply: Reply) -> dict[str, Any]:
+    """A reply as a message in OpenAI's form."""
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in reply.tool_calls
+        ]
+    return message

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from policy.serving.backend import Message, Reply, Sampling
+from policy.serving.backend import Message, Reply, Sampling, as_message
 
 Script = Callable[[Sequence[Message], int], Reply]
 """`(all messages so far, seed) -> reply`; its own replies are among the messages."""
@@ -41,20 +41,5 @@ class ScriptedConversation:
         """See `Conversation`."""
         said = [*self._messages, *messages]
         reply = self._script(said, seed)
-        self._messages = [*said, assistant_message(reply)]
+        self._messages = [*said, as_message(reply)]
         return reply
-
-
-def assistant_message(reply: Reply) -> dict[str, Any]:
-    """A reply as a message in OpenAI's form."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
-    if reply.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in reply.tool_calls
-        ]
-    return message

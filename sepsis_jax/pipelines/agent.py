@@ -1,0 +1,293 @@
+"""A language model treats simulated patients, stay by stay, and can go on where it was stopped."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay
+from policy.agent.forecast import ForecastConfig, Forecaster
+from policy.agent.prompts import Prompts
+from policy.agent.published import actions_text
+from policy.agent.records import Records, last_attempts, to_record
+from policy.agent.run import treat_all
+from policy.agent.summary import summarize
+from policy.agent.ward import Ward, admit
+from policy.checkpoint import load_policy
+from policy.serving.backend import Backend
+from sepsis_jax.pipelines.agent_backends import BackendOptions, open_backend
+from sepsis_jax.progress import Progress, silent
+from sepsis_jax.provenance import provenance
+from worldmodel import schema
+from worldmodel.clinical.reward import episode_rewards
+from worldmodel.configuration import require
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import check_replaceable, read_json, write_json
+from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.step import MODES
+from worldmodel.synthetic import Config, patient_key
+
+KIND = "sepsis-jax agent run"
+MANIFEST, RECORDS, SUMMARY = "manifest.json", "records.jsonl", "summary.json"
+_FORECASTS = 0x0F0C  # sets the simulator's noise apart from the patients'
+
+
+@dataclass(frozen=True)
+class AgentOptions:
+    """What is asked of an agent.
+
+    Attributes:
+      patients: synthetic patients, or at most so many recorded stays; None takes all of these.
+      split: of recorded stays: train, validation, test or all.
+      max_steps: decisions per stay at most; None plays to the end.
+      mode: "corrected", or "reference" for SepsisAgent's rules.
+      follow_record: recorded rows follow as long as the agent gives what was given.
+      templates: "full", "compact", or a folder of templates.
+      intervals: tell the agent 90% intervals.
+      support_limit: probability under the clinicians' policy below which a simulated treatment
+        comes with a warning.
+      concurrency: stays in treatment at the same time.
+      attempts: at a stay that fails.
+      seed: of patients, noise and replies.
+      forecast: how simulations are answered.
+      dialogue: bounds of a dialogue, and how replies are drawn.
+    """
+
+    patients: int | None = None
+    split: str = "test"
+    max_steps: int | None = None
+    mode: str = "corrected"
+    follow_record: bool = True
+    templates: str = "full"
+    intervals: bool = True
+    support_limit: float = 0.01
+    concurrency: int = 256
+    attempts: int = 2
+    seed: int = 0
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "concurrency", "attempts")
+        require(self, "at least 1", lambda n: n is None or n >= 1, "patients", "max_steps")
+        require(self, f"one of {MODES}", lambda name: name in MODES, "mode")
+        splits = (*schema.SPLITS, "all")
+        require(self, f"one of {', '.join(splits)}", lambda name: name in splits, "split")
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """The world that patients live in, and who they are."""
+
+    env: SepsisEnv
+    patients: np.ndarray  # [N] int32 identities
+    keys: jax.Array  # [N]
+    stays: np.ndarray | None  # [N] indices of recorded stays
+    real: dict[int, dict[str, Any]]  # recorded courses by patient
+
+    def ward(self, forecaster: Forecaster | None, beds: np.ndarray) -> Ward:
+        """Some of the patients, at the start."""
+        stays = None if self.stays is None else self.stays[beds]
+        admission = admit(self.env, self.keys[beds], self.patients[beds], stays=stays)
+        return Ward(self.env, admission, forecaster)
+
+
+def run_agent(
+    out: Path,
+    options: AgentOptions,
+    backend: BackendOptions,
+    *,
+    model: Path | None = None,
+    episodes: Path | None = None,
+    behavior: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Treats all patients; writes records.jsonl, summary.json and a manifest.
+
+    Args:
+      out: folder to write, or to go on with.
+      options: what is asked.
+      backend: which language model.
+      model: world model that answers simulations; without one the agent has no such tool.
+      episodes: recorded stays, which then live in the world model; otherwise patients live in the
+        synthetic world.
+      behavior: cloned clinician, for warnings where a treatment has no support.
+      resume: go on with what an earlier run of the same request left.
+      progress: told of stays that ended.
+
+    Returns:
+      The summary, as `policy.agent.summary.summarize`.
+
+    Raises:
+      InputError: inputs that cannot be read or do not fit, or a folder in the way.
+    """
+    if episodes is not None and model is None:
+        raise InputError("--model: recorded stays live in a world model; name one")
+    world_model = None if model is None else load_world_model(model)
+    forecaster = None
+    if world_model is not None:
+        forecaster = Forecaster(
+            world_model,
+            jax.random.fold_in(jax.random.key(options.seed), _FORECASTS),
+            options.forecast,
+            behavior=None if behavior is None else load_policy(behavior),
+        )
+    unit = _unit(options, world_model, episodes)
+    prompts = Prompts(
+        options.templates,
+        hours=schema.STEP_HOURS if world_model is None else world_model.step_hours,
+        max_simulations=options.dialogue.max_simulations,
+        support_limit=options.support_limit,
+        intervals=options.intervals and options.forecast.mode != "reference",
+    )
+    inputs = {"model": model, "episodes": episodes, "behavior": behavior}
+    request = {
+        "options": _plain(options),
+        "backend": _plain(backend),
+        "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
+    }
+    records = _begin(out, request, resume=resume)
+    language_model = open_backend(backend)
+    asyncio.run(_treat(unit, forecaster, language_model, prompts, options, records, progress))
+    found = summarize(
+        last_attempts(out / RECORDS).values(),
+        step_hours=prompts.hours,
+        dose_edges=schema.DEFAULT_DOSE_EDGES if world_model is None else world_model.dose_edges,
+    )
+    write_json(out / SUMMARY, found)
+    return found
+
+
+async def _treat(
+    unit: _Unit,
+    forecaster: Forecaster | None,
+    backend: Backend,
+    prompts: Prompts,
+    options: AgentOptions,
+    records: Records,
+    progress: Progress,
+) -> None:
+    total = len(unit.patients)
+    begun = {int(patient): records.attempts.get(int(patient), 0) for patient in unit.patients}
+
+    def finished(stay: Stay) -> None:
+        attempt = records.attempts.get(stay.patient, 0)
+        real = unit.real.get(stay.patient)
+        records.append(to_record(stay, attempt=attempt, real=real, model=backend.name))
+        progress(f"{len(records.completed)} of {total} stays", len(records.completed) / total)
+
+    try:
+        for round_ in range(options.attempts):
+            beds = np.array(
+                [
+                    bed
+                    for bed, patient in enumerate(unit.patients.tolist())
+                    if patient not in records.completed
+                    and records.attempts.get(patient, 0) - begun[patient] == round_
+                ],
+                np.int32,
+            )
+            if not len(beds):
+                break
+            ward = unit.ward(forecaster, beds)
+            chosen = unit.patients[beds].tolist()
+            try:
+                await treat_all(
+                    chosen, backend, ward, prompts, options.dialogue,
+                    seeds=[
+                        options.seed + 1_000_003 * records.attempts.get(patient, 0)
+                        for patient in chosen
+                    ],
+                    concurrency=options.concurrency,
+                    finished=finished,
+                )  # fmt: skip
+            finally:
+                ward.close()
+    finally:
+        await backend.close()
+
+
+def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path | None) -> _Unit:
+    key = jax.random.key(options.seed)
+    keys_of: Callable[[Any, Any], Any] = jax.vmap(patient_key, (None, 0))
+    if episodes is None:
+        patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
+        env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
+        return _Unit(env, patients, keys_of(key, patients), None, {})
+    assert world_model is not None
+    recorded = load_episodes(episodes)
+    if options.split != "all":
+        recorded = recorded.of_split(options.split)
+    recorded = recorded.select(slice(options.patients))
+    patients = np.asarray(recorded.stay_id, np.int32)
+    env = SepsisEnv.learned(
+        world_model, recorded, past=Forecaster.past, mode=options.mode,
+        follow_record=options.follow_record, mortality_each_step=False,
+        max_steps=options.max_steps,
+    )  # fmt: skip
+    stays = np.arange(len(patients), dtype=np.int32)
+    return _Unit(env, patients, keys_of(key, patients), stays, _recorded_courses(recorded))
+
+
+def _recorded_courses(episodes: Episodes) -> dict[int, dict[str, Any]]:
+    rewards = np.asarray(episode_rewards(episodes)).sum(1)
+    found = {}
+    for i, stay in enumerate(np.asarray(episodes.stay_id).tolist()):
+        length = int(episodes.length[i])
+        found[stay] = {
+            "total_reward": float(rewards[i]),
+            "trajectory_length": length,
+            "outcome": DEATH if bool(episodes.died_90d[i]) else RELEASE,
+            "actions": actions_text(np.asarray(episodes.action[i, :length]).tolist()),
+        }
+    return found
+
+
+def _begin(out: Path, request: dict[str, Any], *, resume: bool) -> Records:
+    file = out / MANIFEST
+    check_replaceable(out, MANIFEST)
+    if file.exists():
+        found = read_json(file)
+        if not isinstance(found, dict) or found.get("kind") != KIND:
+            raise InputError(f"{file}: not of an agent's run; choose another folder")
+        if found.get("request") != request:
+            changed = _first_difference(found.get("request"), request)
+            raise InputError(f"{out}: was begun with another {changed}; choose another folder")
+        if not resume:
+            raise InputError(f"{out}: holds a run; go on with --resume, or choose another folder")
+    else:
+        write_json(file, {"kind": KIND, **provenance(request=request)})
+    return Records(out / RECORDS)
+
+
+def _first_difference(found: Any, wanted: dict[str, Any], prefix: str = "") -> str:
+    for name, value in wanted.items():
+        there = found.get(name) if isinstance(found, dict) else None
+        if there != value:
+            path = f"{prefix}{name}"
+            return _first_difference(there, value, f"{path}.") if isinstance(value, dict) else path
+    return prefix.rstrip(".") or "request"
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    """As JSON holds it: paths as text, tuples as lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        if isinstance(value, tuple | list):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(asdict(options))
