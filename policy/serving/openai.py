@@ -18,6 +18,8 @@ from policy.serving.backend import (
 )
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
 
+_UNKNOWN = -9999.0  # stands for one that vLLM does not have, or cannot write as JSON
+
 REASONING_MODELS = frozenset({"temperature", "top_p", "seed"})
 """What OpenAI's reasoning models, o3 for instance, do not take."""
 
@@ -121,6 +123,8 @@ def _reply(found: Any, options: ChatOptions) -> Reply:
         token_ids = integers(member(choice, "token_ids", list), "token_ids")
         entries = member(member(choice, "logprobs", dict), "content", list)
         logprobs = tuple(float(member(entry, "logprob", (int, float))) for entry in entries)
+        if any(logprob <= _UNKNOWN for logprob in logprobs):
+            raise MalformedError("a token was drawn without a log-probability")
         if len(logprobs) != len(token_ids):
             raise MalformedError(f"{len(logprobs)} log-probabilities of {len(token_ids)} tokens")
     usage = _optional(found, "usage", dict) or {}

@@ -9,7 +9,8 @@ from typing import Any
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
 
-_CANDIDATES = 128  # as `--max-logprobs` of the servers started here; vLLM takes no more
+_CANDIDATES = 127  # vLLM takes one more; `--max-logprobs` of the servers started here too
+_UNKNOWN = -9999.0  # stands for one that vLLM does not have, or cannot write as JSON
 _ROUNDS = 8  # a score whose parts met different weights is asked for again
 
 
@@ -104,14 +105,17 @@ class VLLMGenerator:
         wanted = sorted(candidates)
         if len(wanted) > _CANDIDATES:
             raise BackendError(f"{len(wanted)} next tokens to score; at most {_CANDIDATES}")
+        # One more than wanted, twice the last: vLLM 0.32 sends as many as it was asked for but
+        # counts the token that it drew, which crowds out the last one.
+        asked = [*wanted, wanted[-1]]
         completion, seen = await self._generate(
             [*prompt_ids, *start],
             temperature=1.0,
             top_p=1.0,
             max_tokens=1,
             seed=0,
-            logprobs=len(wanted),
-            logprob_token_ids=wanted,
+            logprobs=len(asked),
+            logprob_token_ids=asked,
         )
         return start, seen, completion.weight_version
 
@@ -152,6 +156,8 @@ def _completion(found: Any) -> tuple[Completion, dict[int, float]]:
     drawn = [(member(e, "token_id", int), _logprob(e)) for e in entries]
     if tuple(token for token, _ in drawn) != tokens or not tokens:
         raise MalformedError("log-probabilities of other tokens than those drawn")
+    if any(logprob <= _UNKNOWN for _, logprob in drawn):
+        raise MalformedError("a token was drawn without a log-probability")
     first = member(entries[0], "top_logprobs", list)
     seen = dict(drawn[:1]) | {member(e, "token_id", int): _logprob(e) for e in first}
     completion = Completion(tokens, tuple(p for _, p in drawn), finish, _version(choice))

@@ -80,6 +80,7 @@ def test_the_cache_is_salted_with_the_version():
         reply(finish_reason=None),
         reply(logprobs=None),
         reply(logprob=None),
+        reply(logprob=-9999.0),
         reply(versions=("v1", "v2")),
         reply(versions=(3,)),
         {"choices": [*reply()["choices"], *reply()["choices"]]},
@@ -100,6 +101,8 @@ def score_reply(_, request):
     assert params["max_tokens"] == 1 and params["temperature"] == 1.0 and params["top_p"] == 1.0
     wanted = params["logprob_token_ids"]
     assert params["logprobs"] == len(wanted)
+    *wanted, last = wanted
+    assert last == wanted[-1]
     known = LOGPROBS[tuple(ids[2:])]
     return reply((99,), top=[(token, known[token]) for token in wanted])
 
