@@ -101,6 +101,7 @@ class Client:
         self._key = endpoint.read_key() if key is None else key
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._openai: openai.AsyncOpenAI | None = None
+        self._troubled = False
 
     async def post(
         self,
@@ -152,7 +153,11 @@ class Client:
             try:
                 async with self._slots:
                     text = await self._once(method, path, body, query)
-                return _read(text, read) if read else None
+                found = _read(text, read) if read else None
+                if self._troubled:
+                    self._troubled = False
+                    _LOG.info("%s answers again", endpoint.root)
+                return found
             except _FaultError as fault:
                 now = time.monotonic()
                 faults += 1
@@ -164,7 +169,10 @@ class Client:
                     raise BackendError(f"{what} (after {faults} tries)") from None
                 wait = min(endpoint.longest_wait_s, endpoint.first_wait_s * 2 ** min(faults - 1, 9))
                 wait = max(fault.after_s, wait * random.uniform(0.5, 1.0))
-                _LOG.warning("%s; another try in %.1f s", what, wait)
+                # One line for a server that is gone, not one for each request that waits for it.
+                level = logging.DEBUG if self._troubled else logging.WARNING
+                self._troubled = True
+                _LOG.log(level, "%s; another try in %.1f s", what, wait)
                 await asyncio.sleep(wait)
 
     async def _once(

@@ -242,6 +242,19 @@ def test_patience_ends():
     assert 0.2 <= time.monotonic() - begun < 2.0
 
 
+def test_an_outage_is_told_once(caplog):
+    async def many(url):
+        client = Client(endpoint(url), key="")
+        read = lambda found: member(found, "ok", int)  # noqa: E731
+        await asyncio.gather(*(client.post("/x", {}, read) for _ in range(5)))
+        await client.close()
+
+    with caplog.at_level(logging.INFO), FakeServer(*[(503, "")] * 5, {"ok": 1}) as server:
+        asyncio.run(many(server.url))
+    said = [r.getMessage() for r in caplog.records if r.name == "policy.serving.client"]
+    assert len(said) == 2 and "503" in said[0] and said[1].endswith("answers again")
+
+
 def test_retry_after_is_kept():
     def busy(handler, _):
         send(handler, "{}", 429, Retry_After="0.4")
