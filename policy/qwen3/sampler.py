@@ -48,7 +48,9 @@ def bucket(size: int, smallest: int = 1) -> int:
     return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
-def generate(model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = ()) -> list[Drawn]:
+def generate(
+    model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = (), min_rows: int = 1
+) -> list[Drawn]:
     """Draws tokens after each prompt until a stop token or the limit.
 
     One program is compiled per number of rows, longest prompt and most new tokens, each rounded
@@ -58,6 +60,7 @@ def generate(model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = (
       model: the model.
       draws: any number of rows, at least one.
       stop_ids: tokens that end a row, such as the end of a turn or of a tool call.
+      min_rows: fewer are filled up to as many, which saves programs where batches vary in size.
 
     Raises:
       InputError: a prompt is empty, holds unknown ids, or leaves no room in the model's
@@ -66,7 +69,7 @@ def generate(model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = (
     for draw in draws:
         _check(draw, model)
     room = model.config.max_position_embeddings
-    rows = bucket(len(draws))
+    rows = bucket(len(draws), min_rows)
     length = np.ones(rows, np.int32)
     length[: len(draws)] = [len(draw.prompt_ids) for draw in draws]
     limit = np.zeros(rows, np.int32)  # rows that fill the batch are done before they begin

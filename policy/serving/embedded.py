@@ -35,7 +35,8 @@ class EmbeddedGenerator:
       stop_ids: tokens that end a completion.
       name: for records.
       version: of the weights.
-      max_batch: rows of a batch at most; a power of two.
+      min_batch, max_batch: rows of a batch; powers of two. Smaller ones are filled up, so equal
+        numbers make one size do, and few programs, at the price of idle rows.
       max_wait: seconds that a first request waits for others.
     """
 
@@ -46,11 +47,13 @@ class EmbeddedGenerator:
         stop_ids: Sequence[int],
         name: str = "embedded",
         version: str | None = None,
+        min_batch: int = 1,
         max_batch: int = 64,
         max_wait: float = 0.005,
     ):
         self.name = name
         self.stop_ids = tuple(stop_ids)
+        self.min_batch = min_batch
         self._weights = _Weights(model, version)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
         self._draws = _Batcher(self._draw, self._thread, max_batch, max_wait, _width_of_draw)
@@ -111,6 +114,7 @@ class EmbeddedGenerator:
 
     def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
         model, version = self._weights
+        found = generate(model, draws, stop_ids=self.stop_ids, min_rows=self.min_batch)
         return [
             Completion(
                 token_ids=drawn.token_ids,
@@ -118,7 +122,7 @@ class EmbeddedGenerator:
                 finish_reason=STOP if drawn.stopped else LENGTH,
                 weight_version=version,
             )
-            for drawn in generate(model, draws, stop_ids=self.stop_ids)
+            for drawn in found
         ]
 
     def _score(self, questions: Sequence[Question]) -> list[list[float]]:
