@@ -137,7 +137,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(config.initializer_range * draw)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.embedding[...][ids]
+        return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
 
 
 class Qwen3(nnx.Module):

@@ -131,9 +131,8 @@ def test_blocks_of_queries_and_rematerialisation_change_nothing(model):
         return jnp.sum(jnp.sin(hidden))
 
     plain = jax.jit(jax.value_and_grad(loss))(state)
-    for settings in ({"remat": "full", "query_block": 5}, {"remat": "dots"}):
-        other = jax.jit(jax.value_and_grad(partial(loss, **settings)))(state)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain, other)
+    other = jax.jit(jax.value_and_grad(partial(loss, remat="full", query_block=5)))(state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain, other)
 
 
 def test_bfloat16_is_close_and_keeps_float32_where_it_matters(folder, plain):
