@@ -141,7 +141,7 @@ def _quantiles(values: np.ndarray) -> list[np.ndarray]:
     NumPy sorts short contiguous rows on the host many times faster than XLA does on a CPU, and
     than `np.quantile`.
     """
-    ordered = np.ascontiguousarray(values.swapaxes(2, 3))
+    ordered = np.array(values.swapaxes(2, 3), order="C")
     ordered.sort(axis=-1)
     last = ordered.shape[-1] - 1
     found = []

@@ -157,8 +157,8 @@ def run_agent(
         "backend": _plain(backend),
         "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    records = _begin(out, request, resume=resume)
     language_model = open_backend(backend)
+    records = _begin(out, request, resume=resume)
     asyncio.run(_treat(unit, forecaster, language_model, prompts, options, records, progress))
     found = summarize(
         last_attempts(out / RECORDS).values(),

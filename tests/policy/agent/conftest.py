@@ -1,0 +1,46 @@
+"""A small ward: synthetic patients, and a small untrained world model that answers."""
+
+import jax
+import numpy as np
+import pytest
+
+from policy.agent.forecast import ForecastConfig, Forecaster
+from policy.agent.ward import Ward, admit
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.published import published_scaler
+from worldmodel.synthetic import Config, patient_key
+
+STEPS, PATIENTS = 4, 8
+
+
+@pytest.fixture(scope="session")
+def world_model():
+    """Two members."""
+    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    return init_world_model(jax.random.key(1), published_scaler(), config, members=2)
+
+
+@pytest.fixture(scope="session")
+def env():
+    return SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=STEPS)
+
+
+@pytest.fixture(scope="session")
+def forecaster(world_model):
+    return Forecaster(world_model, jax.random.key(2), ForecastConfig(samples=8))
+
+
+@pytest.fixture(scope="session")
+def make_ward(env, forecaster):
+    """`make_ward()`: the same eight patients in the same luck, in some order of beds."""
+
+    def make(order=range(PATIENTS), *, capacity=4, simulator=True):
+        patients = np.asarray(order, np.int32)
+        assert len(patients) == PATIENTS  # other numbers need other programs
+        keys = jax.vmap(patient_key, (None, 0))(jax.random.key(3), patients)
+        admission = admit(env, keys, patients)
+        return Ward(env, admission, forecaster if simulator else None, capacity=capacity)
+
+    return make

@@ -1,0 +1,110 @@
+"""`sepsis-jax agent`: runs that can be stopped, and pages about them."""
+
+import json
+
+import jax
+import pytest
+
+from tests.sepsis_jax.command_line import call, finish, refuse
+from worldmodel.models.checkpoint import save_world_model
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.published import published_scaler
+
+FAST = ("--backend", "scripted", "--set", "max_steps=3", "--set", "forecast.samples=3",
+        "--templates", "compact")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """An untrained one, which is made at once."""
+    out = tmp_path_factory.mktemp("runs") / "model"
+    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    save_world_model(init_world_model(jax.random.key(0), published_scaler(), config), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def done(model):
+    """A run over six synthetic patients, whole."""
+    out = model.with_name("agent")
+    finish("agent", "run", "--model", model, "--patients", 6, *FAST, "--out", out)
+    return out
+
+
+def records(folder):
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    found = {}
+    for line in map(json.loads, lines):
+        assert line["patient"] not in found
+        found[line["patient"]] = line
+    return found
+
+
+def test_a_run_has_every_patient_once(done):
+    found = records(done)
+    assert sorted(found) == list(range(6))
+    summary = json.loads((done / "summary.json").read_text())
+    assert summary["completed"] == 6 and summary["tool_calls"] == 2 * summary["decisions"]
+    manifest = json.loads((done / "manifest.json").read_text())
+    assert manifest["request"]["options"]["max_steps"] == 3
+
+
+def test_a_run_that_was_killed_goes_on(capsys, done, model, tmp_path):
+    """Half of it and half a line are left; the rest comes out as in a whole run."""
+    out = tmp_path / "half"
+    out.mkdir()
+    (out / "manifest.json").write_bytes((done / "manifest.json").read_bytes())
+    lines = (done / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (out / "records.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:50])
+    command = ("agent", "run", "--model", model, "--patients", 6, *FAST, "--out", out)
+    refuse(call(capsys, *command), "--resume")
+    result = call(capsys, *command, "--resume", "--json")
+    assert result.status == 0 and result.last_json["completed"] == 6
+    whole = records(done)
+    for patient, record in records(out).items():
+        assert record["decisions"] == whole[patient]["decisions"]
+    other = ("agent", "run", "--model", model, "--patients", 7, *FAST, "--out", out, "--resume")
+    refuse(call(capsys, *other), "options.patients")
+
+
+def test_recorded_stays_live_in_the_world_model(capsys, cohort, model, tmp_path):
+    out = tmp_path / "recorded"
+    result = call(
+        capsys, "agent", "run", "--model", model, "--episodes", cohort, "--patients", 4, *FAST,
+        "--set", "split=train", "--out", out, "--json",
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    assert result.last_json["stays"] == 4
+    for record in records(out).values():
+        assert record["real"]["trajectory_length"] >= len(record["decisions"])
+    published = tmp_path / "published.json"
+    assert call(capsys, "agent", "show", "--run", out, "--out", published).status == 0
+    entries = json.loads(published.read_text())
+    assert len(entries) == 4 and entries[0]["metadata"]["real"]["outcome"] in ("release", "death")
+
+
+def test_pages(capsys, done, tmp_path):
+    shown = call(capsys, "agent", "show", "--run", done, "--json")
+    assert shown.status == 0 and shown.last_json["completed"] == 6
+    assert "Patient 2" in call(capsys, "agent", "show", "--run", done, "--patient", 2).out
+    for name in ("stay.html", "stay.md"):
+        file = tmp_path / name
+        assert not call(
+            capsys, "agent", "show", "--run", done, "--patient", 2, "--out", file
+        ).status
+        assert "prescription" in file.read_text()
+
+
+def test_bad_input(capsys, done, cohort, tmp_path):
+    refuse(call(capsys, "agent", "show", "--run", tmp_path), "records.jsonl")
+    refuse(call(capsys, "agent", "show", "--run", done, "--patient", 99), "99")
+    refuse(call(capsys, "agent", "show", "--run", done, "--out", tmp_path / "x.csv"), ".json")
+    out = ("--out", tmp_path / "new")
+    refuse(call(capsys, "agent", "run", *out), "--llm")
+    refuse(call(capsys, "agent", "run", "--backend", "oracle", *out), "--backend", "embedded")
+    refuse(call(capsys, "agent", "run", "--llm", "x", "--backend", "openai", *out), "--url")
+    refuse(call(capsys, "agent", "run", "--llm", tmp_path / "none", *out), "none")
+    refuse(call(capsys, "agent", "run", *FAST, "--episodes", cohort, *out), "--model")
+    refuse(call(capsys, "agent", "run", *FAST, "--set", "attempts=0", *out), "attempts")
+    assert not (tmp_path / "new").exists()
