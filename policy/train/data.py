@@ -1,0 +1,190 @@
+"""Dialogues as training sequences: ids that were only ever appended, and which of them to learn.
+
+A token is learned where the model spoke it, its end token included; what the model was told is
+read and never learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policy.agent.dialogue import Stay
+from policy.serving import hermes
+from policy.serving.backend import Reply
+from policy.serving.tokens import ChatTokens
+from worldmodel.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One dialogue, or a part of it, of T tokens."""
+
+    ids: np.ndarray  # [T] int32
+    own: np.ndarray  # [T] bool, spoken by the model
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> Dialogue:
+        return Dialogue(self.ids[part], self.own[part])
+
+    def ends(self) -> np.ndarray:
+        """[turns] where a turn is over: the index after each reply's last token."""
+        return np.flatnonzero(self.own & ~np.append(self.own[1:], False)) + 1
+
+
+class Rows(NamedTuple):
+    """Dialogues packed into rows of equal length; leaves [..., R, L]."""
+
+    ids: Any  # int32
+    positions: Any  # int32, counted within a dialogue
+    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
+    mask: Any  # bool, tokens to learn
+
+
+def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> Dialogue:
+    """A stay as a model with these tokens would have read and written it.
+
+    Args:
+      stay: held by a teacher of any kind; its replies' own ids are not looked at.
+      tokens: of the model that is to learn.
+      tools: that the stay was opened with.
+
+    Raises:
+      InputError: there is no turn, or a reply holds what was no call.
+    """
+    if not stay.turns:
+        raise InputError(f"stay {stay.patient}: no turn to learn from")
+    parts: list[tuple[list[int], bool]] = []
+    for number, turn in enumerate(stay.turns):
+        begin = tokens.more if number else tokens.first
+        parts.append((begin(turn.messages, tools), False))
+        parts.append(([*tokens.encode(reply_text(turn.reply)), tokens.end_id], True))
+    return _joined(parts)
+
+
+def as_read(stay: Stay) -> list[Dialogue]:
+    """A stay by the ids that its model did read and write.
+
+    Returns:
+      One dialogue; a new one wherever a prompt did not begin with all that was said before.
+
+    Raises:
+      InputError: a reply came without ids.
+    """
+    found: list[list[tuple[list[int], bool]]] = []
+    before: list[int] = []
+    for turn in stay.turns:
+        prompt, spoken = turn.reply.prompt_ids, turn.reply.token_ids
+        if prompt is None or spoken is None:
+            raise InputError(f"stay {stay.patient}: a reply came without its token ids")
+        if not found or list(prompt[: len(before)]) != before:
+            found.append([])
+            before = []
+        found[-1] += [(list(prompt[len(before) :]), False), (list(spoken), True)]
+        before = [*prompt, *spoken]
+    return [_joined(parts) for parts in found]
+
+
+def reply_text(reply: Reply) -> str:
+    """A reply in the form that `hermes.parse` takes apart.
+
+    Raises:
+      InputError: it holds a call without a name, which cannot be written down again.
+    """
+    if not all(call.name for call in reply.tool_calls):
+        raise InputError("reply: holds what was no call; learn from replies that were valid")
+    thought = f"<think>\n{reply.reasoning}\n</think>\n\n" if reply.reasoning else ""
+    calls = [hermes.write(call.name, call.arguments) for call in reply.tool_calls]
+    return thought + "\n".join([*([reply.content] if reply.content else []), *calls])
+
+
+def cut(dialogue: Dialogue, length: int, *, rest: bool = False) -> list[Dialogue]:
+    """Parts of at most `length` tokens, each of whole turns.
+
+    Args:
+      dialogue: of any length.
+      length: tokens.
+      rest: keep what follows the first part too, in parts that have forgotten what came before;
+        otherwise it is dropped, so that all that is learned is learned in its true context.
+
+    Raises:
+      InputError: a single turn is longer.
+    """
+    parts: list[Dialogue] = []
+    start = 0
+    ends = dialogue.ends()
+    while start < ends[-1] and (rest or not parts):
+        fitting = ends[(ends > start) & (ends <= start + length)]
+        if not len(fitting):
+            turn = int(ends[ends > start][0]) - start
+            raise InputError(f"row_length: got {length}, but a turn has {turn} tokens")
+        parts.append(dialogue[start : int(fitting[-1])])
+        start = int(fitting[-1])
+    return parts
+
+
+def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
+    """Rows [R, length] of whole dialogues, none of which sees another.
+
+    Each goes, in an order drawn by the seed, into the first row with enough room.
+
+    Args:
+      dialogues: of at most `length` tokens each.
+      length: tokens per row.
+      seed: equal seeds, equal rows.
+
+    Raises:
+      InputError: there is no dialogue, or one is too long.
+    """
+    longest = max(map(len, dialogues), default=0)
+    if not 0 < longest <= length:
+        raise InputError(f"dialogues: the longest has {longest} tokens, expected 1 to {length}")
+    room: list[int] = []
+    rows: list[list[Dialogue]] = []
+    for index in np.random.default_rng(seed).permutation(len(dialogues)):
+        dialogue = dialogues[index]
+        row = next((row for row, left in enumerate(room) if left >= len(dialogue)), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(length)
+        rows[row].append(dialogue)
+        room[row] -= len(dialogue)
+    packed = Rows(*(np.zeros((len(rows), length), kind) for kind in (*[np.int32] * 3, bool)))
+    for row, members in enumerate(rows):
+        start = 0
+        for number, dialogue in enumerate(members, 1):
+            place = (row, slice(start, start + len(dialogue)))
+            values = (dialogue.ids, np.arange(len(dialogue)), number, dialogue.own)
+            for leaf, value in zip(packed, values, strict=True):
+                leaf[place] = value
+            start += len(dialogue)
+    return packed
+
+
+def batches(rows: Rows, size: int, *, seed: int) -> Iterator[Rows]:
+    """Batches [size, L] without end: all rows in a new order, then again.
+
+    Args:
+      rows: [R, L].
+      size: rows per batch; where R is no multiple of it, a batch reaches into the next order.
+      seed: equal seeds, equal batches.
+    """
+    draw = np.random.default_rng(seed)
+    waiting = np.empty(0, np.int64)
+    while True:
+        while len(waiting) < size:
+            waiting = np.append(waiting, draw.permutation(len(rows.ids)))
+        now, waiting = waiting[:size], waiting[size:]
+        yield Rows(*(leaf[now] for leaf in rows))
+
+
+def _joined(parts: Sequence[tuple[list[int], bool]]) -> Dialogue:
+    own = [np.full(len(ids), spoken) for ids, spoken in parts]
+    return Dialogue(
+        np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts]), np.concatenate(own)
+    )

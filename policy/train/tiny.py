@@ -1,0 +1,162 @@
+"""A tiny Qwen3 that holds the agent's dialogue: for tests and demos, without a network.
+
+It has learned the form of the dialogue, in about a minute on one core, and nothing of medicine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from policy.agent.dialogue import Stay
+from policy.agent.forecast import ForecastConfig, Forecaster
+from policy.agent.prompts import Prompts
+from policy.agent.tools import SCHEMAS
+from policy.agent.ward import Admission, admit
+from policy.qwen3.model import Qwen3
+from policy.qwen3.tiny import make_tiny
+from policy.qwen3.weights import load, save_hf
+from policy.serving.tokens import ChatTokens
+from policy.simple import GuidelineRules
+from policy.train.data import Dialogue, batches, cut, pack, written
+from policy.train.learner import Learner, LearnerConfig, Report
+from policy.train.losses import cross_entropy
+from policy.train.teachers import Teacher, demonstrate, following
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.published import published_scaler
+from worldmodel.synthetic import Config, patient_key
+
+TEMPLATES = "compact"
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A stretch of training on rows of one length."""
+
+    length: int  # tokens per row
+    rows: int  # per update
+    updates: int
+    learning_rate: float
+
+
+LESSONS = (
+    Lesson(length=352, rows=6, updates=60, learning_rate=4e-3),
+    Lesson(length=1056, rows=2, updates=40, learning_rate=3e-3),
+    Lesson(length=2112, rows=1, updates=20, learning_rate=2e-3),
+)
+"""Short rows are cheap and teach what a call is; long ones, which of many turns is the last."""
+
+_SIZE: dict[str, Any] = {
+    "layers": 1,
+    "hidden": 64,
+    "heads": 2,
+    "kv_heads": 1,
+    "rope_theta": 1e4,
+    "initializer_range": 0.08,
+}
+
+
+@dataclass(frozen=True)
+class Clinic:
+    """Synthetic patients and a world model to ask, which knows nothing either."""
+
+    env: SepsisEnv
+    forecaster: Forecaster
+
+    @classmethod
+    def make(cls, *, max_steps: int | None = None) -> Clinic:
+        """A clinic whose stays have at most `max_steps` decisions."""
+        shape = ModelConfig(variant="reference", hidden=16, layers=1, embed=8, head=8)
+        world_model = init_world_model(jax.random.key(0), published_scaler(), shape)
+        return cls(
+            SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=max_steps),
+            Forecaster(world_model, jax.random.key(1), ForecastConfig(samples=2)),
+        )
+
+    def admit(self, count: int, *, seed: int) -> Admission:
+        """Patients, others for every seed."""
+        patients = np.arange(count, dtype=np.int32)
+        keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), jnp.asarray(patients))
+        return admit(self.env, keys, patients)
+
+    def demonstrate(self, teacher: Teacher, count: int, *, seed: int) -> list[Stay]:
+        """Stays of `count` patients under a teacher."""
+        return demonstrate(
+            teacher,
+            self.env,
+            self.admit(count, seed=seed),
+            self.forecaster,
+            Prompts(TEMPLATES),
+            seed=seed,
+        )
+
+
+def taught_tiny(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    patients: int = 32,
+    lessons: tuple[Lesson, ...] = LESSONS,
+    teacher: Teacher | None = None,
+    report: Callable[[Report], None] | None = None,
+    **size: Any,
+) -> Path:
+    """Writes a tiny Qwen3 folder whose replies are valid tool calls in the compact dialogue.
+
+    Args:
+      path: folder to make; an older model there is replaced.
+      seed: of the weights, the patients and the order of learning.
+      patients: synthetic ones that the teacher treats.
+      lessons: one after another.
+      teacher: shows the dialogue; one that follows the guidelines if not given.
+      report: called as training goes on.
+      size: of the model, as for `make_tiny`.
+
+    Raises:
+      InputError: as `save_hf`, or a lesson's rows are too short for the dialogue.
+    """
+    stays = Clinic.make().demonstrate(teacher or following(GuidelineRules()), patients, seed=seed)
+    with tempfile.TemporaryDirectory() as folder:
+        untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
+        tokens = ChatTokens.load(untaught)
+        dialogues = [written(stay, tokens, SCHEMAS) for stay in stays]
+        model = load(untaught)
+        for lesson in lessons:
+            model = _taught(model, dialogues, lesson, seed, report)
+        return save_hf(model, path, source=untaught)
+
+
+def _taught(
+    model: Qwen3,
+    dialogues: list[Dialogue],
+    lesson: Lesson,
+    seed: int,
+    report: Callable[[Report], None] | None,
+) -> Qwen3:
+    parts = [part for one in dialogues for part in _parts(one, lesson.length)]
+    config = LearnerConfig(
+        steps=lesson.updates,
+        learning_rate=lesson.learning_rate,
+        warm_up=min(10, lesson.updates),
+        report_every=min(20, lesson.updates),
+    )
+    learner = Learner(model, cross_entropy, config)
+    rows = pack(parts, lesson.length, seed=seed)
+    learner.run(batches(rows, lesson.rows, seed=seed), report=report)
+    return learner.model()
+
+
+def _parts(dialogue: Dialogue, length: int) -> list[Dialogue]:
+    """Parts that fit rows; where the first turn, with the tools' schemas, does not, without it."""
+    first = int(dialogue.ends()[0])
+    start = first if first > length else 0
+    return cut(dialogue[start:], length, rest=True) if start < len(dialogue) else []

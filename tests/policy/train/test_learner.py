@@ -1,0 +1,151 @@
+"""The loop: one update beside Optax by hand, accumulation, frozen parts, and how it stops."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from policy import qwen3
+from policy.qwen3.lora import add_adapters
+from policy.train.data import Dialogue, batches, pack
+from policy.train.learner import Learner, LearnerConfig, schedule
+from policy.train.losses import Summed, cross_entropy
+from worldmodel.errors import InputError
+
+CONFIG = LearnerConfig(steps=4, learning_rate=1e-2, warm_up=0, report_every=2)
+
+
+@pytest.fixture(scope="module")
+def model(untaught):
+    return qwen3.load(untaught)
+
+
+def some_rows(seed, counts):
+    """One row of 16 per entry, with so many tokens to learn."""
+    draw = np.random.default_rng(seed)
+    own = [np.arange(16) >= 16 - count for count in counts]
+    ids = draw.integers(3, 600, (len(counts), 16)).astype(np.int32)
+    return pack([Dialogue(*both) for both in zip(ids, own, strict=True)], 16, seed=0)
+
+
+def params_of(model):
+    return nnx.state(model, nnx.Param)
+
+
+def assert_close(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+def test_an_update_is_adamw_on_the_mean_over_tokens(model):
+    rows = some_rows(0, [3, 9])
+    learner = Learner(model, cross_entropy, CONFIG)
+    summed, norm = learner.update(jax.tree.map(lambda leaf: leaf[None], rows))
+
+    def mean(model):
+        found = cross_entropy(model, rows)
+        return found.total / 12
+
+    gradient = params_of(jax.grad(mean)(model))
+    np.testing.assert_allclose(float(norm), float(optax.tree.norm(gradient)), rtol=1e-5)
+    np.testing.assert_allclose(float(summed.total) / 12, float(mean(model)), rtol=1e-5)
+    clipped = min(1.0, 1.0 / float(norm))
+
+    def moved(path, param, g):
+        # Adam's first change is the sign of the gradient, but for its epsilon.
+        step = clipped * g / (clipped * jnp.abs(g) + 1e-8)
+        decay = 0.0 if "scale" in jax.tree_util.keystr(path) else CONFIG.weight_decay * param
+        return param - CONFIG.learning_rate * (step + decay)
+
+    expected = jax.tree.map_with_path(moved, params_of(model), gradient)
+    sure = jax.tree.map(lambda g: jnp.abs(g) > 1e-6, gradient)
+    changed = params_of(learner.model())
+    keep = lambda tree: jax.tree.map(lambda x, s: jnp.where(s, x, 0.0), tree, sure)  # noqa: E731
+    assert_close(keep(changed), keep(expected), atol=2e-4)
+
+
+def test_tokens_weigh_alike_in_whatever_micro_batch(model):
+    rows = some_rows(1, [2, 15, 7, 1])
+    whole = Learner(model, cross_entropy, CONFIG)
+    parts = Learner(model, cross_entropy, replace(CONFIG, accumulate=4))
+    one, norm = whole.update(jax.tree.map(lambda leaf: leaf[None], rows))
+    four, norm_of_parts = parts.update(jax.tree.map(lambda leaf: leaf[:, None], rows))
+    assert float(one.weight) == float(four.weight) == 25
+    np.testing.assert_allclose(float(one.total), float(four.total), rtol=1e-5)
+    np.testing.assert_allclose(float(norm), float(norm_of_parts), rtol=1e-4)
+
+
+def test_it_learns_and_leaves_the_first_model_alone(model):
+    before = jax.tree.map(np.array, params_of(model))
+    rows = some_rows(2, [12, 12])
+    seen = []
+    config = replace(CONFIG, steps=20, warm_up=2, report_every=5, accumulate=2)
+    learner = Learner(model, cross_entropy, config)
+    reports = learner.run(batches(rows, 1, seed=0), report=seen.append)
+    assert seen == reports
+    assert [report.step for report in reports] == [5, 10, 15, 20]
+    assert reports[-1].loss < 0.7 * reports[0].loss
+    assert all(report.tokens == 24 and report.tokens_per_s > 0 for report in reports)
+    assert 0 < reports[0].metrics["entropy"] <= np.log(model.config.vocab_size) + 1e-3
+    assert_close(before, params_of(model), atol=0)
+    with pytest.raises(InputError, match="ended after 1 of 20"):
+        Learner(model, cross_entropy, config).run([rows] * 2)
+
+
+def test_adapters_alone_are_trained(model):
+    adapted = add_adapters(model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    learner = Learner(adapted, cross_entropy, CONFIG, trainable=nnx.LoRAParam)
+    assert len(jax.tree.leaves(learner.state.params)) == 14
+    learner.run(batches(some_rows(3, [8]), 1, seed=0))
+    after = learner.model()
+    assert_close(params_of(model)["embed_tokens"], params_of(after)["embed_tokens"], atol=0)
+    b = after.layers.self_attn.q_proj.adapter.b[...]
+    assert float(jnp.abs(b).max()) > 0
+
+
+def test_masters_are_float32_and_products_are_not(untaught):
+    half = qwen3.load(untaught, param_dtype=jnp.bfloat16)
+    learner = Learner(half, cross_entropy, CONFIG)
+    learner.update(jax.tree.map(lambda leaf: leaf[None], some_rows(4, [8])))
+    after = learner.model()
+    assert {leaf.dtype for leaf in jax.tree.leaves(params_of(after))} == {jnp.dtype("float32")}
+    assert after.dtype == jnp.bfloat16
+
+
+def test_a_loss_that_is_not_finite_stops_it(model):
+    def broken(model, rows):
+        found = cross_entropy(model, rows)
+        return Summed(found.total * jnp.nan, found.weight, {})
+
+    with pytest.raises(InputError, match=r"not finite by update 2; lower learning_rate"):
+        Learner(model, broken, CONFIG).run(batches(some_rows(5, [8]), 1, seed=0))
+
+
+def test_nothing_to_learn_changes_nothing(model):
+    learner = Learner(model, cross_entropy, replace(CONFIG, weight_decay=0.0))
+    learner.update(jax.tree.map(lambda leaf: leaf[None], some_rows(6, [0])))
+    assert_close(params_of(model), params_of(learner.model()), atol=0)
+
+
+def test_schedule():
+    rate = schedule(LearnerConfig(steps=100, learning_rate=1.0, warm_up=10, final_share=0.1))
+    found = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
+    np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"warm_up": 2000}, "warm_up: got 2000"),
+        ({"clip_norm": 0.0}, "clip_norm"),
+        ({"beta2": 1.0}, "beta2"),
+    ],
+)
+def test_settings_without_meaning(wrong, message):
+    with pytest.raises(InputError, match=message):
+        LearnerConfig(**wrong)

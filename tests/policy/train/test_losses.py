@@ -1,0 +1,73 @@
+"""The loss beside plain sums and beside transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy import qwen3
+from policy.agent.tools import SCHEMAS
+from policy.qwen3.model import logits
+from policy.train.data import Dialogue, Rows, pack, written
+from policy.train.losses import cross_entropy
+from tests.policy.train.conftest import stay_of
+
+
+@pytest.fixture(scope="module")
+def model(untaught):
+    return qwen3.load(untaught)
+
+
+def test_by_hand(model):
+    one = Dialogue(np.array([5, 6, 7, 8], np.int32), np.array([False, True, False, True]))
+    rows = pack([one], 6, seed=0)
+    found = cross_entropy(model, rows)
+    scores = np.asarray(logits(model, jnp.asarray(one.ids)[None]))[0].astype(np.float64)
+    by_hand = 0.0
+    for before, target in ((0, 6), (2, 8)):  # tokens 1 and 3, each from what stands before it
+        shifted = scores[before] - scores[before].max()
+        by_hand -= shifted[target] - np.log(np.exp(shifted).sum())
+    assert float(found.weight) == 2
+    np.testing.assert_allclose(float(found.total), by_hand, rtol=1e-5)
+
+
+def test_a_first_token_counts_for_nothing(model):
+    spoken = Dialogue(np.array([5, 6], np.int32), np.array([True, True]))
+    assert float(cross_entropy(model, pack([spoken], 4, seed=0)).weight) == 1
+
+
+def test_packed_dialogues_do_not_see_each_other(model, tokens):
+    members = [written(stay_of(n, n), tokens, SCHEMAS) for n in (1, 2)]
+    length = sum(map(len, members))
+    together = cross_entropy(model, pack(members, length, seed=0))
+    alone = [cross_entropy(model, pack([one], length, seed=0)) for one in members]
+    assert float(together.weight) == sum(float(part.weight) for part in alone)
+    np.testing.assert_allclose(
+        float(together.total), sum(float(part.total) for part in alone), rtol=1e-5
+    )
+
+    def loss(model, rows):
+        return cross_entropy(model, rows).total
+
+    packed = jax.grad(lambda m: loss(m, pack(members, length, seed=0)))(model)
+    parts = [jax.grad(lambda m, one=one: loss(m, pack([one], length, seed=0)))(model)
+             for one in members]  # fmt: skip
+    summed = jax.tree.map(jnp.add, *parts)
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(summed), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-6)
+
+
+@pytest.mark.parity
+def test_beside_transformers(untaught, model, tokens):
+    torch = pytest.importorskip("torch")
+    from transformers import Qwen3ForCausalLM
+
+    found = written(stay_of(2, 3), tokens, SCHEMAS)
+    reference = Qwen3ForCausalLM.from_pretrained(str(untaught), dtype=torch.float32)
+    ids = torch.tensor(found.ids.tolist())[None]
+    labels = torch.where(torch.tensor(found.own.tolist())[None], ids, -100)
+    with torch.no_grad():
+        expected = float(reference(input_ids=ids, labels=labels).loss)
+    rows = Rows(*(jnp.asarray(leaf) for leaf in pack([found], len(found) + 7, seed=0)))
+    ours = cross_entropy(model, rows, chunk=64)
+    assert abs(float(ours.total / ours.weight) - expected) < 1e-5
