@@ -30,7 +30,12 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", help="Tokens of prompt and reply together.")
     ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float32...")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="bfloat16, float32...; auto takes the folder's, float32 on CPUs."
+        ),
+    ] = "auto",
     data_parallel: Annotated[int, typer.Option("--data-parallel", help="Copies of the model.")] = 1,
     tensor_parallel: Annotated[
         int, typer.Option("--tensor-parallel", help="Devices that one copy is spread over.")

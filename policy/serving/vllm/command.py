@@ -32,7 +32,7 @@ class ServerOptions:
     port: int = 0  # 0 takes a free one
     allow_remote: bool = False  # lets the host be other than loopback
     max_model_len: int | None = None  # tokens of prompt and reply; default: the model's own
-    dtype: str = "auto"
+    dtype: str = "auto"  # the folder's own; on CPUs float32
     data_parallel: int = 1
     tensor_parallel: int = 1
     lora_rank: int = 0  # highest rank of adapters; 0 takes none
@@ -95,7 +95,8 @@ def command(environment: ServingEnvironment, options: ServerOptions, port: int) 
         "--served-model-name": options.served_name,
         "--host": options.host,
         "--port": str(port),
-        "--dtype": options.dtype,
+        # Some virtual CPUs announce AMX, which bfloat16 is computed with, and die of it.
+        "--dtype": "float32" if environment.cpu and options.dtype == "auto" else options.dtype,
         "--seed": str(options.seed),
         # Log-probabilities of the distribution that was drawn from, temperature included.
         "--logprobs-mode": "processed_logprobs",
@@ -122,6 +123,9 @@ def command(environment: ServingEnvironment, options: ServerOptions, port: int) 
         flags["--tool-call-parser"] = options.tool_parser
     if environment.cpu if options.eager is None else options.eager:
         flags["--enforce-eager"] = None
+    if environment.cpu:
+        # A prompt that is read in parts, drawn from with a seed, ends the engine of vLLM 0.32.
+        flags["--no-enable-chunked-prefill"] = None
     words = [word for flag, value in flags.items() for word in (flag, value) if word is not None]
     # The `vllm` program fails in the CPU build: it looks for a package named vllm.
     module = "vllm.entrypoints.openai.api_server"

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -39,6 +40,8 @@ _STAGES = (  # what vLLM writes, what it is about, share of the start that is ov
     ("Available routes are", "opening", 0.85),
 )
 _POLL_S = 0.25
+_TELLING = re.compile(r"\w(Error|Exception): \S|died unexpectedly|error: argument")
+_SHOWN = 4  # of the telling lines
 
 
 class ServerError(BackendError):
@@ -167,8 +170,6 @@ class VLLMServer:
 
     def tail(self, lines: int = 12) -> str:
         """The last lines that the server wrote since it was started, without the key."""
-        if self.log is None or not self.log.exists():
-            return ""
         return "\n".join(self._written().splitlines()[-lines:])
 
     def __enter__(self) -> Self:
@@ -249,13 +250,17 @@ class VLLMServer:
             connection.close()
 
     def _written(self) -> str:
-        assert self.log is not None
+        if self.log is None or not self.log.exists():
+            return ""
         with self.log.open("rb") as log:
             log.seek(self._begin)
             return log.read().decode(errors="replace").replace(self.key, "***")
 
     def _last_words(self) -> str:
-        return f"log: {self.log}; its last lines:\n{self.tail()}"
+        # vLLM goes on for pages after what matters.
+        lines = self._written().splitlines()
+        telling = [line for line in lines if _TELLING.search(line) and "WARNING" not in line]
+        return "\n".join([f"log: {self.log}", *telling[:_SHOWN], "its last lines:", self.tail()])
 
 
 def _silent(phase: str, share: float) -> None:

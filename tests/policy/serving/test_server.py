@@ -69,6 +69,7 @@ def running(pid):
 def test_a_server_starts_answers_and_leaves_nothing(serving, model, tmp_path):
     told, log = [], tmp_path / "logs" / "server.log"
     server = VLLMServer(ServerOptions(model, name="tiny"), log=log)
+    assert server.tail() == ""
     with pytest.raises(ServerError, match="not running"):
         server.check()
     server.start(lambda phase, share: told.append((phase, share)))

@@ -184,6 +184,26 @@ def test_logprobs_are_of_the_distribution_drawn_from(served):
         assert completion.logprobs[0] == pytest.approx(expected, abs=CLOSE)
 
 
+def test_seeds_under_load_draw_the_same_again(served):
+    many = prompts(64, 100)  # more than is read at once
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+
+    async def draw():
+        generator = served.generator(attempts=1, patience_s=0.0)
+        try:
+            return [
+                await asyncio.gather(
+                    *(generator.generate(p, sampling=sampling, seed=i) for i, p in enumerate(many))
+                )
+                for _ in range(2)
+            ]
+        finally:
+            await generator.close()
+
+    first, second = asyncio.run(draw())
+    assert [c.token_ids for c in first] == [c.token_ids for c in second]
+
+
 def test_scores_are_our_models(served):
     prompt = prompts(1, 200)[0]
     grid = [[20 + i, 7, 30 + j] for i, j in itertools.product(range(5), range(5))]
