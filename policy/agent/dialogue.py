@@ -16,6 +16,7 @@ from typing import Any
 
 from policy.agent.chart import Chart, options
 from policy.agent.prompts import Prompts
+from policy.agent.scoring import ActionScorer
 from policy.agent.tools import (
     REASONS,
     SCHEMAS,
@@ -90,6 +91,7 @@ class Decision:
     previous_vasopressor: int
     simulations: int  # calls answered
     invalid: int  # calls and replies refused
+    probabilities: tuple[float, ...] | None = None  # [25] of all prescriptions, where asked for
 
 
 @dataclass
@@ -123,6 +125,7 @@ async def treat(
     config: DialogueConfig,
     *,
     seed: int,
+    scorer: ActionScorer | None = None,
 ) -> Stay:
     """Lets a language model treat a patient of a ward until the stay ends or fails.
 
@@ -134,8 +137,11 @@ async def treat(
       prompts: what the model is told.
       config: bounds.
       seed: of the attempt; each reply has a seed of its own, by attempt, patient and turn.
+      scorer: of the backend, to note the probabilities of all 25 prescriptions at each decision.
     """
-    return await _Dialogue(bed, patient, backend, ward, prompts, config, seed).run()
+    dialogue = _Dialogue(bed, patient, backend, ward, prompts, config, seed)
+    dialogue.scorer = scorer
+    return await dialogue.run()
 
 
 class _FailedError(Exception):
@@ -163,6 +169,7 @@ class _Dialogue:
         self.chart = Chart.of(ward.admitted(bed))
         self.simulations = self.invalid = 0  # at this decision
         self.done = False
+        self.scorer: ActionScorer | None = None
 
     async def run(self) -> Stay:
         messages = self.prompts.first(self.chart, can_simulate=self.ward.can_simulate)
@@ -208,7 +215,7 @@ class _Dialogue:
             return await self._simulate(asked)
         if len(reply.tool_calls) > 1:
             return self._refuse("not_alone")
-        return await self._prescribe(asked)
+        return await self._prescribe(asked, reply)
 
     async def _simulate(self, asked: Simulate) -> str:
         if not self.ward.can_simulate:
@@ -220,10 +227,13 @@ class _Dialogue:
         self.stay.tool_calls += 1
         return self.prompts.simulation(options(asked.actions, forecast))
 
-    async def _prescribe(self, asked: Prescribe) -> str:
+    async def _prescribe(self, asked: Prescribe, reply: Reply) -> str:
+        probabilities = None
+        if self.scorer is not None and reply.prompt_ids is not None:
+            probabilities = tuple((await self.scorer(reply.prompt_ids)).tolist())
         after = await self.ward.prescribe(self.bed, asked.action)
         self.stay.tool_calls += 1
-        self.stay.decisions.append(self._decision(asked.action, after))
+        self.stay.decisions.append(self._decision(asked.action, after, probabilities))
         self.simulations = self.invalid = 0
         self.chart.add(asked.action, after)
         self.done = bool(after.done)
@@ -236,7 +246,9 @@ class _Dialogue:
             self.stay.closing = answer
         return answer
 
-    def _decision(self, action: int, after: Timestep) -> Decision:
+    def _decision(
+        self, action: int, after: Timestep, probabilities: tuple[float, ...] | None
+    ) -> Decision:
         chart = self.chart
         return Decision(
             step=chart.step,
@@ -247,6 +259,7 @@ class _Dialogue:
             previous_vasopressor=chart.given.vasopressor,
             simulations=self.simulations,
             invalid=self.invalid,
+            probabilities=probabilities,
         )
 
     def _refuse(self, reason: str) -> str:

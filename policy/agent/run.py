@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from policy.agent.dialogue import DialogueConfig, Stay, treat
 from policy.agent.prompts import Prompts
+from policy.agent.scoring import ActionScorer
 from policy.agent.ward import Ward
 from policy.serving.backend import Backend
 
@@ -21,6 +22,7 @@ async def treat_all(
     seeds: Sequence[int],
     concurrency: int,
     finished: Callable[[Stay], None],
+    scorer: ActionScorer | None = None,
 ) -> None:
     """Treats every patient of a ward.
 
@@ -29,13 +31,17 @@ async def treat_all(
       backend, ward, prompts, config: as for `treat`.
       seeds: [N] as for `treat`.
       concurrency: stays in treatment at the same time.
+      scorer: as for `treat`.
       finished: called with each stay as it ends, in the order they end.
     """
     waiting = iter(enumerate(patients))
 
     async def nurse() -> None:
         for bed, patient in waiting:
-            finished(await treat(bed, patient, backend, ward, prompts, config, seed=seeds[bed]))
+            stay = await treat(
+                bed, patient, backend, ward, prompts, config, seed=seeds[bed], scorer=scorer
+            )
+            finished(stay)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(patients))):

@@ -17,10 +17,12 @@ from policy.agent.prompts import Prompts
 from policy.agent.published import actions_text
 from policy.agent.records import Records, last_attempts, to_record
 from policy.agent.run import treat_all
+from policy.agent.scoring import ActionScorer
 from policy.agent.summary import summarize
 from policy.agent.ward import Ward, admit
 from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
+from policy.serving.tokens import TokenBackend
 from sepsis_jax.pipelines.agent_backends import BackendOptions, open_backend
 from sepsis_jax.progress import Progress, silent
 from sepsis_jax.provenance import provenance
@@ -58,6 +60,8 @@ class AgentOptions:
         comes with a warning.
       concurrency: stays in treatment at the same time.
       attempts: at a stay that fails.
+      probabilities: note those of all 25 prescriptions at each decision; needs a backend that
+        works token by token (embedded or vllm).
       seed: of patients, noise and replies.
       forecast: how simulations are answered.
       dialogue: bounds of a dialogue, and how replies are drawn.
@@ -73,6 +77,7 @@ class AgentOptions:
     support_limit: float = 0.01
     concurrency: int = 256
     attempts: int = 2
+    probabilities: bool = False
     seed: int = 0
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
@@ -158,8 +163,15 @@ def run_agent(
         "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
     }
     language_model = open_backend(backend)
+    scorer = None
+    if options.probabilities:
+        if not isinstance(language_model, TokenBackend):
+            raise InputError("probabilities: need the embedded or the vllm backend")
+        scorer = ActionScorer(language_model)
     records = _begin(out, request, resume=resume)
-    asyncio.run(_treat(unit, forecaster, language_model, prompts, options, records, progress))
+    asyncio.run(
+        _treat(unit, forecaster, language_model, scorer, prompts, options, records, progress)
+    )
     found = summarize(
         last_attempts(out / RECORDS).values(),
         step_hours=prompts.hours,
@@ -173,6 +185,7 @@ async def _treat(
     unit: _Unit,
     forecaster: Forecaster | None,
     backend: Backend,
+    scorer: ActionScorer | None,
     prompts: Prompts,
     options: AgentOptions,
     records: Records,
@@ -211,6 +224,7 @@ async def _treat(
                     ],
                     concurrency=options.concurrency,
                     finished=finished,
+                    scorer=scorer,
                 )  # fmt: skip
             finally:
                 ward.close()
