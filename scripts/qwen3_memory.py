@@ -3,7 +3,10 @@
     python scripts/qwen3_memory.py --size 4b
 
 Nothing is allocated: parameters, gradients and AdamW's moments are shapes on simulated devices.
-Activations come on top. `--lora RANK` trains adapters on bfloat16 weights instead.
+`--length T` also compiles the gradient for rows of T tokens, one per device along fsdp, for
+simulated CPU devices, and tells its temporary memory; an upper estimate, since CPUs keep float32
+copies of bfloat16 operands. `--lora RANK` trains adapters on bfloat16
+weights instead.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ def main() -> None:
     parser.add_argument("--config", help="folder with a config.json, instead of --size")
     parser.add_argument("--meshes", default=MESHES, help="fsdp x tensor, comma-separated")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank")
+    parser.add_argument("--length", type=int, metavar="T", help="compile the gradient as well")
     arguments = parser.parse_args()
     meshes = [tuple(map(int, mesh.split("x"))) for mesh in arguments.meshes.split(",")]
     # Before JAX is imported, which reads them then.
@@ -45,9 +49,16 @@ def report(arguments: Any, meshes: list[tuple[int, ...]]) -> None:
     from flax import nnx
 
     from policy.qwen3.config import Qwen3Config, load_config
+    from policy.qwen3.logprobs import token_logprobs
     from policy.qwen3.lora import add_adapters
     from policy.qwen3.model import Qwen3
-    from policy.qwen3.sharding import abstract, bytes_per_device, check_divisible, make_mesh
+    from policy.qwen3.sharding import (
+        abstract,
+        batch_sharding,
+        bytes_per_device,
+        check_divisible,
+        make_mesh,
+    )
 
     sizes = {  # hidden, MLP, layers, heads, tied
         "0.6b": (1024, 3072, 28, 16, True),
@@ -86,11 +97,33 @@ def report(arguments: Any, meshes: list[tuple[int, ...]]) -> None:
     def trained() -> Any:
         return nnx.state(model(), trained_kind)
 
+    graphdef = nnx.graphdef(nnx.eval_shape(model))
+
+    def loss(trained: Any, params: Any, ids: jax.Array) -> jax.Array:
+        merged = nnx.merge(graphdef, nnx.merge_state(params, trained))
+        return token_logprobs(merged, ids, remat="full").logprob.mean()
+
+    def temporary(mesh: Any) -> int:
+        """Bytes on each device while the gradient is computed, beside what goes in and out."""
+        ids = jax.ShapeDtypeStruct(
+            (mesh.shape["fsdp"], arguments.length), jnp.int32, sharding=batch_sharding(mesh)
+        )
+        tuned = abstract(trained, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, tuned)
+        with jax.set_mesh(mesh):
+            step = jax.jit(jax.grad(loss), out_shardings=places)
+            compiled = step.lower(tuned, abstract(params, mesh), ids).compile()
+        found = compiled.memory_analysis()
+        assert found is not None  # CPUs always tell
+        return found.temp_size_in_bytes
+
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(params)))
     tuned = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(trained)))
+    titles = ["fsdp x tensor", "parameters", "gradients", "AdamW"]
+    titles += [f"temporary, {arguments.length} tokens"] if arguments.length else []
     print(f"{count:,} parameters, {tuned:,} trained in float32; GiB per device")
-    print("| fsdp x tensor | parameters | gradients | AdamW | sum |")
-    print("| --- | --- | --- | --- | --- |")
+    print("| " + " | ".join([*titles, "sum"]) + " |")
+    print("| --- " * (len(titles) + 1) + "|")
     for fsdp, tensor in meshes:
         mesh = make_mesh(fsdp=fsdp, tensor=tensor)
         check_divisible(config, mesh)
@@ -98,8 +131,9 @@ def report(arguments: Any, meshes: list[tuple[int, ...]]) -> None:
             bytes_per_device(abstract(make, mesh)) / GIB
             for make in (params, trained, lambda: optax.adamw(1e-5).init(trained()))
         ]
+        parts += [temporary(mesh) / GIB] if arguments.length else []
         columns = " | ".join(f"{part:.2f}" for part in (*parts, sum(parts)))
-        print(f"| {fsdp} x {tensor} | {columns} |")
+        print(f"| {fsdp} x {tensor} | {columns} |", flush=True)
 
 
 if __name__ == "__main__":

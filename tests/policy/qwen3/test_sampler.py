@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from policy import qwen3
+from policy.qwen3 import sampler
 from policy.qwen3.sampler import Draw, bucket, draw_token, generate, nucleus
 from policy.qwen3.scoring import score
 from worldmodel.errors import InputError
@@ -95,6 +96,12 @@ def test_logprobs_are_those_of_the_distributions(model, drawn):
             assert token in kept
             expected = np.log(probs[token] / probs[kept].sum())
             assert reply.logprobs[at] == pytest.approx(expected, abs=1e-4)
+
+
+def test_one_program_per_bucket(model, drawn):
+    programs = sampler._generate._cache_size()
+    generate(model, [Draw((5,) * count, max_new_tokens=count) for count in (1, 8, 32)])
+    assert sampler._generate._cache_size() == programs
 
 
 def test_stop_tokens_end_rows(model, drawn):
