@@ -1,0 +1,128 @@
+"""Token-level dialogues: ids are only appended, and say what the chat template would say."""
+
+import asyncio
+
+import numpy as np
+import pytest
+
+from policy.agent.scoring import ActionScorer
+from policy.agent.tools import SCHEMAS, Prescribe, prescription_arguments, read_call
+from policy.qwen3.tiny import make_tiny
+from policy.serving import hermes
+from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Completion, Sampling
+from policy.serving.tokens import ChatTokens, TokenBackend
+from worldmodel.errors import InputError
+
+CALL = hermes.write("prescription", prescription_arguments(7))
+FIRST = [{"role": "user", "content": "MAP 60"}]
+TOLD = [{"role": "tool", "tool_call_id": "call-1-0", "name": "prescription", "content": "MAP 65"}]
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    make_tiny(folder)
+    return ChatTokens.load(folder)
+
+
+class Typist:
+    """A generator that writes given texts, and likes some actions better than others."""
+
+    name = "typist"
+
+    def __init__(self, tokens, *texts):
+        self.tokens, self.texts, self.prompts = tokens, list(texts), []
+
+    async def generate(self, prompt_ids, *, sampling, seed):
+        self.prompts.append(list(prompt_ids))
+        text = self.texts.pop(0)
+        if isinstance(text, Exception):
+            raise text
+        if isinstance(text, tuple):  # cut off
+            ids = self.tokens.encode(text[0])
+            return Completion(tuple(ids), (-1.0,) * len(ids), LENGTH)
+        ids = [*self.tokens.encode(text), self.tokens.end_id]
+        return Completion(tuple(ids), (-1.0,) * len(ids), STOP, "v1")
+
+    async def score(self, prompt_ids, continuations):
+        self.asked = continuations
+        return [float(-i) for i in range(len(continuations))]
+
+    async def close(self):
+        pass
+
+
+def talk(tokens, texts, *asked):
+    generator = Typist(tokens, *texts)
+    conversation = TokenBackend(generator, tokens).open(SCHEMAS)
+
+    async def go():
+        return [await conversation.ask(messages, sampling=Sampling(), seed=0) for messages in asked]
+
+    return asyncio.run(go()), generator, conversation
+
+
+def test_a_dialogue_is_what_the_template_renders(tokens):
+    replies, generator, conversation = talk(tokens, [CALL, CALL], FIRST, TOLD)
+    assert [read_call(reply.tool_calls[0]) for reply in replies] == [Prescribe(7)] * 2
+    assert [reply.finish_reason for reply in replies] == [TOOL_CALLS] * 2
+    assert replies[0].tool_calls[0].id != replies[1].tool_calls[0].id
+    # The whole dialogue rendered anew, the model's words as content.
+    whole = [*FIRST, {"role": "assistant", "content": CALL}, *TOLD]
+    assert generator.prompts[1] == tokens.first(whole, SCHEMAS)
+    assert replies[1].prompt_ids[: len(generator.prompts[0])] == tuple(generator.prompts[0])
+    assert conversation.ids == [*generator.prompts[1], *replies[1].token_ids]
+    assert replies[0].weight_version == "v1"
+    assert replies[0].usage["completion_tokens"] == len(replies[0].token_ids)
+
+
+def test_a_reply_that_was_cut_off_is_ended_and_kept(tokens):
+    replies, generator, _ = talk(tokens, [("I think <tool_call>",), CALL], FIRST, FIRST)
+    assert replies[0].finish_reason == LENGTH
+    assert replies[0].tool_calls[0].name == ""
+    before = [*replies[0].prompt_ids, *replies[0].token_ids]
+    assert generator.prompts[1][: len(before) + 1] == [*before, tokens.end_id]
+
+
+def test_what_was_drawn_is_never_tokenised_again(tokens):
+    """Ids that a tokenizer would never choose stay as they are."""
+    word = tokens.encode("prescription")
+    spelled = [token for letter in "prescription" for token in tokens.encode(letter)]
+    assert spelled != word
+
+    class Speller(Typist):
+        async def generate(self, prompt_ids, *, sampling, seed):
+            self.prompts.append(list(prompt_ids))
+            return Completion((*spelled, tokens.end_id), (-1.0,) * (len(spelled) + 1), STOP)
+
+    generator = Speller(tokens)
+    conversation = TokenBackend(generator, tokens).open(SCHEMAS)
+    for messages in (FIRST, TOLD):
+        asyncio.run(conversation.ask(messages, sampling=Sampling(), seed=0))
+    start = len(generator.prompts[0])
+    assert generator.prompts[1][start : start + len(spelled)] == spelled
+
+
+def test_a_fault_leaves_the_dialogue_as_it_was(tokens):
+    generator = Typist(tokens, BackendError("gone"), CALL)
+    conversation = TokenBackend(generator, tokens).open(SCHEMAS)
+    with pytest.raises(BackendError):
+        asyncio.run(conversation.ask(FIRST, sampling=Sampling(), seed=0))
+    assert conversation.ids == []
+    asyncio.run(conversation.ask(FIRST, sampling=Sampling(), seed=0))
+    assert generator.prompts[0] == generator.prompts[1]
+
+
+def test_all_25_prescriptions_are_scored(tokens):
+    generator = Typist(tokens)
+    found = asyncio.run(ActionScorer(TokenBackend(generator, tokens))([1, 2, 3]))
+    weights = np.exp(-np.arange(25.0))
+    np.testing.assert_allclose(found, weights / weights.sum())
+    for action, ids in enumerate(generator.asked):
+        (call,) = hermes.parse(tokens.text(ids)).tool_calls
+        assert read_call(call) == Prescribe(action) and ids[-1] == tokens.end_id
+
+
+def test_a_folder_without_a_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="tokenizer"):
+        ChatTokens.load(tmp_path)
