@@ -85,7 +85,9 @@ def generate(
         seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
         temperature=np.array([draw.temperature for draw in [*draws, *fill]], np.float32),
         top_p=np.array([draw.top_p for draw in [*draws, *fill]], np.float32),
-        stop_ids=np.array(stop_ids, np.int32),
+        stop_ids=np.array(
+            [*stop_ids, *[-1] * (bucket(len(stop_ids), 8) - len(stop_ids))], np.int32
+        ),
     )
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
     out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
@@ -98,7 +100,7 @@ class _Settings(NamedTuple):
     seed: Any  # [B, 2] uint32
     temperature: Any  # [B]
     top_p: Any  # [B]
-    stop_ids: Any  # [K]
+    stop_ids: Any  # [K], filled up with -1
 
 
 class _State(NamedTuple):

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ def model(folder):
     return qwen3.load(folder)
 
 
+embedded_generator = partial(EmbeddedGenerator, min_batch=8)  # one program for most tests
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """Sizes of the batches that reach the sampler."""
@@ -54,7 +58,7 @@ def ask_all(generator, prompts):
 
 
 def test_what_waits_together_is_drawn_together_and_as_if_alone(model, calls):
-    generator = EmbeddedGenerator(model, stop_ids=[2], version="step-1")
+    generator = embedded_generator(model, stop_ids=[2], version="step-1")
     together = ask_all(generator, PROMPTS)
     assert calls == [7]
     for seed, prompt in enumerate(PROMPTS):
@@ -68,7 +72,7 @@ def test_what_waits_together_is_drawn_together_and_as_if_alone(model, calls):
 
 
 def test_batches_have_a_limit_and_a_generator_outlives_an_event_loop(model, calls):
-    generator = EmbeddedGenerator(model, stop_ids=[], max_batch=4)
+    generator = embedded_generator(model, stop_ids=[], max_batch=4)
     first, second = ask_all(generator, PROMPTS), ask_all(generator, PROMPTS)
     assert calls == [4, 3, 4, 3]
     assert first == second
@@ -76,7 +80,7 @@ def test_batches_have_a_limit_and_a_generator_outlives_an_event_loop(model, call
 
 
 def test_prompts_of_other_lengths_wait_for_their_own_batch(model, calls):
-    generator = EmbeddedGenerator(model, stop_ids=[])
+    generator = embedded_generator(model, stop_ids=[])
     ask_all(generator, [[5] * 10, [5] * 40, [6] * 10])
     assert calls == [2, 1]
 
@@ -87,7 +91,7 @@ def test_the_event_loop_lives_on(model, monkeypatch):
         return sampler.generate(model, draws, **settings)
 
     monkeypatch.setattr(embedded, "generate", slow)
-    generator = EmbeddedGenerator(model, stop_ids=[2])
+    generator = embedded_generator(model, stop_ids=[2])
 
     async def run():
         reply = asyncio.create_task(generator.generate([5], sampling=SAMPLING, seed=0))
@@ -101,7 +105,7 @@ def test_the_event_loop_lives_on(model, monkeypatch):
 
 
 def test_new_weights_answer_with_their_version(folder, model):
-    generator = EmbeddedGenerator(model, stop_ids=[2], version="old")
+    generator = embedded_generator(model, stop_ids=[2], version="old")
     old = ask_all(generator, PROMPTS[:1])[0]
     other = qwen3.load(folder)
     other.norm.scale[...] = -other.norm.scale[...]
@@ -113,7 +117,7 @@ def test_new_weights_answer_with_their_version(folder, model):
 
 
 def test_a_bad_request_fails_alone_and_says_why(model):
-    generator = EmbeddedGenerator(model, stop_ids=[2])
+    generator = embedded_generator(model, stop_ids=[2])
 
     async def run():
         asked = [
@@ -127,7 +131,7 @@ def test_a_bad_request_fails_alone_and_says_why(model):
 
 
 def test_a_cancelled_request_does_not_trouble_the_others(model, calls):
-    generator = EmbeddedGenerator(model, stop_ids=[2])
+    generator = embedded_generator(model, stop_ids=[2])
 
     async def run():
         asked = [
@@ -144,7 +148,7 @@ def test_a_cancelled_request_does_not_trouble_the_others(model, calls):
 
 
 def test_scores_of_many_questions(model):
-    generator = EmbeddedGenerator(model, stop_ids=[2])
+    generator = embedded_generator(model, stop_ids=[2])
     questions = [(prompt, [[3, 4], [5], [6, 7, 8]]) for prompt in PROMPTS[:3]]
 
     async def run():
@@ -163,7 +167,7 @@ def test_scores_of_many_questions(model):
 
 def test_a_closed_generator_refuses(model):
     async def run():
-        generator = EmbeddedGenerator(model, stop_ids=[2])
+        generator = embedded_generator(model, stop_ids=[2])
         waiting = asyncio.create_task(generator.generate([5], sampling=SAMPLING, seed=0))
         await asyncio.sleep(0)
         await generator.close()
