@@ -114,6 +114,8 @@ def serve(
         server.stop()
         if written is not None:
             written.unlink(missing_ok=True)
+            if key_file is None:
+                written.parent.rmdir()
 
 
 def _write_key(key: str, path: Path | None) -> Path:

@@ -46,7 +46,8 @@ class WeightControl:
         """
         patience = min(endpoint.patience_s, 10.0)
         self._client = Client(replace(endpoint, attempts=1, patience_s=patience), key=key)
-        self._folder = folder
+        self._given = folder
+        self._folders: dict[str, Path] = {}  # by version
         self._known: dict[str, Mapping[str, str]] = {}  # checksums by fingerprint of the files
         self._lock = asyncio.Lock()
 
@@ -66,19 +67,26 @@ class WeightControl:
             old weights serve again; or that failed too, and the server stays paused, since its
             weights are neither: restart it.
         """
-        await asyncio.to_thread(check_weights, folder, self._folder)
+        await asyncio.to_thread(check_weights, folder, self._given)
         async with self._lock:
-            old_version, before = await self.weight_version(), await self.checksums()
+            version_before, before = await self.weight_version(), await self.checksums()
+            self._folders = self._folders or {version_before: self._given}
+            if version_before not in self._folders:
+                raise BackendError(
+                    f"the server is at version {version_before!r}, which this controller did not "
+                    "load; make a new one with the folder that the server serves"
+                )
+            folder_before = self._folders[version_before]
             begun = time.monotonic()
             try:
                 await self._client.post("/pause", None, _ignore, query={"mode": "wait"})
                 after = await self._load(folder)
                 await self._set_version(version)
             except BaseException as error:
-                await asyncio.shield(self._go_back(old_version, error))
+                await asyncio.shield(self._go_back(folder_before, version_before, error))
                 raise
             await self._client.post("/resume", None, _ignore)
-            self._folder = folder
+            self._folders[version] = folder
             unseen = sum(value == _EMPTY for value in after.values())
             return Swap(version, time.monotonic() - begun, before != after, unseen)
 
@@ -153,11 +161,11 @@ class WeightControl:
     async def _set_version(self, version: str) -> None:
         await self._client.post("/update_weight_version", {"new_version": version}, _ignore)
 
-    async def _go_back(self, version: str, error: BaseException) -> None:
+    async def _go_back(self, folder: Path, version: str, error: BaseException) -> None:
         """After a failed swap, which leaves tensors without values: the old weights, or none."""
-        _LOG.warning("swap of weights failed (%s); going back to %s", error, self._folder)
+        _LOG.warning("swap of weights failed (%s); going back to %s", error, folder)
         try:
-            await self._load(self._folder)
+            await self._load(folder)
             await self._set_version(version)
             await self._client.post("/resume", None, _ignore)
         except BackendError as worse:

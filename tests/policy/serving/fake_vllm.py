@@ -23,7 +23,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 mode = os.environ.get("FAKE_VLLM", "")
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+loyal = "" if mode == "stubborn" else "while os.getppid() == parent: time.sleep(0.05)\nsys.exit()"
+code = f"import os, sys, time\nparent = {os.getpid()}\n{loyal}\ntime.sleep(60)"
+child = subprocess.Popen([sys.executable, "-S", "-c", code])
 print(json.dumps({"pids": [os.getpid(), child.pid], "args": sys.argv[1:]}), flush=True)
 print(f"the key is {os.environ['VLLM_API_KEY']}", flush=True)
 if mode == "dies":

@@ -134,6 +134,25 @@ def test_the_same_files_must_give_the_same_checksums(folders):
     assert server.version == "a"
 
 
+def test_a_server_that_was_started_anew_is_at_its_first_weights(folders):
+    old, new = folders
+
+    async def after_a_restart(control):
+        await control.swap(new, "step-1")
+        server.loaded, server.version, server.fail = str(old), "default", {"/reset_prefix_cache": 1}
+        with pytest.raises(BackendError, match="no /reset_prefix_cache"):
+            await control.swap(new, "step-2")
+        assert (server.loaded, server.version, server.paused) == (str(old), "default", False)
+        await control.swap(new, "step-2")
+        server.version = "of somebody else"
+        with pytest.raises(BackendError, match="this controller did not load"):
+            await control.swap(old, "step-3")
+
+    with FakeWeights(old) as server:
+        run(server, old, after_a_restart)
+    assert (server.loaded, server.paused) == (str(new), False)
+
+
 def test_a_busy_cache_is_emptied_later(folders):
     old, new = folders
     with FakeWeights(old, fail={"busy": 1}) as server:
