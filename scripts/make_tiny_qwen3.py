@@ -1,7 +1,9 @@
-"""Makes a tiny random Qwen3 folder with a tokenizer, without a network.
+"""Makes a tiny Qwen3 folder with a tokenizer, without a network.
 
     python scripts/make_tiny_qwen3.py --out runs/tiny-qwen3
+    python scripts/make_tiny_qwen3.py --out runs/tiny-taught --teach
 
+The weights are random, or, with --teach, have learned to hold the agent's compact dialogue.
 transformers, vLLM and `policy.qwen3.load` read it as they read a real one.
 """
 
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from policy.qwen3.tiny import make_tiny
+from policy.train.tiny import taught_tiny
 from worldmodel.errors import InputError
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2},
     "small": {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4},
@@ -23,20 +27,25 @@ SIZES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--size", choices=SIZES, help="tiny by default, or smaller with --teach")
     parser.add_argument("--untied", action="store_true", help="output projection of its own")
-    parser.add_argument("--rope-theta", type=float, default=1e6)
+    parser.add_argument("--rope-theta", type=float, help="1e6 by default, or 1e4 with --teach")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--teach", action="store_true", help="takes a minute or two")
     arguments = parser.parse_args()
+    settings = dict(SIZES[arguments.size]) if arguments.size else {}
+    if not arguments.teach:
+        settings = SIZES["tiny"] | settings
+    if arguments.rope_theta:
+        settings["rope_theta"] = arguments.rope_theta
     try:
-        path = make_tiny(
+        path = (taught_tiny if arguments.teach else make_tiny)(
             arguments.out,
             seed=arguments.seed,
             tied=not arguments.untied,
-            rope_theta=arguments.rope_theta,
             dtype=arguments.dtype,
-            **SIZES[arguments.size],
+            **settings,
         )
     except InputError as error:
         print(error, file=sys.stderr)

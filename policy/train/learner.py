@@ -189,6 +189,12 @@ class Learner:
         )
 
 
+def cast(model: Qwen3, dtype: Any) -> Qwen3:
+    """A model with all parameters in another type, such as to save what was trained."""
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
+
+
 def schedule(config: LearnerConfig) -> optax.Schedule:
     """The learning rate by update."""
     return optax.warmup_cosine_decay_schedule(

@@ -26,7 +26,7 @@ from policy.qwen3.weights import load, save_hf
 from policy.serving.tokens import ChatTokens
 from policy.simple import GuidelineRules
 from policy.train.data import Dialogue, batches, cut, pack, written
-from policy.train.learner import Learner, LearnerConfig, Report
+from policy.train.learner import Learner, LearnerConfig, Report, cast
 from policy.train.losses import cross_entropy
 from policy.train.teachers import Teacher, demonstrate, following
 from worldmodel.envs.env import SepsisEnv
@@ -108,6 +108,7 @@ def taught_tiny(
     lessons: tuple[Lesson, ...] = LESSONS,
     teacher: Teacher | None = None,
     report: Callable[[Report], None] | None = None,
+    dtype: Any = "float32",
     **size: Any,
 ) -> Path:
     """Writes a tiny Qwen3 folder whose replies are valid tool calls in the compact dialogue.
@@ -119,6 +120,7 @@ def taught_tiny(
       lessons: one after another.
       teacher: shows the dialogue; one that follows the guidelines if not given.
       report: called as training goes on.
+      dtype: of the weights as written; they are trained in float32.
       size: of the model, as for `make_tiny`.
 
     Raises:
@@ -132,7 +134,7 @@ def taught_tiny(
         model = load(untaught)
         for lesson in lessons:
             model = _taught(model, dialogues, lesson, seed, report)
-        return save_hf(model, path, source=untaught)
+        return save_hf(cast(model, dtype), path, source=untaught)
 
 
 def _taught(

@@ -22,7 +22,7 @@ from policy.train.tiny import TEMPLATES, Clinic
 from worldmodel import schema
 from worldmodel.errors import InputError
 
-DECISIONS, PATIENTS = 4, 8
+DECISIONS, PATIENTS = 3, 8
 
 
 @pytest.fixture(scope="module")
