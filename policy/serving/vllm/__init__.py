@@ -1,7 +1,9 @@
-"""vLLM servers: their environment, their life, and their weights."""
+"""vLLM servers: their environment, their life, their weights, and tokens from them."""
 
 from policy.serving.vllm.command import KEY_VARIABLE, ServerOptions
+from policy.serving.vllm.control import Swap, WeightControl
 from policy.serving.vllm.environment import ServingEnvironment, find_environment
+from policy.serving.vllm.generator import VLLMGenerator
 from policy.serving.vllm.server import ServerError, VLLMServer
 
 __all__ = [
@@ -9,6 +11,9 @@ __all__ = [
     "ServerError",
     "ServerOptions",
     "ServingEnvironment",
+    "Swap",
+    "VLLMGenerator",
     "VLLMServer",
+    "WeightControl",
     "find_environment",
 ]
