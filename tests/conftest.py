@@ -1,10 +1,27 @@
 """Fixtures that all tests share."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from worldmodel.scaling import Scaler
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_compiled_programs(tmp_path_factory):
+    """What one module or worker compiled, the others read from the disk."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    settings = {
+        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,14 +2,7 @@
 
 import pytest
 
-from tests.compiled import compilation_cached
 from tests.sepsis_jax.command_line import FAST, finish
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    with compilation_cached(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,6 @@ from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 COMMANDS = (
     ("demo",),
     ("simulate",),

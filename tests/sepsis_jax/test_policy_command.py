@@ -18,8 +18,6 @@ from worldmodel.episode_files import load_episodes
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import true_value
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 # These tests ask whether it runs, not whether it is good.
 TINY = "{updates: 20, batch_size: 32, seeds: 1, hidden: [8]}"
 CLONE = "{updates: 20, epochs: 1, hidden: 8}"

@@ -28,8 +28,6 @@ from worldmodel.models.world_model import init_world_model
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
 # 9 stays in blocks of 2 starts under 52 plans, and 16 starts under the policy.
 REQUEST = (
     "--plan", "constant", "--plan", "deviations", "--plan", "clinician", "--plan", "early=2,1;1,1",

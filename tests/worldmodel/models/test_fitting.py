@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compiled import compilation_cached
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import Saver
@@ -152,12 +151,6 @@ CONFIG = TrainConfig(
 
 class StoppedError(Exception):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with compilation_cached(tmp_path_factory.mktemp("compiled")):
-        yield
 
 
 @pytest.fixture(scope="module")
