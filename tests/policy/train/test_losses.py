@@ -1,5 +1,7 @@
 """The loss beside plain sums and beside transformers."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from policy.train.data import Dialogue, Rows, pack, written
 from policy.train.losses import cross_entropy
 from tests.policy.train.conftest import stay_of
 
+summed_up = jax.jit(cross_entropy)
+
 
 @pytest.fixture(scope="module")
 def model(untaught):
@@ -21,8 +25,8 @@ def model(untaught):
 def test_by_hand(model):
     one = Dialogue(np.array([5, 6, 7, 8], np.int32), np.array([False, True, False, True]))
     rows = pack([one], 6, seed=0)
-    found = cross_entropy(model, rows)
-    scores = np.asarray(logits(model, jnp.asarray(one.ids)[None]))[0].astype(np.float64)
+    found = summed_up(model, rows)
+    scores = np.asarray(jax.jit(logits)(model, jnp.asarray(one.ids)[None]))[0].astype(np.float64)
     by_hand = 0.0
     for before, target in ((0, 6), (2, 8)):  # tokens 1 and 3, each from what stands before it
         shifted = scores[before] - scores[before].max()
@@ -33,14 +37,14 @@ def test_by_hand(model):
 
 def test_a_first_token_counts_for_nothing(model):
     spoken = Dialogue(np.array([5, 6], np.int32), np.array([True, True]))
-    assert float(cross_entropy(model, pack([spoken], 4, seed=0)).weight) == 1
+    assert float(summed_up(model, pack([spoken], 6, seed=0)).weight) == 1
 
 
 def test_packed_dialogues_do_not_see_each_other(model, tokens):
     members = [written(stay_of(n, n), tokens, SCHEMAS) for n in (1, 2)]
     length = sum(map(len, members))
-    together = cross_entropy(model, pack(members, length, seed=0))
-    alone = [cross_entropy(model, pack([one], length, seed=0)) for one in members]
+    together = summed_up(model, pack(members, length, seed=0))
+    alone = [summed_up(model, pack([one], length, seed=0)) for one in members]
     assert float(together.weight) == sum(float(part.weight) for part in alone)
     np.testing.assert_allclose(
         float(together.total), sum(float(part.total) for part in alone), rtol=1e-5
@@ -49,11 +53,11 @@ def test_packed_dialogues_do_not_see_each_other(model, tokens):
     def loss(model, rows):
         return cross_entropy(model, rows).total
 
-    packed = jax.grad(lambda m: loss(m, pack(members, length, seed=0)))(model)
-    parts = [jax.grad(lambda m, one=one: loss(m, pack([one], length, seed=0)))(model)
-             for one in members]  # fmt: skip
-    summed = jax.tree.map(jnp.add, *parts)
-    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(summed), strict=True):
+    gradient = jax.jit(jax.grad(loss))
+    packed = gradient(model, pack(members, length, seed=0))
+    parts = [gradient(model, pack([one], length, seed=0)) for one in members]
+    added = jax.tree.map(jnp.add, *parts)
+    for a, b in zip(jax.tree.leaves(packed), jax.tree.leaves(added), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-4 * float(jnp.abs(b).max()) + 1e-6)
 
 
@@ -69,5 +73,5 @@ def test_beside_transformers(untaught, model, tokens):
     with torch.no_grad():
         expected = float(reference(input_ids=ids, labels=labels).loss)
     rows = Rows(*(jnp.asarray(leaf) for leaf in pack([found], len(found) + 7, seed=0)))
-    ours = cross_entropy(model, rows, chunk=64)
+    ours = jax.jit(partial(cross_entropy, chunk=64))(model, rows)
     assert abs(float(ours.total / ours.weight) - expected) < 1e-5
