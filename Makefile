@@ -20,7 +20,7 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/sepsis-jax demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
-test: $(VENV)/.installed-test check
+test: $(VENV)/.installed-test serving check
 	$(BIN)/pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-test
