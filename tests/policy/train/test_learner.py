@@ -12,7 +12,7 @@ from flax import nnx
 from policy import qwen3
 from policy.qwen3.lora import add_adapters
 from policy.train.data import Dialogue, batches, pack
-from policy.train.learner import Learner, LearnerConfig, schedule
+from policy.train.learner import Learner, LearnerConfig, cast, schedule
 from policy.train.losses import Summed, cross_entropy
 from worldmodel.errors import InputError
 
@@ -93,8 +93,6 @@ def test_it_learns_and_leaves_the_first_model_alone(model):
     assert all(report.tokens == 24 and report.tokens_per_s > 0 for report in reports)
     assert 0 < reports[0].metrics["entropy"] <= np.log(model.config.vocab_size) + 1e-3
     assert_close(before, params_of(model), atol=0)
-    with pytest.raises(InputError, match="ended after 1 of 20"):
-        Learner(model, cross_entropy, config).run([rows] * 2)
 
 
 def test_adapters_alone_are_trained(model):
@@ -108,28 +106,32 @@ def test_adapters_alone_are_trained(model):
     assert float(jnp.abs(b).max()) > 0
 
 
-def test_masters_are_float32_and_products_are_not(untaught):
+def test_masters_are_float32_and_nothing_to_learn_changes_nothing(untaught):
     half = qwen3.load(untaught, param_dtype=jnp.bfloat16)
-    learner = Learner(half, cross_entropy, CONFIG)
-    learner.update(jax.tree.map(lambda leaf: leaf[None], some_rows(4, [8])))
+    learner = Learner(half, cross_entropy, replace(CONFIG, weight_decay=0.0))
+    learner.update(jax.tree.map(lambda leaf: leaf[None], some_rows(6, [0])))
     after = learner.model()
     assert {leaf.dtype for leaf in jax.tree.leaves(params_of(after))} == {jnp.dtype("float32")}
     assert after.dtype == jnp.bfloat16
+    assert_close(params_of(qwen3.load(untaught, param_dtype=jnp.bfloat16)), params_of(after), 0)
+    again = cast(after, jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params_of(again))} == {jnp.dtype("bfloat16")}
+
+
+def of_weights(model, rows):
+    """A loss that is quick to compile."""
+    return Summed(jnp.sum(model.norm.scale[...]) * rows, jnp.float32(1), {})
 
 
 def test_a_loss_that_is_not_finite_stops_it(model):
-    def broken(model, rows):
-        found = cross_entropy(model, rows)
-        return Summed(found.total * jnp.nan, found.weight, {})
-
-    with pytest.raises(InputError, match=r"not finite by update 2; lower learning_rate"):
-        Learner(model, broken, CONFIG).run(batches(some_rows(5, [8]), 1, seed=0))
+    batches = [np.float32(1), np.float32(1), np.float32(np.nan), np.float32(1)]
+    with pytest.raises(InputError, match=r"not finite by update 4; lower learning_rate"):
+        Learner(model, of_weights, CONFIG).run(batches)
 
 
-def test_nothing_to_learn_changes_nothing(model):
-    learner = Learner(model, cross_entropy, replace(CONFIG, weight_decay=0.0))
-    learner.update(jax.tree.map(lambda leaf: leaf[None], some_rows(6, [0])))
-    assert_close(params_of(model), params_of(learner.model()), atol=0)
+def test_too_few_batches(model):
+    with pytest.raises(InputError, match="ended after 1 of 4 updates"):
+        Learner(model, of_weights, replace(CONFIG, accumulate=2)).run([np.float32(1)] * 3)
 
 
 def test_schedule():
