@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 from policy.qwen3.tiny import make_tiny
-from policy.train.tiny import taught_tiny
+from policy.train import tiny
 from worldmodel.errors import InputError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -22,6 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4},
 }
+LESSONS = {"short": tiny.LESSONS, "whole": tiny.WHOLE_STAYS}
 
 
 def main() -> None:
@@ -29,18 +30,26 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--size", choices=SIZES, help="tiny by default, or smaller with --teach")
     parser.add_argument("--untied", action="store_true", help="output projection of its own")
-    parser.add_argument("--rope-theta", type=float, help="1e6 by default, or 1e4 with --teach")
+    parser.add_argument("--rope-theta", type=float, help="1e6 by default, or 1e3 with --teach")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--teach", action="store_true", help="takes a minute or two")
+    parser.add_argument(
+        "--teach",
+        choices=LESSONS,
+        nargs="?",
+        const="short",
+        help="stays of up to five decisions (short, the default) or of twenty (whole)",
+    )
     arguments = parser.parse_args()
     settings = dict(SIZES[arguments.size]) if arguments.size else {}
-    if not arguments.teach:
+    if arguments.teach:
+        settings["lessons"] = LESSONS[arguments.teach]
+    else:
         settings = SIZES["tiny"] | settings
     if arguments.rope_theta:
         settings["rope_theta"] = arguments.rope_theta
     try:
-        path = (taught_tiny if arguments.teach else make_tiny)(
+        path = (tiny.taught_tiny if arguments.teach else make_tiny)(
             arguments.out,
             seed=arguments.seed,
             tied=not arguments.untied,

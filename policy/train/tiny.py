@@ -1,6 +1,6 @@
 """A tiny Qwen3 that holds the agent's dialogue: for tests and demos, without a network.
 
-It has learned the form of the dialogue, in about a minute on one core, and nothing of medicine.
+It has learned the form of the dialogue, in a minute or two on one core, and nothing of medicine.
 """
 
 from __future__ import annotations
@@ -53,14 +53,24 @@ LESSONS = (
     Lesson(length=1056, rows=2, updates=40, learning_rate=3e-3),
     Lesson(length=2112, rows=1, updates=20, learning_rate=2e-3),
 )
-"""Short rows are cheap and teach what a call is; long ones, which of many turns is the last."""
+"""For stays of up to five decisions or so.
+
+Short rows are cheap and teach what a call is; long ones, which of many turns is the last.
+"""
+
+WHOLE_STAYS = (
+    *LESSONS,
+    Lesson(length=4224, rows=1, updates=12, learning_rate=1.5e-3),
+    Lesson(length=6592, rows=1, updates=4, learning_rate=1e-3),
+)
+"""For stays of up to twenty decisions; takes twice as long, since attention is quadratic."""
 
 _SIZE: dict[str, Any] = {
     "layers": 1,
     "hidden": 64,
     "heads": 2,
     "kv_heads": 1,
-    "rope_theta": 1e4,
+    "rope_theta": 1e3,  # few dimensions that turn less than once in a stay
     "initializer_range": 0.08,
 }
 
@@ -117,7 +127,7 @@ def taught_tiny(
       path: folder to make; an older model there is replaced.
       seed: of the weights, the patients and the order of learning.
       patients: synthetic ones that the teacher treats.
-      lessons: one after another.
+      lessons: one after another, such as `LESSONS` or `WHOLE_STAYS`.
       teacher: shows the dialogue; one that follows the guidelines if not given.
       report: called as training goes on.
       dtype: of the weights as written; they are trained in float32.
@@ -148,7 +158,7 @@ def _taught(
     config = LearnerConfig(
         steps=lesson.updates,
         learning_rate=lesson.learning_rate,
-        warm_up=min(10, lesson.updates),
+        warm_up=lesson.updates // 6,
         report_every=min(20, lesson.updates),
     )
     learner = Learner(model, cross_entropy, config)

@@ -63,6 +63,7 @@ def test_taught_replies_are_valid_calls(clinic, taught):
     assert [stay.status for stay in stays] == [COMPLETED] * PATIENTS
     turns = sum(len(stay.turns) for stay in stays)
     invalid = sum(sum(stay.invalid.values()) for stay in stays)
+    print(f"{invalid} of {turns} replies refused")
     assert invalid <= 0.05 * turns
     simulated = sum(decision.simulations for stay in stays for decision in stay.decisions)
     assert simulated >= 0.9 * sum(len(stay.decisions) for stay in stays)
