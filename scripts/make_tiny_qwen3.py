@@ -38,7 +38,7 @@ def main() -> None:
         choices=LESSONS,
         nargs="?",
         const="short",
-        help="stays of up to five decisions (short, the default) or of twenty (whole)",
+        help="stays of three decisions or so (short, the default), or longer ones (whole)",
     )
     arguments = parser.parse_args()
     settings = dict(SIZES[arguments.size]) if arguments.size else {}

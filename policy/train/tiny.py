@@ -53,7 +53,7 @@ LESSONS = (
     Lesson(length=1056, rows=2, updates=40, learning_rate=3e-3),
     Lesson(length=2112, rows=1, updates=20, learning_rate=2e-3),
 )
-"""For stays of up to five decisions or so.
+"""For stays of three decisions or so.
 
 Short rows are cheap and teach what a call is; long ones, which of many turns is the last.
 """
@@ -63,7 +63,7 @@ WHOLE_STAYS = (
     Lesson(length=4224, rows=1, updates=12, learning_rate=1.5e-3),
     Lesson(length=6592, rows=1, updates=4, learning_rate=1e-3),
 )
-"""For stays of up to twenty decisions; takes twice as long, since attention is quadratic."""
+"""Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
 
 _SIZE: dict[str, Any] = {
     "layers": 1,
