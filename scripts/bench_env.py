@@ -34,6 +34,8 @@ import gymnasium
 import jax
 import numpy as np
 
+from sepsis_jax.benchmark.hardware import processor
+from sepsis_jax.benchmark.timing import summary
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
@@ -158,7 +160,7 @@ def main() -> None:
     for label in ("", ", each"):
         batched = [f"sepsis_env {batch}{label}" for batch in arguments.batches]
         best = max(batched, key=lambda name: rows[name]["median"])
-        ratio = summary(list(np.divide(rates[best], rates[f"gymnasium{label}"])))
+        ratio = summary(np.divide(rates[best], rates[f"gymnasium{label}"]))
         ratios[f"{best} to gymnasium{label}"] = ratio
     print(f"{'':42s} {'median':>10s} {'min':>10s} {'max':>10s}")
     for name, row in rows.items():
@@ -186,25 +188,6 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     print(line)
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {
-        "median": round(float(np.median(values)), 2),
-        "min": round(min(values), 2),
-        "max": round(max(values), 2),
-    }
-
-
-def processor() -> str:
-    """Name of the processor, as the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

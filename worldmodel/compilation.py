@@ -6,6 +6,8 @@ from functools import cache
 
 import jax
 
+BFLOAT16 = "bfloat16"  # operands of products; sums and everything else stay float32
+
 # Measured with jaxlib 0.10 on AVX-512 cores (docs/benchmarks.md): Eigen's float32 products beat
 # YNNPACK's at the shapes of a GRU, and gates gain from full-width vectors. In bfloat16 it is
 # YNNPACK that knows the matrix instructions.
@@ -24,7 +26,7 @@ def compiler_options(precision: str | None = None, platform: str | None = None) 
     """
     if (platform or jax.default_backend()) != "cpu":
         return {}
-    options = _CPU if precision == "bfloat16" else _CPU | _CPU_FLOAT32
+    options = _CPU if precision == BFLOAT16 else _CPU | _CPU_FLOAT32
     return {name: value for name, value in options.items() if _known(name, value)}
 
 

@@ -18,14 +18,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policy.agent.batching import Batcher
 from policy.agent.forecast import Forecast, Forecaster
 from policy.agent.tools import MAX_OPTIONS
+from policy.serving.batching import Batcher
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 
 CAPACITY = 64
+_MAX_WAIT_S = 0.002
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Ward:
         self._capacity = min(capacity, len(admission.patients))
         self._first = jax.device_get(admission.states.last)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ward")
-        batcher = partial(Batcher, capacity=self._capacity, thread=thread)
+        batcher = partial(Batcher, thread=thread, capacity=self._capacity, max_wait_s=_MAX_WAIT_S)
         self._questions: Batcher[tuple[int, tuple[int, ...]], Forecast] = batcher(self._forecast)
         self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
         self._thread = thread

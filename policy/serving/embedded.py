@@ -6,10 +6,11 @@ Requests of many dialogues that wait at the same time are answered in one batch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
@@ -17,9 +18,7 @@ from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, bucket, generate
 from policy.qwen3.scoring import Question, score
 from policy.qwen3.weights import load
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
-
-Ask = TypeVar("Ask")
-Answer = TypeVar("Answer")
+from policy.serving.batching import Batcher
 
 
 class _Weights(NamedTuple):
@@ -56,8 +55,13 @@ class EmbeddedGenerator:
         self.min_batch = min_batch
         self._weights = _Weights(model, version)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
-        self._draws = _Batcher(self._draw, self._thread, max_batch, max_wait, _width_of_draw)
-        self._scores = _Batcher(self._score, self._thread, max_batch, max_wait, _width_of_question)
+        batcher = partial(
+            Batcher, thread=self._thread, capacity=max_batch, max_wait_s=max_wait, one_by_one=True
+        )
+        self._draws: Batcher[Draw, Completion] = batcher(_telling(self._draw), kind=_width_of_draw)
+        self._scores: Batcher[Question, list[float]] = batcher(
+            _telling(self._score), kind=_width_of_question
+        )
 
     @classmethod
     def from_folder(
@@ -108,8 +112,9 @@ class EmbeddedGenerator:
 
     async def close(self) -> None:
         """Waits for the batch under way; requests that still wait are refused."""
-        self._draws.refuse()
-        self._scores.refuse()
+        closed = BackendError("the generator is closed")
+        self._draws.refuse(closed)
+        self._scores.refuse(closed)
         await asyncio.to_thread(self._thread.shutdown)
 
     def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
@@ -129,79 +134,16 @@ class EmbeddedGenerator:
         return score(self._weights.model, questions)
 
 
-class _Batcher(Generic[Ask, Answer]):
-    """Gathers what is asked at the same time and has it answered in one go, in a thread.
+def _telling(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same with every failure as a `BackendError`."""
 
-    Requests that share the width of the one that has waited longest go together, the longest
-    waiting first. If a batch fails, its requests are tried one by one, so that a bad one fails
-    alone.
-    """
-
-    def __init__(
-        self,
-        answer: Callable[[Sequence[Ask]], Sequence[Answer]],
-        thread: ThreadPoolExecutor,
-        max_batch: int,
-        max_wait: float,
-        width: Callable[[Ask], Hashable],
-    ):
-        self.answer, self.thread, self.width = answer, thread, width
-        self.max_batch, self.max_wait = max_batch, max_wait
-        self.waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
-        self.task: asyncio.Task[None] | None = None
-        self.closed = False
-
-    async def ask(self, what: Ask) -> Answer:
-        if self.closed:
-            raise BackendError("the generator is closed")
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
-        self.waiting.append((what, future))
-        if self.task is None or self.task.done():
-            self.task = loop.create_task(self._work())
-        return await future
-
-    def refuse(self) -> None:
-        self.closed = True
-        for _, future in self.waiting:
-            if not future.done():
-                future.set_exception(BackendError("the generator is closed"))
-        self.waiting.clear()
-
-    async def _work(self) -> None:
-        await asyncio.sleep(self.max_wait)
-        while batch := self._next():
-            if not await self._answer(batch) and len(batch) > 1:
-                for one in batch:
-                    await self._answer([one])
-
-    def _next(self) -> list[tuple[Ask, asyncio.Future[Answer]]]:
-        self.waiting = [pair for pair in self.waiting if not pair[1].done()]  # cancelled
-        if not self.waiting:
-            return []
-        width = self.width(self.waiting[0][0])
-        alike = [pair for pair in self.waiting if self.width(pair[0]) == width]
-        batch = alike[: self.max_batch]
-        taken = {id(future) for _, future in batch}
-        self.waiting = [pair for pair in self.waiting if id(pair[1]) not in taken]
-        return batch
-
-    async def _answer(self, batch: list[tuple[Ask, asyncio.Future[Answer]]]) -> bool:
-        """Whether it went well; a failure is passed on to a request that is alone."""
-        asked = [what for what, _ in batch]
+    def told(asked: Any) -> Any:
         try:
-            loop = asyncio.get_running_loop()
-            answers = await loop.run_in_executor(self.thread, self.answer, asked)
+            return answer(asked)
         except Exception as error:  # whatever it was, the dialogues must hear of it
-            if len(batch) == 1 and not batch[0][1].done():
-                failure = BackendError(f"{type(error).__name__}: {error}")
-                failure.__cause__ = error
-                batch[0][1].set_exception(failure)
-            return False
-        for (_, future), answer in zip(batch, answers, strict=True):
-            if not future.done():
-                future.set_result(answer)
-        return True
+            raise BackendError(f"{type(error).__name__}: {error}") from error
+
+    return told
 
 
 def _width_of_draw(draw: Draw) -> int:

@@ -10,7 +10,7 @@ import jax
 
 from sepsis_jax.benchmark.agent import QUESTION, agent_questions
 from sepsis_jax.benchmark.flops import minimal_flops, plain_flops
-from sepsis_jax.benchmark.ours import BFLOAT16, drift, jitted_rollout, plain_model, sharded
+from sepsis_jax.benchmark.ours import drift, jitted_rollout, plain_model, sharded
 from sepsis_jax.benchmark.peak import jax_products, torch_products
 from sepsis_jax.benchmark.theirs import (
     COMPILED,
@@ -24,6 +24,7 @@ from sepsis_jax.benchmark.torch_model import load_torch, torch_installed
 from sepsis_jax.benchmark.workload import Workload, patient_pool, shape_of, workload
 from sepsis_jax.progress import Progress, silent
 from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import PRECISIONS

@@ -27,8 +27,6 @@ from worldmodel.simulate.sharded import (
 )
 from worldmodel.simulate.step import advance
 
-BFLOAT16 = "bfloat16"
-
 
 def checksum(found: Any) -> float:
     """Sum of everything that was returned, NaN left out."""

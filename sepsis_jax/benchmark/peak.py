@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sepsis_jax.benchmark.timing import Contender
-from worldmodel.compilation import compiler_options
+from worldmodel.compilation import BFLOAT16, compiler_options
 from worldmodel.simulate.sharded import AXIS, branch_mesh
 
 # Rows, depth, columns: a large square, and the recurrent product of a GRU of 128.
@@ -43,12 +43,12 @@ def jax_products(precision: str) -> list[Contender]:
 
 def _jax_product(shape: tuple[int, int, int], devices: int, precision: str) -> Contender:
     rows, depth, columns = shape
-    dtype = jnp.bfloat16 if precision == "bfloat16" else jnp.float32
+    dtype = jnp.bfloat16 if precision == BFLOAT16 else jnp.float32
 
     def products(x: jax.Array, weight: jax.Array) -> jax.Array:
         def again(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, _out = carry
-            if precision == "bfloat16":
+            if precision == BFLOAT16:
                 out = jnp.matmul(x, weight, preferred_element_type=jnp.float32)
             else:
                 out = jnp.matmul(x, weight, precision=precision)

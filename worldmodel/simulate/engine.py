@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, Prediction
 from worldmodel.models.gru import gates
-from worldmodel.simulate.kernels import BFLOAT16, OutcomeKernel, StateKernel, Trunk
+from worldmodel.simulate.kernels import OutcomeKernel, StateKernel, Trunk
 
 Hidden = tuple[jax.Array, ...]  # a chain: one [..., H] per layer
 

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import PRECISIONS, ModelConfig, OutcomeModel, StateModel
-
-BFLOAT16 = "bfloat16"  # operands of products; sums and everything else stay float32
 
 
 @struct.dataclass

@@ -1,0 +1,107 @@
+"""Many small requests answered as one batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+Ask = TypeVar("Ask")
+Answer = TypeVar("Answer")
+
+
+def _alike(_: Any) -> Hashable:
+    return None
+
+
+class Batcher(Generic[Ask, Answer]):
+    """Gathers requests that wait at the same time and has them answered together, on a thread.
+
+    The first batch leaves when it is full or its first request has waited long enough; then
+    batches follow each other as long as requests wait. The event loop goes on meanwhile.
+
+    Args:
+      answer: takes one to `capacity` requests, gives their answers in order.
+      thread: an executor of one thread; batchers whose answers touch the same state share one.
+      capacity: requests in a batch at most.
+      max_wait_s: seconds.
+      kind: of a request; a batch holds one kind, that of the request that has waited longest.
+      one_by_one: if a batch fails, its requests are tried alone, so that a bad one fails alone;
+        otherwise all of them fail.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[Sequence[Ask]], Sequence[Answer]],
+        *,
+        thread: ThreadPoolExecutor,
+        capacity: int,
+        max_wait_s: float,
+        kind: Callable[[Ask], Hashable] = _alike,
+        one_by_one: bool = False,
+    ):
+        self._answer, self._thread, self._kind = answer, thread, kind
+        self._capacity, self._max_wait_s, self._one_by_one = capacity, max_wait_s, one_by_one
+        self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
+        self._full = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self._closed: Exception | None = None
+
+    async def ask(self, what: Ask) -> Answer:
+        """The answer; raises what `answer` raised."""
+        if self._closed is not None:
+            raise self._closed
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._waiting.append((what, future))
+        if self._task is None or self._task.done():
+            self._full = asyncio.Event()
+            self._task = loop.create_task(self._work())
+        if len(self._waiting) >= self._capacity:
+            self._full.set()
+        return await future
+
+    def refuse(self, error: Exception) -> None:
+        """Fails the requests that wait, and all that come later."""
+        self._closed = error
+        for _, future in self._waiting:
+            if not future.done():
+                future.set_exception(error)
+        self._waiting.clear()
+
+    async def _work(self) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._full.wait(), self._max_wait_s)
+        while batch := self._next():
+            await self._run(batch)
+
+    def _next(self) -> list[tuple[Ask, asyncio.Future[Answer]]]:
+        self._waiting = [pair for pair in self._waiting if not pair[1].done()]  # cancelled
+        if not self._waiting:
+            return []
+        kind = self._kind(self._waiting[0][0])
+        alike = [pair for pair in self._waiting if self._kind(pair[0]) == kind]
+        batch = alike[: self._capacity]
+        taken = {id(future) for _, future in batch}
+        self._waiting = [pair for pair in self._waiting if id(pair[1]) not in taken]
+        return batch
+
+    async def _run(self, batch: list[tuple[Ask, asyncio.Future[Answer]]]) -> None:
+        loop = asyncio.get_running_loop()
+        asked = [what for what, _ in batch]
+        try:
+            answers = await loop.run_in_executor(self._thread, self._answer, asked)
+        except Exception as error:  # whatever it was, those who wait must hear of it
+            if self._one_by_one and len(batch) > 1:
+                for one in batch:
+                    await self._run([one])
+                return
+            for _, future in batch:
+                if not future.done():
+                    future.set_exception(error)
+            return
+        for (_, future), answer in zip(batch, answers, strict=True):
+            if not future.done():
+                future.set_result(answer)
