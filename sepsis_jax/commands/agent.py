@@ -27,8 +27,8 @@ _SHOWN = {
 
 @app.command(
     "run",
-    epilog="Example: sepsis-jax agent run --llm runs/tiny --templates compact --model runs/model "
-    "--patients 32 --out runs/agent",
+    epilog="Example: sepsis-jax agent run --config configs/agent_tiny.yaml --llm runs/tiny "
+    "--model runs/demo/model --out runs/agent",
 )
 def run(
     out: Out,
@@ -64,6 +64,14 @@ def run(
         bool,
         typer.Option("--reasoning", help="The endpoint takes no temperature, top_p or seed (o3)."),
     ] = False,
+    extra: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extra",
+            help="A further parameter of the endpoint's requests as NAME=VALUE, such as "
+            "reasoning_effort=low; repeat.",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option("--model", help="World model that answers simulations; without it, none."),
@@ -116,7 +124,7 @@ def run(
     options = replace(options, **{name: x for name, x in flags.items() if x is not None})
     chosen = BackendOptions(
         kind=backend, llm=llm, url=url, key_variable=key_variable, key_file=key_file,
-        served_name=served_name, reasoning=reasoning,
+        served_name=served_name, reasoning=reasoning, extra=tuple(extra or ()),
     )  # fmt: skip
     try:
         with phases("agent", log_every=30.0) as progress:

@@ -26,7 +26,7 @@ class BackendOptions:
       key_file: file that holds the key, where the variable is not set.
       served_name: the server's name of the model, where it is not the folder's name.
       reasoning: the endpoint takes neither temperature, top_p nor seed, as o3.
-      extra: further parameters of the endpoint's requests.
+      extra: further parameters of the endpoint's requests, each NAME=VALUE with YAML values.
     """
 
     kind: str = EMBEDDED
@@ -98,6 +98,6 @@ def _parameters(texts: tuple[str, ...]) -> dict[str, Any]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise InputError(f"extra: {text!r} is not NAME=VALUE")
+            raise InputError(f"--extra: {text!r} is not NAME=VALUE")
         found[name] = yaml.safe_load(value)
     return found

@@ -5,6 +5,7 @@ import json
 import jax
 import pytest
 
+from tests.policy.serving.fake import FakeServer
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
@@ -82,6 +83,28 @@ def test_recorded_stays_live_in_the_world_model(capsys, cohort, model, tmp_path)
     assert call(capsys, "agent", "show", "--run", out, "--out", published).status == 0
     entries = json.loads(published.read_text())
     assert len(entries) == 4 and entries[0]["metadata"]["real"]["outcome"] in ("release", "death")
+
+
+def test_an_endpoint_treats(capsys, model, tmp_path, monkeypatch):
+    function = {"name": "prescription", "arguments": '{"vasopressor": 1, "iv_fluid": 1}'}
+    calls = [{"id": "c", "type": "function", "function": function}]
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    answer = {"choices": [{"message": message, "finish_reason": "tool_calls"}]}
+    monkeypatch.setenv("SOME_KEY", "sk-hidden")
+    with FakeServer(answer) as server:
+        result = call(
+            capsys, "agent", "run", "--backend", "openai", "--llm", "some-model", "--url",
+            server.url, "--key-variable", "SOME_KEY", "--reasoning", "--extra",
+            "reasoning_effort=low", "--patients", 6, "--templates", "compact", "--set",
+            "max_steps=3", "--out", tmp_path / "o3", "--json",
+        )  # fmt: skip
+    assert result.status == 0 and result.last_json["completed"] == 6, result.err
+    sent = server.requests[0]
+    assert sent["headers"]["authorization"] == "Bearer sk-hidden"
+    assert sent["body"]["reasoning_effort"] == "low" and "temperature" not in sent["body"]
+    assert [tool["function"]["name"] for tool in sent["body"]["tools"]] == ["prescription"]
+    kept = "".join(file.read_text() for file in (tmp_path / "o3").iterdir())
+    assert "sk-hidden" not in kept + result.out + result.err
 
 
 def test_pages(capsys, done, tmp_path):
