@@ -36,7 +36,8 @@ def summarize(
     Returns:
       Numbers by name, None where there is nothing to count: `stays`, `completed`, `failed`,
       `reward` (mean of total rewards) with `reward_se` (standard error over stays), `deaths`
-      (percent of completed stays), the rates of `RATES`; `failures` and `invalid` by reason; mean
+      (percent of completed stays), the rates of `RATES`; `failures` and `invalid` by reason, with
+      `failure_example`, the first one in words; mean
       `simulations` and `invalid_calls` per decision; `decisions`, `tool_calls`, `replies`,
       `prompt_tokens`, `completion_tokens` in all, failed stays included.
     """
@@ -44,12 +45,14 @@ def summarize(
     decisions: list[Mapping[str, Any]] = []
     failures, invalid, usage = Counter[str](), Counter[str](), Counter[str]()
     tool_calls = replies = 0
+    example: str | None = None
     for record in records:
         if record["status"] == COMPLETED:
             died = record["outcome"] == DEATH
             done.append(_Done(record["total_reward"], died, record["decisions"]))
         else:
             failures[record["failure"]] += 1
+            example = example or f"patient {record['patient']}: {record['detail']}"
         decisions += record["decisions"]
         invalid.update(record["invalid"])
         tool_calls += record["tool_calls"]
@@ -73,6 +76,7 @@ def summarize(
         "prompt_tokens": usage["prompt_tokens"],
         "completion_tokens": usage["completion_tokens"],
         "failures": dict(failures),
+        "failure_example": example,
         "invalid": dict(invalid),
     }
 

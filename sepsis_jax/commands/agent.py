@@ -213,3 +213,5 @@ def _print_summary(found: dict[str, Any]) -> None:
     for kind in ("failures", "invalid"):
         rows += [(f"{kind}: {reason}", count) for reason, count in sorted(found[kind].items())]
     print_table("Agent", ("", ""), rows)
+    if found["failure_example"]:
+        console.print(f"first failure: {found['failure_example']}", soft_wrap=True)
