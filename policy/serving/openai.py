@@ -15,6 +15,7 @@ from policy.serving.backend import (
     Reply,
     Sampling,
     ToolCall,
+    as_message,
 )
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
 
@@ -101,7 +102,7 @@ class OpenAIConversation:
         )
         if reply.finish_reason not in (STOP, LENGTH, TOOL_CALLS):
             raise BackendError(f"{self._client.endpoint.model}: ended by {reply.finish_reason}")
-        self._said = [*said, _as_message(reply)]
+        self._said = [*said, as_message(reply)]
         return reply
 
 
@@ -158,17 +159,3 @@ def _optional(value: Any, name: str, kind: type) -> Any:
     if not isinstance(value, dict) or value.get(name) is None:
         return None
     return member(value, name, kind)
-
-
-def _as_message(reply: Reply) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
-    if reply.tool_calls:
-        message["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in reply.tool_calls
-        ]
-    return message
