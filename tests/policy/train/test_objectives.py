@@ -1,0 +1,333 @@
+"""Objectives by hand, packed, split, and with garbage where nothing is learned."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy import qwen3
+from policy.qwen3.logprobs import token_logprobs
+from policy.train.objectives import (
+    PRESETS,
+    Objective,
+    RolloutRows,
+    mismatch,
+    policy_loss,
+    surrogate_loss,
+)
+from worldmodel.errors import InputError
+
+LN2 = float(np.log(2.0))
+PLAIN = Objective(correction="none")
+
+
+def rows_of(proximal, advantage, *, behavior=None, reference=None, mask=None):
+    """Two dialogues of three own tokens each, one told token before them, in rows of 5."""
+    shape = (2, 5)
+
+    def padded(values, fill):
+        out = np.full(shape, fill, np.float32)
+        out[:, 1:4] = values
+        return out
+
+    own = np.zeros(shape, bool)
+    own[:, 1:4] = True if mask is None else mask
+    proximal = np.asarray(proximal, np.float32)
+    return RolloutRows(
+        ids=np.zeros(shape, np.int32),
+        positions=np.tile(np.arange(5, dtype=np.int32), (2, 1)),
+        segments=np.array([[1, 1, 1, 1, 0]] * 2, np.int32),
+        mask=own,
+        behavior=padded(proximal if behavior is None else behavior, np.nan),
+        proximal=padded(proximal, -np.inf),
+        reference=padded(0.0 if reference is None else reference, np.inf),
+        advantage=padded(advantage, np.nan),
+    )
+
+
+def solved(rows, logprob, objective, entropy=None):
+    """The mean, its gradient by own log-probabilities [2, 3], and the metrics."""
+    inner = jnp.asarray(logprob, jnp.float32)
+    entropies = jnp.zeros((2, 3)) if entropy is None else jnp.asarray(entropy, jnp.float32)
+
+    def mean(inner):
+        full = jnp.full((2, 5), -jnp.inf).at[:, 1:4].set(inner)
+        other = jnp.full((2, 5), jnp.nan).at[:, 1:4].set(entropies)
+        found = surrogate_loss(full, other, rows, objective)
+        return found.total / found.weight, found
+
+    (loss, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(inner)
+    metrics = {name: float(value / found.weight) for name, value in found.metrics.items()}
+    return float(loss), np.asarray(gradient), metrics
+
+
+# Now against proximal: token ratios 1, 2, 1/2 in the first dialogue, 2, 1/2, 1 in the second,
+# whose last token is masked below (so it has two).
+PROXIMAL = np.full((2, 3), -1.0)
+NOW = PROXIMAL + np.array([[0.0, LN2, -LN2], [LN2, -LN2, 0.0]])
+ADVANTAGE = np.array([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])
+MASK = np.array([[True, True, True], [True, True, False]])
+
+
+def test_clip_with_a_mean_over_all_tokens():
+    # min(rA, clip(r, 0.8, 1.28) A): 1, 1.28 (clipped), 0.5; then A = -1: -2, -0.8 (clipped).
+    # Sum -0.02 over 5 tokens. Gradient of r A by logprob is r A where it is not clipped.
+    rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
+    loss, gradient, metrics = solved(rows, NOW, replace(PRESETS["DAPO"], correction="none"))
+    assert loss == pytest.approx(0.02 / 5, abs=1e-6)
+    expected = np.array([[-1.0, 0.0, -0.5], [2.0, 0.0, 0.0]]) / 5
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert metrics["clip_high"] == pytest.approx(1 / 5)
+    assert metrics["clip_low"] == pytest.approx(1 / 5)
+    assert metrics["ratio"] == pytest.approx((1 + 2 + 0.5 + 2 + 0.5) / 5)
+    # k3 of r: r - 1 - ln r, so 0, 1 - ln 2, ln 2 - 1/2, 1 - ln 2, ln 2 - 1/2.
+    assert metrics["kl_proximal"] == pytest.approx(1.0 / 5, abs=1e-6)
+
+
+def test_a_mean_of_means_and_the_reference():
+    # GRPO clips at 0.8 and 1.2: gains 1, 1.2, 0.5, mean 0.9; -2, -0.8, mean -1.4. Loss 0.25.
+    # Reference = proximal, so d = 0, -ln 2, ln 2 and -ln 2, ln 2; k3 = exp(d) - d - 1 is 0,
+    # ln 2 - 1/2, 1 - ln 2: means 1/6 and 1/4, together 5/24. Gradient of k3: 1 - exp(d).
+    rows = rows_of(PROXIMAL, ADVANTAGE, reference=PROXIMAL, mask=MASK)
+    objective = replace(PRESETS["GRPO"], correction="none")
+    loss, gradient, metrics = solved(rows, NOW, objective)
+    assert loss == pytest.approx(0.25 + 0.04 * 5 / 24, abs=1e-6)
+    assert metrics["kl_reference"] == pytest.approx(5 / 24, abs=1e-6)
+    surrogate = np.array([[-1.0, 0.0, -0.5], [2.0, 0.0, 0.0]])
+    kl = np.array([[0.0, 0.5, -1.0], [0.5, -1.0, 0.0]])
+    share = np.array([[1 / 6] * 3, [1 / 4] * 3])
+    np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
+    # k2: d^2 / 2, gradient -d.
+    loss, gradient, _ = solved(rows, NOW, replace(objective, kl_kind="k2"))
+    assert loss == pytest.approx(0.25 + 0.04 * LN2**2 / 2 * (2 / 3 + 1) / 2, abs=1e-6)
+    kl = LN2 * np.array([[0, 1, -1], [1, -1, 0]])
+    np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
+
+
+def test_a_constant_length_and_entropy():
+    # Dr. GRPO: the gains above sum to 2.7 and -2.8; 0.1 over 2 sequences of 10 tokens.
+    # Entropies sum to 1.5 (the masked one, 9, does not count), with weight 0.1 to 0.15.
+    rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
+    objective = replace(
+        PRESETS["DR_GRPO"], correction="none", constant_length=10, entropy_weight=0.1
+    )
+    entropy = [[0.2, 0.3, 0.4], [0.1, 0.5, 9.0]]
+    loss, gradient, metrics = solved(rows, NOW, objective, entropy)
+    assert loss == pytest.approx((0.1 - 0.15) / 20, abs=1e-6)
+    expected = np.array([[-1.0, 0.0, -0.5], [2.0, 0.0, 0.0]]) / 20
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert metrics["entropy"] == pytest.approx((0.3 + 0.3) / 2)  # a mean of means
+
+
+def test_ratios_of_sequences():
+    # GSPO: log ratios (0, ln 2, 0) have the mean ln(2) / 3, so s = 2^(1/3) = 1.26: clipped for
+    # A = 1. (ln 2, -2 ln 2) have the mean -ln(2) / 2, so s = 2^(-1/2) = 0.71: clipped for A = -1.
+    now = PROXIMAL + LN2 * np.array([[0.0, 1.0, 0.0], [1.0, -2.0, 5.0]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
+    objective = replace(PRESETS["GSPO"], correction="none")
+    loss, gradient, metrics = solved(rows, now, objective)
+    assert loss == pytest.approx((-1.0004 + 0.9997) / 2, abs=1e-6)
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-7)
+    assert metrics["clip_high"] == metrics["clip_low"] == pytest.approx(0.5)
+    # With the signs turned nothing is clipped: -s A, and the gradient -s A / tokens each.
+    rows = rows_of(PROXIMAL, -ADVANTAGE, mask=MASK)
+    loss, gradient, _ = solved(rows, now, objective)
+    first, second = 2 ** (1 / 3), 2 ** (-1 / 2)
+    assert loss == pytest.approx((first - second) / 2, abs=1e-6)
+    expected = np.array([[first / 3] * 3, [-second / 2, -second / 2, 0.0]]) / 2
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+
+
+def test_clipped_weights_of_log_probabilities():
+    # CISPO with ratios capped at 1.5: weights 1, 1.5, 0.5; 1.5, 0.5; every token has a gradient.
+    rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
+    objective = replace(PRESETS["CISPO"], correction="none", clip_high=0.5)
+    loss, gradient, metrics = solved(rows, NOW, objective)
+    weights = np.array([[1.0, 1.5, 0.5], [1.5, 0.5, 0.0]])
+    assert loss == pytest.approx(-(weights * ADVANTAGE * NOW).sum() / 5, abs=1e-6)
+    np.testing.assert_allclose(gradient, -weights * ADVANTAGE / 5, atol=1e-6)
+    assert metrics["clip_high"] == pytest.approx(2 / 5)
+    loss, gradient, metrics = solved(rows, NOW, replace(PLAIN, surrogate="reinforce"))
+    assert loss == pytest.approx(-(MASK * ADVANTAGE * NOW).sum() / 5, abs=1e-6)
+    np.testing.assert_allclose(gradient, -MASK * ADVANTAGE / 5, atol=1e-6)
+    assert "clip_high" not in metrics
+
+
+def test_a_second_bound_where_the_advantage_is_negative():
+    # Ratios 1, 2, 4 with A = -1 and a bound of 3: gains -1, -2, -3; the last has no gradient.
+    now = PROXIMAL + LN2 * np.array([[0.0, 1.0, 2.0]] * 2)
+    rows = rows_of(PROXIMAL, -np.ones((2, 3)))
+    loss, gradient, metrics = solved(rows, now, replace(PLAIN, dual_clip=3.0))
+    assert loss == pytest.approx(2.0)
+    np.testing.assert_allclose(gradient, np.array([[1.0, 2.0, 0.0]] * 2) / 6, atol=1e-6)
+    assert metrics["clip_dual"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        # q = exp(proximal - behavior): 1, 4, 1/4 and 2, 2, (masked)
+        ({"correction": "none"}, [[1, 1, 1], [1, 1, 0]]),
+        ({"correction": "truncate", "correction_cap": 3.0}, [[1, 3, 0.25], [2, 2, 0]]),
+        (
+            {"correction": "mask", "correction_low": 0.5, "correction_cap": 3.0},
+            [[1, 0, 0], [2, 2, 0]],
+        ),
+        # Products 1 and 4; geometric means 1 and 2.
+        (
+            {"correction": "mask", "correction_level": "sequence", "correction_cap": 3.0},
+            [[1, 1, 1], [0, 0, 0]],
+        ),
+        (
+            {"correction": "truncate", "correction_level": "sequence", "correction_cap": 3.0},
+            [[1, 1, 1], [3, 3, 0]],
+        ),
+        (
+            {"correction": "mask", "correction_level": "geometric", "correction_cap": 3.0},
+            [[1, 1, 1], [2, 2, 0]],
+        ),
+        (
+            {"correction": "mask", "correction_level": "geometric", "correction_cap": 1.5},
+            [[1, 1, 1], [0, 0, 0]],
+        ),
+    ],
+)
+def test_weights_of_the_sampler(settings, weights):
+    behavior = PROXIMAL - LN2 * np.array([[0, 2, -2], [1, 1, 7]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=behavior, mask=MASK)
+    objective = Objective(**settings)
+    loss, gradient, metrics = solved(rows, PROXIMAL, objective)
+    weights = np.array(weights, np.float64)
+    assert loss == pytest.approx(-(weights * ADVANTAGE).sum() / 5, abs=1e-5)
+    np.testing.assert_allclose(gradient, -weights * ADVANTAGE / 5, atol=1e-5)
+    assert metrics["correction"] == pytest.approx(weights.sum() / 5, abs=1e-5)
+    assert metrics["masked"] == pytest.approx((weights[MASK] == 0).mean())
+    assert metrics["mismatch"] == pytest.approx(LN2 * 6 / 5, abs=1e-6)
+
+
+def test_masked_tokens_keep_their_place_in_the_divisor_and_the_reference():
+    behavior = PROXIMAL - LN2 * np.array([[0, 2, 0], [0, 0, 0]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=behavior, reference=PROXIMAL + LN2)
+    objective = Objective(correction="mask", kl_weight=1.0)
+    loss, gradient, _ = solved(rows, PROXIMAL, objective)
+    # The surrogates -1, 0 (masked), -1 and 1, 1, 1; k3 of d = ln 2 is 1 - ln 2 everywhere.
+    assert loss == pytest.approx(1 / 6 + 1 - LN2, abs=1e-6)
+    assert gradient[0, 1] == pytest.approx(-1 / 6, abs=1e-6)  # of k3 alone: 1 - exp(d)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_extremes_stay_finite(name):
+    far = np.array([[500.0, -500.0, 0.0], [1.0, -2.0, 3.0]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=PROXIMAL + far, reference=PROXIMAL - far)
+    loss, gradient, metrics = solved(rows, PROXIMAL - far, replace(PRESETS[name], kl_weight=0.1))
+    assert np.isfinite(loss) and np.isfinite(gradient).all()
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def test_damage_in_an_own_token_is_not_hidden():
+    rows = rows_of(PROXIMAL, np.array([[1.0, np.nan, 1.0]] * 2))
+    assert np.isnan(solved(rows, NOW, PLAIN)[0])
+
+
+def some_rows(model, lengths, seed):
+    """One dialogue per row; log-probabilities near those of the model, garbage elsewhere."""
+    draw = np.random.default_rng(seed)
+    count, width = len(lengths), max(lengths)
+    inside = np.arange(width) < np.array(lengths)[:, None]
+    ids = np.where(inside, draw.integers(3, 600, (count, width)), 0).astype(np.int32)
+    positions = np.where(inside, np.arange(width), 0).astype(np.int32)
+    segments = inside.astype(np.int32)
+    found = jax.jit(partial(token_logprobs, temperature=0.8))(
+        model, ids, positions=positions, segments=segments
+    )
+    mask = inside & (np.arange(width) > 2) & (draw.random((count, width)) < 0.7)
+
+    def near():
+        other = np.asarray(found.logprob) + draw.normal(0, 0.3, (count, width))
+        return np.where(mask, other, np.nan).astype(np.float32)
+
+    advantage = np.where(mask, draw.normal(size=(count, width)), np.inf).astype(np.float32)
+    leaves = (mask, near(), near(), near(), advantage)
+    return RolloutRows(ids, positions, segments, *leaves)
+
+
+def packed(rows, lengths):
+    """All dialogues in one row."""
+
+    def joined(leaf, extra):
+        parts = [row[:length] for row, length in zip(leaf, lengths, strict=True)]
+        return np.concatenate([*parts, np.full(5, extra, leaf.dtype)])[None]
+
+    one = RolloutRows(*(joined(x, 0 if x.dtype != np.float32 else np.nan) for x in rows))
+    numbers = [n * row for n, row in enumerate(rows.segments, 1)]
+    return one._replace(segments=joined(np.stack(numbers), 0))
+
+
+HARD = {
+    "token": replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01),
+    "sequence": replace(
+        PRESETS["GSPO"], clip_low=0.1, clip_high=0.1, correction_level="geometric", kl_weight=0.1
+    ),
+    "constant": replace(PRESETS["DR_GRPO"], correction="mask", correction_level="sequence"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(untaught):
+    return qwen3.load(untaught)
+
+
+@pytest.mark.parametrize("normalization", HARD)
+def test_packing_and_splitting_change_nothing(model, normalization):
+    lengths = [9, 12, 6]
+    rows = some_rows(model, lengths, seed=3)
+
+    @jax.jit
+    def solve(model, rows):
+        def total(model):
+            found = policy_loss(model, rows, HARD[normalization], temperature=0.8)
+            return found.total, found
+
+        gradient, found = jax.grad(total, has_aux=True)(model)
+        return found, gradient
+
+    whole = solve(model, rows)
+    together = solve(model, packed(rows, lengths))
+    parts = [solve(model, jax.tree.map(lambda x, n=n: x[n : n + 1], rows)) for n in range(3)]
+    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
+    assert float(whole[0].weight) == pytest.approx(
+        rows.mask.sum() if normalization == "token" else 3, abs=1e-5
+    )
+    for other in (together, added):
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, atol=3e-4 * float(jnp.abs(a).max()) + 1e-6)
+
+
+def test_mismatch():
+    mask = np.array([True, True, False, True])
+    found = mismatch(np.array([0.0, -1.0, np.nan, -2.0]), np.array([0.0, -1.5, 0.0, -1.0]), mask)
+    assert found["mean"] == pytest.approx(0.5)
+    assert found["max"] == pytest.approx(1.0)
+    assert found["kl"] == pytest.approx((np.exp(-0.5) - 0.5 + np.e - 2) / 3)  # exp(d) - 1 - d
+    with pytest.raises(InputError, match="1 of 3"):
+        mismatch(np.array([0.0, -np.inf, 0.0, 0.0]), np.zeros(4), mask)
+    with pytest.raises(InputError, match="no token"):
+        mismatch(np.zeros(4), np.zeros(4), np.zeros(4, bool))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratio": "word"}, "ratio: got word, expected one of token, sequence"),
+        ({"kl_kind": "k1"}, "kl_kind: got k1"),
+        ({"clip_low": 1.5}, "clip_low"),
+        ({"dual_clip": 1.1}, "dual_clip: got 1.1, expected above"),
+        ({"correction_cap": 0.9}, "correction_cap"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(InputError, match=message):
+        Objective(**settings)
