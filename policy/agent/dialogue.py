@@ -41,6 +41,7 @@ from worldmodel.envs.base import Timestep
 COMPLETED, FAILED = "completed", "failed"
 RELEASE, DEATH, CUT_OFF = "release", "death", "cut off"
 TOO_MANY_INVALID, NO_BACKEND = "too_many_invalid", "backend"
+STAY, DECISION = MEMORIES = ("stay", "decision")
 
 _OUTCOMES = {
     RELEASE: "the patient was released",
@@ -56,15 +57,19 @@ class DialogueConfig:
     Attributes:
       max_simulations: simulation calls answered per decision.
       max_invalid: invalid calls and replies per decision; with one more the stay has failed.
+      memory: "stay": one conversation from admission to the end; "decision": every decision
+        begins a new one with the chart as it is then, so that contexts stay short.
       sampling: how replies are drawn.
     """
 
     max_simulations: int = 10
     max_invalid: int = 10
+    memory: str = STAY
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
         require(self, "0 or more", lambda n: n >= 0, "max_simulations", "max_invalid")
+        require(self, f"one of {MEMORIES}", lambda name: name in MEMORIES, "memory")
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Turn:
     messages: tuple[dict[str, Any], ...]
     reply: Reply
     seed: int
+    opens: bool = False  # a conversation: nothing that was said before is known
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,8 @@ class Decision:
     simulations: int  # calls answered
     invalid: int  # calls and replies refused
     probabilities: tuple[float, ...] | None = None  # [25] of all prescriptions, where asked for
+    values: tuple[float, ...] | None = None  # [25] by the ward's observer, where it has one
+    turn: int = 0  # index of the turn that prescribed
 
 
 @dataclass
@@ -139,9 +147,7 @@ async def treat(
       seed: of the attempt; each reply has a seed of its own, by attempt, patient and turn.
       scorer: of the backend, to note the probabilities of all 25 prescriptions at each decision.
     """
-    dialogue = _Dialogue(bed, patient, backend, ward, prompts, config, seed)
-    dialogue.scorer = scorer
-    return await dialogue.run()
+    return await _Dialogue(bed, patient, backend, ward, prompts, config, seed, scorer).run()
 
 
 class _FailedError(Exception):
@@ -160,21 +166,23 @@ class _Dialogue:
         prompts: Prompts,
         config: DialogueConfig,
         seed: int,
+        scorer: ActionScorer | None,
     ):
-        tools = SCHEMAS if ward.can_simulate else SCHEMAS[1:]
-        self.conversation: Conversation = backend.open(tools)
-        self.bed, self.ward, self.prompts, self.config = bed, ward, prompts, config
-        self.seed = seed
+        self.bed, self.backend, self.ward, self.prompts = bed, backend, ward, prompts
+        self.config, self.seed, self.scorer = config, seed, scorer
         self.stay = Stay(patient)
         self.chart = Chart.of(ward.admitted(bed))
         self.simulations = self.invalid = 0  # at this decision
         self.done = False
-        self.scorer: ActionScorer | None = None
+        self.conversation: Conversation
+        self.opens = True
 
     async def run(self) -> Stay:
-        messages = self.prompts.first(self.chart, can_simulate=self.ward.can_simulate)
+        messages: list[dict[str, Any]] = []
         try:
             while not self.done:
+                if self.opens:
+                    messages = self._open()
                 reply = await self._ask(messages)
                 messages = await self._answer(reply)
             self.stay.status = COMPLETED
@@ -184,11 +192,18 @@ class _Dialogue:
             self.stay.failure, self.stay.detail = failure.reason, str(failure)
         return self.stay
 
+    def _open(self) -> list[dict[str, Any]]:
+        """Begins a conversation; what it begins with."""
+        can_simulate = self.ward.can_simulate
+        self.conversation = self.backend.open(SCHEMAS if can_simulate else SCHEMAS[1:])
+        return self.prompts.first(self.chart, can_simulate=can_simulate)
+
     async def _ask(self, messages: Sequence[dict[str, Any]]) -> Reply:
         turn = f"{self.seed}:{self.stay.patient}:{len(self.stay.turns)}"
         seed = int.from_bytes(hashlib.sha256(turn.encode()).digest()[:4], "big") >> 1
         reply = await self.conversation.ask(messages, sampling=self.config.sampling, seed=seed)
-        self.stay.turns.append(Turn(tuple(messages), reply, seed))
+        self.stay.turns.append(Turn(tuple(messages), reply, seed, self.opens))
+        self.opens = False
         return reply
 
     async def _answer(self, reply: Reply) -> list[dict[str, Any]]:
@@ -231,12 +246,14 @@ class _Dialogue:
         probabilities = None
         if self.scorer is not None and reply.prompt_ids is not None:
             probabilities = tuple((await self.scorer(reply.prompt_ids)).tolist())
+        values = self.ward.values(self.bed)
         after = await self.ward.prescribe(self.bed, asked.action)
         self.stay.tool_calls += 1
-        self.stay.decisions.append(self._decision(asked.action, after, probabilities))
+        self.stay.decisions.append(self._decision(asked.action, after, probabilities, values))
         self.simulations = self.invalid = 0
         self.chart.add(asked.action, after)
         self.done = bool(after.done)
+        self.opens = self.config.memory == DECISION
         outcome = ""
         if self.done:
             self.stay.outcome, self.stay.mortality = _outcome(after)
@@ -247,7 +264,11 @@ class _Dialogue:
         return answer
 
     def _decision(
-        self, action: int, after: Timestep, probabilities: tuple[float, ...] | None
+        self,
+        action: int,
+        after: Timestep,
+        probabilities: tuple[float, ...] | None,
+        values: tuple[float, ...] | None,
     ) -> Decision:
         chart = self.chart
         return Decision(
@@ -260,6 +281,8 @@ class _Dialogue:
             simulations=self.simulations,
             invalid=self.invalid,
             probabilities=probabilities,
+            values=values,
+            turn=len(self.stay.turns) - 1,
         )
 
     def _refuse(self, reason: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -134,21 +134,27 @@ def _cut_off_half_line(path: Path) -> None:
             file.truncate(end)
 
 
-def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
-    found = []
+def newly_read(turns: Sequence[Turn]) -> Iterator[tuple[tuple[int, ...] | None, bool]]:
+    """For each turn the ids read since the reply before it; None where a backend tells none.
+
+    With them, whether what was read did not begin with all that was read and written before;
+    then it is all there.
+    """
     before: tuple[int, ...] = ()
     for turn in turns:
-        reply = turn.reply
-        prompt, restarts = reply.prompt_ids, False
-        if prompt is not None:
-            restarts = prompt[: len(before)] != before
-            prompt = prompt if restarts else prompt[len(before) :]
-            before = (*(reply.prompt_ids or ()), *(reply.token_ids or ()))
-        found.append(
-            {
-                "messages": list(turn.messages),
-                "reply": {**asdict(reply), "prompt_ids": prompt, "restarts": restarts},
-                "seed": turn.seed,
-            }
-        )
-    return found
+        prompt = turn.reply.prompt_ids
+        restarts = prompt is not None and prompt[: len(before)] != before
+        yield prompt if prompt is None or restarts else prompt[len(before) :], restarts
+        before = (*(prompt or ()), *(turn.reply.token_ids or ()))
+
+
+def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": list(turn.messages),
+            "reply": {**asdict(turn.reply), "prompt_ids": prompt, "restarts": restarts},
+            "seed": turn.seed,
+            "opens": turn.opens,
+        }
+        for turn, (prompt, restarts) in zip(turns, newly_read(turns), strict=True)
+    ]

@@ -7,7 +7,7 @@ jitted call for all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,13 +20,16 @@ import numpy as np
 
 from policy.agent.forecast import Forecast, Forecaster
 from policy.agent.tools import MAX_OPTIONS
-from policy.serving.batching import Batcher
+from policy.serving.batching import Batcher, Lockstep
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 
 CAPACITY = 64
 _MAX_WAIT_S = 0.002
+
+Observer = Callable[[EnvState], jax.Array]
+"""Of the states of B patients, leaves [B, ...]: numbers [B, 25], one for each joint action."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,9 @@ class Ward:
       forecaster: the world model that answers questions; it may be another world than `env`.
         None where there is none to ask.
       capacity: patients in a batch.
+      observer: looks at everybody whose state is new, before anybody decides; what it says is
+        found in `values` and never told to the model.
+      lockstep: shared with the model's generator, for equal batches in equal runs.
     """
 
     def __init__(
@@ -80,16 +86,29 @@ class Ward:
         forecaster: Forecaster | None,
         *,
         capacity: int = CAPACITY,
+        observer: Observer | None = None,
+        lockstep: Lockstep | None = None,
     ):
         self._env, self._states, self._patients = env, admission.states, admission.patients
         self._forecaster = forecaster
         self._capacity = min(capacity, len(admission.patients))
         self._first = jax.device_get(admission.states.last)
         thread = ThreadPoolExecutor(1, thread_name_prefix="ward")
-        batcher = partial(Batcher, thread=thread, capacity=self._capacity, max_wait_s=_MAX_WAIT_S)
+        batcher = partial(
+            Batcher,
+            thread=thread,
+            capacity=self._capacity,
+            max_wait_s=_MAX_WAIT_S,
+            lockstep=lockstep,
+        )
         self._questions: Batcher[tuple[int, tuple[int, ...]], Forecast] = batcher(self._forecast)
         self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
         self._thread = thread
+        self._observer = observer
+        self._values: list[tuple[float, ...] | None] = [None] * len(admission.patients)
+        for start in range(0, len(admission.patients), self._capacity):
+            stop = min(start + self._capacity, len(admission.patients))
+            self._observe(range(start, stop))
 
     @property
     def can_simulate(self) -> bool:
@@ -100,10 +119,13 @@ class Ward:
         """What was seen of a patient at the start, as numpy arrays."""
         return _row(self._first, bed)
 
+    def values(self, bed: int) -> tuple[float, ...] | None:
+        """[25] by the observer, of the state that a patient is in now; None without one."""
+        return self._values[bed]
+
     async def simulate(self, bed: int, actions: tuple[int, ...]) -> Forecast:
         """What the world model expects under one to three joint actions; leaves [K, ...]."""
-        answer = await self._questions.ask((bed, actions))
-        return answer
+        return await self._questions.ask((bed, actions))
 
     async def prescribe(self, bed: int, action: int) -> Timestep:
         """Four hours under a joint action, as numpy arrays."""
@@ -131,8 +153,16 @@ class Ward:
         beds = self._padded([bed for bed, _ in orders], len(self._patients))
         actions = self._padded([action for _, action in orders], 0)
         self._states, timesteps = _step(self._env, self._states, beds, actions)
+        self._observe([bed for bed, _ in orders])
         found = jax.device_get(timesteps)
         return [_row(found, row) for row in range(len(orders))]
+
+    def _observe(self, beds: Sequence[int]) -> None:
+        if self._observer is None:
+            return
+        found = np.asarray(self._observer(_states(self._states, self._padded([*beds], 0))))
+        for bed, values in zip(beds, found.tolist(), strict=False):  # the rest fills the batch
+            self._values[bed] = tuple(values)
 
     def _padded(self, values: list[int], fill: int) -> np.ndarray:
         return np.asarray(values + [fill] * (self._capacity - len(values)), np.int32)
@@ -146,6 +176,11 @@ def _reset(env: SepsisEnv, keys: jax.Array, stays: jax.Array | None) -> tuple[En
 @jax.jit
 def _views(states: EnvState, beds: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[beds], states.last.observation)
+
+
+@jax.jit
+def _states(states: EnvState, beds: jax.Array) -> EnvState:
+    return jax.tree.map(lambda leaf: leaf[beds], states)
 
 
 @partial(jax.jit, donate_argnums=1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ Functions you may call, one JSON object per line:
 """
 """ChatML with tools as JSON in the system turn, calls and replies between tags."""
 
+_WHOLE_TOOL = "tool | tojson"
+_BRIEF_TOOL = "tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')'"
+
 
 def make_tiny(
     path: str | Path,
@@ -86,6 +89,8 @@ def make_tiny(
     rope_theta: float = 1e6,
     initializer_range: float = 0.02,
     dtype: Any = "float32",
+    texts: Iterable[str] | None = None,
+    brief: bool = False,
 ) -> Path:
     """Writes a random Qwen3 as a Hugging Face folder, with tokenizer and chat template.
 
@@ -99,6 +104,9 @@ def make_tiny(
       rope_theta: base of the rotary positions.
       initializer_range: standard deviation of the weights; larger makes sharper distributions.
       dtype: of the weights.
+      texts: that the tokenizer learns its tokens from; generated ones if not given.
+      brief: the chat template shows tools by name and parameters, not by their whole schemas,
+        which would be most of a short context.
     """
     config = Qwen3Config(
         vocab_size=vocab,
@@ -127,12 +135,14 @@ def make_tiny(
         values.append((key, variable.replace(jnp.asarray(value, variable.dtype))))
     model = nnx.merge(graphdef, nnx.from_flat_state(values))
     with tempfile.TemporaryDirectory() as tokenizer:
-        save_tokenizer(Path(tokenizer), vocab=vocab)
+        save_tokenizer(Path(tokenizer), vocab=vocab, texts=texts, brief=brief)
         return save_hf(model, path, source=tokenizer)
 
 
-def save_tokenizer(folder: Path, *, vocab: int) -> None:
-    """Writes a byte-level BPE tokenizer trained on generated text, as transformers loads it."""
+def save_tokenizer(
+    folder: Path, *, vocab: int, texts: Iterable[str] | None = None, brief: bool = False
+) -> None:
+    """Writes a byte-level BPE tokenizer trained on texts, as transformers loads it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -149,7 +159,7 @@ def save_tokenizer(folder: Path, *, vocab: int) -> None:
         special_tokens=[*SPECIAL_TOKENS, *MARKUP_TOKENS],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_text(), trainer)
+    tokenizer.train_from_iterator(_text() if texts is None else texts, trainer)
     contents = json.loads(tokenizer.to_str())
     for token in contents["added_tokens"]:  # the trainer makes all of them special
         token["special"] = token["content"] in SPECIAL_TOKENS
@@ -162,7 +172,9 @@ def save_tokenizer(folder: Path, *, vocab: int) -> None:
             "bos_token": None,
             "eos_token": end_of_turn,
             "pad_token": end_of_text,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": CHAT_TEMPLATE.replace(_WHOLE_TOOL, _BRIEF_TOOL)
+            if brief
+            else CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 32768,
         },

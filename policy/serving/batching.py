@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
 
 
+_SETTLED = 16  # rounds of the event loop without a new request
+
+
 def _alike(_: Any) -> Hashable:
     return None
+
+
+class Lockstep:
+    """Makes batches of several batchers follow from what is asked, not from the clock.
+
+    A batch leaves when nobody is at work who could still ask: no other batch is under way, and
+    the event loop brings no further requests. Equal runs then have equal batches, which equal
+    results to the last bit need; it is also the best gathering where all requests come from
+    dialogues that wait for each other's batches.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._free = asyncio.Lock()
+
+    def asked(self) -> None:
+        """Counts a request."""
+        self._asked += 1
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[None]:
+        """Waits until everybody waits; nobody else has the turn meanwhile."""
+        async with self._free:
+            quiet, seen = 0, self._asked
+            while quiet < _SETTLED:
+                await asyncio.sleep(0)
+                quiet = quiet + 1 if self._asked == seen else 0
+                seen = self._asked
+            yield
 
 
 class Batcher(Generic[Ask, Answer]):
@@ -30,6 +62,7 @@ class Batcher(Generic[Ask, Answer]):
       kind: of a request; a batch holds one kind, that of the request that has waited longest.
       one_by_one: if a batch fails, its requests are tried alone, so that a bad one fails alone;
         otherwise all of them fail.
+      lockstep: shared by the batchers of one event loop; batches leave by its rule, not by time.
     """
 
     def __init__(
@@ -41,9 +74,11 @@ class Batcher(Generic[Ask, Answer]):
         max_wait_s: float,
         kind: Callable[[Ask], Hashable] = _alike,
         one_by_one: bool = False,
+        lockstep: Lockstep | None = None,
     ):
         self._answer, self._thread, self._kind = answer, thread, kind
         self._capacity, self._max_wait_s, self._one_by_one = capacity, max_wait_s, one_by_one
+        self._lockstep = lockstep
         self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
         self._full = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -56,6 +91,8 @@ class Batcher(Generic[Ask, Answer]):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         self._waiting.append((what, future))
+        if self._lockstep is not None:
+            self._lockstep.asked()
         if self._task is None or self._task.done():
             self._full = asyncio.Event()
             self._task = loop.create_task(self._work())
@@ -72,6 +109,12 @@ class Batcher(Generic[Ask, Answer]):
         self._waiting.clear()
 
     async def _work(self) -> None:
+        if self._lockstep is not None:
+            while self._waiting:
+                async with self._lockstep.turn():
+                    if batch := self._next():
+                        await self._run(batch)
+            return
         with suppress(TimeoutError):
             await asyncio.wait_for(self._full.wait(), self._max_wait_s)
         while batch := self._next():

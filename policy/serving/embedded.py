@@ -18,7 +18,7 @@ from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, bucket, generate
 from policy.qwen3.scoring import Question, score
 from policy.qwen3.weights import load
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
-from policy.serving.batching import Batcher
+from policy.serving.batching import Batcher, Lockstep
 
 
 class _Weights(NamedTuple):
@@ -37,6 +37,7 @@ class EmbeddedGenerator:
       min_batch, max_batch: rows of a batch; powers of two. Smaller ones are filled up, so equal
         numbers make one size do, and few programs, at the price of idle rows.
       max_wait: seconds that a first request waits for others.
+      lockstep: shared with the ward, for equal batches in equal runs; then nothing waits by time.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class EmbeddedGenerator:
         min_batch: int = 1,
         max_batch: int = 64,
         max_wait: float = 0.005,
+        lockstep: Lockstep | None = None,
     ):
         self.name = name
         self.stop_ids = tuple(stop_ids)
@@ -56,7 +58,12 @@ class EmbeddedGenerator:
         self._weights = _Weights(model, version)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
         batcher = partial(
-            Batcher, thread=self._thread, capacity=max_batch, max_wait_s=max_wait, one_by_one=True
+            Batcher,
+            thread=self._thread,
+            capacity=max_batch,
+            max_wait_s=max_wait,
+            one_by_one=True,
+            lockstep=lockstep,
         )
         self._draws: Batcher[Draw, Completion] = batcher(_telling(self._draw), kind=_width_of_draw)
         self._scores: Batcher[Question, list[float]] = batcher(

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from policy.agent.dialogue import Stay
+from policy.agent.records import newly_read
 from policy.serving import hermes
 from policy.serving.backend import Reply
 from policy.serving.tokens import ChatTokens
@@ -46,7 +47,7 @@ class Rows(NamedTuple):
     mask: Any  # bool, tokens to learn
 
 
-def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> Dialogue:
+def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> list[Dialogue]:
     """A stay as a model with these tokens would have read and written it.
 
     Args:
@@ -54,17 +55,23 @@ def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) 
       tokens: of the model that is to learn.
       tools: that the stay was opened with.
 
+    Returns:
+      One dialogue per conversation.
+
     Raises:
       InputError: there is no turn, or a reply holds what was no call.
     """
     if not stay.turns:
         raise InputError(f"stay {stay.patient}: no turn to learn from")
-    parts: list[tuple[list[int], bool]] = []
-    for number, turn in enumerate(stay.turns):
-        begin = tokens.more if number else tokens.first
-        parts.append((begin(turn.messages, tools), False))
-        parts.append(([*tokens.encode(reply_text(turn.reply)), tokens.end_id], True))
-    return _joined(parts)
+    found: list[list[tuple[Sequence[int], bool]]] = []
+    for turn in stay.turns:
+        begins = turn.opens or not found
+        if begins:
+            found.append([])
+        told = (tokens.first if begins else tokens.more)(turn.messages, tools)
+        said = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
+        found[-1] += [(told, False), (said, True)]
+    return [_joined(parts) for parts in found]
 
 
 def as_read(stay: Stay) -> list[Dialogue]:
@@ -76,17 +83,13 @@ def as_read(stay: Stay) -> list[Dialogue]:
     Raises:
       InputError: a reply came without ids.
     """
-    found: list[list[tuple[list[int], bool]]] = []
-    before: list[int] = []
-    for turn in stay.turns:
-        prompt, spoken = turn.reply.prompt_ids, turn.reply.token_ids
-        if prompt is None or spoken is None:
+    found: list[list[tuple[Sequence[int], bool]]] = []
+    for turn, (told, restarts) in zip(stay.turns, newly_read(stay.turns), strict=True):
+        if told is None or turn.reply.token_ids is None:
             raise InputError(f"stay {stay.patient}: a reply came without its token ids")
-        if not found or list(prompt[: len(before)]) != before:
+        if restarts or not found:
             found.append([])
-            before = []
-        found[-1] += [(list(prompt[len(before) :]), False), (list(spoken), True)]
-        before = [*prompt, *spoken]
+        found[-1] += [(told, False), (turn.reply.token_ids, True)]
     return [_joined(parts) for parts in found]
 
 
@@ -183,7 +186,7 @@ def batches(rows: Rows, size: int, *, seed: int) -> Iterator[Rows]:
         yield Rows(*(leaf[now] for leaf in rows))
 
 
-def _joined(parts: Sequence[tuple[list[int], bool]]) -> Dialogue:
+def _joined(parts: Sequence[tuple[Sequence[int], bool]]) -> Dialogue:
     own = [np.full(len(ids), spoken) for ids, spoken in parts]
     return Dialogue(
         np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts]), np.concatenate(own)

@@ -1,11 +1,9 @@
-"""Teachers that need no language model, and the dialogues they hold with synthetic patients."""
+"""Teachers that need no language model, and the dialogues they hold with patients."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,64 +11,46 @@ import numpy as np
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat
 from policy.agent.forecast import Forecaster
 from policy.agent.prompts import Prompts
-from policy.agent.script import simulate_and_prescribe
-from policy.agent.tools import (
-    MAX_OPTIONS,
-    PRESCRIPTION,
-    SIMULATION,
-    prescription_arguments,
-    simulation_arguments,
-)
-from policy.agent.ward import Admission, Ward
-from policy.base import Policy
-from policy.serving.backend import TOOL_CALLS, Message, Reply, ToolCall
+from policy.agent.script import simulating
+from policy.agent.tools import MAX_OPTIONS
+from policy.agent.ward import CAPACITY, Admission, Observer, Ward
 from policy.serving.scripted import Script, ScriptedBackend
 from worldmodel import schema
-from worldmodel.envs.base import Timestep
-from worldmodel.envs.env import SepsisEnv
+from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
-from worldmodel.view import View
-
-Teacher = Callable[[Callable[[], View]], Script]
-"""From what tells the newest view of a patient to the script of that patient's dialogue."""
+from worldmodel.simulate.noise import policy_key
+from worldmodel.view import Policy, as_pytree, recent
 
 
-def scripted(script: Script = simulate_and_prescribe) -> Teacher:
-    """A teacher whose script looks at nothing but the messages."""
-    return lambda view: script
-
-
-def following(policy: Policy) -> Teacher:
-    """A teacher that simulates a policy's action and some of its neighbours, and prescribes it.
+def probabilities(policy: Policy, key: jax.Array) -> Observer:
+    """An observer that notes a policy's probabilities.
 
     Args:
-      policy: one that looks at the newest row alone. What it draws, it draws by the reply's seed.
-
-    Raises:
-      InputError: the policy looks back.
+      policy: any; it may look back as far as the ward's environment does.
+      key: of policies that draw.
     """
-    if policy.past:
-        raise InputError(f"teacher: the policy looks back on {policy.past} rows, not on one")
-    act = jax.jit(policy.act)
+    return partial(
+        _probabilities, as_pytree(policy), policy_key(key), past=getattr(policy, "past", 0)
+    )
 
-    def teacher(view: Callable[[], View]) -> Script:
-        def script(messages: Sequence[Message], seed: int) -> Reply:
-            last = messages[-1]
-            if last["role"] == "tool" and last["name"] == SIMULATION:
-                called = messages[-2]["tool_calls"][0]["function"]["arguments"]
-                levels = json.loads(json.loads(called)["actions"][0])
-                action = schema.action_index(*levels)
-                call = ToolCall("", PRESCRIPTION, prescription_arguments(action))
-            else:
-                action = int(act(jax.random.key(seed), view()))
-                near = np.random.default_rng(seed).permutation(neighbours(action))
-                actions = (action, *near[: MAX_OPTIONS - 1].tolist())
-                call = ToolCall("", SIMULATION, simulation_arguments(actions))
-            return Reply("", (_numbered(call, messages),), TOOL_CALLS)
 
-        return script
+def following(ward: Ward, bed: int) -> Script:
+    """The script of a patient whose ward has an observer of `probabilities`.
 
-    return teacher
+    Simulates an action drawn from them, by the seed of the reply, with two of its neighbours,
+    and prescribes it.
+    """
+
+    def choose(seed: int) -> tuple[int, ...]:
+        values = ward.values(bed)
+        assert values is not None
+        draw = np.random.default_rng(seed)
+        shares = np.asarray(values, np.float64)
+        action = int(draw.choice(schema.NUM_ACTIONS, p=shares / shares.sum()))
+        near = draw.permutation(neighbours(action))
+        return (action, *near[: MAX_OPTIONS - 1].tolist())
+
+    return simulating(choose)
 
 
 def neighbours(action: int) -> list[int]:
@@ -89,7 +69,7 @@ def neighbours(action: int) -> list[int]:
 
 
 def demonstrate(
-    teacher: Teacher,
+    policy: Policy,
     env: SepsisEnv,
     admission: Admission,
     forecaster: Forecaster | None,
@@ -97,23 +77,27 @@ def demonstrate(
     config: DialogueConfig | None = None,
     *,
     seed: int,
+    capacity: int = CAPACITY,
 ) -> list[Stay]:
-    """Lets a teacher treat everybody who is admitted.
+    """Lets a policy treat everybody who is admitted, written out as dialogues.
 
     Args:
-      teacher: such as `scripted()` or `following(GuidelineRules())`.
-      env, admission, forecaster: as for `policy.agent.ward.Ward`.
+      policy: such as `GuidelineRules()` or a planner.
+      env, admission, forecaster, capacity: as for `policy.agent.ward.Ward`.
       prompts, config, seed: as for `policy.agent.dialogue.treat`.
 
     Returns:
       The stays in the order of admission, all completed.
 
     Raises:
-      InputError: the teacher failed a stay.
+      InputError: the policy looks back on more rows than the environment shows, or failed a stay.
     """
-    stays = asyncio.run(
-        _demonstrate(teacher, env, admission, forecaster, prompts, config, seed=seed)
-    )
+    observer = probabilities(policy, jax.random.key(seed))
+    ward = Ward(env, admission, forecaster, capacity=capacity, observer=observer)
+    try:
+        stays = asyncio.run(_demonstrate(ward, admission, prompts, config, seed=seed))
+    finally:
+        ward.close()
     for stay in stays:
         if stay.status != COMPLETED:
             raise InputError(f"teacher: failed stay {stay.patient} ({stay.detail})")
@@ -121,44 +105,26 @@ def demonstrate(
 
 
 async def _demonstrate(
-    teacher: Teacher,
-    env: SepsisEnv,
+    ward: Ward,
     admission: Admission,
-    forecaster: Forecaster | None,
     prompts: Prompts,
     config: DialogueConfig | None,
     *,
     seed: int,
 ) -> list[Stay]:
-    ward = _Watched(env, admission, forecaster)
-
     async def stay(bed: int, patient: int) -> Stay:
-        backend = ScriptedBackend(teacher(lambda: ward.seen[bed]))
+        backend = ScriptedBackend(following(ward, bed))
         return await treat(
             bed, patient, backend, ward, prompts, config or DialogueConfig(), seed=seed
         )
 
-    try:
-        return await asyncio.gather(
-            *(stay(bed, patient) for bed, patient in enumerate(admission.patients.tolist()))
-        )
-    finally:
-        ward.close()
+    return await asyncio.gather(
+        *(stay(bed, patient) for bed, patient in enumerate(admission.patients.tolist()))
+    )
 
 
-class _Watched(Ward):
-    """A ward that remembers what was last seen of everybody."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        beds = range(len(self._patients))
-        self.seen: list[View] = [self.admitted(bed).observation for bed in beds]
-
-    async def prescribe(self, bed: int, action: int) -> Timestep:
-        after = await super().prescribe(bed, action)
-        self.seen[bed] = after.observation
-        return after
-
-
-def _numbered(call: ToolCall, messages: Sequence[Message]) -> ToolCall:
-    return ToolCall(f"call-{len(messages)}", call.name, call.arguments)
+@partial(jax.jit, static_argnames="past")
+def _probabilities(policy: Policy, key: jax.Array, states: EnvState, *, past: int) -> jax.Array:
+    views = recent(states.last.observation, past)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, views.step)
+    return jax.vmap(policy)(keys, views)

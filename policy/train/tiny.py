@@ -28,12 +28,13 @@ from policy.simple import GuidelineRules
 from policy.train.data import Dialogue, batches, cut, pack, written
 from policy.train.learner import Learner, LearnerConfig, Report, cast
 from policy.train.losses import cross_entropy
-from policy.train.teachers import Teacher, demonstrate, following
+from policy.train.teachers import demonstrate
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.published import published_scaler
 from worldmodel.synthetic import Config, patient_key
+from worldmodel.view import Policy
 
 TEMPLATES = "compact"
 
@@ -98,8 +99,8 @@ class Clinic:
         keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), jnp.asarray(patients))
         return admit(self.env, keys, patients)
 
-    def demonstrate(self, teacher: Teacher, count: int, *, seed: int) -> list[Stay]:
-        """Stays of `count` patients under a teacher."""
+    def demonstrate(self, teacher: Policy, count: int, *, seed: int) -> list[Stay]:
+        """Stays of `count` patients under a policy."""
         return demonstrate(
             teacher,
             self.env,
@@ -116,7 +117,7 @@ def taught_tiny(
     seed: int = 0,
     patients: int = 32,
     lessons: tuple[Lesson, ...] = LESSONS,
-    teacher: Teacher | None = None,
+    teacher: Policy | None = None,
     report: Callable[[Report], None] | None = None,
     dtype: Any = "float32",
     **size: Any,
@@ -136,11 +137,11 @@ def taught_tiny(
     Raises:
       InputError: as `save_hf`, or a lesson's rows are too short for the dialogue.
     """
-    stays = Clinic.make().demonstrate(teacher or following(GuidelineRules()), patients, seed=seed)
+    stays = Clinic.make().demonstrate(teacher or GuidelineRules(), patients, seed=seed)
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)
-        dialogues = [written(stay, tokens, SCHEMAS) for stay in stays]
+        dialogues = [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
         model = load(untaught)
         for lesson in lessons:
             model = _taught(model, dialogues, lesson, seed, report)

@@ -21,7 +21,9 @@ def stay_of(number, decisions):
             ("prescription", {"vasopressor": 1, "iv_fluid": step % 5}),
         ):
             call = ToolCall(f"call-{len(turns)}", name, json.dumps(arguments))
-            turns.append(Turn(said, Reply("", (call,), TOOL_CALLS), seed=len(turns)))
+            turns.append(
+                Turn(said, Reply("", (call,), TOOL_CALLS), seed=len(turns), opens=not turns)
+            )
             answer = f"t {step} MAP 7{step} lactate 1.{step}"
             said = ({"role": "tool", "tool_call_id": call.id, "name": name, "content": answer},)
     return Stay(number, status=COMPLETED, turns=turns)

@@ -55,7 +55,7 @@ def replayed(stay, tokens):
 def test_written_is_what_a_conversation_appends(tokens):
     stay = stay_of(3, 4)
     again, ids = replayed(stay, tokens)
-    found = written(stay, tokens, SCHEMAS)
+    (found,) = written(stay, tokens, SCHEMAS)
     assert found.ids.dtype == np.int32
     assert found.ids.tolist() == ids
     for turn, before in zip(again.turns, stay.turns, strict=True):
@@ -67,7 +67,7 @@ def test_written_is_what_a_conversation_appends(tokens):
 
 def test_only_replies_are_learned_with_their_end(tokens):
     stay = stay_of(0, 2)
-    found = written(stay, tokens, SCHEMAS)
+    (found,) = written(stay, tokens, SCHEMAS)
     text = "".join(reply_text(turn.reply) + tokens.text([]) + "<|im_end|>" for turn in stay.turns)
     assert tokens.text([*found.ids[found.own], 0])[: len(text)] == text
     ends = found.ends()

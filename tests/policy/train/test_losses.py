@@ -41,7 +41,7 @@ def test_a_first_token_counts_for_nothing(model):
 
 
 def test_packed_dialogues_do_not_see_each_other(model, tokens):
-    members = [written(stay_of(n, n), tokens, SCHEMAS) for n in (1, 2)]
+    members = [one for n in (1, 2) for one in written(stay_of(n, n), tokens, SCHEMAS)]
     length = sum(map(len, members))
     together = summed_up(model, pack(members, length, seed=0))
     alone = [summed_up(model, pack([one], length, seed=0)) for one in members]
@@ -66,7 +66,7 @@ def test_beside_transformers(untaught, model, tokens):
     torch = pytest.importorskip("torch")
     from transformers import Qwen3ForCausalLM
 
-    found = written(stay_of(2, 3), tokens, SCHEMAS)
+    (found,) = written(stay_of(2, 3), tokens, SCHEMAS)
     reference = Qwen3ForCausalLM.from_pretrained(str(untaught), dtype=torch.float32)
     ids = torch.tensor(found.ids.tolist())[None]
     labels = torch.where(torch.tensor(found.own.tolist())[None], ids, -100)

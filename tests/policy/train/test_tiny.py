@@ -4,20 +4,22 @@ import asyncio
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig
 from policy.agent.prompts import Prompts
 from policy.agent.run import treat_all
-from policy.agent.tools import Prescribe, Simulate, read_call
+from policy.agent.tools import SCHEMAS, Prescribe, Simulate, read_call
 from policy.agent.ward import Ward
 from policy.serving.backend import Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
-from policy.simple import GuidelineRules
-from policy.train.data import as_read
-from policy.train.teachers import following, neighbours, scripted
+from policy.simple import GuidelineRules, RandomPolicy
+from policy.train.data import as_read, written
+from policy.train.teachers import demonstrate, neighbours
 from policy.train.tiny import TEMPLATES, Clinic
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -74,7 +76,7 @@ def test_taught_replies_are_valid_calls(clinic, taught):
 
 def test_a_teacher_follows_its_policy(clinic):
     policy = GuidelineRules()
-    stays = clinic.demonstrate(following(policy), PATIENTS, seed=1)
+    stays = clinic.demonstrate(policy, PATIENTS, seed=1)
     admission = clinic.admit(PATIENTS, seed=1)
     views = admission.states.last.observation
     first = jax.vmap(policy, (None, 0))(jax.random.key(0), views).argmax(-1)
@@ -91,7 +93,7 @@ def test_a_teacher_follows_its_policy(clinic):
 
 def test_later_decisions_follow_the_newest_view(clinic):
     """Where MAP was low under the rules, the vasopressor went up one level at the next row."""
-    stays = clinic.demonstrate(following(GuidelineRules()), PATIENTS, seed=1)
+    stays = clinic.demonstrate(GuidelineRules(), PATIENTS, seed=1)
     for stay in stays:
         for decision in stay.decisions[1:]:
             raised = decision.action // schema.NUM_LEVELS - decision.previous_vasopressor
@@ -101,7 +103,7 @@ def test_later_decisions_follow_the_newest_view(clinic):
 
 
 def test_equal_seeds_equal_stays(clinic):
-    one, two = (clinic.demonstrate(scripted(), PATIENTS, seed=3) for _ in range(2))
+    one, two = (clinic.demonstrate(RandomPolicy(), PATIENTS, seed=3) for _ in range(2))
     said = [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in one]
     assert said == [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in two]
     assert said[0] != said[1]
@@ -114,9 +116,52 @@ def test_neighbours():
     assert all(np.isin(neighbours(action), range(25)).all() for action in range(25))
 
 
-def test_a_policy_that_looks_back_is_no_teacher():
-    class Long(GuidelineRules):
-        past = 3
+@struct.dataclass
+class Backwards(GuidelineRules):
+    """Gives what was given in the oldest of three rows."""
 
-    with pytest.raises(InputError, match="looks back on 3 rows"):
-        following(Long())
+    past = 3
+
+    def __call__(self, key, view):
+        assert view.past.vasopressor.shape == (3,)
+        action = schema.action_index(view.past.vasopressor[0], view.past.fluid[0])
+        return jax.nn.one_hot(jnp.where(view.step == 0, 7, action), 25)
+
+
+def test_a_teacher_may_look_back(clinic):
+    for stay in clinic.demonstrate(Backwards(), PATIENTS, seed=1):
+        assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
+
+
+def test_a_teacher_cannot_look_farther_than_the_world(clinic):
+    class Farther(Backwards):
+        past = 13
+
+    with pytest.raises(InputError, match="looks back on 13 rows"):
+        clinic.demonstrate(Farther(), PATIENTS, seed=1)
+
+
+def test_conversations_of_a_decision_begin_with_the_chart(clinic, tokens):
+    """With the memory of a decision nothing said before is in the context."""
+    short, whole = (
+        demonstrate(
+            GuidelineRules(),
+            clinic.env,
+            clinic.admit(PATIENTS, seed=1),
+            clinic.forecaster,
+            Prompts(TEMPLATES),
+            DialogueConfig(memory=memory),
+            seed=1,
+        )
+        for memory in ("decision", "stay")
+    )
+    for one, other in zip(short, whole, strict=True):
+        assert [d.action for d in one.decisions] == [d.action for d in other.decisions]
+        assert [turn.opens for turn in one.turns] == [True, False] * len(one.decisions)
+        assert [turn.opens for turn in other.turns] == [True] + [False] * (len(one.turns) - 1)
+        conversations = written(one, tokens, SCHEMAS)
+        assert len(conversations) == len(one.decisions)
+        assert len(written(other, tokens, SCHEMAS)) == 1
+        (first,) = one.turns[2].messages if len(one.turns) > 2 else one.turns[0].messages
+        assert first["role"] == "user" and "Charlson" in first["content"]
+        assert f"t {len(one.turns) > 2:d} MAP" in first["content"]
