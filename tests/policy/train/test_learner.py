@@ -11,9 +11,11 @@ from flax import nnx
 
 from policy import qwen3
 from policy.qwen3.lora import add_adapters
+from policy.train.configuration import LearnerConfig
 from policy.train.data import Dialogue, batches, pack
-from policy.train.learner import Learner, LearnerConfig, cast, schedule
+from policy.train.learner import Learner, cast
 from policy.train.losses import Summed, cross_entropy
+from policy.train.optimizer import schedule
 from worldmodel.errors import InputError
 
 CONFIG = LearnerConfig(steps=4, learning_rate=1e-2, warm_up=0, report_every=2)
@@ -125,7 +127,7 @@ def of_weights(model, rows):
 
 def test_a_loss_that_is_not_finite_stops_it(model):
     batches = [np.float32(1), np.float32(1), np.float32(np.nan), np.float32(1)]
-    with pytest.raises(InputError, match=r"not finite by update 4; lower learning_rate"):
+    with pytest.raises(InputError, match=r"not finite in update 3; lower learning_rate"):
         Learner(model, of_weights, CONFIG).run(batches)
 
 
