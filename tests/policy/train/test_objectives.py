@@ -1,7 +1,6 @@
 """Objectives by hand, packed, split, and with garbage where nothing is learned."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -151,8 +150,8 @@ def test_clipped_weights_of_log_probabilities():
     np.testing.assert_allclose(gradient, -weights * ADVANTAGE / 5, atol=1e-6)
     assert metrics["clip_high"] == pytest.approx(2 / 5)
     loss, gradient, metrics = solved(rows, NOW, replace(PLAIN, surrogate="reinforce"))
-    assert loss == pytest.approx(-(MASK * ADVANTAGE * NOW).sum() / 5, abs=1e-6)
-    np.testing.assert_allclose(gradient, -MASK * ADVANTAGE / 5, atol=1e-6)
+    assert loss == pytest.approx(-(ADVANTAGE * NOW)[MASK].sum() / 5, abs=1e-6)
+    np.testing.assert_allclose(gradient, np.where(MASK, -ADVANTAGE, 0) / 5, atol=1e-6)
     assert "clip_high" not in metrics
 
 
@@ -232,78 +231,105 @@ def test_damage_in_an_own_token_is_not_hidden():
     assert np.isnan(solved(rows, NOW, PLAIN)[0])
 
 
-def some_rows(model, lengths, seed):
-    """One dialogue per row; log-probabilities near those of the model, garbage elsewhere."""
+LENGTHS = (9, 12, 6)
+
+
+def some_rows(seed):
+    """One dialogue per row; ordinary figures where the mask is, garbage elsewhere."""
     draw = np.random.default_rng(seed)
-    count, width = len(lengths), max(lengths)
-    inside = np.arange(width) < np.array(lengths)[:, None]
-    ids = np.where(inside, draw.integers(3, 600, (count, width)), 0).astype(np.int32)
-    positions = np.where(inside, np.arange(width), 0).astype(np.int32)
-    segments = inside.astype(np.int32)
-    found = jax.jit(partial(token_logprobs, temperature=0.8))(
-        model, ids, positions=positions, segments=segments
+    shape = len(LENGTHS), max(LENGTHS)
+    inside = np.arange(shape[1]) < np.array(LENGTHS)[:, None]
+    mask = inside & (np.arange(shape[1]) > 2) & (draw.random(shape) < 0.7)
+
+    def leaf(mean, scatter, garbage):
+        return np.where(mask, draw.normal(mean, scatter, shape), garbage).astype(np.float32)
+
+    return RolloutRows(
+        ids=np.where(inside, draw.integers(3, 600, shape), 0).astype(np.int32),
+        positions=np.where(inside, np.arange(shape[1]), 0).astype(np.int32),
+        segments=inside.astype(np.int32),
+        mask=mask,
+        behavior=leaf(-6, 0.3, np.nan),
+        proximal=leaf(-6, 0.3, -np.inf),
+        reference=leaf(-6, 0.3, np.nan),
+        advantage=leaf(0, 1, np.inf),
     )
-    mask = inside & (np.arange(width) > 2) & (draw.random((count, width)) < 0.7)
-
-    def near():
-        other = np.asarray(found.logprob) + draw.normal(0, 0.3, (count, width))
-        return np.where(mask, other, np.nan).astype(np.float32)
-
-    advantage = np.where(mask, draw.normal(size=(count, width)), np.inf).astype(np.float32)
-    leaves = (mask, near(), near(), near(), advantage)
-    return RolloutRows(ids, positions, segments, *leaves)
 
 
-def packed(rows, lengths):
-    """All dialogues in one row."""
-
-    def joined(leaf, extra):
-        parts = [row[:length] for row, length in zip(leaf, lengths, strict=True)]
-        return np.concatenate([*parts, np.full(5, extra, leaf.dtype)])[None]
-
-    one = RolloutRows(*(joined(x, 0 if x.dtype != np.float32 else np.nan) for x in rows))
-    numbers = [n * row for n, row in enumerate(rows.segments, 1)]
-    return one._replace(segments=joined(np.stack(numbers), 0))
+def packed(leaf, extra=0):
+    """All dialogues in one row, and some padding."""
+    parts = [row[:length] for row, length in zip(leaf, LENGTHS, strict=True)]
+    return np.concatenate([*parts, np.full(5, extra, leaf.dtype)])[None]
 
 
-HARD = {
-    "token": replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01),
-    "sequence": replace(
-        PRESETS["GSPO"], clip_low=0.1, clip_high=0.1, correction_level="geometric", kl_weight=0.1
-    ),
-    "constant": replace(PRESETS["DR_GRPO"], correction="mask", correction_level="sequence"),
-}
+def packed_rows(rows):
+    floats = {"behavior", "proximal", "reference", "advantage"}
+    leaves = rows._replace(segments=rows.segments * np.array([[1], [2], [3]], np.int32))._asdict()
+    return RolloutRows(**{n: packed(x, np.nan if n in floats else 0) for n, x in leaves.items()})
 
 
-@pytest.fixture(scope="module")
-def model(untaught):
-    return qwen3.load(untaught)
+def assert_same(one, other):
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-4 * float(jnp.abs(a).max()) + 1e-6)
 
 
-@pytest.mark.parametrize("normalization", HARD)
-def test_packing_and_splitting_change_nothing(model, normalization):
-    lengths = [9, 12, 6]
-    rows = some_rows(model, lengths, seed=3)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01),
+        replace(PRESETS["GSPO"], clip_high=0.1, correction_level="geometric", kl_weight=0.1),
+        replace(PRESETS["DR_GRPO"], correction="mask", correction_level="sequence"),
+    ],
+    ids=lambda objective: objective.normalization,
+)
+def test_packing_and_splitting_change_nothing(objective):
+    rows = some_rows(3)
+    draw = np.random.default_rng(4)
+    logprob, entropy = (draw.normal(m, 0.3, rows.ids.shape).astype(np.float32) for m in (-6, 3))
+
+    @jax.jit
+    def solve(logprob, entropy, rows):
+        def total(logprob):
+            found = surrogate_loss(logprob, entropy, rows, objective)
+            return found.total, found
+
+        return jax.grad(total, has_aux=True)(logprob)
+
+    gradient, whole = solve(logprob, entropy, rows)
+    count = rows.mask.sum() if objective.normalization == "token" else 3
+    assert float(whole.weight) == pytest.approx(count, abs=1e-5)
+    parts = [
+        solve(*jax.tree.map(lambda x, n=n: x[n : n + 1], (logprob, entropy, rows)))
+        for n in range(3)
+    ]
+    assert_same(whole, jax.tree.map(lambda *leaves: sum(leaves), *(part[1] for part in parts)))
+    assert_same(gradient, np.concatenate([part[0] for part in parts]))
+    turned, together = solve(packed(logprob), packed(entropy), packed_rows(rows))
+    assert_same(whole, together)
+    assert_same(packed(np.asarray(gradient)), turned)
+
+
+def test_a_model_on_packed_rows(untaught):
+    model = qwen3.load(untaught)
+    rows = some_rows(5)
 
     @jax.jit
     def solve(model, rows):
         def total(model):
-            found = policy_loss(model, rows, HARD[normalization], temperature=0.8)
+            objective = replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01)
+            found = policy_loss(model, rows, objective, temperature=0.8)
             return found.total, found
 
-        gradient, found = jax.grad(total, has_aux=True)(model)
-        return found, gradient
+        return jax.grad(total, has_aux=True)(model)
 
-    whole = solve(model, rows)
-    together = solve(model, packed(rows, lengths))
-    parts = [solve(model, jax.tree.map(lambda x, n=n: x[n : n + 1], rows)) for n in range(3)]
-    added = jax.tree.map(lambda *leaves: sum(leaves), *parts)
-    assert float(whole[0].weight) == pytest.approx(
-        rows.mask.sum() if normalization == "token" else 3, abs=1e-5
+    alone, together = solve(model, rows), solve(model, packed_rows(rows))
+    assert float(jnp.abs(alone[0].norm.scale[...]).max()) > 1e-3
+    assert_same(alone, together)
+    scored = token_logprobs(
+        model, rows.ids, positions=rows.positions, segments=rows.segments, temperature=0.8
     )
-    for other in (together, added):
-        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-4 * float(jnp.abs(a).max()) + 1e-6)
+    entropy = float(np.asarray(scored.entropy)[rows.mask].sum())
+    assert float(alone[1].metrics["entropy"]) == pytest.approx(entropy, rel=1e-5)
 
 
 def test_mismatch():
