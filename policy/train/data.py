@@ -144,29 +144,59 @@ def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
     Raises:
       InputError: there is no dialogue, or one is too long.
     """
-    longest = max(map(len, dialogues), default=0)
+    places = layout([len(dialogue) for dialogue in dialogues], length, seed=seed)
+    rows = 1 + max(place.row for place in places)
+    packed = Rows(*(np.zeros((rows, length), kind) for kind in (*[np.int32] * 3, bool)))
+    for dialogue, place in zip(dialogues, places, strict=True):
+        here = (place.row, slice(place.start, place.start + len(dialogue)))
+        values = (dialogue.ids, np.arange(len(dialogue)), place.number, dialogue.own)
+        for leaf, value in zip(packed, values, strict=True):
+            leaf[here] = value
+    return packed
+
+
+class Place(NamedTuple):
+    """Where a dialogue lies."""
+
+    row: int
+    start: int  # column
+    number: int  # among those in the row, from 1 on
+
+
+def layout(lengths: Sequence[int], length: int, *, seed: int) -> list[Place]:
+    """Places for dialogues in rows, each in the first row with enough room.
+
+    Args:
+      lengths: tokens of each dialogue.
+      length, seed: as for `pack`.
+
+    Returns:
+      The places in the order given.
+
+    Raises:
+      InputError: as `pack`.
+    """
+    longest = max(lengths, default=0)
     if not 0 < longest <= length:
         raise InputError(f"dialogues: the longest has {longest} tokens, expected 1 to {length}")
     room: list[int] = []
-    rows: list[list[Dialogue]] = []
-    for index in np.random.default_rng(seed).permutation(len(dialogues)):
-        dialogue = dialogues[index]
-        row = next((row for row, left in enumerate(room) if left >= len(dialogue)), len(rows))
-        if row == len(rows):
-            rows.append([])
+    members: list[int] = []
+    shortest = min(lengths)
+    usable: list[int] = []  # rows with room for the shortest
+    places: dict[int, Place] = {}
+    for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
+        needed = lengths[index]
+        row = next((row for row in usable if room[row] >= needed), len(room))
+        if row == len(room):
             room.append(length)
-        rows[row].append(dialogue)
-        room[row] -= len(dialogue)
-    packed = Rows(*(np.zeros((len(rows), length), kind) for kind in (*[np.int32] * 3, bool)))
-    for row, members in enumerate(rows):
-        start = 0
-        for number, dialogue in enumerate(members, 1):
-            place = (row, slice(start, start + len(dialogue)))
-            values = (dialogue.ids, np.arange(len(dialogue)), number, dialogue.own)
-            for leaf, value in zip(packed, values, strict=True):
-                leaf[place] = value
-            start += len(dialogue)
-    return packed
+            members.append(0)
+            usable.append(row)
+        members[row] += 1
+        places[index] = Place(row, length - room[row], members[row])
+        room[row] -= needed
+        if room[row] < shortest:
+            usable.remove(row)
+    return [places[index] for index in range(len(lengths))]
 
 
 def batches(rows: Rows, size: int, *, seed: int) -> Iterator[Rows]:

@@ -183,6 +183,15 @@ class SepsisEnv:
         )
         return after, after.last
 
+    def with_luck(self, state: EnvState, key: jax.Array) -> EnvState:
+        """The same patient as it is now, with other luck from here on.
+
+        Args:
+          state: from `reset` or `step`.
+          key: [] that takes the place of the one given to `reset`.
+        """
+        return replace(state, dynamics=replace(state.dynamics, key=key))
+
 
 def episode_key(key: jax.Array, number: jax.Array | int) -> jax.Array:
     """The key of one of the episodes that follow each other, counted from 0."""
