@@ -1,16 +1,89 @@
-"""Several processes, and arrays that none of them holds alone."""
+"""Several processes that train one model, and arrays that none of them holds alone.
+
+Every process runs the same program on the same data and keeps its share of every array; what
+goes to files but checkpoints, the first one writes.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from policy.qwen3.sharding import batch_sharding, shardings
 from worldmodel.errors import InputError
+
+COORDINATOR, PROCESSES, PROCESS, DISTRIBUTED = (
+    f"SEPSIS_JAX_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS", "DISTRIBUTED")
+)
+
+
+def start(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Joins this process with the others of its job; does nothing where it is alone.
+
+    To be called before JAX is asked for its devices. What is not given is read from
+    `SEPSIS_JAX_COORDINATOR`, `SEPSIS_JAX_PROCESSES` and `SEPSIS_JAX_PROCESS`. Without those, JAX
+    finds out by itself in a step of several Slurm tasks, on several TPU hosts of GKE, and, if
+    `SEPSIS_JAX_DISTRIBUTED=auto`, wherever else it can (TPU virtual machines, Open MPI).
+
+    Args:
+      coordinator: host:port of the first process.
+      processes: how many there are.
+      process: the number of this one, from 0.
+
+    Raises:
+      InputError: some of the three are missing or mean nothing, or the others cannot be reached.
+    """
+    given = (coordinator, processes, process)
+    names = (COORDINATOR, PROCESSES, PROCESS)
+    values = [
+        os.environ.get(name) if value is None else value
+        for value, name in zip(given, names, strict=True)
+    ]
+    explicit = any(value is not None for value in values)
+    if jax.distributed.is_initialized() or not (explicit or _in_a_cluster()):
+        return
+    try:
+        if explicit:
+            address, count, number = values
+            if address is None or count is None or number is None:
+                raise InputError(f"distributed: give all of {', '.join(names)}, or none")
+            jax.distributed.initialize(str(address), int(count), int(number))
+        else:
+            jax.distributed.initialize()
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"distributed: cannot join the other processes ({error})") from None
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes files."""
+    return jax.process_index() == 0
+
+
+def wait(name: str) -> None:
+    """Returns when every process has come to the same place.
+
+    Args:
+      name: of the place, for the message if one never comes.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def whole(tree: Any) -> Any:
+    """Arrays as every process can read them: NumPy, gathered from all devices."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def place_state(tree: Any, mesh: Mesh) -> Any:
@@ -51,5 +124,14 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
         return jax.device_put(leaf, sharding)
-    whole = np.asarray(leaf)
-    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
+    host = np.asarray(leaf)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
+
+
+def _in_a_cluster() -> bool:
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    return (
+        os.environ.get(DISTRIBUTED) == "auto"
+        or (tasks.isdecimal() and int(tasks) > 1)
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    )

@@ -54,6 +54,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state_of(1), {})
     checkpoints.save(2, state_of(2), {})
+    checkpoints.close()
     shutil.rmtree(tmp_path / "steps/2/state/ocdbt.process_0")
     shutil.rmtree(tmp_path / "steps/2/state/d")
     with pytest.raises(InputError, match=r"steps/2: not a readable checkpoint"):
@@ -182,12 +183,11 @@ def test_a_killed_run_goes_on_to_the_same_end(tmp_path, untaught):
         whole = [int(name) for name in names if name.isdigit()]
         return max(whole, default=0) >= after and len(whole) < len(names)
 
-    def soon():
-        return saving(0) and (time.sleep(random.uniform(0, 0.3)) or True)
+    def later():
+        return saving(4) and (time.sleep(random.uniform(0, 0.1)) or True)
 
     assert killed(tmp_path / "killed", untaught, lambda: saving(0))
-    assert killed(tmp_path / "killed", untaught, soon)
-    assert killed(tmp_path / "killed", untaught, lambda: saving(4))
+    assert killed(tmp_path / "killed", untaught, later)
     again = run_python(RUN, untaught, tmp_path / "killed")
     assert again.returncode == 0, again.stderr
 

@@ -1,0 +1,198 @@
+"""Eight simulated devices, in one process or in two, make the update that one device makes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from policy.train import distributed
+from worldmodel.errors import InputError
+
+SETTING = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from functools import partial
+from flax import nnx
+from policy import qwen3
+from policy.qwen3 import lora
+from policy.qwen3.sharding import make_mesh
+from policy.train.data import Rows
+from policy.train.learner import Learner, LearnerConfig
+from policy.train.losses import cross_entropy
+
+config = LearnerConfig(steps=2, learning_rate=1e-4, warm_up=0, accumulate=2, report_every=1)
+draw = np.random.default_rng(0)
+ids = draw.integers(3, 600, (4, 8, 12), np.int32)
+positions = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
+learned = draw.random(ids.shape) < 0.5
+batches = [Rows(*rows) for rows in zip(ids, positions, positions * 0 + 1, learned)]
+loss = partial(cross_entropy, remat="full")
+
+
+def assert_alike(a, b):
+    # But for the few whose gradient is next to nothing, of which Adam takes the sign.
+    a, b = np.asarray(a), np.asarray(b)
+    assert np.mean(np.abs(a - b) > 1e-5) < 1e-3
+    np.testing.assert_allclose(a, b, atol=4e-4)
+
+
+def model_of(folder, kind, **where):
+    model = qwen3.load(folder, **where)
+    if kind == "full":
+        return model, nnx.Param
+    # A second factor that is not zero, so that both get gradients.
+    model = lora.add_adapters(model, rank=2, alpha=4.0, rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.01, state))
+    return model, nnx.LoRAParam
+"""
+
+ON_EIGHT_DEVICES = (
+    SETTING
+    + """
+assert jax.device_count() == 8
+for kind in ("full", "lora"):
+    model, trainable = model_of(sys.argv[1], kind)
+    one = Learner(model, loss, config, trainable=trainable)
+    reports = one.run(batches)
+    for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})[: 2 if kind == "full" else 1]:
+        mesh = make_mesh(**shape)
+        split = Learner(model, loss, config, trainable=trainable, mesh=mesh)
+        places = jax.tree.map(lambda x: x.sharding, split.state)
+        for a, b in zip(split.run(batches), reports, strict=True):
+            np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
+            np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
+        assert jax.tree.map(lambda x: x.sharding, split.state) == places
+        held = jax.tree.leaves((split.state.params, split.state.optimizer))
+        largest = max(held, key=lambda x: x.size)
+        parts = largest.size // largest.addressable_shards[0].data.size
+        assert kind == "lora" or parts == shape["fsdp"] * shape.get("tensor", 1)
+        jax.tree.map(assert_alike, split.state, one.state)
+
+# Rounding does not depend on how arrays lie.
+half = LearnerConfig(steps=2, warm_up=0, param_dtype="bfloat16", moment_dtype="bfloat16")
+def constant(model, rows):
+    from policy.train.losses import Summed
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    total = sum(jnp.sum(x.astype(jnp.float32)) for x in params)
+    return Summed(total + 0.0 * jnp.sum(rows), jnp.float32(1), {})
+model, _ = model_of(sys.argv[1], "full")
+ends = []
+for mesh in (None, make_mesh(fsdp=4, tensor=2)):
+    learner = Learner(model, constant, half, mesh=mesh)
+    for _ in range(2):
+        learner.update(np.ones((1, 8, 1), np.float32))
+    ends.append(learner.state)
+for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+    same = np.mean(np.asarray(a) == np.asarray(b))
+    assert same > 0.99, same  # the clipped gradient differs in its last bits
+
+try:
+    Learner(model, constant, half, mesh=mesh).update(np.ones((1, 6, 1)))
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+)
+
+ONE_OF_TWO = (
+    SETTING
+    + """
+from policy.train.checkpoints import Checkpoints
+from policy.train.distributed import start, whole
+from policy.train.metrics import MetricsLog
+
+start()
+assert jax.process_count() == int(sys.argv[3]) and jax.device_count() == 4
+model, _ = model_of(sys.argv[1], "full")
+learner = Learner(model, loss, config, mesh=make_mesh(data=2, fsdp=2))
+folder = sys.argv[2]
+checkpoints = Checkpoints(folder + "/checkpoints")
+with MetricsLog(folder) as log:
+    learner.run(batches, report=log.report, checkpoints=checkpoints, extra=lambda: {"n": 1})
+saved = whole(learner.state.params)
+learner.run([])  # nothing is left to do
+assert learner.resume(checkpoints) == {"n": 1}
+jax.tree.map(np.testing.assert_array_equal, saved, whole(learner.state.params))
+if jax.process_index() == 0:
+    np.savez(folder + "/end.npz", *jax.tree.leaves(saved))
+"""
+)
+
+
+def python(code, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+        }
+        | environment,
+    )
+
+
+def finished(processes):
+    """The output of each, all of which must end well."""
+    try:
+        found = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, found, strict=True):
+        assert process.returncode == 0, errors
+    return [out for out, _ in found]
+
+
+def test_eight_devices_make_the_update_of_one(untaught):
+    (out,) = finished([python(ON_EIGHT_DEVICES, untaught, JAX_NUM_CPU_DEVICES="8")])
+    assert "InputError batch: 6 rows per micro-batch are no multiple of the 4 devices" in out
+
+
+def test_two_processes_make_the_update_of_one(untaught, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished([python(ONE_OF_TWO, untaught, one, 1, JAX_NUM_CPU_DEVICES="4")])
+    finished(
+        [
+            python(
+                ONE_OF_TWO,
+                untaught,
+                two,
+                2,
+                JAX_NUM_CPU_DEVICES="2",
+                SEPSIS_JAX_COORDINATOR=f"127.0.0.1:{port}",
+                SEPSIS_JAX_PROCESSES="2",
+                SEPSIS_JAX_PROCESS=str(number),
+            )
+            for number in range(2)
+        ]
+    )
+    ends = [np.load(folder / "end.npz") for folder in (one, two)]
+    for name in ends[0]:
+        difference = np.abs(ends[0][name] - ends[1][name])
+        assert np.mean(difference > 1e-5) < 1e-3 and difference.max() < 4e-4
+    logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (one, two)]
+    assert [len(lines) for lines in logs] == [2, 2]  # one line each, not one per process
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_half_an_address_is_refused(monkeypatch):
+    monkeypatch.setenv(distributed.COORDINATOR, "127.0.0.1:1")
+    with pytest.raises(InputError, match="give all of SEPSIS_JAX_COORDINATOR, SEPSIS_JAX_PROC"):
+        distributed.start()
+    monkeypatch.setenv(distributed.PROCESSES, "two")
+    with pytest.raises(InputError, match="invalid literal"):
+        distributed.start(process=0)
+    monkeypatch.undo()
+    distributed.start()  # alone
