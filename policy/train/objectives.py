@@ -74,6 +74,8 @@ class Objective:
       kl_kind: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
         "k2": d^2 / 2, whose gradient is that of the reverse KL for tokens drawn on policy. k1
         is not offered: as a loss its gradient has mean zero.
+      kl_corrected: multiply it by r, so that its gradient is unbiased for tokens drawn before the
+        weights changed (DeepSeek-V3.2, 2512.02556).
       entropy_weight: of the bonus for entropy.
       correction: w, from q = exp(proximal - behavior): "none" is 1, "truncate" min(q, cap)
         (truncated importance sampling), "mask" q within [low, cap] and 0 outside (IcePop,
@@ -92,6 +94,7 @@ class Objective:
     constant_length: int = 4096
     kl_weight: float = 0.0
     kl_kind: str = "k3"
+    kl_corrected: bool = False
     entropy_weight: float = 0.0
     correction: str = "truncate"
     correction_level: str = "token"
@@ -213,9 +216,9 @@ def surrogate_loss(
     }
     if objective.kl_weight:
         apart = own(rows.reference) - now
-        kl = _k3(apart)
-        metrics["kl_reference"] = kl
-        loss = loss + objective.kl_weight * (kl if objective.kl_kind == "k3" else apart**2 / 2)
+        metrics["kl_reference"] = kl = _k3(apart)
+        kl = kl if objective.kl_kind == "k3" else apart**2 / 2
+        loss = loss + objective.kl_weight * (ratio * kl if objective.kl_corrected else kl)
     if objective.entropy_weight:
         loss = loss - objective.entropy_weight * own(entropy)
 

@@ -104,6 +104,13 @@ def test_a_mean_of_means_and_the_reference():
     assert loss == pytest.approx(0.25 + 0.04 * LN2**2 / 2 * (2 / 3 + 1) / 2, abs=1e-6)
     kl = LN2 * np.array([[0, 1, -1], [1, -1, 0]])
     np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
+    # Times r, k3 is r (1/r - 1 + ln r) = 1 - r + r ln r: 0, 2 ln 2 - 1, (1 - ln 2) / 2, and its
+    # gradient r ln r.
+    loss, gradient, _ = solved(rows, NOW, replace(objective, kl_corrected=True))
+    two, half = 2 * LN2 - 1, (1 - LN2) / 2
+    assert loss == pytest.approx(0.25 + 0.04 * (two + half) * (1 / 3 + 1 / 2) / 2, abs=1e-6)
+    kl = LN2 * np.array([[0, 2, -0.5], [2, -0.5, 0]])
+    np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
 
 
 def test_a_constant_length_and_entropy():
