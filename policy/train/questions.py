@@ -1,0 +1,297 @@
+"""Questions about how patients fare, with answers from their records: lessons and exams.
+
+A question shows what was known when a step began (the row that decision makers see, and what was
+given before) and asks for what the record says came later:
+
+  next_state   values after the next step, under the treatment given
+  trend        whether a value rises, falls or is steady over the next step, likewise
+  effect       which of two states follows from the treatment given. The other one is the same
+               patient's after the change that another patient had under another treatment
+  mortality    death in hospital
+  vasopressor  a vasopressor within the next 24 hours, where none was given in the step before
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from policy.agent.chart import Chart, Treatment
+from policy.agent.prompts import OWN_SETS
+from policy.serving.backend import Message
+from policy.serving.tokens import ChatTokens
+from policy.train.data import Dialogue
+from policy.train.wording import ASKED, Wording, short_state
+from worldmodel import schema
+from worldmodel.configuration import require
+from worldmodel.envs.base import Timestep
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.view import View
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "next_state": (),
+    "trend": ("falls", "steady", "rises"),
+    "effect": ("1", "2"),
+    "mortality": ("no", "yes"),
+    "vasopressor": ("no", "yes"),
+}
+"""Kinds of questions and, where there is a choice, their answers; a label is an index."""
+
+WINDOW = 6
+"""Steps in which a vasopressor counts, all of which must be in the record."""
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """Which questions to ask.
+
+    Attributes:
+      kinds: of `OPTIONS`.
+      count: questions per kind, at most; fewer where the records hold fewer.
+      balanced: ask equally often for every answer; otherwise answers are as frequent as in
+        the records, as estimates of calibration and precision need them.
+      charts: how the patient is shown, a set of the agent's templates: "full" or "compact".
+    """
+
+    kinds: tuple[str, ...] = tuple(OPTIONS)
+    count: int = 1000
+    balanced: bool = True
+    charts: str = "full"
+
+    def __post_init__(self) -> None:
+        known = ", ".join(OPTIONS)
+        require(self, f"some of {known}", lambda x: x and set(x) <= set(OPTIONS), "kinds")
+        require(self, "at least 1", lambda n: n >= 1, "count")
+        require(self, f"one of {', '.join(OWN_SETS)}", OWN_SETS.__contains__, "charts")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one patient at the beginning of a step."""
+
+    kind: str
+    messages: tuple[Message, ...]  # system and user
+    answer: str
+    options: tuple[str, ...]  # answers to choose from; none where the answer is free
+    stay: int  # stay_id
+    step: int
+
+    @property
+    def label(self) -> int:
+        """The index of the answer in the options; -1 where it is free."""
+        return self.options.index(self.answer) if self.options else -1
+
+
+def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Question]:
+    """Questions about recorded stays, kind by kind, in an order of their own.
+
+    Args:
+      episodes: the stays, of one split.
+      config: settings.
+      seed: equal seeds, equal questions; each kind's are independent of the other kinds.
+
+    Raises:
+      InputError: the records hold no question of some kind.
+    """
+    records = _Records.of(episodes)
+    wording = Wording(config.charts, hours=schema.STEP_HOURS, window=WINDOW)
+    found: list[Question] = []
+    for number, kind in enumerate(OPTIONS):
+        if kind in config.kinds:
+            draw = np.random.default_rng([seed, number])
+            cases = _FINDERS[kind](records, draw)
+            cases = _drawn(cases, len(OPTIONS[kind]) if config.balanced else 0, config.count, draw)
+            if not len(cases.stay):
+                raise InputError(f"episodes: hold no question of the kind {kind}")
+            found += _worded(kind, records, cases, wording)
+    return found
+
+
+def as_dialogue(question: Question, tokens: ChatTokens) -> Dialogue:
+    """A question as a training sequence: the answer and its end token are learned."""
+    told = tokens.first(question.messages, ())
+    said = [*tokens.encode(question.answer), tokens.end_id]
+    own = np.arange(len(told) + len(said)) >= len(told)
+    return Dialogue(np.array([*told, *said], np.int32), own)
+
+
+class _Cases(NamedTuple):
+    """Places to ask at."""
+
+    stay: np.ndarray  # [M] row of the episodes
+    step: np.ndarray  # [M]
+    label: np.ndarray  # [M] index of the answer; 0 where it is free
+    feature: np.ndarray  # [M] index into `ASKED`, of a trend; 0 otherwise
+    donor: np.ndarray  # [M, 2] stay and step whose change makes the other state of an effect
+
+    def take(self, index: np.ndarray) -> _Cases:
+        return _Cases(*(leaf[index] for leaf in self))
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Episodes in NumPy, and what of the asked features changed; [N, T, ...]."""
+
+    episodes: Any
+    value: np.ndarray  # [N, T, F] of `ASKED`
+    known: np.ndarray  # [N, T, F] measured in this row and in the next
+    after: np.ndarray  # [N, T] bool, the next row is recorded
+    valid: np.ndarray  # [N, T]
+
+    @classmethod
+    def of(cls, episodes: Episodes) -> _Records:
+        held: Any = jax.tree.map(np.asarray, episodes)
+        steps = np.arange(held.dynamic.shape[1])
+        valid = steps < held.length[:, None]
+        after = steps < held.length[:, None] - 1
+        columns = [schema.INDEX[asked.name] for asked in ASKED]
+        always = np.ones((*valid.shape, 1), bool)  # urine output has no mask
+        measured = np.concatenate([held.measured, always], -1)[..., columns]
+        known = measured & np.roll(measured, -1, axis=1) & after[..., None]
+        return cls(held, held.dynamic[..., columns], known, after, valid)
+
+    def next(self, stay: Any, step: Any) -> np.ndarray:
+        return self.value[stay, step + 1]
+
+
+def _cases(where: np.ndarray, label: np.ndarray | int = 0) -> _Cases:
+    """All places [N, T] or [N, T, F] that are true."""
+    stay, step, *rest = np.nonzero(where)
+    none = np.zeros(len(stay), np.int64)
+    labels = np.broadcast_to(label, where.shape)[where].astype(np.int64)
+    return _Cases(stay, step, labels, rest[0] if rest else none, np.stack([none, none], -1))
+
+
+def _next_states(records: _Records, draw: np.random.Generator) -> _Cases:
+    return _cases(records.known.sum(-1) >= 2)
+
+
+def _trends(records: _Records, draw: np.random.Generator) -> _Cases:
+    change = np.roll(records.value, -1, axis=1) - records.value
+    steady = np.array([asked.steady for asked in ASKED])
+    return _cases(records.known, 1 + np.sign(change) * (np.abs(change) >= steady))
+
+
+def _effects(records: _Records, draw: np.random.Generator) -> _Cases:
+    cases = _next_states(records, draw)
+    cases = cases.take(draw.permutation(len(cases.stay)))
+    action = records.episodes.vasopressor, records.episodes.fluid
+    kept, donors = [], []
+    for place in range(len(cases.stay)):
+        here = cases.stay[place], cases.step[place]
+        for other in draw.integers(len(cases.stay), size=8):
+            there = cases.stay[other], cases.step[other]
+            same = all(levels[here] == levels[there] for levels in action)
+            if here[0] != there[0] and not same and len(set(_states(records, here, there))) == 2:
+                kept.append(place)
+                donors.append(there)
+                break
+    cases = cases.take(np.array(kept, np.int64))
+    label = draw.permutation(np.arange(len(kept)) % 2)
+    return cases._replace(label=label, donor=np.array(donors, np.int64).reshape(-1, 2))
+
+
+def _deaths(records: _Records, draw: np.random.Generator) -> _Cases:
+    died = records.episodes.died_in_hospital[:, None].astype(np.int64)
+    return _cases(records.valid, died)
+
+
+def _vasopressors(records: _Records, draw: np.random.Generator) -> _Cases:
+    given = (records.episodes.vasopressor > 0) & records.valid
+    steps = given.shape[1]
+    before = np.pad(given, ((0, 0), (1, 0)))[:, :steps]
+    ahead = np.pad(given, ((0, 0), (0, WINDOW)))
+    soon = np.any([ahead[:, k : k + steps] for k in range(WINDOW)], axis=0)
+    whole = np.arange(steps) + WINDOW <= records.episodes.length[:, None]
+    return _cases(whole & ~before, soon.astype(np.int64))
+
+
+_FINDERS = {
+    "next_state": _next_states,
+    "trend": _trends,
+    "effect": _effects,
+    "mortality": _deaths,
+    "vasopressor": _vasopressors,
+}
+
+
+def _drawn(cases: _Cases, options: int, count: int, draw: np.random.Generator) -> _Cases:
+    """At most `count` cases in random order, with equally many of each answer if options > 0."""
+    order = draw.permutation(len(cases.stay))
+    if options > 1:
+        by_label = [order[cases.label[order] == label] for label in range(options)]
+        each = min(count // options, *map(len, by_label))
+        order = draw.permutation(np.concatenate([part[:each] for part in by_label]))
+    return cases.take(order[:count])
+
+
+def _states(records: _Records, here: Any, donor: Any) -> tuple[str, str]:
+    """The state that followed, and the one that would have with the donor's change."""
+    both = np.flatnonzero(records.known[here] & records.known[donor])
+    true = records.next(*here)
+    other = records.value[here] + records.next(*donor) - records.value[donor]
+    return short_state(true, both), short_state(other, both)
+
+
+def _worded(kind: str, records: _Records, cases: _Cases, wording: Wording) -> Iterator[Question]:
+    """Stay by stay, so that each chart is written once, and then in the order of the cases."""
+    found: list[Question | None] = [None] * len(cases.stay)
+    order = np.lexsort((cases.step, cases.stay))
+    for stay, places in groupby(order, key=lambda place: int(cases.stay[place])):
+        chart, step = Chart.of(_timestep(records.episodes, stay, 0)), 0
+        for place in places:
+            while step < cases.step[place]:
+                action = schema.action_index(
+                    records.episodes.vasopressor[stay, step], records.episodes.fluid[stay, step]
+                )
+                step += 1
+                chart.add(int(action), _timestep(records.episodes, stay, step))
+            found[place] = _one(kind, records, cases.take(place), chart, wording)
+    return (question for question in found if question is not None)
+
+
+def _one(kind: str, records: _Records, case: _Cases, chart: Chart, wording: Wording) -> Question:
+    here = int(case.stay), int(case.step)
+    episodes, options = records.episodes, OPTIONS[kind]
+    context: dict[str, Any] = {}
+    answer = options[int(case.label)] if options else ""
+    if kind in ("next_state", "trend", "effect"):
+        context["given"] = Treatment(int(episodes.vasopressor[here]), int(episodes.fluid[here]))
+    if kind == "next_state":
+        known = np.flatnonzero(records.known[here])
+        context["features"] = [ASKED[i] for i in known]
+        answer = short_state(records.next(*here), known)
+    if kind == "trend":
+        context["feature"] = ASKED[int(case.feature)]
+    if kind == "effect":
+        states = _states(records, here, tuple(case.donor))
+        context["states"] = states[::-1] if case.label else states
+    messages = wording.messages(kind, chart, options=options, **context)
+    return Question(kind, messages, answer, options, int(episodes.stay_id[here[0]]), here[1])
+
+
+def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
+    """A recorded row as an environment shows it; `worldmodel.view.view_at` in NumPy."""
+    row = stay, step
+    before = (stay, step - 1)
+    nothing: Any = np.int32(0)
+    over: Any = np.bool_(False)
+    info: Any = None
+    view = View(
+        dynamic=episodes.dynamic[row],
+        measured=episodes.measured[row],
+        static=episodes.static[stay],
+        ventilated=episodes.ventilated[row],
+        sofa=episodes.sofa[row],
+        urine_24h=episodes.urine_24h[row],
+        vasopressor=episodes.vasopressor[before] if step else nothing,
+        fluid=episodes.fluid[before] if step else nothing,
+        step=nothing + step,
+    )
+    return Timestep(view, nothing, over, over, info)
