@@ -55,7 +55,10 @@ def start(
             address, count, number = values
             if address is None or count is None or number is None:
                 raise InputError(f"distributed: give all of {', '.join(names)}, or none")
-            jax.distributed.initialize(str(address), int(count), int(number))
+            # "deactivate": else Slurm's presence would leave this process one of its devices.
+            jax.distributed.initialize(
+                str(address), int(count), int(number), cluster_detection_method="deactivate"
+            )
         else:
             jax.distributed.initialize()
     except InputError:
@@ -84,6 +87,28 @@ def whole(tree: Any) -> Any:
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def from_first(tree: Any, like: Any) -> Any:
+    """What the first process has, such as a batch that it alone could make, in every process.
+
+    Args:
+      tree: PyTree of NumPy arrays; the others' is not looked at.
+      like: PyTree of the same structure with the same types and numbers of axes, of any shape.
+    """
+    if jax.process_count() == 1:
+        return tree
+    leaves, structure = jax.tree.flatten(like)
+    mine = jax.tree.leaves(tree) if is_first() else leaves
+    sizes = np.concatenate([np.asarray(leaf.shape, np.int32) for leaf in mine])
+    sizes = multihost_utils.broadcast_one_to_all(sizes)
+    shapes = np.split(sizes, np.cumsum([leaf.ndim for leaf in leaves])[:-1])
+    mine = [
+        np.asarray(leaf) if is_first() else np.zeros(shape, leaf.dtype)
+        for leaf, shape in zip(mine, shapes, strict=True)
+    ]
+    found = [np.asarray(leaf) for leaf in multihost_utils.broadcast_one_to_all(mine)]
+    return jax.tree.unflatten(structure, found)
 
 
 def place_state(tree: Any, mesh: Mesh) -> Any:

@@ -103,7 +103,7 @@ ONE_OF_TWO = (
     SETTING
     + """
 from policy.train.checkpoints import Checkpoints
-from policy.train.distributed import start, whole
+from policy.train.distributed import from_first, is_first, start, wait, whole
 from policy.train.metrics import MetricsLog
 
 start()
@@ -114,6 +114,12 @@ folder = sys.argv[2]
 checkpoints = Checkpoints(folder + "/checkpoints")
 with MetricsLog(folder) as log:
     learner.run(batches, report=log.report, checkpoints=checkpoints, extra=lambda: {"n": 1})
+batch = (np.arange(6.0, dtype=np.float32).reshape(2, 3), np.array([True, False]), np.int32(-4))
+like = (np.zeros((0, 1), np.float32), np.zeros(1, bool), np.int32(0))
+for a, b in zip(from_first(batch if is_first() else None, like), batch, strict=True):
+    np.testing.assert_array_equal(a, b)
+    assert a.dtype == b.dtype
+wait("batch")
 saved = whole(learner.state.params)
 learner.run([])  # nothing is left to do
 assert learner.resume(checkpoints) == {"n": 1}
