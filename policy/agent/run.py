@@ -21,9 +21,9 @@ async def treat_all(
     *,
     seeds: Sequence[int],
     concurrency: int,
-    finished: Callable[[Stay], None],
+    finished: Callable[[Stay], None] | None = None,
     scorer: ActionScorer | None = None,
-) -> None:
+) -> list[Stay]:
     """Treats every patient of a ward.
 
     Args:
@@ -33,16 +33,23 @@ async def treat_all(
       concurrency: stays in treatment at the same time.
       scorer: as for `treat`.
       finished: called with each stay as it ends, in the order they end.
+
+    Returns:
+      The stays in the order of `patients`.
     """
     waiting = iter(enumerate(patients))
+    stays: dict[int, Stay] = {}
 
     async def nurse() -> None:
         for bed, patient in waiting:
             stay = await treat(
                 bed, patient, backend, ward, prompts, config, seed=seeds[bed], scorer=scorer
             )
-            finished(stay)
+            stays[bed] = stay
+            if finished is not None:
+                finished(stay)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(patients))):
             group.create_task(nurse())
+    return [stays[bed] for bed in range(len(patients))]

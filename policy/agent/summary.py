@@ -26,7 +26,7 @@ def summarize(
     step_hours: float = schema.STEP_HOURS,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
 ) -> dict[str, Any]:
-    """Plain figures of a run; failed stays count as failures and nowhere else.
+    """Plain figures of a run by its records; failed stays count as failures and nowhere else.
 
     Args:
       records: the attempt that counts of each stay.

@@ -104,7 +104,8 @@ def make_tiny(
       rope_theta: base of the rotary positions.
       initializer_range: standard deviation of the weights; larger makes sharper distributions.
       dtype: of the weights.
-      texts: that the tokenizer learns its tokens from; generated ones if not given.
+      texts: whose frequent phrases become single tokens, digits apart, so that such texts are
+        short; if not given, the tokenizer learns words from generated text, as real ones do.
       brief: the chat template shows tools by name and parameters, not by their whole schemas,
         which would be most of a short context.
     """
@@ -149,7 +150,7 @@ def save_tokenizer(
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=texts is None),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
