@@ -38,8 +38,8 @@ def _metadata(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
         "real": record.get("real"),
         "guideline_compliance": {
             "total_prescriptions": len(decisions),
-            "hypoperfusion_violations": sum(_g1(decision) for decision in decisions),
-            "vaso_weaning_violations": sum(_g2(decision) for decision in decisions),
+            "hypoperfusion_violations": sum(g1(decision) for decision in decisions),
+            "vaso_weaning_violations": sum(g2(decision) for decision in decisions),
         },
     }
 
@@ -49,12 +49,14 @@ def actions_text(actions: Iterable[int]) -> str:
     return ",".join("[{},{}]".format(*schema.action_levels(int(action))) for action in actions)
 
 
-def _g1(decision: Mapping[str, Any]) -> bool:
+def g1(decision: Mapping[str, Any]) -> bool:
+    """Whether a decision leaves hypoperfusion untreated."""
     levels = schema.action_levels(decision["action"])
     return bool(rules.g1_untreated_hypoperfusion(decision["meanbp"], decision["lactate"], *levels))
 
 
-def _g2(decision: Mapping[str, Any]) -> bool:
+def g2(decision: Mapping[str, Any]) -> bool:
+    """Whether a decision raises the vasopressor without need."""
     vasopressor, _ = schema.action_levels(decision["action"])
     return bool(
         rules.g2_unneeded_escalation(

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from policy.agent.dialogue import COMPLETED, Stay, Turn
+from policy.agent.dialogue import COMPLETED, Decision, Stay, Turn
+from policy.serving.backend import Reply, ToolCall
 from worldmodel.errors import InputError
 
 VERSION = 1
+RECORDS_FILE = "records.jsonl"
 
 
 def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
@@ -43,6 +46,38 @@ def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
         "closing": stay.closing,
         **extra,
     }
+
+
+def from_record(record: Mapping[str, Any]) -> Stay:
+    """The stay of a record, as it was before `to_record`."""
+    read: tuple[int, ...] = ()
+    turns: list[Turn] = []
+    for turn in record["turns"]:
+        fields = dict(turn["reply"])
+        restarts = fields.pop("restarts")
+        for name in ("prompt_ids", "token_ids", "logprobs"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        if fields["prompt_ids"] is not None:
+            fields["prompt_ids"] = (*(() if restarts else read), *fields["prompt_ids"])
+            read = (*fields["prompt_ids"], *(fields["token_ids"] or ()))
+        fields["tool_calls"] = tuple(ToolCall(**call) for call in fields["tool_calls"])
+        reply = Reply(**fields)
+        opens = turn.get("opens", not turns)
+        turns.append(Turn(tuple(turn["messages"]), reply, turn["seed"], opens))
+    decisions = []
+    for decision in record["decisions"]:
+        values: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in decision.items()
+        }
+        decisions.append(Decision(**values))
+    names = ("patient", "status", "failure", "detail", "outcome", "mortality", "closing")
+    return Stay(
+        **{name: record[name] for name in names},
+        decisions=decisions,
+        turns=turns,
+        invalid=Counter(record["invalid"]),
+        tool_calls=record["tool_calls"],
+    )
 
 
 class Records:

@@ -10,7 +10,7 @@ weights drew which token does not depend on who was faster.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -133,19 +133,17 @@ class AgenticTrainer:
 
     async def run(
         self,
-        report: Callable[[int, dict[str, float], Sequence[Stay]], None],
+        report: Callable[[int, dict[str, float], Sequence[Stay]], Awaitable[None]],
         *,
         checkpoints: Checkpoints | None = None,
         save_every: int = 1,
-        after: Callable[[int], Any] | None = None,
     ) -> None:
         """Iterates up to `config.iterations`.
 
         Args:
-          report: called after each iteration with its number from 1 on, figures, and the stays.
+          report: awaited after each iteration with its number from 1 on, figures, and the stays;
+            the generator still holds the weights that these were drawn with, or older ones.
           checkpoints: written every `save_every` iterations and at the end.
-          after: coroutine function that is awaited after each iteration, such as an evaluation; the
-            generator may hold older weights then.
 
         Raises:
           InputError: the loss is not finite, the model's server was lost, or a checkpoint cannot be
@@ -172,9 +170,7 @@ class AgenticTrainer:
                 figures = await asyncio.to_thread(self._learn, number, stays)
                 figures["staleness"] = float(number - version)
                 self.iteration = number + 1
-                report(self.iteration, figures, stays)
-                if after is not None:
-                    await after(self.iteration)
+                await report(self.iteration, figures, stays)
                 async with changed:
                     self._weights[self.iteration] = self._copy()
                     changed.notify_all()

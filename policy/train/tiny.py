@@ -6,8 +6,8 @@ It has learned the form of the dialogue, in a minute or two on one core, and not
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from policy.simple import GuidelineRules
 from policy.train.data import Dialogue, batches, cut, pack, written
 from policy.train.learner import Learner, LearnerConfig, Report, cast
 from policy.train.losses import cross_entropy
+from policy.train.questions import Question, as_dialogue
 from policy.train.teachers import demonstrate
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
@@ -74,6 +75,44 @@ _SIZE: dict[str, Any] = {
     "rope_theta": 1e3,  # few dimensions that turn less than once in a stay
     "initializer_range": 0.08,
 }
+
+
+@dataclass(frozen=True)
+class TinyOptions:
+    """A tiny Qwen3.
+
+    Attributes:
+      layers, hidden, heads, kv_heads, vocab, rope_theta, initializer_range: as for `make_tiny`.
+      seed: of the weights.
+    """
+
+    layers: int = 2
+    hidden: int = 64
+    heads: int = 2
+    kv_heads: int = 1
+    vocab: int = 1024
+    rope_theta: float = 1e3
+    initializer_range: float = 0.08
+    seed: int = 0
+
+
+def make_pupil(
+    path: str | Path, options: TinyOptions, stays: Sequence[Stay], questions: Sequence[Question]
+) -> Path:
+    """Writes a tiny Qwen3 that has learned nothing, with a tokenizer for what it is to learn.
+
+    Args:
+      path: folder to make.
+      options: the model.
+      stays: dialogues such as it will hold; their phrases become tokens.
+      questions: such as it will be asked, likewise.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        any_tokens = ChatTokens.load(make_tiny(folder, brief=True))
+        dialogues = [one for stay in stays for one in written(stay, any_tokens, SCHEMAS)]
+        dialogues += [as_dialogue(question, any_tokens) for question in questions]
+        texts = [any_tokens.text([*one.ids.tolist(), any_tokens.end_id]) for one in dialogues]
+    return make_tiny(path, texts=texts, brief=True, **asdict(options))
 
 
 @dataclass(frozen=True)

@@ -163,13 +163,13 @@ def show(
 ) -> None:
     """Show a run: its summary and stays, or one patient's dialogue."""
     from policy.agent.published import published_results
-    from policy.agent.records import last_attempts
+    from policy.agent.records import RECORDS_FILE, last_attempts
     from policy.agent.transcript import markdown, page
-    from sepsis_jax.pipelines.agent import RECORDS, SUMMARY
+    from sepsis_jax.pipelines.agent import SUMMARY
     from worldmodel.errors import InputError
     from worldmodel.files import atomic_file, read_json, write_json
 
-    records = last_attempts(run / RECORDS)
+    records = last_attempts(run / RECORDS_FILE)
     if patient is not None:
         if patient not in records:
             raise InputError(f"--patient: {run} has no patient {patient}")

@@ -7,12 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands import policy_serve
+from sepsis_jax.commands import policy_llm, policy_serve
 from sepsis_jax.commands.options import Config, Episodes, Json, Model, Out, Seed
 from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
 app.command("serve", epilog=policy_serve.EPILOG)(policy_serve.serve)
+for _command, _epilog in policy_llm.COMMANDS.items():
+    app.command(epilog=_epilog)(_command)
+for _command, _epilog in policy_llm.COMMANDS.items():
+    app.command(epilog=_epilog)(_command)
 
 Setting = Annotated[
     list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE; repeat for more.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.published import actions_text
-from policy.agent.records import Records, last_attempts, to_record
+from policy.agent.records import RECORDS_FILE, Records, last_attempts, to_record
 from policy.agent.run import treat_all
 from policy.agent.scoring import ActionScorer
 from policy.agent.summary import summarize
@@ -24,8 +24,8 @@ from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
 from sepsis_jax.pipelines.agent_backends import BackendOptions, open_backend
+from sepsis_jax.pipelines.runs import begin_run, plain
 from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
@@ -33,14 +33,14 @@ from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import check_replaceable, read_json, write_json
+from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_key
 
 KIND = "sepsis-jax agent run"
-MANIFEST, RECORDS, SUMMARY = "manifest.json", "records.jsonl", "summary.json"
+SUMMARY = "summary.json"
 _FORECASTS = 0x0F0C  # sets the simulator's noise apart from the patients'
 
 
@@ -158,8 +158,8 @@ def run_agent(
     )
     inputs = {"model": model, "episodes": episodes, "behavior": behavior}
     request = {
-        "options": _plain(options),
-        "backend": _plain(backend),
+        "options": plain(options),
+        "backend": plain(backend),
         "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
     }
     language_model = open_backend(backend)
@@ -168,12 +168,13 @@ def run_agent(
         if not isinstance(language_model, TokenBackend):
             raise InputError("probabilities: need the embedded or the vllm backend")
         scorer = ActionScorer(language_model)
-    records = _begin(out, request, resume=resume)
+    begin_run(out, KIND, request, resume=resume)
+    records = Records(out / RECORDS_FILE)
     asyncio.run(
         _treat(unit, forecaster, language_model, scorer, prompts, options, records, progress)
     )
     found = summarize(
-        last_attempts(out / RECORDS).values(),
+        last_attempts(out / RECORDS_FILE).values(),
         step_hours=prompts.hours,
         dose_edges=schema.DEFAULT_DOSE_EDGES if world_model is None else world_model.dose_edges,
     )
@@ -266,42 +267,3 @@ def _recorded_courses(episodes: Episodes) -> dict[int, dict[str, Any]]:
             "actions": actions_text(np.asarray(episodes.action[i, :length]).tolist()),
         }
     return found
-
-
-def _begin(out: Path, request: dict[str, Any], *, resume: bool) -> Records:
-    file = out / MANIFEST
-    check_replaceable(out, MANIFEST)
-    if file.exists():
-        found = read_json(file)
-        if not isinstance(found, dict) or found.get("kind") != KIND:
-            raise InputError(f"{file}: not of an agent's run; choose another folder")
-        if found.get("request") != request:
-            changed = _first_difference(found.get("request"), request)
-            raise InputError(f"{out}: was begun with another {changed}; choose another folder")
-        if not resume:
-            raise InputError(f"{out}: holds a run; go on with --resume, or choose another folder")
-    else:
-        write_json(file, {"kind": KIND, **provenance(request=request)})
-    return Records(out / RECORDS)
-
-
-def _first_difference(found: Any, wanted: dict[str, Any], prefix: str = "") -> str:
-    for name, value in wanted.items():
-        there = found.get(name) if isinstance(found, dict) else None
-        if there != value:
-            path = f"{prefix}{name}"
-            return _first_difference(there, value, f"{path}.") if isinstance(value, dict) else path
-    return prefix.rstrip(".") or "request"
-
-
-def _plain(options: Any) -> dict[str, Any]:
-    """As JSON holds it: paths as text, tuples as lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(item) for name, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [plain(item) for item in value]
-        return str(value) if isinstance(value, Path) else value
-
-    return plain(asdict(options))

@@ -66,19 +66,20 @@ def open_backend(options: BackendOptions) -> Backend:
         from policy.serving.tokens import ChatTokens, TokenBackend
 
         return TokenBackend(EmbeddedGenerator.from_folder(llm), ChatTokens.load(llm))
-    endpoint = _endpoint(options)
+    server = endpoint(options)
     if options.kind == VLLM:
         from policy.serving.tokens import ChatTokens, TokenBackend
         from policy.serving.vllm.generator import VLLMGenerator
 
-        return TokenBackend(VLLMGenerator(endpoint), ChatTokens.load(llm))
+        return TokenBackend(VLLMGenerator(server), ChatTokens.load(llm))
     from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
 
     omit = REASONING_MODELS if options.reasoning else frozenset()
-    return OpenAIBackend(endpoint, ChatOptions(omit=omit, extra=_parameters(options.extra)))
+    return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
 
 
-def _endpoint(options: BackendOptions) -> Any:
+def endpoint(options: BackendOptions) -> Any:
+    """The endpoint of a vllm or openai backend, as `policy.serving.client.Endpoint`."""
     from policy.serving.client import Endpoint
 
     llm = Path(str(options.llm))

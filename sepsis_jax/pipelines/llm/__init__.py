@@ -1,0 +1,1 @@
+"""Three-stage training of a language model that treats simulated patients."""

@@ -1,0 +1,212 @@
+"""Stage III: a language model treats simulated patients and learns from what came of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from policy.agent.dialogue import Stay
+from policy.qwen3.config import load_stop_ids
+from policy.qwen3.sampler import bucket
+from policy.serving.batching import Lockstep
+from policy.serving.embedded import EmbeddedGenerator
+from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.serving.vllm import VLLMGenerator
+from policy.serving.vllm.control import WeightControl
+from policy.train.agentic import AgenticConfig, AgenticTrainer, agentic_loss
+from policy.train.checkpoints import Checkpoints
+from policy.train.configuration import LearnerConfig
+from policy.train.counterfactual import counterfactual
+from policy.train.credit import COUNTERFACTUAL
+from policy.train.metrics import MetricsLog
+from policy.train.publishing import EmbeddedPublisher, Publisher, ServerPublisher
+from sepsis_jax.pipelines.agent_backends import EMBEDDED, VLLM, BackendOptions, endpoint
+from sepsis_jax.pipelines.llm.clinics import ClinicOptions, judging, open_clinic, open_policy
+from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
+from sepsis_jax.pipelines.llm.training import CHECKPOINTS, METRICS, ModelOptions, Pupil
+from sepsis_jax.pipelines.runs import begin_run, plain
+from sepsis_jax.progress import Progress, silent
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
+
+KIND = "sepsis-jax language model, stage III"
+VERSIONS = "versions"
+
+
+@dataclass(frozen=True)
+class RLOptions:
+    """Stage III.
+
+    Attributes:
+      clinic: where patients are treated.
+      agentic: what is played, and how it is learned.
+      learner: how the weights change; `steps` is set to what `agentic` takes.
+      model: what is trained.
+      continuation: policy that goes on after each of the 25 actions, for counterfactual credit:
+        guideline, or the folder of a policy.
+      samples: futures per action.
+      horizon: steps that are played on; to the end of the stay if not given.
+      judge_every: iterations between two evaluations on held-out patients of the synthetic
+        world; 0 for none.
+      judge_patients: in an evaluation.
+      judge_seed: of these patients.
+      save_every: iterations between two checkpoints.
+      seed: of adapters and rounding.
+    """
+
+    clinic: ClinicOptions = field(default_factory=ClinicOptions)
+    agentic: AgenticConfig = field(default_factory=AgenticConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    continuation: str = "guideline"
+    samples: int = 4
+    horizon: int | None = None
+    judge_every: int = 0
+    judge_patients: int = 256
+    judge_seed: int = 1_000_000
+    save_every: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "judge_patients", "save_every", "samples")
+        require(self, "0 or more", lambda n: n >= 0, "judge_every")
+
+
+def run_rl(
+    out: Path,
+    options: RLOptions,
+    *,
+    llm: Path,
+    model: Path,
+    episodes: Path | None = None,
+    backend: BackendOptions | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> dict[str, float]:
+    """Plays and learns; writes `out/model`, `out/metrics` and `out/checkpoints`.
+
+    Args:
+      out: folder to write, or to go on with.
+      options: settings.
+      llm: Hugging Face folder to start from, such as stage II left it.
+      model: world model that answers simulations.
+      episodes: recorded stays, for the "learned" world.
+      backend: who generates: the sampler of this process, or a vLLM server of the same folder that
+        was started with swaps; weights go to it through `out/versions`.
+      resume: go on with an earlier run of the same request.
+      progress: told of iterations.
+
+    Returns:
+      Figures of the last iteration.
+
+    Raises:
+      InputError: inputs that cannot be read, another run in the folder, or a training that fails.
+    """
+    backend = backend or BackendOptions(kind=EMBEDDED, llm=str(llm))
+    inputs = {"llm": llm, "model": model, "episodes": episodes}
+    request = {
+        "options": plain(options),
+        "backend": backend.kind,
+        **{name: path and str(path.resolve()) for name, path in inputs.items()},
+    }
+    begin_run(out, KIND, request, resume=resume)
+    return asyncio.run(_run(out, options, backend, request, llm, model, episodes, progress))
+
+
+async def _run(
+    out: Path,
+    options: RLOptions,
+    backend: BackendOptions,
+    request: dict[str, Any],
+    llm: Path,
+    model: Path,
+    episodes: Path | None,
+    progress: Progress,
+) -> dict[str, float]:
+    config = options.agentic
+    clinic = open_clinic(options.clinic, model, episodes)
+    pupil = Pupil.load(llm, options.model, seed=options.seed)
+    steps = config.iterations * config.updates
+    temperature = options.clinic.dialogue.sampling.temperature
+    learner = pupil.learner(
+        agentic_loss(config, temperature),
+        replace(options.learner, steps=steps, warm_up=min(options.learner.warm_up, steps)),
+    )
+    observer = None
+    if config.credit.kind == COUNTERFACTUAL:
+        observer = counterfactual(
+            clinic.env,
+            open_policy(options.continuation),
+            samples=options.samples,
+            horizon=options.horizon,
+        )
+    served = _Served(backend, pupil, out, concurrency=options.clinic.concurrency)
+    trainer = AgenticTrainer(
+        learner, clinic, served.backend, served.publisher, config,
+        reference=pupil.model, observer=observer, lockstep=served.lockstep, dtype=pupil.dtype,
+    )  # fmt: skip
+    checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
+    trainer.resume(checkpoints)
+    judge = judging(clinic, options.clinic, seed=options.judge_seed)
+    last: dict[str, float] = {}
+
+    async def report(number: int, figures: dict[str, float], stays: Sequence[Stay]) -> None:
+        nonlocal last
+        found = judged(stays)
+        last = figures | {f"played_{name}": x for name, x in found.figures().items()}
+        if options.judge_every and number % options.judge_every == 0:
+            held_out = await evaluate(
+                judge, served.backend, options.judge_patients, lockstep=served.lockstep
+            )
+            last |= {f"held_out_{name}": x for name, x in held_out.figures().items()}
+        log.write(number, last)
+        what = f"iteration {number} of {config.iterations}, mean reward {found.value:.2f}"
+        progress(what, number / config.iterations)
+
+    try:
+        with MetricsLog(out / METRICS, resume_at=trainer.iteration) as log:
+            await trainer.run(report, checkpoints=checkpoints, save_every=options.save_every)
+    finally:
+        await served.close()
+        checkpoints.close()
+    pupil.save(learner, out)
+    return last
+
+
+class _Served:
+    """Who generates, and how new weights reach it."""
+
+    def __init__(self, options: BackendOptions, pupil: Pupil, out: Path, *, concurrency: int):
+        tokens = ChatTokens.load(pupil.folder)
+        self.lockstep: Lockstep | None = None
+        self._control: WeightControl | None = None
+        self.publisher: Publisher
+        if options.kind == EMBEDDED:
+            self.lockstep = Lockstep()
+            rows = bucket(concurrency)
+            generator = EmbeddedGenerator(
+                pupil.model, stop_ids=load_stop_ids(pupil.folder), name=str(pupil.folder),
+                min_batch=rows, max_batch=rows, lockstep=self.lockstep,
+            )  # fmt: skip
+            self.backend = TokenBackend(generator, tokens)
+            self.publisher = EmbeddedPublisher(generator)
+        elif options.kind == VLLM:
+            server = endpoint(options)
+            self.backend = TokenBackend(VLLMGenerator(server), tokens)
+            self._control = WeightControl(server, pupil.folder)
+            self.publisher = ServerPublisher(
+                self._control, out / VERSIONS, source=pupil.folder, dtype=pupil.dtype
+            )
+        else:
+            raise InputError(
+                f"--backend: got {options.kind!r}; learning needs tokens and their probabilities, "
+                f"so {EMBEDDED} or {VLLM}"
+            )
+
+    async def close(self) -> None:
+        await self.backend.close()
+        if self._control is not None:
+            await self._control.close()

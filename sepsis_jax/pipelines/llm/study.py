@@ -1,0 +1,248 @@
+"""All stages in a row, and a table of what each of them brought."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from policy.qwen3.sampler import bucket
+from policy.serving.batching import Lockstep
+from policy.serving.embedded import EmbeddedGenerator
+from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.train.credit import CreditConfig
+from policy.train.probing import answer, grade
+from policy.train.questions import QuestionConfig, ask
+from policy.train.tiny import TinyOptions, make_pupil
+from sepsis_jax.pipelines import training as world_model_training
+from sepsis_jax.pipelines.demo import default_config
+from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
+from sepsis_jax.pipelines.llm.clinics import judging, open_clinic, open_policy
+from sepsis_jax.pipelines.llm.evaluation import evaluate
+from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
+from sepsis_jax.pipelines.llm.sft import SFTOptions, run_sft
+from sepsis_jax.pipelines.llm.training import METRICS, MODEL
+from sepsis_jax.pipelines.runs import begin_run, plain
+from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
+from sepsis_jax.progress import Progress, silent
+from sepsis_jax.report.llm_figures import reward_figure
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel.files import write_json
+from worldmodel.models.checkpoint import PARAMS
+
+KIND = "sepsis-jax language model, all stages"
+TABLE, CURVES = "stages.csv", "curves.png"
+
+
+@dataclass(frozen=True)
+class ExamOptions:
+    """How each stage is judged.
+
+    Attributes:
+      patients: held-out ones of the synthetic world that the model treats.
+      seed: of these patients.
+      questions: about the test split, answered without the simulator.
+    """
+
+    patients: int = 512
+    seed: int = 2_000_000
+    questions: QuestionConfig = field(
+        default_factory=lambda: QuestionConfig(
+            kinds=("mortality", "vasopressor"), count=500, balanced=False
+        )
+    )
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """All stages.
+
+    Attributes:
+      patients: synthetic ones to learn a world from, where no episodes are given.
+      tiny: the model to begin with, where none is given.
+      sft, bc, rl: the stages; all are held in the clinic of `rl`.
+      rivals: kinds of credit beside that of `rl`, to compare at the same number of stays.
+      rival_replicas: stays of a patient for these.
+      exam: how stages are judged.
+    """
+
+    patients: int = 4000
+    tiny: TinyOptions = field(default_factory=TinyOptions)
+    sft: SFTOptions = field(default_factory=SFTOptions)
+    bc: BCOptions = field(default_factory=BCOptions)
+    rl: RLOptions = field(default_factory=RLOptions)
+    rivals: tuple[str, ...] = ()
+    rival_replicas: int = 8
+    exam: ExamOptions = field(default_factory=ExamOptions)
+
+
+def run_study(
+    out: Path,
+    options: StudyOptions,
+    *,
+    llm: Path | None = None,
+    model: Path | None = None,
+    episodes: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> pd.DataFrame:
+    """Runs all stages and judges each; writes a folder per stage, `stages.csv` and `curves.png`.
+
+    Args:
+      out: folder to write, or to go on with.
+      options: settings.
+      llm: Hugging Face folder to begin with; a tiny random Qwen3 if not given.
+      model: world model; one is trained on the episodes if not given.
+      episodes: recorded stays; synthetic ones if not given.
+      resume: go on with an earlier run of the same request.
+      progress: told of all that goes on.
+
+    Returns:
+      One row per stage.
+
+    Raises:
+      InputError: as the stages.
+    """
+    inputs = {"llm": llm, "model": model, "episodes": episodes}
+    request = {
+        "options": plain(options),
+        **{name: path and str(path.resolve()) for name, path in inputs.items()},
+    }
+    begin_run(out, KIND, request, resume=resume)
+    episodes = episodes or _episodes(out / "episodes", options, progress)
+    model = model or _world_model(out / "world_model", episodes, options, progress)
+    start = llm or _tiny(out / "start", episodes, model, options, progress)
+
+    runs: dict[str, tuple[Path, Callable[[Path], Any]]] = {}
+    sft, bc = out / "sft", out / "bc"
+    common: dict[str, Any] = {"episodes": episodes, "resume": True}
+
+    def rl(credit: CreditConfig, replicas: int) -> Callable[[Path], Any]:
+        batch = options.rl.agentic.patients * options.rl.agentic.replicas
+        agentic = replace(
+            options.rl.agentic, credit=credit, patients=batch // replicas, replicas=replicas
+        )
+        chosen = replace(options.rl, agentic=agentic)
+        return lambda to: run_rl(
+            to, chosen, llm=bc / MODEL, model=model, progress=_named(progress, to.name), **common
+        )
+
+    runs["sft"] = (
+        sft,
+        lambda to: run_sft(to, options.sft, llm=start, progress=_named(progress, "sft"), **common),
+    )
+    runs["bc"] = (
+        bc,
+        lambda to: run_bc(
+            to, options.bc, llm=sft / MODEL, model=model, progress=_named(progress, "bc"),
+            **common,
+        ),
+    )  # fmt: skip
+    main = options.rl.agentic.credit
+    runs["rl"] = (out / "rl", rl(main, options.rl.agentic.replicas))
+    for kind in options.rivals:
+        name = f"rl_{kind}"
+        runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
+    rows = []
+    for name, (folder, run) in runs.items():
+        if not (folder / MODEL / "config.json").exists():
+            run(folder)
+        rows.append({"stage": name, **_exam(folder, name, options, model, episodes, progress)})
+        table = pd.DataFrame(rows)
+        table.to_csv(out / TABLE, index=False)
+    courses = {
+        name: pd.DataFrame(_lines(folder / METRICS / "metrics.jsonl"))
+        for name, (folder, _) in runs.items()
+        if name.startswith("rl")
+    }
+    before = next(row["value"] for row in rows if row["stage"] == "bc")
+    reward_figure(courses, before, out / CURVES)
+    return table
+
+
+def _exam(
+    folder: Path,
+    name: str,
+    options: StudyOptions,
+    model: Path,
+    episodes: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """What a stage's model can do; kept in its folder."""
+    file = folder / "exam.json"
+    if not file.exists():
+        progress(f"{name}: exam", 0.0)
+        clinic = open_clinic(options.rl.clinic, model, episodes)
+        judge = judging(clinic, options.rl.clinic, seed=options.exam.seed)
+        questions = ask(
+            load_episodes(episodes).of_split("test"), options.exam.questions, seed=options.exam.seed
+        )
+        lockstep = Lockstep()
+        rows = bucket(options.rl.clinic.concurrency)
+        generator = EmbeddedGenerator.from_folder(
+            folder / MODEL, min_batch=rows, max_batch=rows, lockstep=lockstep
+        )
+        tokens = ChatTokens.load(folder / MODEL)
+        backend = TokenBackend(generator, tokens)
+
+        async def sit() -> tuple[Any, Any]:
+            treated = await evaluate(judge, backend, options.exam.patients, lockstep=lockstep)
+            answers = await answer(generator, tokens, questions)
+            await backend.close()
+            return treated, answers
+
+        treated, answers = asyncio.run(sit())
+        found = treated.figures()
+        for kind, of_kind in grade(questions, answers).items():
+            for metric in ("auroc", "auprc"):
+                estimate = getattr(of_kind, metric)
+                found |= {
+                    f"{kind}_{metric}": estimate.value,
+                    f"{kind}_{metric}_low": estimate.low,
+                    f"{kind}_{metric}_high": estimate.high,
+                }
+        write_json(file, {key: None if x != x else x for key, x in found.items()})
+    return json.loads(file.read_text())
+
+
+def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
+    if not (folder / EPISODES_FILE).exists():
+        make_synthetic_cohort(folder, patients=options.patients, progress=progress)
+    return folder
+
+
+def _world_model(folder: Path, episodes: Path, options: StudyOptions, progress: Progress) -> Path:
+    if not (folder / PARAMS).exists():
+
+        def tell(name: str, epoch: int, epochs: int, metrics: Any) -> None:
+            progress(f"world model, {name}, epoch {epoch} of {epochs}", epoch / epochs)
+
+        config = default_config(load_episodes(episodes).num_stays, seed=0)
+        world_model_training.train(episodes, folder, config, progress=tell)
+    return folder
+
+
+def _tiny(
+    folder: Path, episodes: Path, model: Path, options: StudyOptions, progress: Progress
+) -> Path:
+    if not (folder / "config.json").exists():
+        progress("tiny model", 0.0)
+        clinic = open_clinic(options.bc.clinic, model, episodes)
+        stays = clinic.demonstrate(open_policy(options.bc.teacher), range(32))
+        recorded = load_episodes(episodes).of_split("train")
+        few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
+        make_pupil(folder, options.tiny, stays, ask(recorded, few, seed=0))
+    return folder
+
+
+def _named(progress: Progress, name: str) -> Progress:
+    return lambda phase, share: progress(f"{name}: {phase}", share)
+
+
+def _lines(path: Path) -> Sequence[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
