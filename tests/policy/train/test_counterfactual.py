@@ -1,0 +1,93 @@
+"""Advantages of all actions beside futures that are played one by one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy.agent.ward import admit
+from policy.simple import GuidelineRules, RandomPolicy
+from policy.train.counterfactual import _LUCK, counterfactual
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.errors import InputError
+from worldmodel.synthetic import patient_key
+from worldmodel.view import draw_action
+
+STEPS, PATIENTS, SAMPLES = 3, 2, 2
+
+
+@pytest.fixture(scope="module")
+def env():
+    return SepsisEnv.synthetic(max_steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def states(env):
+    patients = np.arange(PATIENTS, dtype=np.int32)
+    keys = jax.vmap(patient_key, (None, 0))(jax.random.key(5), patients)
+    return admit(env, keys, patients).states
+
+
+def played(env, policy, state, sample, action, horizon):
+    """The return of one future, step by step."""
+    own = jax.random.fold_in(state.dynamics.key, _LUCK + state.taken.astype(jnp.uint32))
+    key = jax.random.fold_in(own, sample)
+    step = jax.jit(env.step)
+    state, timestep = step(env.with_luck(state, key), action)
+    total = float(timestep.reward)
+    for number in range(horizon):
+        if bool(state.last.done):
+            break
+        drawn = draw_action(policy, jax.random.fold_in(key, number), state.last.observation)
+        state, timestep = step(state, drawn)
+        total += float(timestep.reward)
+    return total
+
+
+@pytest.mark.parametrize("horizon", [None, 1])
+def test_equals_futures_that_are_played_one_by_one(env, states, horizon):
+    policy = GuidelineRules()
+    found = counterfactual(env, policy, samples=SAMPLES, horizon=horizon)(states)
+    assert found.shape == (PATIENTS, 25)
+    one = jax.tree.map(lambda leaf: leaf[1], states)
+    chosen = int(policy(jax.random.key(0), one.last.observation).argmax())
+
+    def worth(action):
+        futures = [
+            played(env, policy, one, sample, action, horizon or STEPS) for sample in range(SAMPLES)
+        ]
+        return np.mean(futures)
+
+    for action in (0, 7, 24):
+        expected = worth(action) - worth(chosen)
+        np.testing.assert_allclose(found[1, action], expected, atol=2e-4)
+    assert abs(found[1, chosen]) < 1e-5
+
+
+def test_a_policy_gains_nothing_over_itself(env, states):
+    found = counterfactual(env, RandomPolicy(), samples=SAMPLES)(states)
+    np.testing.assert_allclose(found.mean(1), 0.0, atol=1e-4)
+    assert float(jnp.abs(found).max()) > 0.1
+
+
+def test_who_is_not_treated_any_more_gains_nothing(env, states):
+    step = jax.jit(jax.vmap(env.step))
+    for _ in range(STEPS):
+        states, _ = step(states, jnp.zeros(PATIENTS, jnp.int32))
+    assert not counterfactual(env, RandomPolicy(), samples=1)(states).any()
+
+
+def test_futures_are_not_the_real_one(env, states):
+    """The luck of the episode itself must not leak into what actions are said to be worth."""
+    one = jax.tree.map(lambda leaf: leaf[0], states)
+    real = env.step(one, jnp.int32(6))[0].last.observation.dynamic
+    own = jax.random.fold_in(one.dynamics.key, _LUCK)
+    other = env.step(env.with_luck(one, own), jnp.int32(6))[0].last.observation.dynamic
+    assert float(jnp.abs(real - other).max()) > 0
+    same = env.step(env.with_luck(one, one.dynamics.key), jnp.int32(6))[0]
+    np.testing.assert_array_equal(same.last.observation.dynamic, real)
+
+
+def test_sizes():
+    with pytest.raises(InputError, match="at least 1"):
+        counterfactual(SepsisEnv.synthetic(), RandomPolicy(), samples=0)

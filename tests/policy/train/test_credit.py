@@ -1,0 +1,113 @@
+"""Credit by hand, and where it lands."""
+
+import numpy as np
+import pytest
+
+from policy.agent.dialogue import COMPLETED, FAILED, TOO_MANY_INVALID, Decision, Stay, Turn
+from policy.serving.backend import Reply
+from policy.train.credit import CreditConfig, credits
+from policy.train.trajectories import (
+    decision_of_turns,
+    pack_trajectories,
+    rewards,
+    trajectories,
+)
+from worldmodel.errors import InputError
+
+
+def decision(action, reward, turn, invalid=0, values=None):
+    return Decision(
+        step=0, action=action, reward=reward, sofa=5.0, meanbp=70.0, lactate=1.0, pao2=90.0,
+        fio2=40.0, previous_vasopressor=0, simulations=1, invalid=invalid, values=values, turn=turn,
+    )  # fmt: skip
+
+
+def stay(patient, steps, *, failed=False, values=None):
+    """Steps are (action, reward); every decision takes a simulation and a prescription."""
+    decisions = [
+        decision(action, reward, 2 * n + 1, values=values)
+        for n, (action, reward) in enumerate(steps)
+    ]
+    turns, read = [], ()
+    for number in range(2 * len(steps) + failed):
+        if number % 2 == 0:
+            read = ()  # a new conversation
+        prompt = (*read, 100 + number, 50)
+        said = (number, 7)
+        reply = Reply("", prompt_ids=prompt, token_ids=said, logprobs=(-0.5, -0.25 * number))
+        turns.append(Turn((), reply, 0, number % 2 == 0))
+        read = (*prompt, *said)
+    return Stay(
+        patient, FAILED if failed else COMPLETED, TOO_MANY_INVALID if failed else None,
+        decisions=decisions, turns=turns,
+    )  # fmt: skip
+
+
+def test_rewards_of_a_failed_stay_end_with_its_price():
+    one = stay(0, [(3, 1.0), (4, -2.0)], failed=True)
+    one.invalid.update(no_call=3)
+    one.decisions[0] = decision(3, 1.0, 1, invalid=1)
+    found = rewards(one, failure=-15.0, refusal=-0.5)
+    assert found.tolist() == [0.5, -2.0, -16.0]  # the two refusals after the last decision too
+    assert decision_of_turns(one).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_episode_credit_by_hand():
+    """Patient 1 earned 1 and 3: mean 2, sample SD sqrt(2); patient 2 twice the same."""
+    stays = [
+        stay(1, [(0, 1.0)]), stay(1, [(1, 1.0), (2, 2.0)]), stay(2, [(0, 5.0)]), stay(2, [(9, 5.0)])
+    ]  # fmt: skip
+    found = credits(stays, CreditConfig(kind="episode", scale=False))
+    assert [one.tolist() for one in found.of_decisions] == [[-1.0], [1.0, 1.0], [0.0], [0.0]]
+    assert found.kept.tolist() == [True, True, False, False]
+    scaled = credits(stays, CreditConfig(kind="episode")).of_decisions
+    np.testing.assert_allclose(scaled[1], 1 / np.sqrt(2), rtol=1e-3)
+
+
+def test_step_credit_meets_where_the_actions_so_far_are_equal():
+    """Both begin in one state and go on in one after action 4; the third went elsewhere.
+
+    Returns 6, 2, 1: mean 3. First decisions: to go 6, 2, 1, the same. Second: after action 4 to go
+    5 and 1, mean 3; after action 8 alone: 0.
+    """
+    stays = [
+        stay(1, [(4, 1.0), (5, 5.0)]), stay(1, [(4, 1.0), (6, 1.0)]), stay(1, [(8, 0.0), (5, 1.0)])
+    ]  # fmt: skip
+    found = credits(stays, CreditConfig(kind="step", scale=False, step_weight=0.5))
+    expected = [[3 + 1.5, 3 + 1.0], [-1 - 0.5, -1 - 1.0], [-2 - 1.0, -2 + 0.0]]
+    for one, by_hand in zip(found.of_decisions, expected, strict=True):
+        np.testing.assert_allclose(one, by_hand, atol=1e-5)
+
+
+def test_counterfactual_credit_is_the_value_of_the_action():
+    values = tuple(float(action) - 12.0 for action in range(25))
+    stays = [stay(1, [(4, 1.0), (20, 5.0)], values=values), stay(2, [(12, 0.0)], values=values)]
+    stays[1].decisions[0] = decision(12, 0.0, 1, invalid=2, values=values)
+    config = CreditConfig(kind="counterfactual", scale=False, refusal=-1.0)
+    found = credits(stays, config)
+    assert [one.tolist() for one in found.of_decisions] == [[-8.0, 8.0], [-2.0]]
+    assert found.kept.all()
+    spread = np.std([-8.0, 8.0, -2.0])
+    scaled = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0)).of_decisions
+    np.testing.assert_allclose(scaled[0], np.array([-8.0, 8.0]) / spread, rtol=1e-5)
+    with pytest.raises(InputError, match="observer"):
+        credits([stay(1, [(0, 1.0)])], CreditConfig())
+
+
+def test_every_spoken_token_gets_the_credit_of_its_decision():
+    one = stay(1, [(4, 1.0), (20, 5.0)], failed=True)
+    first, second, last = trajectories(one, [0.5, -2.0, -15.0])
+    assert first.dialogue.ids.tolist() == [100, 50, 0, 7, 101, 50, 1, 7]
+    assert first.dialogue.own.tolist() == [False, False, True, True] * 2
+    assert first.advantage.tolist() == [0, 0, 0.5, 0.5] * 2
+    assert first.behavior.tolist() == [0, 0, -0.5, 0.0, 0, 0, -0.5, -0.25]
+    assert second.advantage.tolist() == [0, 0, -2.0, -2.0] * 2
+    assert last.advantage.tolist() == [0, 0, -15.0, -15.0]
+
+    rows = pack_trajectories([first, second, last], 13, seed=1)
+    assert rows.ids.shape == (2, 13)
+    assert rows.advantage[rows.mask].sum() == 4 * 0.5 - 4 * 2.0 - 2 * 15.0
+    np.testing.assert_array_equal(rows.proximal, rows.behavior)
+    assert not rows.advantage[~rows.mask].any() and not rows.behavior[~rows.mask].any()
+    for leaf in (rows.ids, rows.advantage, rows.behavior):
+        assert not leaf[rows.segments == 0].any()
