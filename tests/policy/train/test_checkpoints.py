@@ -142,7 +142,7 @@ def run_python(code, *arguments):
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=environment(),
     )
 

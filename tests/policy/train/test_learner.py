@@ -11,6 +11,7 @@ from flax import nnx
 
 from policy import qwen3
 from policy.qwen3.lora import add_adapters
+from policy.train.checkpoints import Checkpoints
 from policy.train.configuration import LearnerConfig
 from policy.train.data import Dialogue, batches, pack
 from policy.train.learner import Learner, cast
@@ -131,6 +132,26 @@ def test_a_loss_that_is_not_finite_stops_it(model):
         Learner(model, of_weights, CONFIG).run(batches)
 
 
+def test_a_run_goes_on_from_before_a_bad_update(model, tmp_path):
+    config = replace(CONFIG, steps=6, save_every=2)
+    good = [np.float32(n) for n in range(1, 7)]
+    whole = Learner(model, of_weights, config)
+    expected = whole.run(good)
+    checkpoints = Checkpoints(tmp_path)
+    bad = [*good[:2], np.float32(np.inf), *good[3:]]
+    with pytest.raises(InputError, match="not finite in update 3"):
+        Learner(model, of_weights, config).run(bad, checkpoints=checkpoints)
+    assert checkpoints.latest() == 2
+    again = Learner(model, of_weights, config)
+    assert again.resume(Checkpoints(tmp_path / "none")) is None
+    assert again.resume(checkpoints) == {}
+    assert again.step == again.consumed == 2
+    reports = again.run(good[again.consumed :], checkpoints=checkpoints, extra=lambda: {"n": 1})
+    assert [found.loss for found in reports] == [found.loss for found in expected[1:]]
+    assert_close(again.state, whole.state, atol=0)
+    assert checkpoints.restore(again.state).extra == {"n": 1}
+
+
 def test_too_few_batches(model):
     with pytest.raises(InputError, match="ended after 1 of 4 updates"):
         Learner(model, of_weights, replace(CONFIG, accumulate=2)).run([np.float32(1)] * 3)
@@ -149,6 +170,8 @@ def test_schedule():
         ({"warm_up": 2000}, "warm_up: got 2000"),
         ({"clip_norm": 0.0}, "clip_norm"),
         ({"beta2": 1.0}, "beta2"),
+        ({"param_dtype": "float16"}, "param_dtype: got float16"),
+        ({"save_every": 15}, "save_every: got 15, expected a multiple of report_every"),
     ],
 )
 def test_settings_without_meaning(wrong, message):

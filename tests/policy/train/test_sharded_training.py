@@ -21,9 +21,10 @@ from flax import nnx
 from policy import qwen3
 from policy.qwen3 import lora
 from policy.qwen3.sharding import make_mesh
+from policy.train.checkpoints import Checkpoints
 from policy.train.data import Rows
 from policy.train.learner import Learner, LearnerConfig
-from policy.train.losses import cross_entropy
+from policy.train.losses import Summed, cross_entropy
 
 config = LearnerConfig(steps=2, learning_rate=1e-4, warm_up=0, accumulate=2, report_every=1)
 draw = np.random.default_rng(0)
@@ -56,44 +57,52 @@ ON_EIGHT_DEVICES = (
     SETTING
     + """
 assert jax.device_count() == 8
+mesh = make_mesh(data=2, fsdp=2, tensor=2)
 for kind in ("full", "lora"):
     model, trainable = model_of(sys.argv[1], kind)
     one = Learner(model, loss, config, trainable=trainable)
     reports = one.run(batches)
-    for shape in ({"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 8})[: 2 if kind == "full" else 1]:
-        mesh = make_mesh(**shape)
-        split = Learner(model, loss, config, trainable=trainable, mesh=mesh)
-        places = jax.tree.map(lambda x: x.sharding, split.state)
-        for a, b in zip(split.run(batches), reports, strict=True):
-            np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
-            np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
-        assert jax.tree.map(lambda x: x.sharding, split.state) == places
-        held = jax.tree.leaves((split.state.params, split.state.optimizer))
-        largest = max(held, key=lambda x: x.size)
-        parts = largest.size // largest.addressable_shards[0].data.size
-        assert kind == "lora" or parts == shape["fsdp"] * shape.get("tensor", 1)
-        jax.tree.map(assert_alike, split.state, one.state)
+    split = Learner(model, loss, config, trainable=trainable, mesh=mesh)
+    places = jax.tree.map(lambda x: x.sharding, split.state)
+    for a, b in zip(split.run(batches), reports, strict=True):
+        np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
+        np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
+    assert jax.tree.map(lambda x: x.sharding, split.state) == places
+    held = jax.tree.leaves((split.state.params, split.state.optimizer))
+    largest = max(held, key=lambda x: x.size)
+    parts = largest.size // largest.addressable_shards[0].data.size
+    assert parts == (4 if kind == "full" else 2)
+    jax.tree.map(assert_alike, split.state, one.state)
 
 # Rounding does not depend on how arrays lie.
 half = LearnerConfig(steps=2, warm_up=0, param_dtype="bfloat16", moment_dtype="bfloat16")
 def constant(model, rows):
-    from policy.train.losses import Summed
     params = jax.tree.leaves(nnx.state(model, nnx.Param))
     total = sum(jnp.sum(x.astype(jnp.float32)) for x in params)
     return Summed(total + 0.0 * jnp.sum(rows), jnp.float32(1), {})
 model, _ = model_of(sys.argv[1], "full")
 ends = []
-for mesh in (None, make_mesh(fsdp=4, tensor=2)):
+for mesh in (make_mesh(fsdp=4, tensor=2), None):
     learner = Learner(model, constant, half, mesh=mesh)
     for _ in range(2):
         learner.update(np.ones((1, 8, 1), np.float32))
-    ends.append(learner.state)
-for a, b in zip(*map(jax.tree.leaves, ends), strict=True):
+    ends.append(learner)
+for a, b in zip(*(jax.tree.leaves(end.state) for end in ends), strict=True):
     same = np.mean(np.asarray(a) == np.asarray(b))
     assert same > 0.99, same  # the clipped gradient differs in its last bits
 
+# A checkpoint goes on over another mesh, and each array lies where the learner there has it.
+checkpoints = Checkpoints(sys.argv[2])
+checkpoints.save(2, ends[0].state, {})
+for mesh in (None, make_mesh(data=2, fsdp=4)):
+    learner = Learner(model, constant, half, mesh=mesh)
+    places = jax.tree.map(lambda x: x.sharding, learner.state)
+    assert learner.resume(checkpoints) == {} and learner.step == 2
+    assert jax.tree.map(lambda x: x.sharding, learner.state) == places
+    jax.tree.map(np.testing.assert_array_equal, learner.state, ends[0].state)
+
 try:
-    Learner(model, constant, half, mesh=mesh).update(np.ones((1, 6, 1)))
+    ends[0].update(np.ones((1, 6, 1)))
 except Exception as error:
     print(type(error).__name__, error)
 """
@@ -102,7 +111,6 @@ except Exception as error:
 ONE_OF_TWO = (
     SETTING
     + """
-from policy.train.checkpoints import Checkpoints
 from policy.train.distributed import from_first, is_first, start, wait, whole
 from policy.train.metrics import MetricsLog
 
@@ -120,11 +128,16 @@ for a, b in zip(from_first(batch if is_first() else None, like), batch, strict=T
     np.testing.assert_array_equal(a, b)
     assert a.dtype == b.dtype
 wait("batch")
+model = whole(learner.model())
+if is_first():
+    qwen3.save_hf(model, folder + "/weights", source=sys.argv[1])
 saved = whole(learner.state.params)
 learner.run([])  # nothing is left to do
 assert learner.resume(checkpoints) == {"n": 1}
 jax.tree.map(np.testing.assert_array_equal, saved, whole(learner.state.params))
-if jax.process_index() == 0:
+if is_first():
+    again = nnx.state(qwen3.load(folder + "/weights"), nnx.Param)
+    jax.tree.map(np.testing.assert_array_equal, again, saved)
     np.savez(folder + "/end.npz", *jax.tree.leaves(saved))
 """
 )
@@ -148,7 +161,7 @@ def python(code, *arguments, **environment):
 def finished(processes):
     """The output of each, all of which must end well."""
     try:
-        found = [process.communicate(timeout=300) for process in processes]
+        found = [process.communicate(timeout=600) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -157,8 +170,8 @@ def finished(processes):
     return [out for out, _ in found]
 
 
-def test_eight_devices_make_the_update_of_one(untaught):
-    (out,) = finished([python(ON_EIGHT_DEVICES, untaught, JAX_NUM_CPU_DEVICES="8")])
+def test_eight_devices_make_the_update_of_one(untaught, tmp_path):
+    (out,) = finished([python(ON_EIGHT_DEVICES, untaught, tmp_path, JAX_NUM_CPU_DEVICES="8")])
     assert "InputError batch: 6 rows per micro-batch are no multiple of the 4 devices" in out
 
 
