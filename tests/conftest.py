@@ -45,3 +45,13 @@ def unit_scaler():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory):
+    """A tiny Qwen3 that holds short dialogues: its folder, and the reports of its training."""
+    from policy.train.tiny import taught_tiny
+
+    reports = []
+    path = taught_tiny(tmp_path_factory.mktemp("taught") / "tiny", report=reports.append)
+    return path, reports

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sepsis_jax.commands.options import Config, Json, Out
 from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
 
+if TYPE_CHECKING:
+    from sepsis_jax.pipelines.llm.study import StudyOptions
+
 Setting = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="A setting as NAME=VALUE, such as learner.learning_rate=1e-5; repeat."
+        "--set", help="A setting as NAME=VALUE, such as rl.learner.learning_rate=1e-6; repeat."
     ),
 ]
 Resume = Annotated[
@@ -37,10 +41,9 @@ def sft(
     json: Json = False,
 ) -> None:
     """Stage I: learn patient dynamics from questions about recorded stays."""
-    from sepsis_jax.pipelines.llm.sft import SFTOptions, run_sft
-    from worldmodel.configuration import resolve_config
+    from sepsis_jax.pipelines.llm.sft import run_sft
 
-    options = resolve_config(SFTOptions, config, setting, source="--set")
+    options = _options(config, setting).sft
     with phases("stage I") as progress:
         reports = run_sft(
             out, options, llm=llm, episodes=episodes, resume=resume, progress=progress
@@ -69,10 +72,9 @@ def bc(
     json: Json = False,
 ) -> None:
     """Stage II: clone dialogues that propose, simulate, refine and prescribe."""
-    from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
-    from worldmodel.configuration import resolve_config
+    from sepsis_jax.pipelines.llm.bc import run_bc
 
-    options = resolve_config(BCOptions, config, setting, source="--set")
+    options = _options(config, setting).bc
     with phases("stage II") as progress:
         reports = run_bc(
             out, options, llm=llm, model=model, episodes=episodes, records=records,
@@ -115,10 +117,9 @@ def rl(
 ) -> None:
     """Stage III: treat simulated patients and learn from what came of it."""
     from sepsis_jax.pipelines.agent_backends import BackendOptions
-    from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
-    from worldmodel.configuration import resolve_config
+    from sepsis_jax.pipelines.llm.rl import run_rl
 
-    options = resolve_config(RLOptions, config, setting, source="--set")
+    options = _options(config, setting).rl
     asked = BackendOptions(
         kind=backend, llm=str(llm), url=url, key_variable=key_variable, key_file=key_file,
         served_name=served_name,
@@ -154,10 +155,9 @@ def stages(
     json: Json = False,
 ) -> None:
     """All three stages in a row, each judged on fresh patients and on questions."""
-    from sepsis_jax.pipelines.llm.study import StudyOptions, run_study
-    from worldmodel.configuration import resolve_config
+    from sepsis_jax.pipelines.llm.study import run_study
 
-    options = resolve_config(StudyOptions, config, setting, source="--set")
+    options = _options(config, setting)
     with phases("all stages") as progress:
         table = run_study(
             out, options, llm=llm, model=model, episodes=episodes, resume=resume,
@@ -175,17 +175,27 @@ def stages(
         print_json({"out": str(out), "rows": table.to_dict("records")})
 
 
+def _options(config: Path | None, setting: list[str] | None) -> StudyOptions:
+    """The settings of all stages, of which each command takes its section; joins the job."""
+    from policy.train.distributed import start
+    from sepsis_jax.pipelines.llm.study import StudyOptions
+    from worldmodel.configuration import resolve_config
+
+    start()
+    return resolve_config(StudyOptions, config, setting, source="--set")
+
+
 def _done(out: Path, loss: float | None, json: bool) -> None:
     console.print(f"{out / 'model'}, metrics/, checkpoints/.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), "loss": loss})
 
 
-COMMANDS = {
+COMMANDS: dict[Callable[..., None], str] = {
     sft: "Example: sepsis-jax policy sft --llm models/Qwen3-4B --episodes runs/mimic "
     "--out runs/sft",
     bc: "Example: sepsis-jax policy bc --llm runs/sft/model --model runs/model "
-    "--set teacher=runs/planner --out runs/bc",
+    "--set bc.teacher=runs/planner --out runs/bc",
     rl: "Example: sepsis-jax policy rl --llm runs/bc/model --model runs/model --out runs/rl",
     stages: "Example: sepsis-jax policy stages --config configs/train_tiny_cpu.yaml "
     "--out runs/stages",

@@ -20,6 +20,7 @@ from policy.qwen3.weights import load, save_hf
 from policy.train.checkpoints import Checkpoints
 from policy.train.configuration import LearnerConfig
 from policy.train.data import Dialogue, batches, cut, pack
+from policy.train.distributed import is_first, wait, whole
 from policy.train.learner import Learner, cast
 from policy.train.losses import cross_entropy
 from policy.train.metrics import MetricsLog, Report
@@ -111,8 +112,11 @@ class Pupil:
 
     def save(self, learner: Learner, out: Path) -> Path:
         """Writes what was learned as a Hugging Face folder `out/model`."""
-        trained = cast(merge_adapters(learner.model()), self.dtype)
-        return save_hf(trained, out / MODEL, source=self.folder)
+        trained = whole(cast(merge_adapters(learner.model()), self.dtype))
+        if is_first():
+            save_hf(trained, out / MODEL, source=self.folder)
+        wait(f"saved {out}")
+        return out / MODEL
 
 
 @dataclass(frozen=True)

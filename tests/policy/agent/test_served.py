@@ -25,19 +25,12 @@ from policy.serving.backend import Sampling
 from policy.serving.client import Endpoint
 from policy.serving.openai import ChatOptions, OpenAIBackend
 from policy.serving.tokens import ChatTokens, TokenBackend
-from policy.serving.vllm import ServerOptions, VLLMGenerator, VLLMServer, find_environment
+from policy.serving.vllm import ServerOptions, VLLMGenerator, VLLMServer
 from policy.serving.vllm.control import WeightControl
-from policy.train.tiny import taught_tiny
 from tests.policy.agent.conftest import PATIENTS
-from worldmodel.errors import InputError
+from tests.policy.serving.real import NEEDS_VLLM
 
-try:
-    find_environment()
-    MISSING = ""
-except InputError as error:
-    MISSING = str(error)
-
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+pytestmark = NEEDS_VLLM
 
 LONGEST = 4096
 TEMPERATURE = 0.5
@@ -73,13 +66,13 @@ def moved(folder, to, seed):
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory):
+def served(tmp_path_factory, taught):
     place = tmp_path_factory.mktemp("served")
-    taught = taught_tiny(place / "a")
-    folders = {"a": taught, "b": moved(taught, place / "b", 1)}
-    options = ServerOptions(taught, name="tiny", max_model_len=LONGEST, dtype="float32", swaps=True)
+    folder, _ = taught
+    folders = {"a": folder, "b": moved(folder, place / "b", 1)}
+    options = ServerOptions(folder, name="tiny", max_model_len=LONGEST, dtype="float32", swaps=True)
     with VLLMServer(options, log=place / "server.log") as server:
-        yield Served(server, folders, ChatTokens.load(taught))
+        yield Served(server, folders, ChatTokens.load(folder))
 
 
 def treated(make_ward, backend, meanwhile=None, scored=False):

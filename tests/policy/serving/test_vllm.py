@@ -22,18 +22,12 @@ from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Sampl
 from policy.serving.client import Endpoint
 from policy.serving.openai import ChatOptions, OpenAIBackend
 from policy.serving.tokens import ChatTokens
-from policy.serving.vllm import ServerOptions, VLLMServer, find_environment
+from policy.serving.vllm import ServerOptions, VLLMServer
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
-from worldmodel.errors import InputError
+from tests.policy.serving.real import NEEDS_VLLM
 
-try:
-    find_environment()
-    MISSING = ""
-except InputError as error:
-    MISSING = str(error)
-
-pytestmark = [pytest.mark.vllm, pytest.mark.skipif(bool(MISSING), reason=MISSING)]
+pytestmark = NEEDS_VLLM
 
 LONGEST = 512
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=12)

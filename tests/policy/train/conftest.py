@@ -1,4 +1,4 @@
-"""A tokenizer, stays that no world was needed for, and a model that knows the dialogue."""
+"""A tokenizer, and stays that no world was needed for."""
 
 import json
 
@@ -8,7 +8,6 @@ from policy.agent.dialogue import COMPLETED, Stay, Turn
 from policy.qwen3.tiny import make_tiny
 from policy.serving.backend import TOOL_CALLS, Reply, ToolCall
 from policy.serving.tokens import ChatTokens
-from policy.train.tiny import taught_tiny
 
 
 def stay_of(number, decisions):
@@ -37,11 +36,3 @@ def untaught(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tokens(untaught):
     return ChatTokens.load(untaught)
-
-
-@pytest.fixture(scope="session")
-def taught(tmp_path_factory):
-    """The folder, and the reports of its training."""
-    reports = []
-    path = taught_tiny(tmp_path_factory.mktemp("taught") / "tiny", report=reports.append)
-    return path, reports

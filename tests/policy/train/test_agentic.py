@@ -1,0 +1,160 @@
+"""The whole loop with a tiny model in this process: exact resume, staleness, what stops it."""
+
+import asyncio
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from policy.agent.dialogue import DialogueConfig
+from policy.agent.prompts import Prompts
+from policy.qwen3.config import load_stop_ids
+from policy.qwen3.weights import load
+from policy.serving.backend import BackendError, Sampling
+from policy.serving.batching import Lockstep
+from policy.serving.embedded import EmbeddedGenerator
+from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.simple import GuidelineRules
+from policy.train.agentic import AgenticConfig, AgenticTrainer, agentic_loss
+from policy.train.checkpoints import Checkpoints
+from policy.train.clinic import Clinic
+from policy.train.configuration import LearnerConfig
+from policy.train.counterfactual import counterfactual
+from policy.train.credit import CreditConfig
+from policy.train.learner import Learner
+from policy.train.objectives import Objective
+from policy.train.publishing import EmbeddedPublisher
+from policy.train.tiny import TEMPLATES
+from policy.train.tiny import Clinic as TinyClinic
+from worldmodel.errors import InputError
+
+PATIENTS, DECISIONS, ROWS = 4, 2, 4
+
+
+@pytest.fixture(scope="module")
+def clinic():
+    tiny = TinyClinic.make(max_steps=DECISIONS)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64)
+    dialogue = DialogueConfig(memory="decision", max_invalid=1, sampling=sampling)
+    return Clinic(tiny.env, tiny.forecaster, Prompts(TEMPLATES), dialogue, concurrency=PATIENTS)
+
+
+class StoppedError(Exception):
+    """In the middle of an iteration."""
+
+
+class Loop:
+    """A trainer with all it needs, begun anew."""
+
+    def __init__(self, clinic, folder, *, kind="counterfactual", reference=False, **settings):
+        model = load(folder)
+        lockstep = Lockstep()
+        self.generator = EmbeddedGenerator(
+            model, stop_ids=load_stop_ids(folder), min_batch=ROWS, max_batch=ROWS, lockstep=lockstep
+        )
+        replicas = 1 if kind == "counterfactual" else 2
+        objective = Objective(kl_weight=0.1) if reference else Objective()
+        config = AgenticConfig(
+            patients=PATIENTS // replicas, replicas=replicas, updates=2, row_length=1024, rows=ROWS,
+            credit=CreditConfig(kind=kind), objective=objective, **settings,
+        )  # fmt: skip
+        learner = Learner(
+            model, agentic_loss(config, 1.0), LearnerConfig(steps=20, warm_up=0, learning_rate=1e-3)
+        )
+        observer = counterfactual(clinic.env, GuidelineRules(), samples=1)
+        self.trainer = AgenticTrainer(
+            learner, clinic, TokenBackend(self.generator, ChatTokens.load(folder)),
+            EmbeddedPublisher(self.generator), config, reference=model if reference else None,
+            observer=observer if kind == "counterfactual" else None, lockstep=lockstep,
+        )  # fmt: skip
+        self.reports = []
+
+    def run(self, checkpoints=None, until=None):
+        async def report(number, figures, stays):
+            versions = {turn.reply.weight_version for stay in stays for turn in stay.turns}
+            said = [turn.reply.token_ids for stay in stays for turn in stay.turns]
+            self.reports.append((number, figures, versions, said))
+            if number == until:
+                raise StoppedError
+
+        async def go():
+            try:
+                await self.trainer.run(report, checkpoints=checkpoints)
+            finally:
+                await self.generator.close()
+
+        asyncio.run(go())
+        return self
+
+
+def equal(one, other):
+    """Whether parameters and moments are the same to the last bit."""
+    leaves = [jax.tree.leaves(loop.trainer.learner.state) for loop in (one, other)]
+    return all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(clinic, taught, tmp_path, staleness):
+    folder, _ = taught
+    settings = {"iterations": 4, "staleness": staleness}
+    whole = Loop(clinic, folder, **settings).run()
+    stopped = Loop(clinic, folder, **settings)
+    with pytest.raises(StoppedError):
+        stopped.run(Checkpoints(tmp_path / "run"), until=3)
+    again = Loop(clinic, folder, **settings)
+    assert again.trainer.resume(Checkpoints(tmp_path / "run"))
+    assert again.trainer.iteration == 2  # the third was not saved
+    again.run(Checkpoints(tmp_path / "run"))
+    assert equal(whole, again)
+    assert [report[0] for report in again.reports] == [3, 4]
+    for one, other in zip(whole.reports[2:], again.reports, strict=True):
+        assert one[1:] == other[1:]
+
+    for number, figures, versions, _ in whole.reports:
+        assert versions == {str(max(number - 1 - staleness, 0))}
+        assert figures["staleness"] == min(number - 1, staleness)
+        if not figures["staleness"]:
+            assert figures["mismatch_max"] < 1e-4
+    assert not equal(whole, Loop(clinic, folder, **settings))  # something was learned
+
+
+@pytest.mark.parametrize("kind", ["episode", "step"])
+def test_credit_of_groups_and_a_reference(clinic, taught, kind):
+    folder, _ = taught
+    loop = Loop(clinic, folder, kind=kind, reference=True, iterations=2).run()
+    for _, figures, _, said in loop.reports:
+        assert "kl_reference" in figures or figures["uninformative_stays"] == PATIENTS
+        assert len(set(said)) > PATIENTS // 2  # replicas of a patient speak differently
+    moved = jax.tree.leaves(nnx.state(loop.trainer.learner.model()))
+    assert all(np.isfinite(leaf).all() for leaf in moved)
+
+
+def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(clinic, taught, tmp_path):
+    folder, _ = taught
+    loop = Loop(clinic, folder, iterations=4)
+    generate, calls = loop.generator.generate, []
+
+    async def breaks(*arguments, **settings):
+        calls.append(1)
+        if len(loop.reports) >= 2:
+            raise BackendError("connection refused")
+        return await generate(*arguments, **settings)
+
+    loop.generator.generate = breaks
+    checkpoints = Checkpoints(tmp_path / "run")
+    with pytest.raises(InputError, match=r"iteration 3: .* 4 of 4 stays .connection refused"):
+        loop.run(checkpoints)
+    assert checkpoints.latest() == 2
+    again = Loop(clinic, folder, iterations=4)
+    assert again.trainer.resume(Checkpoints(tmp_path / "run"))
+    assert equal(Loop(clinic, folder, iterations=4).run(), again.run())
+
+
+def test_what_does_not_fit_is_refused(clinic, taught):
+    folder, _ = taught
+    with pytest.raises(InputError, match="at least 2"):
+        AgenticConfig(credit=CreditConfig(kind="episode"), replicas=1)
+    nucleus = DialogueConfig(sampling=Sampling(top_p=0.9))
+    with pytest.raises(InputError, match="top_p 1"):
+        Loop(Clinic(clinic.env, None, clinic.prompts, nucleus), folder)
