@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay
@@ -31,7 +30,7 @@ from sepsis_jax.benchmark.workload import untrained_model
 from sepsis_jax.provenance import provenance
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.files import write_json
-from worldmodel.synthetic import Config, patient_key
+from worldmodel.synthetic import Config, patient_keys
 
 
 def main() -> None:
@@ -80,7 +79,7 @@ def whole_run(
 ) -> int:
     """Treats everybody from admission on; the tool calls that were answered."""
     patients = np.arange(arguments.patients)
-    keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), jnp.asarray(patients))
+    keys = patient_keys(jax.random.key(seed), patients)
     ward = Ward(env, admit(env, keys, patients), forecaster)
     stays: list[Stay] = []
     asyncio.run(

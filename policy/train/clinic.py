@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from policy.agent.dialogue import DialogueConfig, Stay
@@ -18,7 +17,7 @@ from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
 from policy.train.teachers import demonstrate
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.synthetic import patient_key
+from worldmodel.synthetic import patient_keys
 from worldmodel.view import Policy
 
 
@@ -44,9 +43,8 @@ class Clinic:
 
     def admit(self, patients: Sequence[int] | np.ndarray) -> Admission:
         """Patients by number; the same number is the same patient with the same luck."""
-        numbers = jnp.asarray(patients, jnp.int32)
-        keys = jax.vmap(patient_key, (None, 0))(jax.random.key(self.seed), numbers)
-        return admit(self.env, keys, np.asarray(patients, np.int32))
+        numbers = np.asarray(patients, np.int32)
+        return admit(self.env, patient_keys(jax.random.key(self.seed), numbers), numbers)
 
     def demonstrate(self, policy: Policy, patients: Sequence[int] | np.ndarray) -> list[Stay]:
         """Stays under a policy, as `policy.train.teachers.demonstrate`."""

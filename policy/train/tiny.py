@@ -12,29 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from policy.agent.dialogue import Stay
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.tools import SCHEMAS
-from policy.agent.ward import Admission, admit
 from policy.qwen3.model import Qwen3
 from policy.qwen3.tiny import make_tiny
 from policy.qwen3.weights import load, save_hf
 from policy.serving.tokens import ChatTokens
 from policy.simple import GuidelineRules
+from policy.train.clinic import Clinic
 from policy.train.data import Dialogue, batches, cut, pack, written
 from policy.train.learner import Learner, LearnerConfig, Report, cast
 from policy.train.losses import cross_entropy
 from policy.train.questions import Question, as_dialogue
-from policy.train.teachers import demonstrate
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.published import published_scaler
-from worldmodel.synthetic import Config, patient_key
+from worldmodel.synthetic import Config
 from worldmodel.view import Policy
 
 TEMPLATES = "compact"
@@ -115,39 +112,21 @@ def make_pupil(
     return make_tiny(path, texts=texts, brief=True, **asdict(options))
 
 
-@dataclass(frozen=True)
-class Clinic:
-    """Synthetic patients and a world model to ask, which knows nothing either."""
+def tiny_clinic(*, max_steps: int | None = None, seed: int = 0) -> Clinic:
+    """Synthetic patients and a world model to ask, which knows nothing either.
 
-    env: SepsisEnv
-    forecaster: Forecaster
-
-    @classmethod
-    def make(cls, *, max_steps: int | None = None) -> Clinic:
-        """A clinic whose stays have at most `max_steps` decisions."""
-        shape = ModelConfig(variant="reference", hidden=16, layers=1, embed=8, head=8)
-        world_model = init_world_model(jax.random.key(0), published_scaler(), shape)
-        return cls(
-            SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=max_steps),
-            Forecaster(world_model, jax.random.key(1), ForecastConfig(samples=2)),
-        )
-
-    def admit(self, count: int, *, seed: int) -> Admission:
-        """Patients, others for every seed."""
-        patients = np.arange(count, dtype=np.int32)
-        keys = jax.vmap(patient_key, (None, 0))(jax.random.key(seed), jnp.asarray(patients))
-        return admit(self.env, keys, patients)
-
-    def demonstrate(self, teacher: Policy, count: int, *, seed: int) -> list[Stay]:
-        """Stays of `count` patients under a policy."""
-        return demonstrate(
-            teacher,
-            self.env,
-            self.admit(count, seed=seed),
-            self.forecaster,
-            Prompts(TEMPLATES),
-            seed=seed,
-        )
+    Args:
+      max_steps: decisions per stay at most.
+      seed: of the patients.
+    """
+    shape = ModelConfig(variant="reference", hidden=16, layers=1, embed=8, head=8)
+    world_model = init_world_model(jax.random.key(0), published_scaler(), shape)
+    return Clinic(
+        env=SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=max_steps),
+        forecaster=Forecaster(world_model, jax.random.key(1), ForecastConfig(samples=2)),
+        prompts=Prompts(TEMPLATES),
+        seed=seed,
+    )
 
 
 def taught_tiny(
@@ -176,7 +155,7 @@ def taught_tiny(
     Raises:
       InputError: as `save_hf`, or a lesson's rows are too short for the dialogue.
     """
-    stays = Clinic.make().demonstrate(teacher or GuidelineRules(), patients, seed=seed)
+    stays = tiny_clinic(seed=seed).demonstrate(teacher or GuidelineRules(), range(patients))
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)

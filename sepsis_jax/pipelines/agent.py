@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.step import MODES
-from worldmodel.synthetic import Config, patient_key
+from worldmodel.synthetic import Config, patient_keys
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"
@@ -235,11 +234,10 @@ async def _treat(
 
 def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path | None) -> _Unit:
     key = jax.random.key(options.seed)
-    keys_of: Callable[[Any, Any], Any] = jax.vmap(patient_key, (None, 0))
     if episodes is None:
         patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
-        return _Unit(env, patients, keys_of(key, patients), None, {})
+        return _Unit(env, patients, patient_keys(key, patients), None, {})
     assert world_model is not None
     recorded = load_episodes(episodes)
     if options.split != "all":
@@ -252,7 +250,7 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
         max_steps=options.max_steps,
     )  # fmt: skip
     stays = np.arange(len(patients), dtype=np.int32)
-    return _Unit(env, patients, keys_of(key, patients), stays, _recorded_courses(recorded))
+    return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))
 
 
 def _recorded_courses(episodes: Episodes) -> dict[int, dict[str, Any]]:

@@ -16,7 +16,7 @@ from worldmodel.synthetic.baselines import (
 )
 from worldmodel.synthetic.generate import Truth, generate
 from worldmodel.synthetic.marginals import marginals
-from worldmodel.synthetic.noise import patient_key
+from worldmodel.synthetic.noise import patient_key, patient_keys
 from worldmodel.synthetic.simulate import FOLLOW_POLICY
 from worldmodel.synthetic.truth import (
     ActionEffects,
@@ -46,6 +46,7 @@ __all__ = [
     "maximum_treatment",
     "no_treatment",
     "patient_key",
+    "patient_keys",
     "random_policy",
     "reset",
     "step",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 
 from worldmodel import schema
 
@@ -49,6 +50,11 @@ class Noise:
 def patient_key(key: jax.Array, patient: jax.Array) -> jax.Array:
     """The key of one patient: the whole of that patient's luck."""
     return jax.random.fold_in(key, patient)
+
+
+def patient_keys(key: jax.Array, patients: ArrayLike) -> jax.Array:
+    """[N] keys of patients [N] int32."""
+    return jax.vmap(patient_key, (None, 0))(key, jnp.asarray(patients))
 
 
 def draw(key: jax.Array, step: jax.Array) -> Noise:

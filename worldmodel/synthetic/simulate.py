@@ -21,7 +21,7 @@ from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.synthetic import clinician
 from worldmodel.synthetic.body import Latent
-from worldmodel.synthetic.noise import Noise, draw, patient_key
+from worldmodel.synthetic.noise import Noise, draw, patient_keys
 from worldmodel.synthetic.world import (
     Config,
     Params,
@@ -117,7 +117,7 @@ def simulate_block(
     Returns:
       Sums and ends of the stays, and their rows where asked for.
     """
-    keys = jax.vmap(patient_key, (None, 0))(key, patients)
+    keys = patient_keys(key, patients)
     start = jax.vmap(lambda k: reset(k, params, config=config))(keys)
 
     # Drawn ahead of the scan: inside, XLA would fuse the draw into every use of it.

@@ -10,7 +10,7 @@ from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.published import published_scaler
-from worldmodel.synthetic import Config, patient_key
+from worldmodel.synthetic import Config, patient_keys
 
 STEPS, PATIENTS = 4, 8
 
@@ -39,7 +39,7 @@ def make_ward(env, forecaster):
     def make(order=range(PATIENTS), *, capacity=4, simulator=True):
         patients = np.asarray(order, np.int32)
         assert len(patients) == PATIENTS  # other numbers need other programs
-        keys = jax.vmap(patient_key, (None, 0))(jax.random.key(3), patients)
+        keys = patient_keys(jax.random.key(3), patients)
         admission = admit(env, keys, patients)
         return Ward(env, admission, forecaster if simulator else None, capacity=capacity)
 

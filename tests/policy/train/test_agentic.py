@@ -1,6 +1,7 @@
 """The whole loop with a tiny model in this process: exact resume, staleness, what stops it."""
 
 import asyncio
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from flax import nnx
 
 from policy.agent.dialogue import DialogueConfig
-from policy.agent.prompts import Prompts
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.weights import load
 from policy.serving.backend import BackendError, Sampling
@@ -18,15 +18,13 @@ from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
 from policy.train.agentic import AgenticConfig, AgenticTrainer, agentic_loss
 from policy.train.checkpoints import Checkpoints
-from policy.train.clinic import Clinic
 from policy.train.configuration import LearnerConfig
 from policy.train.counterfactual import counterfactual
 from policy.train.credit import CreditConfig
 from policy.train.learner import Learner
 from policy.train.objectives import Objective
 from policy.train.publishing import EmbeddedPublisher
-from policy.train.tiny import TEMPLATES
-from policy.train.tiny import Clinic as TinyClinic
+from policy.train.tiny import tiny_clinic
 from worldmodel.errors import InputError
 
 PATIENTS, DECISIONS, ROWS = 4, 2, 4
@@ -34,10 +32,10 @@ PATIENTS, DECISIONS, ROWS = 4, 2, 4
 
 @pytest.fixture(scope="module")
 def clinic():
-    tiny = TinyClinic.make(max_steps=DECISIONS)
+    tiny = tiny_clinic(max_steps=DECISIONS)
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64)
     dialogue = DialogueConfig(memory="decision", max_invalid=1, sampling=sampling)
-    return Clinic(tiny.env, tiny.forecaster, Prompts(TEMPLATES), dialogue, concurrency=PATIENTS)
+    return replace(tiny, dialogue=dialogue, concurrency=PATIENTS)
 
 
 class StoppedError(Exception):
@@ -157,4 +155,4 @@ def test_what_does_not_fit_is_refused(clinic, taught):
         AgenticConfig(credit=CreditConfig(kind="episode"), replicas=1)
     nucleus = DialogueConfig(sampling=Sampling(top_p=0.9))
     with pytest.raises(InputError, match="top_p 1"):
-        Loop(Clinic(clinic.env, None, clinic.prompts, nucleus), folder)
+        Loop(replace(clinic, dialogue=nucleus), folder)

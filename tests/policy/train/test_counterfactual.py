@@ -10,7 +10,7 @@ from policy.simple import GuidelineRules, RandomPolicy
 from policy.train.counterfactual import _LUCK, counterfactual
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
-from worldmodel.synthetic import patient_key
+from worldmodel.synthetic import patient_keys
 from worldmodel.view import draw_action
 
 STEPS, PATIENTS, SAMPLES = 3, 2, 2
@@ -24,7 +24,7 @@ def env():
 @pytest.fixture(scope="module")
 def states(env):
     patients = np.arange(PATIENTS, dtype=np.int32)
-    keys = jax.vmap(patient_key, (None, 0))(jax.random.key(5), patients)
+    keys = patient_keys(jax.random.key(5), patients)
     return admit(env, keys, patients).states
 
 

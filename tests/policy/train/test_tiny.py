@@ -20,7 +20,7 @@ from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules, RandomPolicy
 from policy.train.data import as_read, written
 from policy.train.teachers import demonstrate, neighbours
-from policy.train.tiny import TEMPLATES, Clinic
+from policy.train.tiny import TEMPLATES, tiny_clinic
 from worldmodel import schema
 from worldmodel.errors import InputError
 
@@ -29,12 +29,12 @@ DECISIONS, PATIENTS = 3, 8
 
 @pytest.fixture(scope="module")
 def clinic():
-    return Clinic.make(max_steps=DECISIONS)
+    return tiny_clinic(max_steps=DECISIONS)
 
 
 def treated(clinic, folder, temperature):
     """Stays of fresh patients under a model in this process."""
-    admission = clinic.admit(PATIENTS, seed=1234)
+    admission = clinic.elsewhere(seed=1234).admit(range(PATIENTS))
     ward = Ward(clinic.env, admission, clinic.forecaster)
     backend = TokenBackend(EmbeddedGenerator.from_folder(folder), ChatTokens.load(folder))
     sampling = Sampling(temperature=temperature, max_new_tokens=64)
@@ -76,8 +76,8 @@ def test_taught_replies_are_valid_calls(clinic, taught):
 
 def test_a_teacher_follows_its_policy(clinic):
     policy = GuidelineRules()
-    stays = clinic.demonstrate(policy, PATIENTS, seed=1)
-    admission = clinic.admit(PATIENTS, seed=1)
+    stays = clinic.elsewhere(seed=1).demonstrate(policy, range(PATIENTS))
+    admission = clinic.elsewhere(seed=1).admit(range(PATIENTS))
     views = admission.states.last.observation
     first = jax.vmap(policy, (None, 0))(jax.random.key(0), views).argmax(-1)
     assert [stay.decisions[0].action for stay in stays] == first.tolist()
@@ -93,7 +93,7 @@ def test_a_teacher_follows_its_policy(clinic):
 
 def test_later_decisions_follow_the_newest_view(clinic):
     """Where MAP was low under the rules, the vasopressor went up one level at the next row."""
-    stays = clinic.demonstrate(GuidelineRules(), PATIENTS, seed=1)
+    stays = clinic.elsewhere(seed=1).demonstrate(GuidelineRules(), range(PATIENTS))
     for stay in stays:
         for decision in stay.decisions[1:]:
             raised = decision.action // schema.NUM_LEVELS - decision.previous_vasopressor
@@ -103,7 +103,8 @@ def test_later_decisions_follow_the_newest_view(clinic):
 
 
 def test_equal_seeds_equal_stays(clinic):
-    one, two = (clinic.demonstrate(RandomPolicy(), PATIENTS, seed=3) for _ in range(2))
+    others = clinic.elsewhere(seed=3)
+    one, two = (others.demonstrate(RandomPolicy(), range(PATIENTS)) for _ in range(2))
     said = [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in one]
     assert said == [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in two]
     assert said[0] != said[1]
@@ -129,7 +130,7 @@ class Backwards(GuidelineRules):
 
 
 def test_a_teacher_may_look_back(clinic):
-    for stay in clinic.demonstrate(Backwards(), PATIENTS, seed=1):
+    for stay in clinic.elsewhere(seed=1).demonstrate(Backwards(), range(PATIENTS)):
         assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
 
 
@@ -138,7 +139,7 @@ def test_a_teacher_cannot_look_farther_than_the_world(clinic):
         past = 13
 
     with pytest.raises(InputError, match="looks back on 13 rows"):
-        clinic.demonstrate(Farther(), PATIENTS, seed=1)
+        clinic.elsewhere(seed=1).demonstrate(Farther(), range(PATIENTS))
 
 
 def test_conversations_of_a_decision_begin_with_the_chart(clinic, tokens):
@@ -147,7 +148,7 @@ def test_conversations_of_a_decision_begin_with_the_chart(clinic, tokens):
         demonstrate(
             GuidelineRules(),
             clinic.env,
-            clinic.admit(PATIENTS, seed=1),
+            clinic.elsewhere(seed=1).admit(range(PATIENTS)),
             clinic.forecaster,
             Prompts(TEMPLATES),
             DialogueConfig(memory=memory),
