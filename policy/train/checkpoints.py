@@ -194,4 +194,6 @@ def _named(tree: Any) -> dict[str, Any]:
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:300]
+    """Shortened at its beginning: chains of errors end with the cause."""
+    line = next(iter(str(error).splitlines()), type(error).__name__)
+    return line if len(line) <= 200 else f"...{line[-200:]}"

@@ -98,7 +98,7 @@ def test_a_write_that_fails(tmp_path):
     """The system refuses to write more than 20 kB into a file, as it refuses to fill a disk."""
     done = run_python(ON_A_SMALL_DISK, tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "cannot save step 2" in done.stdout
+    assert "cannot save step 2" in done.stdout and "File too large" in done.stdout
     assert "step 1 is still good; make room on the disk and start again" in done.stdout
     assert len(done.stdout.splitlines()) == 1
 
