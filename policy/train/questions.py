@@ -97,7 +97,8 @@ def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Questi
       seed: equal seeds, equal questions; each kind's are independent of the other kinds.
 
     Raises:
-      InputError: the records hold no question of some kind.
+      InputError: the records hold no question of some kind or, to be balanced, no case of an
+        answer.
     """
     records = _Records.of(episodes)
     wording = Wording(config.charts, hours=schema.STEP_HOURS, window=WINDOW)
@@ -106,9 +107,8 @@ def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Questi
         if kind in config.kinds:
             draw = np.random.default_rng([seed, number])
             cases = _FINDERS[kind](records, draw)
+            _require_answers(kind, cases, config.balanced)
             cases = _drawn(cases, len(OPTIONS[kind]) if config.balanced else 0, config.count, draw)
-            if not len(cases.stay):
-                raise InputError(f"episodes: hold no question of the kind {kind}")
             found += _worded(kind, records, cases, wording)
     return found
 
@@ -219,6 +219,18 @@ _FINDERS = {
     "mortality": _deaths,
     "vasopressor": _vasopressors,
 }
+
+
+def _require_answers(kind: str, cases: _Cases, balanced: bool) -> None:
+    if not len(cases.stay):
+        raise InputError(f"episodes: hold no question of the kind {kind}")
+    missing = set(range(len(OPTIONS[kind]))) - set(cases.label.tolist())
+    if balanced and missing:
+        answers = ", ".join(OPTIONS[kind][label] for label in sorted(missing))
+        raise InputError(
+            f"episodes: hold no question of the kind {kind} with the answer {answers}; leave the "
+            "kind out, or set balanced to false"
+        )
 
 
 def _drawn(cases: _Cases, options: int, count: int, draw: np.random.Generator) -> _Cases:

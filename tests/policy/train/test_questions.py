@@ -195,5 +195,10 @@ def test_records_without_a_kind_are_refused(episodes):
     short = toy_episodes(num_stays=3, num_steps=2)
     with pytest.raises(InputError, match="no question of the kind vasopressor"):
         ask(short, replace(ALL, kinds=("vasopressor",)), seed=0)
+    nobody = replace(episodes, died_in_hospital=np.zeros_like(episodes.died_in_hospital))
+    mortality = replace(ALL, kinds=("mortality",))
+    assert {q.answer for q in ask(nobody, mortality, seed=0)} == {"no"}
+    with pytest.raises(InputError, match="kind mortality with the answer yes"):
+        ask(nobody, replace(mortality, balanced=True), seed=0)
     with pytest.raises(InputError, match="kinds"):
         QuestionConfig(kinds=("weather",))
