@@ -1,6 +1,7 @@
 """Exams without a simulator: probabilities of replies, grades by hand, intervals by stay."""
 
 import asyncio
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,10 +9,14 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3.logprobs import token_logprobs
+from policy.qwen3.tiny import make_tiny
 from policy.serving.embedded import EmbeddedGenerator
-from policy.train.data import Dialogue, Rows, pack
+from policy.serving.tokens import ChatTokens
+from policy.train.data import Dialogue, Rows, batches, pack
+from policy.train.learner import Learner, LearnerConfig
+from policy.train.losses import cross_entropy
 from policy.train.probing import answer, grade
-from policy.train.questions import OPTIONS, Question, QuestionConfig, ask
+from policy.train.questions import OPTIONS, Question, QuestionConfig, as_dialogue, ask
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 
@@ -118,3 +123,32 @@ def test_what_cannot_be_graded_is_refused(tokens):
         asyncio.run(answer(None, tokens, [free]))
     with pytest.raises(InputError, match="got 0 for 1 questions"):
         grade([question("mortality", "yes", 0)], [])
+
+
+@pytest.mark.slow
+def test_what_the_chart_shows_is_learned(tmp_path):
+    """Stage I from records to grades: all men die and no woman does, among patients never seen."""
+    folder = make_tiny(tmp_path / "tiny", layers=1, hidden=64, heads=2, kv_heads=1)
+    tokens, model = ChatTokens.load(folder), qwen3.load(folder)
+    episodes = jax.tree.map(np.asarray, toy_episodes(num_stays=200))
+    episodes = replace(episodes, died_in_hospital=episodes.static[:, 1] > 0.5)
+    config = QuestionConfig(("mortality",), count=240, charts="compact")
+    lessons = ask(episodes.select(np.arange(120)), config, seed=0)
+    exam = ask(episodes.select(np.arange(120, 200)), replace(config, count=40), seed=1)
+    assert not {q.stay for q in lessons} & {q.stay for q in exam}
+
+    async def graded(model):
+        generator = EmbeddedGenerator(model, stop_ids=(tokens.end_id,))
+        try:
+            found = await answer(generator, tokens, exam)
+        finally:
+            await generator.close()
+        return grade(exam, found, resamples=50)["mortality"].auroc
+
+    dialogues = [as_dialogue(question, tokens) for question in lessons]
+    rows = pack(dialogues, 2 * max(map(len, dialogues)), seed=0)
+    learner = Learner(model, cross_entropy, LearnerConfig(steps=80, learning_rate=3e-3))
+    before = asyncio.run(graded(model))
+    learner.run(batches(rows, 4, seed=0))
+    after = asyncio.run(graded(learner.model()))
+    assert before.value < 0.8 and after.value > 0.95 and after.low > 0.9
