@@ -120,11 +120,17 @@ def benchmark(
     options = resolve_config(BenchmarkOptions, config, setting, source="--set")
     with phases("truth benchmark") as progress:
         scores = run_benchmark(out, options, progress=progress)
-    print_table(
-        "Mean over settings; coverage of 95% intervals",
-        list(scores.columns),
-        scores.itertuples(index=False),
-    )
+    names = ("bias", "rmse", "coverage", "rank_correlation", "regret_at_1")
+    for world, rows in scores.groupby("world", sort=False):
+        print_table(
+            f"{world}: means over settings without confounding, coverage of 95% intervals, "
+            "+- Monte Carlo error",
+            ("estimator", *(name.replace("_", " ") for name in names)),
+            [
+                (row["estimator"], *(f"{row[n]:.3f} +- {row[f'{n}_se']:.3f}" for n in names))
+                for row in rows.to_dict("records")
+            ],
+        )
     console.print(f"{out / 'report.html'}, scores.csv, runs.csv.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), "scores": scores.to_dict("records")})

@@ -166,7 +166,7 @@ def stages(
     shown = ["stage", "value", "low", "high", "valid", "completed", "adherence", "unsafe",
              "mortality_auroc", "vasopressor_auroc"]  # fmt: skip
     rows = [
-        [row[0], *(f"{value:.2f}" for value in row[1:])]
+        [row[0], *("-" if value is None or value != value else f"{value:.2f}" for value in row[1:])]
         for row in table[shown].itertuples(index=False)
     ]
     print_table("What each stage brought, on fresh patients", tuple(shown), rows)

@@ -1,0 +1,149 @@
+"""`sepsis-jax policy sft|bc|rl|stages` with tiny models, small enough to watch everything."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file
+
+from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
+from tests.sepsis_jax.command_line import call, finish, refuse
+from worldmodel.models.checkpoint import save_world_model
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.published import published_scaler
+
+SMALL = """
+sft:
+  questions: {count: 6, charts: compact}
+  training: &training
+    {row_length: 512, rows: 4, learner: {steps: 4, warm_up: 0, report_every: 2, save_every: 2}}
+bc:
+  patients: 2
+  clinic: &clinic
+    {max_steps: 2, templates: compact, concurrency: 4, forecast: {samples: 2}, dialogue:
+      {memory: decision, max_invalid: 1,
+       sampling: {temperature: 1.0, top_p: 1.0, max_new_tokens: 64}}}
+  replay: {count: 6, charts: compact}
+  training: *training
+rl:
+  clinic: *clinic
+  samples: 1
+  agentic: {iterations: 3, patients: 4, updates: 1, row_length: 1024, rows: 4}
+  learner: {learning_rate: 0.001, warm_up: 0}
+  judge_every: 2
+  judge_patients: 4
+rivals: [episode]
+rival_replicas: 2
+exam: {patients: 4, questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
+"""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Episodes, an untrained world model and settings."""
+    folder = tmp_path_factory.mktemp("inputs")
+    make_synthetic_cohort(folder / "episodes", patients=60)
+    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    world_model = init_world_model(jax.random.key(0), published_scaler(), config)
+    save_world_model(world_model, folder / "model")
+    (folder / "small.yaml").write_text(SMALL)
+    return folder
+
+
+def lines(folder):
+    return [json.loads(x) for x in (folder / "metrics/metrics.jsonl").read_text().splitlines()]
+
+
+def test_all_stages(inputs, tmp_path, capsys):
+    """Every stage leaves a model, the next begins with it, and each sits an exam."""
+    out = tmp_path / "stages"
+    given = ("--model", inputs / "model", "--episodes", inputs / "episodes")
+    finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
+    table = pd.read_csv(out / "stages.csv")
+    assert table.stage.tolist() == ["sft", "bc", "rl", "rl_episode"]
+    assert (table.stays == 4).all() and table.mortality_auroc.between(0, 1).all()
+    for stage in table.stage:
+        assert (out / stage / "model" / "config.json").exists()
+    weights = [load_file(out / stage / "model" / "model.safetensors") for stage in ("sft", "bc")]
+    assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
+    first, second, _ = lines(out / "rl")
+    assert "held_out_value" in second and "held_out_value" not in first
+    assert first["mismatch_max"] < 1e-4 and first["played_stays"] == 4
+    assert (out / "curves.png").stat().st_size > 10_000
+    before = (out / "stages.csv").read_bytes()
+    again = ("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
+    refuse(call(capsys, *again), "--resume")
+    finish(*again, "--resume")
+    assert (out / "stages.csv").read_bytes() == before
+
+
+def rl(inputs, folder, out, *more):
+    return [
+        "policy", "rl", "--llm", folder, "--model", inputs / "model", "--config",
+        inputs / "small.yaml", "--out", out, *more,
+    ]  # fmt: skip
+
+
+def test_a_killed_run_goes_on_to_the_same_end(inputs, taught, tmp_path):
+    """SIGKILL after a checkpoint, wherever it happens to be; metrics and weights byte for byte."""
+    folder, _ = taught
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(*rl(inputs, folder, whole))
+    command = [sys.executable, "-c", "from sepsis_jax.cli import main; main()"]
+    environment = os.environ | {
+        f"JAX_{name[4:].upper()}": str(getattr(jax.config, name))
+        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    }
+    process = subprocess.Popen(
+        [*command, *map(str, rl(inputs, folder, cut))],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (cut / "checkpoints" / "steps" / "1").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "model").exists()
+    finish(*rl(inputs, folder, cut, "--resume"))
+    for name in ("metrics/metrics.jsonl", "model/model.safetensors"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_bad_requests_end_with_one_line(inputs, taught, tmp_path, capsys):
+    folder, _ = taught
+    for number, (more, word) in enumerate(
+        (
+            (("--set", "rl.clinic.dialogue.sampling.top_p=0.9"), "top_p"),
+            (("--set", "rl.agentic.credit.kind=step"), "replicas"),
+            (("--backend", "openai", "--url", "http://127.0.0.1:9/v1"), "embedded or vllm"),
+        )
+    ):
+        refuse(call(capsys, *rl(inputs, folder, tmp_path / str(number), *more)), word)
+    refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "--records")
+
+
+def test_recorded_stays_can_be_the_teacher(inputs, taught, tmp_path, capsys):
+    """An agent's run, of which only the good stays are learned from."""
+    folder, _ = taught
+    run = tmp_path / "agent"
+    finish(
+        "agent", "run", "--llm", folder, "--model", inputs / "model", "--patients", 8,
+        "--templates", "compact", "--set", "max_steps=2", "--set", "forecast.samples=2",
+        "--set", "dialogue.sampling.max_new_tokens=64", "--out", run,
+    )  # fmt: skip
+    asked = ("policy", "bc", "--llm", folder, "--records", run, "--config", inputs / "small.yaml")
+    finish(*asked, "--set", "bc.training.row_length=2112",
+           "--set", "bc.rejection.violations=2", "--out", tmp_path / "bc")  # fmt: skip
+    assert (tmp_path / "bc" / "model" / "config.json").exists()
+    none = ("--set", "bc.rejection.total_reward=1000", "--out", tmp_path / "none")
+    refuse(call(capsys, *asked, *none), "good enough")
