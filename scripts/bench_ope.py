@@ -1,14 +1,15 @@
 """Speed of off-policy evaluation, against a loop over stays in the same run.
 
     python scripts/bench_ope.py
-    python scripts/bench_ope.py --growth 725 10000 100000
+    python scripts/bench_ope.py --growth 1000 10000 100000 --json benchmarks/ope_cpu.json
 
 The task: 725 stays x 6 policies x all estimators that need no fitting in the run (fitted values,
 marginal ratios are given) x 10,000 bootstrap resamples, to a table with BCa intervals, paired
 differences, diagnostics and verdicts. The loop does what libraries do: per policy, estimator and
 stay in Python, again for every resample; a few resamples of four estimators are timed and scaled
 up. Beside it, resampling of values per stay in NumPy, which is wrong for ratio estimators. Warm,
-results on the host. The last line is JSON.
+results on the host. `--growth` takes sizes in turns, so that all meet the same load, and gives
+processor time beside wall time. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +90,28 @@ def loop(data: ope.OPEData, probs: dict[str, np.ndarray], resamples: int) -> tup
     return python, (time.perf_counter() - start) / resamples
 
 
+class Seconds(NamedTuple):
+    """Time of one call."""
+
+    wall: float
+    cpu: float
+
+
+def grow(sizes: list[int], policies: int, resamples: int, rounds: int) -> dict[int, list[Seconds]]:
+    """Times of warm evaluations by size; one call of every size per round."""
+    inputs = {stays: make(stays, policies) for stays in sizes}
+    found: dict[int, list[Seconds]] = {stays: [] for stays in sizes}
+    for seed in range(rounds + 1):
+        for stays, (data, probs, fitted) in inputs.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            ope.evaluate(
+                data, probs, key=jax.random.key(seed), fitted=fitted, n_bootstrap=resamples
+            )
+            if seed:  # the first call compiles
+                found[stays].append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
+    return found
+
+
 def timed(run: Callable[[int], object], repeats: int) -> list[float]:
     """Wall seconds of warm repeats."""
     run(0)
@@ -105,6 +130,7 @@ def main() -> None:
     parser.add_argument("--resamples", type=int, default=10_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--growth", type=int, nargs="*", default=[], help="further sizes, stays")
+    parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
     data, probs, fitted = make(arguments.stays, arguments.policies)
 
@@ -138,13 +164,23 @@ def main() -> None:
     }
     for name, value in result.items():
         print(f"{name:24s} {value:.4g}" if isinstance(value, float) else f"{name:24s} {value}")
-    growth = {}
-    for stays in arguments.growth:
-        ingredients = make(stays, arguments.policies)
-        growth[stays] = min(timed(evaluate(*ingredients, resamples=1000), 2))
-        print(f"{stays:8d} stays, 1,000 resamples: {growth[stays]:.3f} s, "
-              f"{1e6 * growth[stays] / stays:.1f} us per stay")  # fmt: skip
-    result["growth_seconds"] = growth
+    if arguments.growth:
+        sizes = sorted(arguments.growth)
+        growth = {}
+        for stays, seconds in grow(sizes, arguments.policies, 1000, arguments.repeats).items():
+            each = 1e6 * np.asarray(seconds) / stays
+            growth[stays] = {
+                field: dict(zip(("median", "min", "max"), values, strict=True))
+                for field, values in zip(
+                    Seconds._fields,
+                    np.stack([np.median(each, 0), each.min(0), each.max(0)], 1).tolist(),
+                    strict=True,
+                )
+            }
+            print(f"{stays:8d} stays, 1,000 resamples, us per stay: {growth[stays]}")
+        result["growth_us_per_stay"] = growth
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 

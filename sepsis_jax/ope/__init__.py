@@ -6,7 +6,8 @@ Every estimate comes with an interval, diagnostics and a verdict. Conventions, f
 drawn from worlds where the truth is known: docs/ope.md.
 """
 
-from sepsis_jax.ope.data import OPEData, Treatment, check, from_episodes
+from sepsis_jax.ope.checks import check
+from sepsis_jax.ope.data import OPEData, Treatment, from_episodes
 from sepsis_jax.ope.diagnostics import Limits, diagnose
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
-from sepsis_jax.ope.data import OPEData, check, from_episodes
+from sepsis_jax.ope.checks import check
+from sepsis_jax.ope.data import OPEData, from_episodes
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.features import key_features
 from sepsis_jax.ope.fitted import fit
@@ -73,9 +73,10 @@ class BenchmarkOptions:
 
 
 class Pool(NamedTuple):
-    """Stays of many data sets, and the truth."""
+    """Stays of several data sets, one after the other, and the truth."""
 
     setting: dict[str, Any]
+    repeats: range  # numbers of the data sets
     data: OPEData
     probs: dict[str, jax.Array]  # by policy
     truth: dict[str, float]
@@ -92,11 +93,18 @@ def _mixed(
     return (1 - share) * visible + share * other
 
 
-def synthetic_pools(options: BenchmarkOptions) -> Iterator[Pool]:
-    """One pool per dial of confounding."""
+def _parts(options: BenchmarkOptions, at_once: int | None) -> Iterator[tuple[range, int, int]]:
+    """Numbers of the data sets of each pool, its first stay and how many stays it holds."""
+    most, step = max(options.sizes), at_once or options.repeats
+    for first in range(0, options.repeats, step):
+        repeats = range(first, min(first + step, options.repeats))
+        yield repeats, first * most, len(repeats) * most
+
+
+def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
+    """Pools by dial of confounding, each of `at_once` data sets (default: all)."""
     params = Params()
     key = jax.random.key(options.seed)
-    stays = max(options.sizes) * options.repeats
     targets, distance = {}, {}
     for share in options.distances:
         for better, name in ((True, "titration"), (False, "random")):
@@ -112,55 +120,64 @@ def synthetic_pools(options: BenchmarkOptions) -> Iterator[Pool]:
     }
     for dial in dict.fromkeys(options.confounding):
         habits = replace(params.clinician, confounding=dial)
-        episodes, hidden = generate(
-            world_key, stays, params=replace(params, clinician=habits), keep_latent=False
-        )
-        behavior: Any = hidden.probabilities
-        if dial > 0:
-            config = BehaviorConfig(epochs=5)
-            behavior = fit_behavior(fit_key, episodes, models=("mlp",), config=config)[0].probs
-        probs = {
-            name: jnp.asarray(action_probs(policy, episodes, key=fit_key))
-            for name, policy in targets.items()
-        }
-        data = from_episodes(episodes, behavior_probs=behavior, features=key_features(episodes))
-        setting = {"world": "synthetic", "confounding": dial, "horizon": data.num_steps}
-        yield Pool(setting, data, probs, truth, distance, {"method": "linear"}, None)
+        for repeats, first, stays in _parts(options, at_once):
+            episodes, hidden = generate(
+                world_key, stays, params=replace(params, clinician=habits), keep_latent=False,
+                first_patient=first,
+            )  # fmt: skip
+            behavior: Any = hidden.probabilities
+            if dial > 0:
+                config = BehaviorConfig(epochs=5)
+                behavior = fit_behavior(fit_key, episodes, models=("mlp",), config=config)[0].probs
+            probs = {
+                name: jnp.asarray(action_probs(policy, episodes, key=fit_key))
+                for name, policy in targets.items()
+            }
+            data = from_episodes(episodes, behavior_probs=behavior, features=key_features(episodes))
+            setting = {"world": "synthetic", "confounding": dial, "horizon": data.num_steps}
+            yield Pool(setting, repeats, data, probs, truth, distance, {"method": "linear"}, None)
 
 
-def icu_sepsis_pools(options: BenchmarkOptions) -> Iterator[Pool]:
-    """One pool per horizon."""
+def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
+    """Pools by horizon, each of `at_once` data sets (default: all)."""
     world = mdp.icu_sepsis()
     best = mdp.best_policy(world)
     uniform = np.full_like(best, 1 / best.shape[1])
-    stays = max(options.sizes) * options.repeats
+    policies, distance = {}, {}
+    for share in options.distances:
+        for other, name in ((best, "best"), (uniform, "random")):
+            label = f"{name} {share:g}"
+            policies[label] = (1 - share) * world.clinician + share * other
+            distance[label] = share
+    fitting = {"method": "tabular", "num_states": len(world.start)}
     for horizon in dict.fromkeys(options.horizons):
-        drawn = sample(world, stays, horizon=horizon, seed=options.seed)
-        probs, truth, distance = {}, {}, {}
-        for share in options.distances:
-            for other, name in ((best, "best"), (uniform, "random")):
-                policy = (1 - share) * world.clinician + share * other
-                label = f"{name} {share:g}"
-                probs[label] = jnp.asarray(drawn.probs(policy))
-                truth[label] = mdp.true_value(world, policy, horizon=horizon)
-                distance[label] = share
+        truth = {
+            name: mdp.true_value(world, policy, horizon=horizon)
+            for name, policy in policies.items()
+        }
         setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}
-        fitting = {"method": "tabular", "num_states": len(world.start)}
-        yield Pool(setting, drawn.data, probs, truth, distance, fitting, drawn.state)
+        for repeats, first, stays in _parts(options, at_once):
+            drawn = sample(world, stays, horizon=horizon, seed=(options.seed, first))
+            probs = {name: jnp.asarray(drawn.probs(policy)) for name, policy in policies.items()}
+            yield Pool(setting, repeats, drawn.data, probs, truth, distance, fitting, drawn.state)
 
 
 def run_pool(
     pool: Pool, options: BenchmarkOptions, progress: Callable[[float], None]
 ) -> pd.DataFrame:
-    """One row per size, data set, policy and estimator."""
-    tables = []
-    total = len(options.sizes) * options.repeats
-    for number, size in enumerate(options.sizes):
-        for repeat in range(options.repeats):
-            rows = slice(repeat * size, (repeat + 1) * size)
+    """One row per size, data set, policy and estimator.
+
+    The smaller data sets are the first stays of the larger ones, so that data sets of different
+    numbers share nothing.
+    """
+    tables: list[pd.DataFrame] = []
+    most, total = max(options.sizes), len(options.sizes) * len(pool.repeats)
+    for size in options.sizes:
+        for place, repeat in enumerate(pool.repeats):
+            rows = slice(place * most, place * most + size)
             table = _one(pool, rows, options, repeat)
             tables.append(table.assign(size=size, repeat=repeat, **pool.setting))
-            progress((number * options.repeats + repeat + 1) / total)
+            progress(len(tables) / total)
     result = pd.concat(tables, ignore_index=True)
     result["truth"] = result["policy"].map(pool.truth)
     result["distance"] = result["policy"].map(pool.distance)
@@ -186,58 +203,3 @@ def _one(pool: Pool, rows: slice, options: BenchmarkOptions, repeat: int) -> pd.
         interval=options.interval, tail_levels=(),
     )  # fmt: skip
     return table[["policy", "estimator", "estimate", "low", "high", "ess", "trust"]]
-
-
-SETTING = ["world", "confounding", "horizon", "size"]
-
-
-def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
-    """Bias, RMSE, coverage and share trusted by setting, distance and estimator."""
-    error = runs["estimate"] - runs["truth"]
-    frame = runs.assign(
-        error=error,
-        square=error**2,
-        covered=((runs["low"] <= runs["truth"]) & (runs["truth"] <= runs["high"])).astype(float),
-        width=runs["high"] - runs["low"],
-        trusted=runs["trust"].astype(float),
-    )
-    by = frame.groupby([*SETTING, "distance", "estimator"], sort=False)
-    table = by.agg(
-        bias=("error", "mean"), rmse=("square", "mean"), coverage=("covered", "mean"),
-        width=("width", "median"), ess=("ess", "median"), trusted=("trusted", "mean"),
-    ).reset_index()  # fmt: skip
-    table["rmse"] **= 0.5
-    return table
-
-
-def ranking(runs: pd.DataFrame) -> pd.DataFrame:
-    """Rank correlation and regret@1 of the choice among all policies, by setting and estimator.
-
-    Regret@1 is (best true value - true value of the policy ranked first) / (best - worst true
-    value), the convention of DOPE (Fu et al. 2021); 0 is a perfect choice, 1 the worst.
-    """
-    rows = []
-    for keys, group in runs.groupby([*SETTING, "repeat", "estimator"], sort=False):
-        estimate, truth = group["estimate"].to_numpy(), group["truth"].to_numpy()
-        if not np.isfinite(estimate).all():
-            continue
-        spread = truth.max() - truth.min()
-        # An estimator that cannot tell policies apart ranks them by chance.
-        tied = np.isclose(estimate, estimate.max(), rtol=0, atol=1e-6)
-        regret = (truth.max() - truth[tied].mean()) / spread
-        same = np.ptp(estimate) < 1e-6
-        rank = 0.0 if same else spearmanr(estimate, truth).statistic
-        rows.append((*keys, rank, regret))
-    table = pd.DataFrame(rows, columns=[*SETTING, "repeat", "estimator", "rank", "regret"])
-    by = table.groupby([*SETTING, "estimator"], sort=False)
-    return by[["rank", "regret"]].mean().reset_index()
-
-
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row per world and estimator over all settings without confounding."""
-    clean = runs[runs["confounding"] == 0]
-    exact = accuracy(clean).groupby(["world", "estimator"], sort=False)
-    ranks = ranking(clean).groupby(["world", "estimator"], sort=False)
-    table = exact[["bias", "rmse", "coverage"]].mean()
-    table = table.join(ranks[["rank", "regret"]].mean())
-    return table.rename(columns={"rank": "rank_correlation", "regret": "regret_at_1"}).reset_index()

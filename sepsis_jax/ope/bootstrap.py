@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.ope import distribution
+from sepsis_jax.ope import distribution, slices
 from sepsis_jax.ope.estimators import Batch, Means, columns, evaluate_means
 from sepsis_jax.ope.weights import scaled
 
-_COUNTS_PER_CHUNK = 1 << 24  # bounds the memory of the counts
+_RESAMPLES = 512  # at once; enough for the speed of a matrix product, whatever the number of stays
+_COUNTS = 1 << 26  # at once: 64 MB
+_DRAWS = 1 << 20  # at once: temporaries that the allocator keeps
 
 
 class Tail(NamedTuple):
@@ -50,14 +52,15 @@ def split(means: jax.Array, widths: dict[str, int]) -> Means:
 
 
 def draw_counts(rng: np.random.Generator, resamples: int, stays: int) -> np.ndarray:
-    """[B, N] float32 how often each stay is drawn; every row sums to N."""
-    index = rng.integers(0, stays, (resamples, stays), dtype=np.int32)
-    index += stays * np.arange(resamples, dtype=np.int32)[:, None]
-    return (
-        np.bincount(index.ravel(), minlength=resamples * stays)
-        .astype(np.float32)
-        .reshape(resamples, stays)
-    )
+    """[B, N] uint8 how often each stay is drawn; every row sums to N."""
+    counts = np.empty((resamples, stays), np.uint8)
+    step = max(_DRAWS // stays, 1)
+    for first in range(0, resamples, step):
+        rows = counts[first : first + step]
+        index = rng.integers(0, stays, rows.shape, dtype=np.int32)
+        index += stays * np.arange(len(rows), dtype=np.int32)[:, None]
+        rows[:] = np.bincount(index.ravel(), minlength=rows.size).reshape(rows.shape)
+    return counts
 
 
 def generator(key: jax.Array) -> np.random.Generator:
@@ -80,8 +83,15 @@ def _from_counts(
     levels: tuple[float, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     policies = batch.log_weight.shape[0]
-    means = (counts @ table) / counts.sum(-1, keepdims=True)
-    means = means.reshape(counts.shape[0], policies, -1)
+    stays = counts.shape[-1]
+
+    def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        drawn = slices.take(counts, number) * slices.fresh(stays, number)
+        return total + drawn @ slices.take(table, number, 0), None
+
+    start = jnp.zeros((len(counts), table.shape[-1]), table.dtype)
+    total, _ = jax.lax.scan(add, start, jnp.arange(slices.number(stays)))
+    means = (total / stays).reshape(len(counts), policies, -1)
     values = evaluate_means(split(means, dict(widths)), batch, names)
     return values, None if tail is None else distribution.tail(*tail, counts, levels)
 
@@ -112,7 +122,7 @@ def resample(
     """
     stays = table.shape[0]
     rng = generator(key)
-    chunk = int(np.clip(_COUNTS_PER_CHUNK // stays, 1, resamples))
+    chunk = int(np.clip(_COUNTS // stays, 1, min(_RESAMPLES, resamples)))
     parts = []
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)

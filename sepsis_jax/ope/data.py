@@ -1,8 +1,7 @@
-"""What off-policy evaluation needs to know about recorded stays, and checks of it."""
+"""What off-policy evaluation needs to know about recorded stays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +14,6 @@ from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-
-SUM_TOLERANCE = 1e-3
 
 
 @struct.dataclass
@@ -131,151 +128,6 @@ def taken_probs(probs: jax.Array, action: jax.Array) -> jax.Array:
     """[..., T] probabilities of the taken actions from [..., T, A] of all."""
     action = jnp.broadcast_to(action, probs.shape[:-1])
     return jnp.take_along_axis(probs, action[..., None], -1)[..., 0]
-
-
-def check(
-    data: OPEData,
-    target_probs: Mapping[str, Any],
-    treatment: Treatment | None = None,
-) -> tuple[OPEData, dict[str, jax.Array], dict[str, int]]:
-    """Refuses flawed input, or treats it as asked.
-
-    Args:
-      data: recorded stays.
-      target_probs: [N, T, A] action probabilities by policy.
-      treatment: what to do about flaws that can be mended.
-
-    Returns:
-      Data and probabilities without flaws, trimmed to the longest stay, padding neutral; and how
-      often each treatment was applied, in steps or stays.
-
-    Raises:
-      InputError: a flaw that is not to be mended, or cannot be.
-    """
-    treatment = treatment or Treatment()
-    host = jax.tree.map(np.asarray, data)
-    _check_shapes(host)
-    alive = host.alive
-    counts = {"stays_dropped": 0, "behavior_floored": 0, "rows_normalized": 0}
-    keep = np.ones(len(alive), bool)
-
-    missing = alive & ~np.isfinite(host.reward)
-    if missing.any() and treatment.missing_reward == "error":
-        raise InputError(_where("reward", "NaN or infinite", missing, "missing_reward='drop'"))
-    keep &= ~missing.any(1)
-
-    behavior = np.where(alive, host.behavior_prob, 1.0)
-    _check_unit("behavior_prob", behavior)
-    zero = behavior < np.finfo(np.float32).tiny  # what is smaller, JAX flushes to 0
-    if zero.any() and treatment.zero_behavior == "error":
-        what = "0 for a recorded action, so no weight is defined"
-        raise InputError(_where("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'"))
-    if treatment.zero_behavior == "drop":
-        keep &= ~zero.any(1)
-    elif treatment.zero_behavior == "floor":
-        counts["behavior_floored"] = int((behavior[keep] < treatment.floor).sum())
-        behavior = np.maximum(behavior, treatment.floor)
-
-    probs = {}
-    for name, values in target_probs.items():
-        array = np.asarray(values)
-        if array.ndim != 3 or array.shape[:2] != alive.shape:
-            raise InputError(
-                f"policy {name!r}: got shape {array.shape}, expected {(*alive.shape, 'A')}"
-            )
-        probs[name], mended = _check_rows(f"policy {name!r}", array, alive, treatment)
-        counts["rows_normalized"] += mended
-    full = host.behavior_probs
-    if full is not None:
-        full, mended = _check_rows("behavior_probs", full, alive, treatment)
-        counts["rows_normalized"] += mended
-    _check_actions(host.action, alive, [*probs.values(), *([] if full is None else [full])])
-
-    counts["stays_dropped"] = int((~keep).sum())
-    if not keep.any():
-        raise InputError("data: every stay would be dropped; mend the input instead")
-    steps = slice(0, int(alive[keep].sum(1).max()))
-
-    def cut(values: np.ndarray) -> jax.Array:
-        return jnp.asarray(values[keep][:, steps])
-
-    cleaned = OPEData(
-        reward=cut(np.where(alive, host.reward, 0.0).astype(np.float32)),
-        alive=cut(alive),
-        action=cut(np.where(alive, host.action, 0).astype(np.int32)),
-        behavior_prob=cut(behavior.astype(np.float32)),
-        behavior_probs=None if full is None else cut(full),
-        features=None if host.features is None else cut(_zero_after(host.features, alive)),
-    )
-    return cleaned, {name: cut(values) for name, values in probs.items()}, counts
-
-
-def _check_shapes(data: OPEData) -> None:
-    shape = data.reward.shape
-    if len(shape) != 2:
-        raise InputError(f"reward: got shape {shape}, expected [stays, steps]")
-    for name in ("alive", "action", "behavior_prob"):
-        if getattr(data, name).shape != shape:
-            got = getattr(data, name).shape
-            raise InputError(f"{name}: got shape {got}, but reward has {shape}; lengths must agree")
-    for name in ("behavior_probs", "features"):
-        value = getattr(data, name)
-        if value is not None and (value.ndim != 3 or value.shape[:2] != shape):
-            raise InputError(f"{name}: got shape {value.shape}, but reward has {shape}")
-    if data.alive.dtype != np.bool_:
-        raise InputError(f"alive: got {data.alive.dtype} values, expected booleans")
-    empty = ~data.alive[:, 0] if shape[1] else np.ones(shape[0], bool)
-    if shape[0] < 2 or empty.any():
-        raise InputError(f"alive: {empty.sum()} of {shape[0]} stays have no step; need at least 2")
-    gap = data.alive[:, 1:] & ~data.alive[:, :-1]
-    if gap.any():
-        raise InputError(_where("alive", "True after an end", np.asarray(gap), None))
-
-
-def _check_unit(name: str, values: np.ndarray) -> None:
-    bad = ~((values >= 0) & (values <= 1 + SUM_TOLERANCE))
-    if bad.any():
-        raise InputError(_where(name, "outside [0, 1] or NaN", bad, None))
-
-
-def _check_rows(
-    name: str, probs: np.ndarray, alive: np.ndarray, treatment: Treatment
-) -> tuple[np.ndarray, int]:
-    """Probabilities with rows that sum to 1 (uniform on padding), and how many were mended."""
-    probs = np.where(alive[..., None], probs, 1.0 / probs.shape[-1]).astype(np.float32)
-    _check_unit(name, probs)
-    total = probs.sum(-1)
-    off = np.abs(total - 1) > SUM_TOLERANCE
-    if off.any() and (treatment.row_sums == "error" or (total <= 0).any()):
-        what = f"not summing to 1 (but to {total[off][0]:.6g})"
-        raise InputError(_where(name, what, off, "row_sums='normalize'"))
-    if off.any():
-        probs = probs / total[..., None]
-    return probs, int(off.sum())
-
-
-def _check_actions(action: np.ndarray, alive: np.ndarray, probs: list[np.ndarray]) -> None:
-    sizes = {array.shape[-1] for array in probs}
-    if len(sizes) > 1:
-        raise InputError(f"probabilities: numbers of actions differ: {sorted(sizes)}")
-    top = min(sizes, default=schema.NUM_ACTIONS)
-    bad = alive & ((action < 0) | (action >= top))
-    if bad.any():
-        raise InputError(_where("action", f"outside 0 to {top - 1}", bad, None))
-
-
-def _where(name: str, what: str, bad: np.ndarray, remedy: str | None) -> str:
-    first = tuple(int(i) for i in np.argwhere(bad)[0][:2])
-    text = f"{name}: {what} in {int(bad.sum())} places, first at (stay, step) {first}"
-    return f"{text}; mend the input, or choose {remedy}" if remedy else f"{text}; mend the input"
-
-
-def _zero_after(features: np.ndarray, alive: np.ndarray) -> np.ndarray:
-    features = np.where(alive[..., None], features, 0.0).astype(np.float32)
-    if not np.isfinite(features).all():
-        bad = ~np.isfinite(features).all(-1)
-        raise InputError(_where("features", "NaN or infinite", bad, None))
-    return features
 
 
 def pad(data: OPEData, steps: int) -> OPEData:

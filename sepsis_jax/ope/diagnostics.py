@@ -63,21 +63,20 @@ def diagnose(
     Without `data.behavior_probs`, support is judged by the recorded action alone.
     """
     limits = limits or Limits()
-    log_w = weights.log_weight
-    final, stays = log_w[..., -1], log_w.shape[1]
-    ess_step = effective_size(log_w, 1)
+    mass = unsupported_mass(data, target_probs, limits.support)
+    return summarize(weights.log_weight, weights.clipped_share, mass / data.alive.sum())
+
+
+def summarize(log_weight: jax.Array, clipped: jax.Array, unsupported: jax.Array) -> Diagnostics:
+    """Diagnostics of log weights [K, N, T], with the shares [K] that they do not tell."""
+    final, stays = log_weight[..., -1], log_weight.shape[1]
+    ess_step = effective_size(log_weight, 1)
     top = logsumexp(final, -1)
     largest = jnp.where(jnp.isneginf(top), 1.0, jnp.exp(final.max(-1) - top))
     log_mean = top - jnp.log(stays)
     relative_variance = jnp.maximum(stays / jnp.maximum(ess_step[:, -1], 1e-30) - 1.0, 0.0)
     mean = jnp.exp(jnp.minimum(log_mean, 80.0))
     error = mean * jnp.sqrt(relative_variance / (stays - 1))
-    if data.behavior_probs is not None:
-        rare = (data.behavior_probs < limits.support) * target_probs
-        mass = jnp.where(data.alive, rare.sum(-1), 0.0).sum((-2, -1))
-    else:
-        rare = (data.behavior_prob < limits.support) & data.alive
-        mass = jnp.broadcast_to(rare.sum(), final.shape[:1])
     return Diagnostics(
         ess=ess_step[:, -1],
         ess_step=ess_step,
@@ -85,8 +84,23 @@ def diagnose(
         matched=(~jnp.isneginf(final)).sum(-1),
         mean_ratio=mean,
         mean_ratio_z=(mean - 1.0) / jnp.maximum(error, 1e-6),
-        clipped=weights.clipped_share,
-        unsupported=mass / data.alive.sum(),
+        clipped=clipped,
+        unsupported=unsupported,
+    )
+
+
+def unsupported_mass(data: OPEData, target_probs: jax.Array, support: float) -> jax.Array:
+    """[K] sum over recorded steps of the policy's probability on actions that are rarely given.
+
+    Rare is what the clinician gives less than `support`; without `data.behavior_probs` a step
+    counts as a whole if its recorded action is rare.
+    """
+    if data.behavior_probs is None:
+        rare = (data.behavior_prob < support) & data.alive
+        return jnp.full(target_probs.shape[:1], rare.sum(), jnp.float32)
+    rare = (data.behavior_probs < support) & data.alive[..., None]
+    return jnp.einsum(
+        "nta,knta->k", rare.astype(jnp.float32), target_probs, precision=jax.lax.Precision.HIGHEST
     )
 
 

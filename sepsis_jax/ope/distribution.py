@@ -12,14 +12,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from sepsis_jax.ope import slices
+
 
 def tail(
     returns: jax.Array, weights: jax.Array, counts: jax.Array, levels: Sequence[float]
 ) -> tuple[jax.Array, jax.Array]:
     """Quantiles and lower CVaR of resamples, exactly, without a running sum over all stays.
 
-    Sums over blocks of about sqrt(N) stays find the block of the quantile, and only that block is
-    summed stay by stay.
+    Sums over slices of stays find the slice of the quantile, and only that slice is summed stay by
+    stay.
 
     Args:
       returns: [N] ascending.
@@ -30,31 +32,36 @@ def tail(
     Returns:
       [B, K, L] quantiles and CVaR; NaN where a resample has no weight.
     """
-    stays = returns.shape[0]
-    size = max(int(stays**0.5), 1)
-    blocks = -(-stays // size)
-    extra = blocks * size - stays
-    g = jnp.pad(returns, (0, extra)).reshape(blocks, size)
-    wt = jnp.pad(weights, ((0, 0), (0, extra))).reshape(-1, blocks, size)
-    c = jnp.pad(counts, ((0, 0), (0, extra))).reshape(-1, blocks, size)
-    mass = jnp.einsum("bjm,kjm->bkj", c, wt).cumsum(-1)
-    gain = jnp.einsum("bjm,kjm->bkj", c, wt * g).cumsum(-1)
+    stays, policies = returns.shape[0], weights.shape[0]
+    numbers = jnp.arange(slices.number(stays))
+    both = jnp.concatenate([weights, weights * returns])
+
+    def sums(which: jax.Array) -> jax.Array:
+        drawn = slices.take(counts, which) * slices.fresh(stays, which)
+        return drawn @ slices.take(both, which).T
+
+    running = jax.lax.map(sums, numbers).cumsum(0)  # [slices, B, 2 K]
+    mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
     total = mass[..., -1]
-    policy = jnp.arange(wt.shape[0])
+
+    def inside(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple:
+        """Returns and drawn weights [n] in a slice of one resample and policy."""
+        drawn = slices.take(drawn, which) * slices.fresh(stays, which)
+        return slices.take(returns, which), drawn * slices.take(weight, which)
+
+    every = jax.vmap(jax.vmap(inside, (0, None, 0)), (0, 0, None))
 
     def at(level: float) -> tuple[jax.Array, jax.Array]:
         goal = level * total  # [B, K]
-        block = jnp.minimum((mass < goal[..., None]).sum(-1), blocks - 1)
-        before_mass = _before(mass, block)
-        before_gain = _before(gain, block)
-        picked = jax.vmap(lambda rows, index: rows[index])(c, block)  # [B, K, m]
-        inside = picked * wt[policy, block]
-        running = before_mass[..., None] + inside.cumsum(-1)
-        place = jnp.minimum((running < goal[..., None]).sum(-1), size - 1)
-        quantile = g[block, place]
-        earlier = jnp.arange(size) < place[..., None]
-        lost_mass = before_mass + jnp.where(earlier, inside, 0.0).sum(-1)
-        lost_gain = before_gain + jnp.where(earlier, inside * g[block], 0.0).sum(-1)
+        which = jnp.minimum((mass < goal[..., None]).sum(-1), len(numbers) - 1)
+        before_mass, before_gain = _before(mass, which), _before(gain, which)
+        g, weight = every(which, counts, weights)  # [B, K, n]
+        passed = before_mass[..., None] + weight.cumsum(-1)
+        place = jnp.minimum((passed < goal[..., None]).sum(-1), g.shape[-1] - 1)
+        quantile = jnp.take_along_axis(g, place[..., None], -1)[..., 0]
+        earlier = jnp.arange(g.shape[-1]) < place[..., None]
+        lost_mass = before_mass + jnp.where(earlier, weight, 0.0).sum(-1)
+        lost_gain = before_gain + jnp.where(earlier, weight * g, 0.0).sum(-1)
         cvar = (lost_gain + (goal - lost_mass) * quantile) / jnp.where(goal > 0, goal, 1.0)
         undefined = total <= 0
         return jnp.where(undefined, jnp.nan, quantile), jnp.where(undefined, jnp.nan, cvar)
@@ -63,10 +70,10 @@ def tail(
     return jnp.stack([p[0] for p in pairs], -1), jnp.stack([p[1] for p in pairs], -1)
 
 
-def _before(running: jax.Array, block: jax.Array) -> jax.Array:
-    """The running sum up to the block before; 0 for the first."""
-    index = jnp.maximum(block - 1, 0)[..., None]
-    return jnp.where(block > 0, jnp.take_along_axis(running, index, -1)[..., 0], 0.0)
+def _before(running: jax.Array, which: jax.Array) -> jax.Array:
+    """The running sum up to the slice before; 0 for the first."""
+    index = jnp.maximum(which - 1, 0)[..., None]
+    return jnp.where(which > 0, jnp.take_along_axis(running, index, -1)[..., 0], 0.0)
 
 
 def cdf(returns: jax.Array, weights: jax.Array, at: jax.Array) -> jax.Array:

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.data import OPEData, Treatment, check
-from sepsis_jax.ope.diagnostics import Diagnostics, Limits, diagnose, fqe_gap, verdict
+from sepsis_jax.ope.checks import inspect
+from sepsis_jax.ope.data import OPEData, Treatment
+from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
 from sepsis_jax.ope.estimation import estimate_all, with_bounds
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
     Batch,
     Shrinkage,
     check_names,
-    make_batch,
 )
 from sepsis_jax.ope.fitted import Fitted
 from sepsis_jax.ope.magic import with_magic
-from sepsis_jax.ope.weights import Clip, drug_weights, weigh
+from sepsis_jax.ope.prepare import prepare
+from sepsis_jax.ope.weights import Clip
 from worldmodel.errors import InputError
 
 TAIL_LEVELS = (0.1, 0.25)
@@ -88,16 +87,16 @@ def evaluate(
         )
     if any(not 0 < level <= 1 for level in tail_levels):
         raise InputError(f"tail_levels: got {tuple(tail_levels)}, expected shares in (0, 1]")
-    dropped_before = data.num_stays
-    data, target_probs, counts = check(data, target_probs, treatment)
-    if fitted is not None and counts["stays_dropped"]:
+    found = inspect(data, target_probs, treatment)
+    if fitted is not None and found.counts["stays_dropped"]:
         raise InputError("fitted: stays were dropped; fit on the data that `check` returns")
-    order = _order(data)
-    data, names = data.select(order), list(target_probs)
-    probs = jnp.stack([target_probs[name][order] for name in names])
-    batch, found = _prepare(data, probs, gamma, clip, shrinkage, limits)
+    order = _order(found.stays(found.kept))
+    batch, diagnostics = prepare(
+        found, found.kept[order], gamma=gamma, clip=clip, shrinkage=shrinkage, limits=limits
+    )
+    stays, names = len(order), list(target_probs)
     if fitted is not None:
-        batch = fitted.select(order, data.num_steps).into(batch)
+        batch = fitted.select(order, found.steps).into(batch)
     chosen = _choose(estimators, batch)
     if "magic" in chosen:
         batch = with_magic(batch)
@@ -108,19 +107,21 @@ def evaluate(
     gap = None
     if fitted is not None and fitted.clinician_value is not None:
         gap = fqe_gap(fitted.clinician_value, np.asarray(batch.returns))
-    table = _table(names, results, found, data.num_stays, gap, limits)
+    table = _table(names, results, diagnostics, stays, gap, limits)
     if return_range is not None:
         table = with_bounds(table, batch, key, return_range, clip or Clip(), alpha)
     table.attrs = {
-        "stays": data.num_stays,
-        "stays_given": dropped_before,
-        "treated": counts,
+        "stays": stays,
+        "stays_given": data.num_stays,
+        "treated": found.counts,
         "gamma": gamma,
         "interval": interval,
         "level": 1 - alpha,
         "n_bootstrap": n_bootstrap,
         "fqe_gap": gap,
-        "ess_step": {name: np.asarray(found.ess_step[k]).tolist() for k, name in enumerate(names)},
+        "ess_step": {
+            name: np.asarray(diagnostics.ess_step[k]).tolist() for k, name in enumerate(names)
+        },
     }
     return table
 
@@ -129,25 +130,6 @@ def _order(data: OPEData) -> np.ndarray:
     """Stays by return, then length, then behaviour: results do not depend on the given order."""
     behavior = np.log(np.maximum(np.asarray(data.behavior_prob), 1e-37)).sum(1)
     return np.lexsort((behavior, np.asarray(data.length), np.asarray(data.returns())))
-
-
-@partial(jax.jit, static_argnames=("gamma", "clip", "shrinkage", "limits"))
-def _prepare(
-    data: OPEData,
-    probs: jax.Array,
-    gamma: float,
-    clip: Clip | None,
-    shrinkage: Shrinkage | None,
-    limits: Limits | None,
-) -> tuple[Batch, Diagnostics]:
-    weights = weigh(data, probs, clip)
-    drugs = None
-    if data.behavior_probs is not None and probs.shape[-1] == 25:
-        drugs = drug_weights(data, probs, clip)
-    batch = make_batch(
-        data, weights.log_weight, gamma=gamma, shrinkage=shrinkage, drug_log_weight=drugs
-    )
-    return batch, diagnose(data, probs, weights, limits)
 
 
 def _choose(estimators: Sequence[str] | None, batch: Batch) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ class Sample(NamedTuple):
         return policy[self.state].astype(np.float32)
 
 
-def sample(mdp: MDP, stays: int, *, horizon: int, seed: int) -> Sample:
+def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -> Sample:
     """Stays under the clinician, cut at the horizon."""
     rng = np.random.default_rng(seed)
     policy = mdp.clinician.cumsum(-1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sepsis_jax.ope.data import OPEData, taken_probs
 from worldmodel import schema
@@ -96,18 +97,17 @@ def drug_weights(data: OPEData, target_probs: jax.Array, clip: Clip | None = Non
     Tang, Wiens & Parbhoo 2023). Needs `data.behavior_probs`.
     """
     assert data.behavior_probs is not None
-    levels = schema.action_levels(data.action)
+    every, taken = (schema.action_levels(a) for a in (np.arange(schema.NUM_ACTIONS), data.action))
     out = []
-    for axis, level in zip((-1, -2), levels, strict=True):
-        target = taken_probs(_levels(target_probs).sum(axis), level)
-        behavior = taken_probs(_levels(data.behavior_probs).sum(axis), level)
+    for level, chosen in zip(every, taken, strict=True):
+        same = (level == chosen[..., None]).astype(jnp.float32)  # [N, T, A]
+        target, behavior = (
+            jnp.einsum("nta,...nta->...nt", same, probs, precision=jax.lax.Precision.HIGHEST)
+            for probs in (target_probs, data.behavior_probs)
+        )
         ratios = log_ratio(target, behavior, data.alive)
         out.append(cumulate(ratios, data.alive, clip).log_weight)
     return jnp.stack(out, 1)
-
-
-def _levels(probs: jax.Array) -> jax.Array:
-    return probs.reshape(*probs.shape[:-1], schema.NUM_LEVELS, schema.NUM_LEVELS)
 
 
 def linear(log_weight: jax.Array) -> jax.Array:
