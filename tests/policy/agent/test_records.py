@@ -12,7 +12,7 @@ import pytest
 from policy.agent.dialogue import COMPLETED, FAILED, Decision, DialogueConfig, Stay, Turn
 from policy.agent.prompts import Prompts
 from policy.agent.published import published_results
-from policy.agent.records import Records, last_attempts, read_records, to_record
+from policy.agent.records import Records, from_record, last_attempts, read_records, to_record
 from policy.agent.run import treat_all
 from policy.agent.summary import summarize
 from policy.agent.transcript import markdown, page
@@ -103,6 +103,22 @@ def test_only_new_prompt_ids_are_kept():
     broken.turns[1] = turn((1, 9, 3, 4, 5, 6), (7,))
     second = to_record(broken)["turns"][1]["reply"]
     assert second["restarts"] and second["prompt_ids"] == (1, 9, 3, 4, 5, 6)
+
+
+def test_a_record_is_a_stay_again(tmp_path):
+    """Through JSON, with a conversation that was begun anew, and one whose ids nobody told."""
+    whole = stay(5)
+    whole.turns[1] = replace(turn((7, 8), (9,)), opens=True)
+    whole.decisions = [replace(DECISION, probabilities=(0.04,) * 25, turn=1)]
+    wordless = stay(6, status=FAILED)
+    wordless.turns = [
+        replace(one, reply=replace(one.reply, prompt_ids=None, token_ids=None, logprobs=None))
+        for one in wordless.turns
+    ]
+    records = Records(tmp_path / "records.jsonl")
+    for one in (whole, wordless):
+        records.append(to_record(one))
+    assert list(map(from_record, read_records(records.path))) == [whole, wordless]
 
 
 def test_summary_by_hand():
