@@ -20,8 +20,8 @@ def tail(
 ) -> tuple[jax.Array, jax.Array]:
     """Quantiles and lower CVaR of resamples, exactly, without a running sum over all stays.
 
-    Sums over slices of stays find the slice of the quantile, and only that slice is summed stay by
-    stay.
+    Sums over slices of about sqrt(N) stays find the slice of the quantile, and only that slice is
+    summed stay by stay.
 
     Args:
       returns: [N] ascending.
@@ -33,12 +33,13 @@ def tail(
       [B, K, L] quantiles and CVaR; NaN where a resample has no weight.
     """
     stays, policies = returns.shape[0], weights.shape[0]
-    numbers = jnp.arange(slices.number(stays))
+    size = max(int(stays**0.5), 1)
+    numbers = slices.numbers(stays, size)
     both = jnp.concatenate([weights, weights * returns])
 
     def sums(which: jax.Array) -> jax.Array:
-        drawn = slices.take(counts, which) * slices.fresh(stays, which)
-        return drawn @ slices.take(both, which).T
+        drawn = slices.take(counts, which, size) * slices.fresh(stays, which, size)
+        return drawn @ slices.take(both, which, size).T
 
     running = jax.lax.map(sums, numbers).cumsum(0)  # [slices, B, 2 K]
     mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
@@ -46,8 +47,8 @@ def tail(
 
     def inside(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple:
         """Returns and drawn weights [n] in a slice of one resample and policy."""
-        drawn = slices.take(drawn, which) * slices.fresh(stays, which)
-        return slices.take(returns, which), drawn * slices.take(weight, which)
+        drawn = slices.take(drawn, which, size) * slices.fresh(stays, which, size)
+        return slices.take(returns, which, size), drawn * slices.take(weight, which, size)
 
     every = jax.vmap(jax.vmap(inside, (0, None, 0)), (0, 0, None))
 

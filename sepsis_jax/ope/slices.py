@@ -8,27 +8,26 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-SIZE = 512  # stays
+SIZE = 512  # stays at most, of what is as wide as all columns of the estimators
 
 
-def number(stays: int) -> int:
-    """How many slices there are."""
-    return -(-stays // SIZE)
+def even(stays: int) -> int:
+    """Size of the fewest slices of at most `SIZE` stays, all nearly full."""
+    return -(-stays // -(-stays // SIZE))
 
 
-def begin(stays: int, which: jax.Array) -> jax.Array:
-    """First stay of slices."""
-    return jnp.minimum(which * SIZE, max(stays - SIZE, 0))
+def numbers(stays: int, size: int) -> jax.Array:
+    """Numbers of all slices."""
+    return jnp.arange(-(-stays // size))
 
 
-def take(array: jax.Array, which: jax.Array, axis: int = -1) -> jax.Array:
+def take(array: jax.Array, which: jax.Array, size: int, axis: int = -1) -> jax.Array:
     """One slice of an array along its axis of stays."""
-    stays = array.shape[axis]
-    start = begin(stays, which)
-    return jax.lax.dynamic_slice_in_dim(array, start, min(SIZE, stays), axis)
+    start = jnp.minimum(which * size, array.shape[axis] - size)
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
-def fresh(stays: int, which: jax.Array) -> jax.Array:
-    """[..., n] 1 for the stays that no earlier slice holds, else 0."""
-    place = begin(stays, which)[..., None] + jnp.arange(min(SIZE, stays))
-    return (place >= which[..., None] * SIZE).astype(jnp.float32)
+def fresh(stays: int, which: jax.Array, size: int) -> jax.Array:
+    """[size] 1 for the stays that no earlier slice holds, else 0."""
+    place = jnp.minimum(which * size, stays - size) + jnp.arange(size)
+    return (place >= which * size).astype(jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,26 +253,31 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def latex(table: pd.DataFrame) -> str:
-    """A booktabs table: policies down, estimators across, interval below; a dagger for no trust."""
-    estimators = list(dict.fromkeys(table["estimator"]))
+    """A booktabs table: estimators down, policies across; a dagger where trust is lost."""
+    policy_names = list(dict.fromkeys(table["policy"]))
     lines = [
         "% Dagger: see the column `reason` of estimates.csv before believing the number.",
-        rf"\begin{{tabular}}{{l{'r' * len(estimators)}}}",
+        rf"\begin{{tabular}}{{l{'r' * len(policy_names)}}}",
         r"\toprule",
-        " & ".join(["policy", *(name.replace("_", r"\_") for name in estimators)]) + r" \\",
+        " & ".join(["estimator", *map(_escaped, policy_names)]) + r" \\",
         r"\midrule",
     ]
-    for policy, rows in table.groupby("policy", sort=False):
-        by = rows.set_index("estimator")
-        first, second = [str(policy).replace("_", r"\_")], [""]
-        for name in estimators:
-            row = by.loc[name]
+    for name, rows in table.groupby("estimator", sort=False):
+        by = rows.set_index("policy")
+        first, second = [_escaped(name)], [""]
+        for policy in policy_names:
+            row = by.loc[policy]
             mark = "" if row["trust"] else r"$^\dagger$"
-            undefined = not np.isfinite(row["estimate"])
-            first.append("--" if undefined else f"{row['estimate']:.2f}{mark}")
-            second.append("" if undefined else rf"\small({row['low']:.2f}, {row['high']:.2f})")
+            defined, bounded = np.isfinite(row["estimate"]), np.isfinite([row["low"], row["high"]])
+            first.append(f"{row['estimate']:.2f}{mark}" if defined else "--")
+            interval = rf"\small({row['low']:.2f}, {row['high']:.2f})"
+            second.append(interval if bounded.all() else "")
         lines += [" & ".join(first) + r" \\", " & ".join(second) + r" \\"]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _escaped(name: object) -> str:
+    return re.sub(r"([_%&#$])", r"\\\1", str(name))
 
 
 _TEXT = {

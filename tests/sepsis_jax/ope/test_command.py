@@ -13,6 +13,7 @@ from policy.simple import Constant
 from sepsis_jax.cli import main
 from sepsis_jax.ope.policies import read_probabilities, soften, write_probabilities
 from sepsis_jax.ope.simulated import simulated_value
+from sepsis_jax.pipelines.ope import latex
 from tests.toy import toy_episodes
 from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
@@ -132,6 +133,23 @@ def test_policy_folders_are_evaluated_and_played_in_a_world_model(
     taken = np.asarray(episodes.action)[np.asarray(episodes.valid)]
     weights = table[table["estimator"] == "is"].set_index("policy")
     assert 0 < weights.loc["seven", "ess"] < 120 and (taken == 7).any()
+
+
+def test_latex_of_a_table():
+    row = {"estimate": 1.234, "low": 1.0, "high": 2.0, "trust": True}
+    table = pd.DataFrame(
+        [
+            {"policy": "a_1", "estimator": "wis", **row},
+            {"policy": "b%", "estimator": "wis", **row, "trust": False},
+            {"policy": "a_1", "estimator": "dm", **row, "low": np.nan},
+            {"policy": "b%", "estimator": "dm", **row, "estimate": np.nan, "low": np.nan},
+        ]
+    )
+    lines = latex(table).splitlines()
+    assert lines[1] == r"\begin{tabular}{lrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[3] == r"estimator & a\_1 & b\% \\"
+    assert lines[5] == r"wis & 1.23 & 1.23$^\dagger$ \\"
+    assert lines[7:9] == [r"dm & 1.23 & -- \\", r" &  &  \\"]
 
 
 @pytest.mark.parametrize(
