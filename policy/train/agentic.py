@@ -258,6 +258,7 @@ class AgenticTrainer:
             "lost_stays": float(len(stays) - len(held)),
             "uninformative_stays": float((~credit.kept).sum()),
             "too_long": float(len(members) - len(fitting)),
+            **_gain(held),
         }
         if not fitting:
             return figures
@@ -298,6 +299,17 @@ class AgenticTrainer:
             for i in range(len(batches.ids))
         ]
         return np.concatenate(found)[: len(rows.ids)]
+
+
+def _gain(stays: Sequence[Stay]) -> dict[str, float]:
+    """What a decision gained over the continuation policy, on average, where that is known."""
+    gains = [
+        decision.values[decision.action]
+        for stay in stays
+        for decision in stay.decisions
+        if decision.values is not None
+    ]
+    return {"counterfactual_gain": float(np.mean(gains))} if gains else {}
 
 
 def _logprobs(
