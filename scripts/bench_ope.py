@@ -167,8 +167,8 @@ def main() -> None:
     if arguments.growth:
         sizes = sorted(arguments.growth)
         growth = {}
-        for stays, seconds in grow(sizes, arguments.policies, 1000, arguments.repeats).items():
-            each = 1e6 * np.asarray(seconds) / stays
+        for stays, calls in grow(sizes, arguments.policies, 1000, arguments.repeats).items():
+            each = 1e6 * np.asarray(calls) / stays
             growth[stays] = {
                 field: dict(zip(("median", "min", "max"), values, strict=True))
                 for field, values in zip(

@@ -32,8 +32,8 @@ class BCOptions:
     """Stage II.
 
     Attributes:
-      teacher: whose treatment is written out as dialogues: guideline, random, or the folder of a
-        policy, such as a planner.
+      teacher: whose treatment is written out as dialogues: guideline, clinician (cloned from the
+        episodes), random, or the folder of a policy, such as a planner.
       patients: that the teacher treats.
       clinic: where.
       rejection: which stays of recorded dialogues are good enough, where these are the teacher.
@@ -103,7 +103,7 @@ def run_bc(
         else:
             assert model is not None
             clinic = open_clinic(options.clinic, model, episodes)
-            teacher = open_policy(options.teacher)
+            teacher = open_policy(options.teacher, episodes)
             stays = clinic.demonstrate(teacher, np.arange(options.patients))
         return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
 

@@ -14,6 +14,7 @@ from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.train.clinic import Clinic
 from sepsis_jax.ope.policies import SIMPLE
+from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes
@@ -98,10 +99,20 @@ def judging(clinic: Clinic, options: ClinicOptions, *, seed: int) -> Clinic:
     return replace(clinic, env=env, seed=seed)
 
 
-def open_policy(name: str) -> Policy:
-    """A built-in policy such as guideline, or one of a folder.
+def open_policy(name: str, episodes: Path | None = None) -> Policy:
+    """A built-in policy such as guideline, the clinician of records, or the policy of a folder.
+
+    Args:
+      name: of `SIMPLE`; "clinician", which is cloned from the episodes first; or a folder.
+      episodes: recorded stays.
 
     Raises:
-      InputError: neither.
+      InputError: none of these, or the clinician's records are missing.
     """
-    return SIMPLE[name]() if name in SIMPLE else load_policy(name)
+    if name in SIMPLE:
+        return SIMPLE[name]()
+    if name == CLINICIAN:
+        if episodes is None:
+            raise InputError("--episodes: the clinician is cloned from records; name some")
+        return fit_clone(load_episodes(episodes), CloneConfig()).policy
+    return load_policy(name)

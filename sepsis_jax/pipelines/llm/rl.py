@@ -46,7 +46,7 @@ class RLOptions:
       learner: how the weights change; `steps` is set to what `agentic` takes.
       model: what is trained.
       continuation: policy that goes on after each of the 25 actions, for counterfactual credit:
-        guideline, or the folder of a policy.
+        guideline, clinician, or the folder of a policy.
       samples: futures per action.
       horizon: steps that are played on; to the end of the stay if not given.
       judge_every: iterations between two evaluations on held-out patients of the synthetic
@@ -139,7 +139,7 @@ async def _run(
     if config.credit.kind == COUNTERFACTUAL:
         observer = counterfactual(
             clinic.env,
-            open_policy(options.continuation),
+            open_policy(options.continuation, episodes),
             samples=options.samples,
             horizon=options.horizon,
         )

@@ -233,7 +233,7 @@ def _tiny(
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
         clinic = open_clinic(options.bc.clinic, model, episodes)
-        stays = clinic.demonstrate(open_policy(options.bc.teacher), range(32))
+        stays = clinic.demonstrate(open_policy(options.bc.teacher, episodes), range(32))
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
         make_pupil(folder, options.tiny, stays, ask(recorded, few, seed=0))
