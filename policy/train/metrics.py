@@ -8,14 +8,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from policy.train.throughput import Throughput
 from worldmodel.errors import InputError
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
@@ -61,6 +63,8 @@ class MetricsLog:
         self._events: SummaryWriter | None = None
         if jax.process_index() != 0:
             return
+        from tensorboardX import SummaryWriter  # imports torch, where that is installed
+
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name in (METRICS, TIMING):
