@@ -44,7 +44,7 @@ def played(env, policy, state, sample, action, horizon):
     return total
 
 
-@pytest.mark.parametrize("horizon", [None, 1])
+@pytest.mark.parametrize("horizon", [None, pytest.param(1, marks=pytest.mark.slow)])
 def test_equals_futures_that_are_played_one_by_one(env, states, horizon):
     policy = GuidelineRules()
     found = counterfactual(env, policy, samples=SAMPLES, horizon=horizon)(states)
