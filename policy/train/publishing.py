@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from policy.qwen3.lora import merge_adapters, save_adapters
+from policy.qwen3.lora import merge_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.weights import save_hf
 from policy.serving.embedded import EmbeddedGenerator
@@ -67,26 +67,3 @@ class ServerPublisher:
     def _write(self, model: Qwen3, place: Path) -> None:
         plain = cast(merge_adapters(model), self._dtype)
         save_hf(plain, place, source=self._source)
-
-
-class AdapterPublisher:
-    """To a vLLM server with runtime LoRA: only the adapter travels, a few megabytes.
-
-    The server tags tokens with its own version of the weights, which an adapter does not change;
-    requests name the adapter instead.
-
-    Args:
-      control: of the server.
-      folder: where the adapter is written.
-      name: of the adapter, which requests give as their model.
-      base: name of the base model, for the adapter's configuration.
-    """
-
-    def __init__(self, control: WeightControl, folder: Path, *, name: str, base: str):
-        self._control, self._folder, self._name, self._base = control, folder, name, base
-
-    async def publish(self, model: Qwen3, version: str) -> None:
-        """See `Publisher`."""
-        place = self._folder / version
-        await asyncio.to_thread(save_adapters, model, place, base=self._base)
-        await self._control.load_adapter(self._name, place)
