@@ -54,7 +54,8 @@ def generate(
     """Draws tokens after each prompt until a stop token or the limit.
 
     One program is compiled per number of rows, longest prompt and most new tokens, each rounded
-    up to a power of two. A limit beyond the model's positions is lowered to what they allow.
+    up to a power of two, and per whether any row has a `top_p` below 1. A limit beyond the model's
+    positions is lowered to what they allow.
 
     Args:
       model: the model.
@@ -90,7 +91,8 @@ def generate(
         ),
     )
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
-    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
+    cut = any(draw.top_p < 1 for draw in draws)
+    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most, cut=cut))
     return [_of_row(out, row) for row in range(len(draws))]
 
 
@@ -113,8 +115,10 @@ class _State(NamedTuple):
     model_logprobs: jax.Array  # [B, N]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "most"))
-def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int) -> _State:
+@partial(jax.jit, static_argnames=("graphdef", "most", "cut"))
+def _generate(
+    graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int, cut: bool
+) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
     cache = model.empty_cache(batch, width + most)
@@ -127,7 +131,7 @@ def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most:
             settings.seed,
             settings.length + step,
             settings.temperature,
-            settings.top_p,
+            settings.top_p if cut else None,
         )
         going = ~now.stopped & (step < settings.limit)
         return _State(
@@ -162,7 +166,7 @@ def draw_token(
     seed: jax.Array,
     position: jax.Array,
     temperature: jax.Array,
-    top_p: jax.Array,
+    top_p: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token.
 
@@ -171,7 +175,7 @@ def draw_token(
       seed: [2] uint32, low and high.
       position: [] int; where the token will stand.
       temperature: []; 0 takes the most probable token.
-      top_p: [].
+      top_p: []; all tokens may be drawn if not given.
 
     Returns:
       The token, its log-probability under the distribution drawn from, and under the model's own.
@@ -179,7 +183,9 @@ def draw_token(
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), position)
     greedy = temperature == 0
     tempered = logits / jnp.where(greedy, 1.0, temperature)
-    allowed = jnp.where(nucleus(jax.nn.softmax(tempered), top_p), tempered, -jnp.inf)
+    allowed = tempered
+    if top_p is not None:
+        allowed = jnp.where(nucleus(jax.nn.softmax(tempered), top_p), tempered, -jnp.inf)
     noisy = allowed + jnp.where(greedy, 0.0, jax.random.gumbel(key, logits.shape))
     token = jnp.argmax(noisy).astype(jnp.int32)
     logprob = jnp.where(greedy, 0.0, allowed[token] - jax.nn.logsumexp(allowed))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from policy.agent.dialogue import Stay
+from policy.agent.dialogue import COMPLETED, Decision, Stay
 from policy.train.advantages import gigpo, group_relative, informative, returns_to_go
-from policy.train.trajectories import rewards
+from worldmodel import schema
+from worldmodel.clinical.rules import g1_untreated_hypoperfusion, g2_unneeded_escalation
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
+
+SMALLEST_SPREAD = 0.1
+"""In units of rewards; what divides advantages that hardly differ."""
 
 EPISODE, STEP, COUNTERFACTUAL = KINDS = ("episode", "step", "counterfactual")
 
@@ -27,10 +31,11 @@ class CreditConfig:
         "counterfactual": each decision beside the other 24 actions from the same state
         (`policy.train.counterfactual`).
       scale: divide by a standard deviation: of the group for the first two (Dr. GRPO, 2503.20783,
-        leaves it out), of all decisions of the batch for the third.
+        leaves it out); for the third, of all decisions of the batch, whose mean is subtracted.
       step_weight: of a decision's share, in "step".
       failure: reward of a stay that fails.
       refusal: reward of a refused call or reply.
+      violation: reward of breaking a guideline rule, G1 or G2, on top of what the world gives.
     """
 
     kind: str = COUNTERFACTUAL
@@ -38,11 +43,12 @@ class CreditConfig:
     step_weight: float = 1.0
     failure: float = -15.0
     refusal: float = -1.0
+    violation: float = 0.0
 
     def __post_init__(self) -> None:
         require(self, f"one of {', '.join(KINDS)}", KINDS.__contains__, "kind")
         require(self, "0 or more", lambda x: x >= 0, "step_weight")
-        require(self, "0 or less", lambda x: x <= 0, "failure", "refusal")
+        require(self, "0 or less", lambda x: x <= 0, "failure", "refusal", "violation")
 
 
 class Credits(NamedTuple):
@@ -62,10 +68,10 @@ def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
     Raises:
       InputError: counterfactual credit, but the ward had no observer.
     """
-    earned = [rewards(stay, failure=config.failure, refusal=config.refusal) for stay in stays]
     if config.kind == COUNTERFACTUAL:
-        found = _counterfactual(stays, earned, config)
+        found = _counterfactual(stays, config)
         return Credits(found, np.array([len(one) > 0 for one in found]))
+    earned = [rewards(stay, config) for stay in stays]
     groups = [stay.patient for stay in stays]
     totals = np.array([one.sum() for one in earned])
     episodes = np.repeat(np.arange(len(stays)), [len(one) for one in earned])
@@ -81,21 +87,53 @@ def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
     return Credits(found, informative(totals, groups))
 
 
-def _counterfactual(
-    stays: Sequence[Stay], earned: list[np.ndarray], config: CreditConfig
-) -> list[np.ndarray]:
-    """An action's advantage and the price of the refusals before it; of a failure, its price."""
+def rewards(stay: Stay, config: CreditConfig) -> np.ndarray:
+    """[decisions (+ 1)] what each decision earned; a failed stay ends with one that was not made.
+
+    Args:
+      stay: completed or failed; refused calls and replies are priced at the decision that they
+        came before.
+      config: prices.
+    """
+    earned = [decision.reward for decision in stay.decisions] + prices(stay.decisions, config)
+    return np.append(earned, _of_failure(stay, config)).astype(np.float32)
+
+
+def prices(decisions: Sequence[Decision], config: CreditConfig) -> np.ndarray:
+    """[decisions] what refusals and broken rules cost."""
+
+    def column(name: str) -> Any:
+        return np.array([getattr(decision, name) for decision in decisions])
+
+    vasopressor, fluid = schema.action_levels(column("action"))
+    meanbp, before = column("meanbp"), column("previous_vasopressor")
+    g1 = g1_untreated_hypoperfusion(meanbp, column("lactate"), vasopressor, fluid)
+    g2 = g2_unneeded_escalation(meanbp, vasopressor, before, column("step"))
+    return config.refusal * column("invalid") + config.violation * (g1 | g2)
+
+
+def _of_failure(stay: Stay, config: CreditConfig) -> list[float]:
+    if stay.status == COMPLETED:
+        return []
+    refused = sum(stay.invalid.values()) - sum(decision.invalid for decision in stay.decisions)
+    return [config.failure + config.refusal * refused]
+
+
+def _counterfactual(stays: Sequence[Stay], config: CreditConfig) -> list[np.ndarray]:
+    """An action's advantage and its price; of a failure, its price."""
     found = []
-    for stay, reward in zip(stays, earned, strict=True):
-        values = []
+    for stay in stays:
+        gains = []
         for decision in stay.decisions:
             if decision.values is None:
                 raise InputError("credit: counterfactual needs a ward with an observer of values")
-            values.append(decision.values[decision.action] + config.refusal * decision.invalid)
-        found.append(np.array([*values, *reward[len(values) :]], np.float32))
+            gains.append(decision.values[decision.action])
+        one = np.append(gains + prices(stay.decisions, config), _of_failure(stay, config))
+        found.append(one.astype(np.float32))
     if config.scale:
-        spread = float(np.concatenate(found).std())
-        found = [one / max(spread, 1e-6) for one in found]
+        flat = np.concatenate(found)
+        center, spread = float(flat.mean()), float(flat.std())
+        found = [(one - center) / max(spread, SMALLEST_SPREAD) for one in found]
     return found
 
 

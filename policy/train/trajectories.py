@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policy.agent.dialogue import COMPLETED, Stay
+from policy.agent.dialogue import Stay
 from policy.train.data import Dialogue, as_read, layout
 from policy.train.objectives import RolloutRows
 
@@ -34,21 +34,6 @@ def decision_of_turns(stay: Stay) -> np.ndarray:
     """[turns] index of the decision that each turn belongs to; after the last, their number."""
     ends = [decision.turn for decision in stay.decisions]
     return np.searchsorted(ends, np.arange(len(stay.turns)))
-
-
-def rewards(stay: Stay, *, failure: float, refusal: float) -> np.ndarray:
-    """[decisions (+ 1)] what each decision earned; a failed stay ends with one that was not made.
-
-    Args:
-      stay: completed or failed.
-      failure: reward of failing, at the end of a failed stay.
-      refusal: reward of each refused call or reply, to the decision before which it came.
-    """
-    earned = [decision.reward + refusal * decision.invalid for decision in stay.decisions]
-    if stay.status != COMPLETED:
-        refused = sum(stay.invalid.values()) - sum(d.invalid for d in stay.decisions)
-        earned.append(failure + refusal * refused)
-    return np.asarray(earned, np.float32)
 
 
 def trajectories(stay: Stay, credit: Sequence[float] | np.ndarray) -> list[Trajectory]:

@@ -189,7 +189,7 @@ class _Served:
             rows = bucket(concurrency)
             generator = EmbeddedGenerator(
                 pupil.model, stop_ids=load_stop_ids(pupil.folder), name=str(pupil.folder),
-                min_batch=rows, max_batch=rows, lockstep=self.lockstep,
+                min_batch=max(rows // 8, 1), max_batch=rows, lockstep=self.lockstep,
             )  # fmt: skip
             self.backend = TokenBackend(generator, tokens)
             self.publisher = EmbeddedPublisher(generator)

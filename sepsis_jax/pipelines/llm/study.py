@@ -185,7 +185,7 @@ def _exam(
         lockstep = Lockstep()
         rows = bucket(options.rl.clinic.concurrency)
         generator = EmbeddedGenerator.from_folder(
-            folder / MODEL, min_batch=rows, max_batch=rows, lockstep=lockstep
+            folder / MODEL, min_batch=max(rows // 8, 1), max_batch=rows, lockstep=lockstep
         )
         tokens = ChatTokens.load(folder / MODEL)
         backend = TokenBackend(generator, tokens)

@@ -1,17 +1,14 @@
 """Credit by hand, and where it lands."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from policy.agent.dialogue import COMPLETED, FAILED, TOO_MANY_INVALID, Decision, Stay, Turn
 from policy.serving.backend import Reply
-from policy.train.credit import CreditConfig, credits
-from policy.train.trajectories import (
-    decision_of_turns,
-    pack_trajectories,
-    rewards,
-    trajectories,
-)
+from policy.train.credit import CreditConfig, credits, prices, rewards
+from policy.train.trajectories import decision_of_turns, pack_trajectories, trajectories
 from worldmodel.errors import InputError
 
 
@@ -47,9 +44,21 @@ def test_rewards_of_a_failed_stay_end_with_its_price():
     one = stay(0, [(3, 1.0), (4, -2.0)], failed=True)
     one.invalid.update(no_call=3)
     one.decisions[0] = decision(3, 1.0, 1, invalid=1)
-    found = rewards(one, failure=-15.0, refusal=-0.5)
+    found = rewards(one, CreditConfig(failure=-15.0, refusal=-0.5))
     assert found.tolist() == [0.5, -2.0, -16.0]  # the two refusals after the last decision too
     assert decision_of_turns(one).tolist() == [0, 0, 1, 1, 2]
+
+
+def test_broken_rules_have_a_price():
+    """MAP 60 untreated breaks G1; MAP 70 and level 2 after 1 breaks G2, but not on admission."""
+    broken = [
+        replace(decision(0, 0.0, 1), meanbp=60.0),
+        replace(decision(10, 0.0, 3), previous_vasopressor=1, step=4),
+        replace(decision(10, 0.0, 3), previous_vasopressor=1, step=0),
+        replace(decision(1, 0.0, 3), meanbp=60.0, step=4),
+    ]
+    assert prices(broken, CreditConfig(violation=-2.0)).tolist() == [-2.0, -2.0, 0.0, 0.0]
+    assert prices([], CreditConfig(violation=-2.0)).shape == (0,)
 
 
 def test_episode_credit_by_hand():
@@ -87,11 +96,18 @@ def test_counterfactual_credit_is_the_value_of_the_action():
     found = credits(stays, config)
     assert [one.tolist() for one in found.of_decisions] == [[-8.0, 8.0], [-2.0]]
     assert found.kept.all()
-    spread = np.std([-8.0, 8.0, -2.0])
+    center, spread = -2.0 / 3.0, np.std([-8.0, 8.0, -2.0])
     scaled = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0)).of_decisions
-    np.testing.assert_allclose(scaled[0], np.array([-8.0, 8.0]) / spread, rtol=1e-5)
+    np.testing.assert_allclose(scaled[0], (np.array([-8.0, 8.0]) - center) / spread, rtol=1e-5)
     with pytest.raises(InputError, match="observer"):
         credits([stay(1, [(0, 1.0)])], CreditConfig())
+
+
+def test_a_batch_in_which_all_failed_alike_is_not_blown_up():
+    """Nothing to tell apart: a division by their spread of nearly 0 would make the loss huge."""
+    stays = [stay(patient, [], failed=True) for patient in range(3)]
+    scaled = credits(stays, CreditConfig(kind="counterfactual")).of_decisions
+    assert all(np.abs(one).max() < 1.0 for one in scaled)
 
 
 def test_every_spoken_token_gets_the_credit_of_its_decision():
