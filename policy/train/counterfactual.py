@@ -32,7 +32,12 @@ _LUCK = np.uint32(0xCF000000)  # sets the imagined futures apart from the real o
 
 
 def counterfactual(
-    env: SepsisEnv, policy: Policy, *, samples: int, horizon: int | None = None
+    env: SepsisEnv,
+    policy: Policy,
+    *,
+    samples: int,
+    horizon: int | None = None,
+    smooth: bool = False,
 ) -> Observer:
     """An observer that notes the advantages [25] of all actions over a policy.
 
@@ -41,6 +46,9 @@ def counterfactual(
       policy: how it goes on after the action.
       samples: futures per action; the same luck for all actions of a state.
       horizon: steps that are played on after the action; to the end of the episode if not given.
+      smooth: take for Q its least-squares fit by a polynomial of degree two in both levels, which
+        has a fourth of the noise where the noise of actions is independent, and a bias where Q is
+        no such surface.
 
     Raises:
       InputError: a size below 1.
@@ -49,12 +57,30 @@ def counterfactual(
         raise InputError("counterfactual: samples and horizon must be at least 1")
     past = getattr(policy, "past", 0)
     steps = np.iinfo(np.int32).max if horizon is None else horizon
-    return partial(_advantages, env, as_pytree(policy), past=past, samples=samples, horizon=steps)
+    return partial(
+        _advantages, env, as_pytree(policy),
+        past=past, samples=samples, horizon=steps, smooth=smooth,
+    )  # fmt: skip
 
 
-@partial(jax.jit, static_argnames=("past", "samples", "horizon"))
+def smoothing() -> np.ndarray:
+    """[25, 25]: values of all actions times this are their fit by degree two in both levels."""
+    vasopressor, fluid = schema.action_levels(np.arange(schema.NUM_ACTIONS))
+    powers = [vasopressor**i * fluid**j for i in range(3) for j in range(3 - i)]
+    basis = np.stack(powers, -1).astype(np.float64)
+    return basis @ np.linalg.pinv(basis)
+
+
+@partial(jax.jit, static_argnames=("past", "samples", "horizon", "smooth"))
 def _advantages(
-    env: SepsisEnv, policy: Any, states: EnvState, *, past: int, samples: int, horizon: int
+    env: SepsisEnv,
+    policy: Any,
+    states: EnvState,
+    *,
+    past: int,
+    samples: int,
+    horizon: int,
+    smooth: bool,
 ) -> jax.Array:
     """[B, 25]; 0 for who is not treated any more."""
     keys = jax.vmap(_keys, (0, None))(states, samples)  # [B, S]
@@ -86,6 +112,8 @@ def _advantages(
 
     _, (_, returns) = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), futures))
     worth = returns.mean(1)  # [B, 25]
+    if smooth:
+        worth = worth @ jnp.asarray(smoothing(), jnp.float32)
     views = recent(states.last.observation, past)
     habit = jax.vmap(policy)(keys[:, 0], views)
     gain = worth - jnp.sum(habit * worth, -1, keepdims=True)

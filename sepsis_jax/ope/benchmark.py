@@ -50,10 +50,10 @@ class BenchmarkOptions:
     """
 
     world: str = "both"
-    sizes: tuple[int, int, int] = (100, 300, 1000)
-    distances: tuple[float, float, float] = (0.05, 0.1, 0.3)
-    horizons: tuple[int, int] = (8, 20)
-    confounding: tuple[float, float] = (0.0, 0.5)
+    sizes: tuple[int, ...] = (100, 300, 1000)
+    distances: tuple[float, ...] = (0.05, 0.1, 0.3)
+    horizons: tuple[int, ...] = (8, 20)
+    confounding: tuple[float, ...] = (0.0, 0.5)
     repeats: int = 50
     n_bootstrap: int = 500
     interval: str = "bca"
@@ -63,6 +63,9 @@ class BenchmarkOptions:
     def __post_init__(self) -> None:
         if self.world not in WORLDS:
             raise InputError(f"world: got {self.world!r}, expected one of {', '.join(WORLDS)}")
+        for name in ("sizes", "distances", "horizons", "confounding"):
+            if not getattr(self, name):
+                raise InputError(f"{name}: expected at least one")
         if min(self.sizes) < 20 or self.repeats < 2:
             raise InputError(
                 f"sizes, repeats: got {self.sizes}, {self.repeats}; expected at least 20 stays and "

@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pandas as pd
 import pytest
 from safetensors.numpy import load_file
@@ -69,6 +70,10 @@ def test_all_stages(inputs, tmp_path, capsys):
     table = pd.read_csv(out / "stages.csv")
     assert table.stage.tolist() == ["sft", "bc", "rl", "rl_episode"]
     assert (table.stays == 4).all() and table.mortality_auroc.between(0, 1).all()
+    values = table.set_index("stage").value
+    np.testing.assert_allclose(
+        table.gain[1:], values[1:].to_numpy() - values[["sft", "bc", "bc"]].to_numpy(), atol=1e-9
+    )
     for stage in table.stage:
         assert (out / stage / "model" / "config.json").exists()
     weights = [load_file(out / stage / "model" / "model.safetensors") for stage in ("sft", "bc")]

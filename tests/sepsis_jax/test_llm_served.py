@@ -46,9 +46,18 @@ def world_model(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def server(taught, tmp_path_factory):
+    folder, _ = taught
+    chosen = ServerOptions(folder, name="tiny", max_model_len=1024, dtype="float32", swaps=True)
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    with VLLMServer(chosen, log=log) as running:
+        yield running
+
+
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_the_server_draws_with_the_weights_that_were_learned(
-    taught, world_model, tmp_path, monkeypatch, staleness
+    taught, world_model, server, tmp_path, monkeypatch, staleness
 ):
     """Were a weight stale or a token re-read, trainer and server would not agree on it.
 
@@ -56,17 +65,13 @@ def test_the_server_draws_with_the_weights_that_were_learned(
     mismatch with one version of staleness shows.
     """
     folder, _ = taught
-    server_options = ServerOptions(
-        folder, name="tiny", max_model_len=1024, dtype="float32", swaps=True
-    )
-    with VLLMServer(server_options, log=tmp_path / "server.log") as server:
-        monkeypatch.setenv("TEST_KEY", server.key)
-        backend = BackendOptions(
-            kind="vllm", llm=str(folder), url=f"{server.url}/v1", key_variable="TEST_KEY",
-            served_name="tiny",
-        )  # fmt: skip
-        out = tmp_path / "run"
-        run_rl(out, options(staleness=staleness), llm=folder, model=world_model, backend=backend)
+    monkeypatch.setenv("TEST_KEY", server.key)
+    backend = BackendOptions(
+        kind="vllm", llm=str(folder), url=f"{server.url}/v1", key_variable="TEST_KEY",
+        served_name="tiny",
+    )  # fmt: skip
+    out = tmp_path / "run"
+    run_rl(out, options(staleness=staleness), llm=folder, model=world_model, backend=backend)
     lines = [json.loads(x) for x in (out / "metrics" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, ITERATIONS + 1))
     for line in lines:

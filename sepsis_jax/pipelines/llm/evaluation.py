@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -36,17 +36,21 @@ class Evaluation:
     decisions: float  # mean per stay
     simulations: float  # mean per decision
     completion_tokens: float  # in all
+    returns: np.ndarray = field(repr=False)  # [N] total reward of each stay, in order
 
     def figures(self) -> dict[str, float]:
-        """By name."""
-        return asdict(self)
+        """All but the returns, by name."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "returns"}
 
 
 def judged(stays: Sequence[Stay]) -> Evaluation:
     """What stays amount to."""
     found = summarize(to_record(stay) for stay in stays)
-    totals = [stay.total_reward if stay.status == COMPLETED else FAILED_RETURN for stay in stays]
-    value = mean_of(np.asarray(totals, np.float64))
+    returns = np.array(
+        [stay.total_reward if stay.status == COMPLETED else FAILED_RETURN for stay in stays],
+        np.float64,
+    )
+    value = mean_of(returns)
     refused = sum(found["invalid"].values())
     answered = found["tool_calls"]
     return Evaluation(
@@ -58,6 +62,7 @@ def judged(stays: Sequence[Stay]) -> Evaluation:
         valid=100.0 * answered / max(answered + refused, 1),
         decisions=found["decisions"] / len(stays),
         completion_tokens=float(found["completion_tokens"]),
+        returns=returns,
         **{name: _number(found[name]) for name in ("adherence", "unsafe", "deaths", "simulations")},
     )
 

@@ -49,6 +49,7 @@ class RLOptions:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
       horizon: steps that are played on; to the end of the stay if not given.
+      smooth: as for `policy.train.counterfactual.counterfactual`.
       judge_every: iterations between two evaluations on held-out patients of the synthetic
         world; 0 for none.
       judge_patients: in an evaluation.
@@ -64,6 +65,7 @@ class RLOptions:
     continuation: str = "guideline"
     samples: int = 4
     horizon: int | None = None
+    smooth: bool = False
     judge_every: int = 0
     judge_patients: int = 256
     judge_seed: int = 1_000_000
@@ -142,6 +144,7 @@ async def _run(
             open_policy(options.continuation, episodes),
             samples=options.samples,
             horizon=options.horizon,
+            smooth=options.smooth,
         )
     served = _Served(backend, pupil, out, concurrency=options.clinic.concurrency)
     trainer = AgenticTrainer(

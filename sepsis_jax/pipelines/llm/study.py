@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from policy.qwen3.sampler import bucket
@@ -19,6 +20,7 @@ from policy.train.credit import CreditConfig
 from policy.train.probing import answer, grade
 from policy.train.questions import QuestionConfig, ask
 from policy.train.tiny import TinyOptions, make_pupil
+from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.pipelines import training as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
@@ -103,7 +105,7 @@ def run_study(
       progress: told of all that goes on.
 
     Returns:
-      One row per stage.
+      One row per stage, with its paired gain over the stage before.
 
     Raises:
       InputError: as the stages.
@@ -149,10 +151,13 @@ def run_study(
         name = f"rl_{kind}"
         runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
     rows = []
+    returns: dict[str, np.ndarray] = {}
     for name, (folder, run) in runs.items():
         if not (folder / MODEL / "config.json").exists():
             run(folder)
-        rows.append({"stage": name, **_exam(folder, name, options, model, episodes, progress)})
+        found = _exam(folder, name, options, model, episodes, progress)
+        returns[name] = np.array(found.pop("returns"))
+        rows.append({"stage": name, **found, **_gain(name, returns)})
         table = pd.DataFrame(rows)
         table.to_csv(out / TABLE, index=False)
     courses = {
@@ -163,6 +168,14 @@ def run_study(
     before = next(row["value"] for row in rows if row["stage"] == "bc")
     reward_figure(courses, before, out / CURVES)
     return table
+
+
+def _gain(name: str, returns: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Over the stage before, patient by patient, who have the same luck in every exam."""
+    if name == "sft":
+        return {}
+    found = mean_of(returns[name] - returns["sft" if name == "bc" else "bc"])
+    return {"gain": found.value, "gain_low": found.low, "gain_high": found.high}
 
 
 def _exam(
@@ -197,7 +210,7 @@ def _exam(
             return treated, answers
 
         treated, answers = asyncio.run(sit())
-        found = treated.figures()
+        found: dict[str, Any] = {**treated.figures(), "returns": treated.returns.tolist()}
         for kind, of_kind in grade(questions, answers).items():
             for metric in ("auroc", "auprc"):
                 estimate = getattr(of_kind, metric)

@@ -7,7 +7,7 @@ import pytest
 
 from policy.agent.ward import admit
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.counterfactual import _LUCK, counterfactual
+from policy.train.counterfactual import _LUCK, counterfactual, smoothing
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.synthetic import patient_keys
@@ -91,3 +91,22 @@ def test_futures_are_not_the_real_one(env, states):
 def test_sizes():
     with pytest.raises(InputError, match="at least 1"):
         counterfactual(SepsisEnv.synthetic(), RandomPolicy(), samples=0)
+
+
+def test_smoothing_keeps_surfaces_of_degree_two_and_a_fourth_of_the_noise():
+    vasopressor, fluid = np.divmod(np.arange(25), 5)
+    surface = 3.0 - vasopressor + 0.5 * vasopressor**2 + 2.0 * vasopressor * fluid - fluid**2
+    np.testing.assert_allclose(surface @ smoothing(), surface, atol=1e-9)
+    assert np.trace(smoothing() @ smoothing().T) / 25 == pytest.approx(6 / 25)
+
+
+def test_smooth_advantages_are_the_fit_of_the_values(env, states):
+    policy = GuidelineRules()
+    plain = counterfactual(env, policy, samples=1, horizon=1)(states)
+    found = counterfactual(env, policy, samples=1, horizon=1, smooth=True)(states)
+    fitted = np.asarray(plain, np.float64) @ smoothing()
+    np.testing.assert_allclose(
+        np.asarray(found) - np.asarray(found).mean(-1, keepdims=True),
+        fitted - fitted.mean(-1, keepdims=True),
+        atol=1e-3,
+    )

@@ -172,7 +172,7 @@ def test_intervals_cover_at_moderate_distance_in_the_synthetic_world():
     truths, intervals = [], {estimator: [] for estimator in names}
     for seed in range(11, 16):
         options = BenchmarkOptions(
-            sizes=(stays,) * 3, distances=(0.05,) * 3, confounding=(0.0, 0.0), repeats=100,
+            sizes=(stays,), distances=(0.05,), confounding=(0.0,), repeats=100,
             truth_patients=100_000, seed=seed,
         )  # fmt: skip
         pool = next(iter(synthetic_pools(options)))
