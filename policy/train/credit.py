@@ -32,6 +32,8 @@ class CreditConfig:
         (`policy.train.counterfactual`).
       scale: divide by a standard deviation: of the group for the first two (Dr. GRPO, 2503.20783,
         leaves it out); for the third, of all decisions of the batch, whose mean is subtracted.
+      bound: on the size of advantages, after scaling; none if not given. What is said in a failed
+        dialogue is far from all that was learned, and a strong push away from it harms the rest.
       step_weight: of a decision's share, in "step".
       failure: reward of a stay that fails.
       refusal: reward of a refused call or reply.
@@ -40,6 +42,7 @@ class CreditConfig:
 
     kind: str = COUNTERFACTUAL
     scale: bool = True
+    bound: float | None = None
     step_weight: float = 1.0
     failure: float = -15.0
     refusal: float = -1.0
@@ -49,6 +52,8 @@ class CreditConfig:
         require(self, f"one of {', '.join(KINDS)}", KINDS.__contains__, "kind")
         require(self, "0 or more", lambda x: x >= 0, "step_weight")
         require(self, "0 or less", lambda x: x <= 0, "failure", "refusal", "violation")
+        if self.bound is not None:
+            require(self, "above 0", lambda x: x > 0, "bound")
 
 
 class Credits(NamedTuple):
@@ -70,7 +75,7 @@ def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
     """
     if config.kind == COUNTERFACTUAL:
         found = _counterfactual(stays, config)
-        return Credits(found, np.array([len(one) > 0 for one in found]))
+        return Credits(_bounded(found, config), np.array([len(one) > 0 for one in found]))
     earned = [rewards(stay, config) for stay in stays]
     groups = [stay.patient for stay in stays]
     totals = np.array([one.sum() for one in earned])
@@ -84,7 +89,13 @@ def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
             weight=config.step_weight, scale=config.scale,
         )  # fmt: skip
     found = np.split(flat, np.cumsum([len(one) for one in earned])[:-1])
-    return Credits(found, informative(totals, groups))
+    return Credits(_bounded(found, config), informative(totals, groups))
+
+
+def _bounded(found: list[np.ndarray], config: CreditConfig) -> list[np.ndarray]:
+    if config.bound is None:
+        return found
+    return [np.clip(one, -config.bound, config.bound) for one in found]
 
 
 def rewards(stay: Stay, config: CreditConfig) -> np.ndarray:
