@@ -37,9 +37,8 @@ def probabilities(policy: Policy, key: jax.Array) -> Observer:
 def following(ward: Ward, bed: int) -> Script:
     """The script of a patient whose ward has an observer of `probabilities`.
 
-    Simulates an action drawn from them, by the seed of the reply, with its first two `neighbours`,
-    and prescribes it. What is simulated beside it follows from it: chance there would teach
-    nothing, and its tokens would be noise in what reinforcement learning learns.
+    Simulates an action drawn from them, by the seed of the reply, with two of its neighbours,
+    and prescribes it.
     """
 
     def choose(seed: int) -> tuple[int, ...]:
@@ -48,7 +47,8 @@ def following(ward: Ward, bed: int) -> Script:
         draw = np.random.default_rng(seed)
         shares = np.asarray(values, np.float64)
         action = int(draw.choice(schema.NUM_ACTIONS, p=shares / shares.sum()))
-        return (action, *neighbours(action)[: MAX_OPTIONS - 1])
+        near = draw.permutation(neighbours(action))
+        return (action, *near[: MAX_OPTIONS - 1].tolist())
 
     return simulating(choose)
 

@@ -87,7 +87,8 @@ def test_a_teacher_follows_its_policy(clinic):
         for asked, given in zip(calls[::2], calls[1::2], strict=True):
             assert isinstance(asked, Simulate) and isinstance(given, Prescribe)
             assert asked.actions[0] == given.action
-            assert list(asked.actions[1:]) == neighbours(given.action)[:2]
+            assert len(set(asked.actions)) == 3
+            assert set(asked.actions[1:]) <= set(neighbours(given.action))
 
 
 def test_later_decisions_follow_the_newest_view(clinic):
