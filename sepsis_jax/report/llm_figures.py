@@ -29,7 +29,9 @@ def reward_figure(courses: Mapping[str, pd.DataFrame], before: float, path: Path
       before: value of the model that they started from.
       path: PNG to write.
     """
-    figure, axes = plt.subplots(1, len(_PANELS), figsize=(4.2 * len(_PANELS), 3.6))
+    figure, axes = plt.subplots(
+        1, len(_PANELS), figsize=(4.2 * len(_PANELS), 3.6), layout="constrained"
+    )
     for (name, label), axis in zip(_PANELS, axes, strict=True):
         for (run, course), color in zip(courses.items(), COLORS, strict=False):
             tokens = course["played_completion_tokens"].cumsum() / 1e6
