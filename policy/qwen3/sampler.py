@@ -85,14 +85,17 @@ def generate(
         limit=limit,
         seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
         temperature=np.array([draw.temperature for draw in [*draws, *fill]], np.float32),
-        top_p=np.array([draw.top_p for draw in [*draws, *fill]], np.float32),
+        top_p=(
+            np.array([draw.top_p for draw in [*draws, *fill]], np.float32)
+            if any(draw.top_p < 1 for draw in draws)
+            else None
+        ),
         stop_ids=np.array(
             [*stop_ids, *[-1] * (bucket(len(stop_ids), 8) - len(stop_ids))], np.int32
         ),
     )
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
-    cut = any(draw.top_p < 1 for draw in draws)
-    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most, cut=cut))
+    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
     return [_of_row(out, row) for row in range(len(draws))]
 
 
@@ -101,7 +104,7 @@ class _Settings(NamedTuple):
     limit: Any  # [B]
     seed: Any  # [B, 2] uint32
     temperature: Any  # [B]
-    top_p: Any  # [B]
+    top_p: Any  # [B], or None where every row draws from all tokens
     stop_ids: Any  # [K], filled up with -1
 
 
@@ -115,10 +118,8 @@ class _State(NamedTuple):
     model_logprobs: jax.Array  # [B, N]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "most", "cut"))
-def _generate(
-    graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int, cut: bool
-) -> _State:
+@partial(jax.jit, static_argnames=("graphdef", "most"))
+def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
     cache = model.empty_cache(batch, width + most)
@@ -131,7 +132,7 @@ def _generate(
             settings.seed,
             settings.length + step,
             settings.temperature,
-            settings.top_p if cut else None,
+            settings.top_p,
         )
         going = ~now.stopped & (step < settings.limit)
         return _State(

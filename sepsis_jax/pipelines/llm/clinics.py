@@ -12,6 +12,11 @@ from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.base import Policy
 from policy.checkpoint import load_policy
+from policy.qwen3.config import load_stop_ids
+from policy.qwen3.model import Qwen3
+from policy.qwen3.sampler import bucket
+from policy.serving.batching import Lockstep
+from policy.serving.embedded import EmbeddedGenerator
 from policy.train.clinic import Clinic
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
@@ -91,6 +96,27 @@ def open_clinic(options: ClinicOptions, model: Path, episodes: Path | None) -> C
         seed=options.seed,
         concurrency=options.concurrency,
     )
+
+
+def open_generator(
+    model: Qwen3, folder: Path, options: ClinicOptions, lockstep: Lockstep
+) -> EmbeddedGenerator:
+    """The sampler of this process, for all dialogues that a clinic holds at a time.
+
+    Batches are filled up to an eighth of these, not to all: near the end of a batch of stays few
+    dialogues are left, and an idle row costs as much as a busy one.
+
+    Args:
+      model: the model.
+      folder: that it came from, and whose stop tokens are its.
+      options: of the clinic.
+      lockstep: shared with the ward.
+    """
+    rows = bucket(options.concurrency)
+    return EmbeddedGenerator(
+        model, stop_ids=load_stop_ids(folder), name=str(folder),
+        min_batch=max(rows // 8, 1), max_batch=rows, lockstep=lockstep,
+    )  # fmt: skip
 
 
 def judging(clinic: Clinic, options: ClinicOptions, *, seed: int) -> Clinic:

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from policy.agent.dialogue import Stay
-from policy.qwen3.config import load_stop_ids
-from policy.qwen3.sampler import bucket
 from policy.serving.batching import Lockstep
-from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
@@ -24,7 +21,13 @@ from policy.train.credit import COUNTERFACTUAL
 from policy.train.metrics import MetricsLog
 from policy.train.publishing import EmbeddedPublisher, Publisher, ServerPublisher
 from sepsis_jax.pipelines.agent_backends import EMBEDDED, VLLM, BackendOptions, endpoint
-from sepsis_jax.pipelines.llm.clinics import ClinicOptions, judging, open_clinic, open_policy
+from sepsis_jax.pipelines.llm.clinics import (
+    ClinicOptions,
+    judging,
+    open_clinic,
+    open_generator,
+    open_policy,
+)
 from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
 from sepsis_jax.pipelines.llm.training import CHECKPOINTS, METRICS, ModelOptions, Pupil
 from sepsis_jax.pipelines.runs import begin_run, plain
@@ -146,7 +149,7 @@ async def _run(
             horizon=options.horizon,
             smooth=options.smooth,
         )
-    served = _Served(backend, pupil, out, concurrency=options.clinic.concurrency)
+    served = _Served(backend, pupil, out, clinic=options.clinic)
     trainer = AgenticTrainer(
         learner, clinic, served.backend, served.publisher, config,
         reference=pupil.model, observer=observer, lockstep=served.lockstep, dtype=pupil.dtype,
@@ -182,18 +185,14 @@ async def _run(
 class _Served:
     """Who generates, and how new weights reach it."""
 
-    def __init__(self, options: BackendOptions, pupil: Pupil, out: Path, *, concurrency: int):
+    def __init__(self, options: BackendOptions, pupil: Pupil, out: Path, *, clinic: ClinicOptions):
         tokens = ChatTokens.load(pupil.folder)
         self.lockstep: Lockstep | None = None
         self._control: WeightControl | None = None
         self.publisher: Publisher
         if options.kind == EMBEDDED:
             self.lockstep = Lockstep()
-            rows = bucket(concurrency)
-            generator = EmbeddedGenerator(
-                pupil.model, stop_ids=load_stop_ids(pupil.folder), name=str(pupil.folder),
-                min_batch=max(rows // 8, 1), max_batch=rows, lockstep=self.lockstep,
-            )  # fmt: skip
+            generator = open_generator(pupil.model, pupil.folder, clinic, self.lockstep)
             self.backend = TokenBackend(generator, tokens)
             self.publisher = EmbeddedPublisher(generator)
         elif options.kind == VLLM:

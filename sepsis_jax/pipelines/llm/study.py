@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from policy.qwen3.sampler import bucket
+from policy.qwen3.weights import load
 from policy.serving.batching import Lockstep
-from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.train.credit import CreditConfig
 from policy.train.probing import answer, grade
@@ -24,7 +23,7 @@ from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.pipelines import training as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
-from sepsis_jax.pipelines.llm.clinics import judging, open_clinic, open_policy
+from sepsis_jax.pipelines.llm.clinics import judging, open_clinic, open_generator, open_policy
 from sepsis_jax.pipelines.llm.evaluation import evaluate
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.sft import SFTOptions, run_sft
@@ -196,9 +195,8 @@ def _exam(
             load_episodes(episodes).of_split("test"), options.exam.questions, seed=options.exam.seed
         )
         lockstep = Lockstep()
-        rows = bucket(options.rl.clinic.concurrency)
-        generator = EmbeddedGenerator.from_folder(
-            folder / MODEL, min_batch=max(rows // 8, 1), max_batch=rows, lockstep=lockstep
+        generator = open_generator(
+            load(folder / MODEL), folder / MODEL, options.rl.clinic, lockstep
         )
         tokens = ChatTokens.load(folder / MODEL)
         backend = TokenBackend(generator, tokens)

@@ -102,8 +102,8 @@ def test_smoothing_keeps_surfaces_of_degree_two_and_a_fourth_of_the_noise():
 
 def test_smooth_advantages_are_the_fit_of_the_values(env, states):
     policy = GuidelineRules()
-    plain = counterfactual(env, policy, samples=1, horizon=1)(states)
-    found = counterfactual(env, policy, samples=1, horizon=1, smooth=True)(states)
+    plain = counterfactual(env, policy, samples=SAMPLES)(states)
+    found = counterfactual(env, policy, samples=SAMPLES, smooth=True)(states)
     fitted = np.asarray(plain, np.float64) @ smoothing()
     np.testing.assert_allclose(
         np.asarray(found) - np.asarray(found).mean(-1, keepdims=True),

@@ -100,10 +100,8 @@ def test_counterfactual_credit_is_the_value_of_the_action():
     scaled = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0)).of_decisions
     np.testing.assert_allclose(scaled[0], (np.array([-8.0, 8.0]) - center) / spread, rtol=1e-5)
     bounded = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0, bound=0.5))
-    assert [one.tolist() for one in bounded.of_decisions] == [
-        [-0.5, 0.5],
-        [pytest.approx(-0.2, abs=0.1)],
-    ]
+    last = (-2.0 - center) / spread  # -0.2, which is within the bound
+    assert [one.tolist() for one in bounded.of_decisions] == [[-0.5, 0.5], [pytest.approx(last)]]
     with pytest.raises(InputError, match="observer"):
         credits([stay(1, [(0, 1.0)])], CreditConfig())
 
