@@ -55,26 +55,37 @@ def resolve_config(
     return apply_overrides(config, overrides or [], source=source)
 
 
-def from_mapping(cls: type[T], value: Any, *, source: str) -> T:
+def from_mapping(cls: type[T], value: Any, *, source: str, base: T | None = None) -> T:
     """An instance of a (nested) dataclass from nested mappings.
+
+    Args:
+      cls: the dataclass.
+      value: its settings by name.
+      source: named in errors.
+      base: has the settings that are not given; the defaults if there is none.
 
     Raises:
       InputError: a key is unknown, or a value has another type than the field.
     """
-    if not isinstance(value, Mapping):
-        raise InputError(f"{source}: expected a mapping of settings, got {type(value).__name__}")
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
-    for key, item in value.items():
+    for key, item in _mapping(value, source).items():
         if key not in names:
             raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(names)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
-            arguments[key] = from_mapping(hint, item, source=f"{source}: {key}")  # type: ignore[arg-type]
+            part = getattr(base, key, None)
+            arguments[key] = from_mapping(hint, item, source=f"{source}: {key}", base=part)  # type: ignore[arg-type]
         else:
             arguments[key] = _checked(hint, item, f"{source}: {key}")
-    return cls(**arguments)
+    return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+
+
+def _mapping(value: Any, source: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{source}: expected a mapping of settings, got {type(value).__name__}")
+    return value
 
 
 def _checked(hint: Any, value: Any, source: str) -> Any:
@@ -104,9 +115,13 @@ def _checked(hint: Any, value: Any, source: str) -> Any:
 def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
     """Changes settings named as `NAME=VALUE` or `NAME.PART=VALUE`, values read as YAML.
 
+    Settings are checked when all are changed, so that their order does not matter; of two values
+    for one setting the later holds.
+
     Raises:
       InputError: an override is malformed, or names an unknown setting, or has a wrong type.
     """
+    changes: dict[str, Any] = {}
     for override in overrides:
         path, sign, text = override.partition("=")
         if not sign:
@@ -115,14 +130,20 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"{source}: {override!r} is not readable YAML after the '='") from None
-        config = _override(config, path.split("."), value, source)
-    return config
+        _put(changes, config, path.split("."), value, source)
+    return from_mapping(type(config), changes, source=source, base=config)
 
 
-def _override(config: Any, path: list[str], value: Any, source: str) -> Any:
+def _put(changes: dict[str, Any], config: Any, path: list[str], value: Any, source: str) -> None:
+    """Notes a change beside others; parts of what has none are left for the check to name."""
     name, *rest = path
-    if rest and dataclasses.is_dataclass(getattr(config, name, None)):
-        part = _override(getattr(config, name), rest, value, f"{source}: {name}")
-        return dataclasses.replace(config, **{name: part})
-    checked = from_mapping(type(config), {".".join(path): value}, source=source)
-    return dataclasses.replace(config, **{name: getattr(checked, name)})
+    part = getattr(config, name, None)
+    if not dataclasses.is_dataclass(part):
+        changes[".".join(path)] = value
+        return
+    inside, source = changes.setdefault(name, {}), f"{source}: {name}"
+    if rest:
+        _put(inside, part, rest, value, source)
+        return
+    for key, item in _mapping(value, source).items():
+        _put(inside, part, [str(key)], item, source)

@@ -112,6 +112,12 @@ def rewards(stay: Stay, config: CreditConfig) -> np.ndarray:
 
 def prices(decisions: Sequence[Decision], config: CreditConfig) -> np.ndarray:
     """[decisions] what refusals and broken rules cost."""
+    refused = np.array([decision.invalid for decision in decisions])
+    return config.refusal * refused + config.violation * breaks_rules(decisions)
+
+
+def breaks_rules(decisions: Sequence[Decision]) -> np.ndarray:
+    """[decisions] bool; whether G1 or G2 is broken, of which only one can be."""
 
     def column(name: str) -> Any:
         return np.array([getattr(decision, name) for decision in decisions])
@@ -120,7 +126,7 @@ def prices(decisions: Sequence[Decision], config: CreditConfig) -> np.ndarray:
     meanbp, before = column("meanbp"), column("previous_vasopressor")
     g1 = g1_untreated_hypoperfusion(meanbp, column("lactate"), vasopressor, fluid)
     g2 = g2_unneeded_escalation(meanbp, vasopressor, before, column("step"))
-    return config.refusal * column("invalid") + config.violation * (g1 | g2)
+    return np.asarray(g1 | g2)
 
 
 def _of_failure(stay: Stay, config: CreditConfig) -> list[float]:

@@ -31,6 +31,15 @@ def mean_of(numbers: np.ndarray) -> Mean:
     return Mean(mean, error, mean - 1.96 * error, mean + 1.96 * error)
 
 
+def share_of(part: np.ndarray, whole: np.ndarray) -> tuple[float, np.ndarray]:
+    """Sum of a part [N] by the sum of the whole [N], and its influences [N] (delta method).
+
+    Influences of two shares of the same stays may be subtracted, for an interval of the difference.
+    """
+    share = float(part.sum() / whole.sum())
+    return share, (part - share * whole) / whole.mean()
+
+
 def percentile(resampled: np.ndarray, alpha: float = 0.05) -> Interval:
     """Quantiles alpha/2 and 1 - alpha/2 of resampled values [B, ...], undefined ones left out."""
     return _quantiles(resampled, np.asarray(alpha / 2), np.asarray(1 - alpha / 2))

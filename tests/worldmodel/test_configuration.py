@@ -93,6 +93,31 @@ def test_overrides_reach_into_nested_settings():
     assert got == Outer(Inner(rate=3.0, epochs=7), name="b", shares=(0.1, 0.9))
 
 
+@dataclass(frozen=True)
+class Ordered:
+    low: int = 0
+    high: int = 1
+
+    def __post_init__(self):
+        if self.low >= self.high:
+            raise InputError(f"low: got {self.low}, expected less than {self.high}")
+
+
+def test_settings_that_belong_together_are_checked_together():
+    for overrides in (["low=5", "high=9"], ["high=9", "low=5"]):
+        assert apply_overrides(Ordered(), overrides, source="--set") == Ordered(5, 9)
+    assert apply_overrides(Ordered(5, 9), ["low=3"], source="--set") == Ordered(3, 9)
+    with pytest.raises(InputError, match="low: got 5"):
+        apply_overrides(Ordered(), ["low=5"], source="--set")
+
+
+def test_a_section_may_be_changed_at_once_and_keeps_the_rest():
+    got = apply_overrides(
+        Outer(Inner(rate=2.0)), ["inner={epochs: 5}", "inner.rate=4"], source="--set"
+    )
+    assert got == Outer(Inner(rate=4.0, epochs=5))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

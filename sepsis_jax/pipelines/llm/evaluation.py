@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,10 +14,14 @@ from policy.agent.summary import summarize
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
 from policy.train.clinic import Clinic
-from sepsis_jax.ope.intervals import mean_of
+from policy.train.credit import breaks_rules
+from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0
 """Of a stay that failed: as bad as a death, so that failing cannot look good."""
+
+OF_STAYS = ("returns", "prescriptions", "broken")
+"""What is kept of every stay, so that stages can be compared patient by patient."""
 
 
 @dataclass(frozen=True)
@@ -31,16 +35,22 @@ class Evaluation:
     completed: float
     valid: float  # of all calls and replies, those that were not refused
     adherence: float
+    adherence_low: float  # 95% interval
+    adherence_high: float
     unsafe: float
     deaths: float  # of completed stays
     decisions: float  # mean per stay
     simulations: float  # mean per decision
     completion_tokens: float  # in all
     returns: np.ndarray = field(repr=False)  # [N] total reward of each stay, in order
+    prescriptions: np.ndarray = field(repr=False)  # [N] how many; 0 of failed stays
+    broken: np.ndarray = field(repr=False)  # [N] of these, that broke a rule
 
     def figures(self) -> dict[str, float]:
-        """All but the returns, by name."""
-        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "returns"}
+        """Those of all stays together, by name."""
+        return {
+            one.name: getattr(self, one.name) for one in fields(self) if one.name not in OF_STAYS
+        }
 
 
 def judged(stays: Sequence[Stay]) -> Evaluation:
@@ -51,6 +61,10 @@ def judged(stays: Sequence[Stay]) -> Evaluation:
         np.float64,
     )
     value = mean_of(returns)
+    done = [stay.decisions if stay.status == COMPLETED else [] for stay in stays]
+    prescriptions = np.array([len(decisions) for decisions in done])
+    broken = np.array([breaks_rules(decisions).sum() if decisions else 0 for decisions in done])
+    low, high = _percent(_adherence(broken, prescriptions))[1:]
     refused = sum(found["invalid"].values())
     answered = found["tool_calls"]
     return Evaluation(
@@ -62,7 +76,11 @@ def judged(stays: Sequence[Stay]) -> Evaluation:
         valid=100.0 * answered / max(answered + refused, 1),
         decisions=found["decisions"] / len(stays),
         completion_tokens=float(found["completion_tokens"]),
+        adherence_low=low,
+        adherence_high=high,
         returns=returns,
+        prescriptions=prescriptions,
+        broken=broken,
         **{name: _number(found[name]) for name in ("adherence", "unsafe", "deaths", "simulations")},
     )
 
@@ -75,6 +93,38 @@ async def evaluate(
         backend, np.arange(patients), seeds=[0] * patients, lockstep=lockstep
     )
     return judged(stays)
+
+
+def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """What the same patients in the same luck have of another model, with 95% intervals.
+
+    Args:
+      before, after: what is kept of every stay, by the names of `OF_STAYS`.
+
+    Returns:
+      `gain`, `gain_low`, `gain_high`, and as much of `adherence_gain`, in percentage points.
+    """
+    value = mean_of(after["returns"] - before["returns"])
+    (base, of_base), (new, of_new) = (
+        _adherence(one["broken"], one["prescriptions"]) for one in (before, after)
+    )
+    adherence = _percent((new - base, of_new - of_base))
+    names = [f"{of}{end}" for of in ("gain", "adherence_gain") for end in ("", "_low", "_high")]
+    found = (value.value, value.low, value.high, *adherence)
+    return dict(zip(names, found, strict=True))
+
+
+def _adherence(broken: np.ndarray, prescriptions: np.ndarray) -> tuple[float, np.ndarray]:
+    """Share of prescriptions that keep to the rules, and its influences [N]; NaN without any."""
+    if not prescriptions.any():
+        return float("nan"), np.full(len(prescriptions), np.nan)
+    return share_of(prescriptions - broken, prescriptions)
+
+
+def _percent(found: tuple[float, np.ndarray]) -> tuple[float, float, float]:
+    share, influence = found
+    low, high = delta(np.asarray(share), influence)
+    return 100.0 * share, 100.0 * float(low), 100.0 * float(high)
 
 
 def _number(value: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,11 @@ from policy.train.credit import CreditConfig
 from policy.train.probing import answer, grade
 from policy.train.questions import QuestionConfig, ask
 from policy.train.tiny import TinyOptions, make_pupil
-from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.pipelines import training as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
 from sepsis_jax.pipelines.llm.clinics import judging, open_clinic, open_generator, open_policy
-from sepsis_jax.pipelines.llm.evaluation import evaluate
+from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate, gains
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.sft import SFTOptions, run_sft
 from sepsis_jax.pipelines.llm.training import METRICS, MODEL
@@ -150,13 +149,14 @@ def run_study(
         name = f"rl_{kind}"
         runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
     rows = []
-    returns: dict[str, np.ndarray] = {}
+    exams: dict[str, dict[str, np.ndarray]] = {}
     for name, (folder, run) in runs.items():
         if not (folder / MODEL / "config.json").exists():
             run(folder)
         found = _exam(folder, name, options, model, episodes, progress)
-        returns[name] = np.array(found.pop("returns"))
-        rows.append({"stage": name, **found, **_gain(name, returns)})
+        before = exams.get("sft" if name == "bc" else "bc")
+        exams[name] = {one: np.array(found.pop(one)) for one in OF_STAYS}
+        rows.append({"stage": name, **found, **(gains(before, exams[name]) if before else {})})
         table = pd.DataFrame(rows)
         table.to_csv(out / TABLE, index=False)
     courses = {
@@ -167,14 +167,6 @@ def run_study(
     before = next(row["value"] for row in rows if row["stage"] == "bc")
     reward_figure(courses, before, out / CURVES)
     return table
-
-
-def _gain(name: str, returns: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Over the stage before, patient by patient, who have the same luck in every exam."""
-    if name == "sft":
-        return {}
-    found = mean_of(returns[name] - returns["sft" if name == "bc" else "bc"])
-    return {"gain": found.value, "gain_low": found.low, "gain_high": found.high}
 
 
 def _exam(
@@ -208,7 +200,8 @@ def _exam(
             return treated, answers
 
         treated, answers = asyncio.run(sit())
-        found: dict[str, Any] = {**treated.figures(), "returns": treated.returns.tolist()}
+        found: dict[str, Any] = treated.figures()
+        found |= {name: getattr(treated, name).tolist() for name in OF_STAYS}
         for kind, of_kind in grade(questions, answers).items():
             for metric in ("auroc", "auprc"):
                 estimate = getattr(of_kind, metric)

@@ -80,6 +80,20 @@ def test_influence_gives_the_usual_error_of_a_mean():
     assert (low, high) == pytest.approx(expected)
 
 
+def test_shares_and_their_differences_err_as_resampling_says():
+    rng = np.random.default_rng(0)
+    whole = rng.integers(1, 20, 400)
+    parts = rng.binomial(whole, rng.beta(2, 8, 400)), rng.binomial(whole, 0.1)
+    (first, of_first), (_, of_second) = (iv.share_of(part, whole) for part in parts)
+    assert first == parts[0].sum() / whole.sum()
+    drawn = rng.integers(0, 400, (4000, 400))
+    again = [part[drawn].sum(1) / whole[drawn].sum(1) for part in parts]
+    assert iv.standard_error(of_first) == pytest.approx(again[0].std(), rel=0.05)
+    assert iv.standard_error(of_second - of_first) == pytest.approx(
+        (again[1] - again[0]).std(), rel=0.05
+    )
+
+
 def test_percentile_and_bca_against_scipy():
     values = np.random.default_rng(1).exponential(size=80)
     counts = draw_counts(np.random.default_rng(2), 20_000, 80)
