@@ -15,23 +15,22 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from policy.agent.dialogue import NO_BACKEND, Stay
 from policy.agent.ward import Observer
-from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
 from policy.train.checkpoints import Checkpoints
 from policy.train.clinic import Clinic
 from policy.train.credit import EPISODE, STEP, CreditConfig, credits
-from policy.train.learner import Learner, cast, require_finite
-from policy.train.objectives import PRESETS, Objective, RolloutRows, mismatch, policy_loss
+from policy.train.learner import Learner, cast
+from policy.train.objectives import PRESETS, Objective, policy_loss
 from policy.train.publishing import Publisher
-from policy.train.trajectories import Trajectory, pack_trajectories, trajectories
+from policy.train.trajectories import trajectories
+from policy.train.updates import Updates
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -124,9 +123,14 @@ class AgenticTrainer:
             raise InputError("objective: kl_weight needs a reference model")
         self.learner, self.clinic, self.config = learner, clinic, config
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
-        self._reference, self._observer, self._dtype = reference, observer, dtype
-        self._logprobs = jax.jit(
-            partial(_logprobs, temperature=sampling.temperature), static_argnums=0
+        self._observer, self._dtype = observer, dtype
+        self._updates = Updates(
+            learner,
+            count=config.updates,
+            row_length=config.row_length,
+            rows=config.rows,
+            temperature=sampling.temperature,
+            reference=reference if config.objective.kl_weight else None,
         )
         self.iteration = 0  # batches learned from
         self._weights: dict[int, Qwen3] = {0: self._copy()}  # by version, what may still be drawn
@@ -262,43 +266,7 @@ class AgenticTrainer:
         }
         if not fitting:
             return figures
-        return figures | self._update(number, fitting)
-
-    def _update(self, number: int, members: Sequence[Trajectory]) -> dict[str, float]:
-        config, learner = self.config, self.learner
-        rows = pack_trajectories(members, config.row_length, seed=number)
-        rows = rows._replace(proximal=self._logprobs_of(learner.model(), rows))
-        if config.objective.kl_weight and self._reference is not None:
-            rows = rows._replace(reference=self._logprobs_of(self._reference, rows))
-        figures = {
-            f"mismatch_{name}": value
-            for name, value in mismatch(rows.behavior, rows.proximal, rows.mask).items()
-        }
-        found = []
-        for part in _parts(rows, config.updates, seed=number):
-            summed, norm = jax.device_get(learner.update(_micro_batches(part, config.rows)))
-            require_finite(learner.step, summed, norm)
-            found.append((summed, norm))
-        tokens = sum(float(summed.weight) for summed, _ in found)
-        figures |= {
-            name: sum(float(summed.metrics[name]) for summed, _ in found) / tokens
-            for name in found[0][0].metrics
-        }
-        return figures | {
-            "loss": sum(float(summed.total) for summed, _ in found) / tokens,
-            "gradient_norm": float(np.mean([norm for _, norm in found])),
-            "learned_tokens": float(rows.mask.sum()),
-            "read_tokens": float(np.count_nonzero(rows.segments)),
-        }
-
-    def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
-        graphdef, state = nnx.split(model)
-        batches = _micro_batches(rows, self.config.rows)
-        found = [
-            np.asarray(self._logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3])))
-            for i in range(len(batches.ids))
-        ]
-        return np.concatenate(found)[: len(rows.ids)]
+        return figures | self._updates.learn(fitting, seed=number)
 
 
 def _gain(stays: Sequence[Stay]) -> dict[str, float]:
@@ -310,42 +278,3 @@ def _gain(stays: Sequence[Stay]) -> dict[str, float]:
         if decision.values is not None
     ]
     return {"counterfactual_gain": float(np.mean(gains))} if gains else {}
-
-
-def _logprobs(
-    graphdef: Any,
-    state: Any,
-    ids: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-    *,
-    temperature: float,
-) -> jax.Array:
-    model = nnx.merge(graphdef, state)
-    return token_logprobs(
-        model, ids, positions=positions, segments=segments, temperature=temperature
-    ).logprob
-
-
-def _parts(rows: RolloutRows, count: int, *, seed: int) -> list[RolloutRows]:
-    """At most `count` parts of about equally many rows, in an order drawn by the seed."""
-    order = np.random.default_rng(seed).permutation(len(rows.ids))
-    parts = np.array_split(order, min(count, len(order)))
-    return [RolloutRows(*(leaf[part] for leaf in rows)) for part in parts]
-
-
-def _micro_batches(rows: RolloutRows, size: int) -> RolloutRows:
-    """[A, size, L], filled up with empty rows; A is one of few numbers, so are the programs."""
-    count = _rounded(-(-len(rows.ids) // size)) * size
-    return RolloutRows(
-        *(
-            np.pad(leaf, ((0, count - len(leaf)), (0, 0))).reshape(-1, size, leaf.shape[1])
-            for leaf in rows
-        )
-    )
-
-
-def _rounded(count: int) -> int:
-    """Up to three leading binary digits: 1 to 8, 10, 12, 14, 16, 20, ..."""
-    unit = 1 << max(count.bit_length() - 3, 0)
-    return -(-count // unit) * unit

@@ -22,16 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
 from policy.train.losses import Summed
+from policy.train.ratios import SegmentMeans, bounded_exp, k3
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
-
-LOG_RATIO_LIMIT = 20.0
-"""Log ratios are held within plus and minus this, so that their exponentials stay finite."""
 
 
 class RolloutRows(NamedTuple):
@@ -194,12 +191,12 @@ def surrogate_loss(
     now, proximal, advantage = own(logprob), own(rows.proximal), own(rows.advantage)
     ahead = now - proximal
     off = proximal - own(rows.behavior)
-    mean = _Means(learned, rows.segments)
+    mean = SegmentMeans(learned, rows.segments)
 
-    ratio = _exp(ahead)
+    ratio = bounded_exp(ahead)
     if objective.ratio == "sequence":
         one = jax.lax.stop_gradient(now)
-        ratio = _exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
+        ratio = bounded_exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
     loss, clipped = _surrogate(ratio, now, advantage, objective)
     weight, corrected = _correction(off, mean, objective)
     loss = weight * loss
@@ -207,16 +204,16 @@ def surrogate_loss(
         "ratio": ratio,
         **clipped,
         "entropy": own(entropy),
-        "kl_proximal": _k3(ahead),
+        "kl_proximal": k3(ahead),
         "mismatch": jnp.abs(off),
-        "kl_behavior": _k3(off),
+        "kl_behavior": k3(off),
         "correction": weight,
         "corrected": corrected,
         "masked": weight == 0,
     }
     if objective.kl_weight:
         apart = own(rows.reference) - now
-        metrics["kl_reference"] = kl = _k3(apart)
+        metrics["kl_reference"] = kl = k3(apart)
         kl = kl if objective.kl_kind == "k3" else apart**2 / 2
         loss = loss + objective.kl_weight * (ratio * kl if objective.kl_corrected else kl)
     if objective.entropy_weight:
@@ -233,56 +230,6 @@ def surrogate_loss(
         jnp.sum(share),
         jax.lax.stop_gradient({name: jnp.sum(share * x) for name, x in metrics.items()}),
     )
-
-
-def mismatch(behavior: np.ndarray, proximal: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the sampler's, before any update.
-
-    Args:
-      behavior, proximal: log-probabilities, of any shape.
-      mask: bool, tokens that the sampler drew.
-
-    Returns:
-      mean, 0.99 quantile and maximum of the absolute difference (nats), and the k3 estimate of
-      the KL divergence of the trainer from the sampler.
-
-    Raises:
-      InputError: there is no token, or one of its log-probabilities is not finite.
-    """
-    keep = np.asarray(mask, bool)
-    off = np.asarray(proximal, np.float64)[keep] - np.asarray(behavior, np.float64)[keep]
-    if not off.size:
-        raise InputError("mismatch: no token was drawn by the sampler")
-    if not np.isfinite(off).all():
-        bad = int((~np.isfinite(off)).sum())
-        raise InputError(f"mismatch: {bad} of {off.size} log-probabilities are not finite")
-    apart = np.abs(off)
-    return {
-        "mean": float(apart.mean()),
-        "p99": float(np.quantile(apart, 0.99)),
-        "max": float(apart.max()),
-        "kl": float((np.expm1(off) - off).mean()),
-    }
-
-
-class _Means:
-    """Sums and means over the learned tokens of each segment, at each of its places."""
-
-    def __init__(self, learned: jax.Array, segments: jax.Array):
-        self._segments = segments
-        self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
-
-    def sum(self, x: jax.Array) -> jax.Array:
-        """[R, L]; row by row, so that rows may be split over devices."""
-
-        def one(x: jax.Array, segments: jax.Array) -> jax.Array:
-            length = x.shape[0]
-            return jax.ops.segment_sum(x, segments, num_segments=length + 1)[segments]
-
-        return jax.vmap(one)(x, self._segments)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.sum(x) / self.count
 
 
 def _surrogate(
@@ -307,24 +254,18 @@ def _surrogate(
     return -gain, where
 
 
-def _correction(off: jax.Array, mean: _Means, objective: Objective) -> tuple[jax.Array, jax.Array]:
+def _correction(
+    off: jax.Array, mean: SegmentMeans, objective: Objective
+) -> tuple[jax.Array, jax.Array]:
     """w, and where it is not the plain ratio."""
     if objective.correction == "none":
         return jnp.ones_like(off), jnp.zeros_like(off, bool)
     level = objective.correction_level
-    ratio = _exp(off if level == "token" else mean.sum(off) if level == "sequence" else mean(off))
+    ratio = bounded_exp(
+        off if level == "token" else mean.sum(off) if level == "sequence" else mean(off)
+    )
     beyond = ratio > objective.correction_cap
     if objective.correction == "truncate":
         return jnp.minimum(ratio, objective.correction_cap), beyond
     beyond |= ratio < objective.correction_low
     return jnp.where(beyond, 0.0, ratio), beyond
-
-
-def _exp(log_ratio: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
-
-
-def _k3(log_ratio: jax.Array) -> jax.Array:
-    """exp(x) - x - 1, which is never negative."""
-    bounded = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return jnp.expm1(bounded) - bounded

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from policy.qwen3.lora import merge_adapters
+from policy.qwen3.lora import merge_adapters, save_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.weights import save_hf
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.vllm.control import WeightControl
+from policy.serving.vllm.generator import VLLMGenerator
 from policy.train.learner import cast
 
 
@@ -67,3 +68,34 @@ class ServerPublisher:
     def _write(self, model: Qwen3, place: Path) -> None:
         plain = cast(merge_adapters(model), self._dtype)
         save_hf(plain, place, source=self._source)
+
+
+class AdapterPublisher:
+    """To a vLLM server that takes adapters (`lora_rank`): they alone travel, the base stays.
+
+    Every version is an adapter of its own, named after it, so that no cache of another is met.
+
+    Args:
+      control: of the server; it is told the folder's name as it is here.
+      generator: that is to speak with the adapters.
+      folder: where versions are written.
+      base: Hugging Face folder of the weights beneath, which the server serves.
+    """
+
+    def __init__(
+        self, control: WeightControl, generator: VLLMGenerator, folder: Path, *, base: Path
+    ):
+        self._control, self._generator = control, generator
+        self._folder, self._base = folder, base
+        self._served: str | None = None
+
+    async def publish(self, model: Qwen3, version: str) -> None:
+        """See `Publisher`."""
+        place = self._folder / version
+        await asyncio.to_thread(save_adapters, model, place, base=str(self._base))
+        await self._control.load_adapter(version, place)
+        self._generator.use_adapter(version)
+        if self._served is not None and self._served != version:
+            await self._control.unload_adapter(self._served)
+            shutil.rmtree(self._folder / self._served, ignore_errors=True)
+        self._served = version

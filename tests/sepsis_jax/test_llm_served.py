@@ -10,6 +10,7 @@ from policy.train.configuration import LearnerConfig
 from sepsis_jax.pipelines.agent_backends import BackendOptions
 from sepsis_jax.pipelines.llm.clinics import ClinicOptions
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
+from sepsis_jax.pipelines.llm.training import ModelOptions
 from tests.policy.serving.real import NEEDS_VLLM
 from worldmodel.configuration import from_mapping
 from worldmodel.models.checkpoint import save_world_model
@@ -21,9 +22,10 @@ pytestmark = NEEDS_VLLM
 
 ITERATIONS, PATIENTS = 4, 6
 CLOSE = 2e-3  # between float32 of two programs, in nats
+RANK = 8
 
 
-def options(**agentic):
+def options(publish="weights", **agentic):
     clinic = {
         "templates": "compact", "max_steps": 2, "concurrency": PATIENTS, "forecast": {"samples": 2},
         "dialogue": {"memory": "decision", "max_invalid": 1,
@@ -33,7 +35,9 @@ def options(**agentic):
     return RLOptions(
         clinic=from_mapping(ClinicOptions, clinic, source="test"),
         agentic=from_mapping(type(RLOptions().agentic), values | agentic, source="test"),
-        learner=LearnerConfig(learning_rate=5e-3, warm_up=0),
+        learner=LearnerConfig(learning_rate=5e-3 if publish == "weights" else 0.05, warm_up=0),
+        model=ModelOptions(lora_rank=0 if publish == "weights" else RANK),
+        publish=publish,
         samples=1,
     )
 
@@ -49,15 +53,19 @@ def world_model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(taught, tmp_path_factory):
     folder, _ = taught
-    chosen = ServerOptions(folder, name="tiny", max_model_len=1024, dtype="float32", swaps=True)
+    chosen = ServerOptions(folder, name="tiny", max_model_len=1024, dtype="float32", swaps=True,
+                           lora_rank=RANK)  # fmt: skip
     log = tmp_path_factory.mktemp("server") / "server.log"
     with VLLMServer(chosen, log=log) as running:
         yield running
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+# Adapters first: they need the server's first weights beneath them.
+@pytest.mark.parametrize(
+    ("publish", "staleness"), [("adapters", 0), ("adapters", 1), ("weights", 0), ("weights", 1)]
+)
 def test_the_server_draws_with_the_weights_that_were_learned(
-    taught, world_model, server, tmp_path, monkeypatch, staleness
+    taught, world_model, server, tmp_path, monkeypatch, publish, staleness
 ):
     """Were a weight stale or a token re-read, trainer and server would not agree on it.
 
@@ -71,7 +79,9 @@ def test_the_server_draws_with_the_weights_that_were_learned(
         served_name="tiny",
     )  # fmt: skip
     out = tmp_path / "run"
-    run_rl(out, options(staleness=staleness), llm=folder, model=world_model, backend=backend)
+    run_rl(
+        out, options(publish, staleness=staleness), llm=folder, model=world_model, backend=backend
+    )
     lines = [json.loads(x) for x in (out / "metrics" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, ITERATIONS + 1))
     for line in lines:

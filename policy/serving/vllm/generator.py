@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
@@ -25,22 +26,27 @@ class VLLMGenerator:
         and what other weights left there is out of reach even if nobody cleared it.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, *, key: str | None = None, adapter: str | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, *, key: str | None = None) -> None:
         """Opens no connection yet.
 
         Args:
           endpoint: the server.
           key: instead of the endpoint's variable or file.
-          adapter: name of a loaded LoRA adapter to speak with.
 
         Raises:
           InputError: the URL or the key is missing.
         """
-        self.name = adapter or endpoint.model
+        self.name = endpoint.model
         self.weight_version: str | None = None
+        self._adapter: str | None = None
         self._client = Client(endpoint, key=key)
+
+    def use_adapter(self, name: str) -> None:
+        """Speaks with a loaded LoRA adapter from now on, whose name tags all tokens.
+
+        The server tags them with the version of the weights beneath.
+        """
+        self.name = self.weight_version = self._adapter = name
 
     async def generate(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, seed: int
@@ -137,7 +143,10 @@ class VLLMGenerator:
                 raise MalformedError(f"no log-probability of tokens {sorted(missing)}")
             return completion, seen
 
+        adapter = self._adapter
         completion, seen = await self._client.post("/inference/v1/generate", body, read)
+        if adapter is not None:
+            completion = replace(completion, weight_version=adapter)
         self.weight_version = completion.weight_version
         return completion, seen
 

@@ -19,7 +19,7 @@ from policy.train.configuration import LearnerConfig
 from policy.train.counterfactual import counterfactual
 from policy.train.credit import COUNTERFACTUAL
 from policy.train.metrics import MetricsLog
-from policy.train.publishing import EmbeddedPublisher, Publisher, ServerPublisher
+from policy.train.publishing import AdapterPublisher, EmbeddedPublisher, Publisher, ServerPublisher
 from sepsis_jax.pipelines.agent_backends import EMBEDDED, VLLM, BackendOptions, endpoint
 from sepsis_jax.pipelines.llm.clinics import (
     ClinicOptions,
@@ -36,7 +36,7 @@ from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
 KIND = "sepsis-jax language model, stage III"
-VERSIONS = "versions"
+VERSIONS, ADAPTERS = "versions", "adapters"
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class RLOptions:
       agentic: what is played, and how it is learned.
       learner: how the weights change; `steps` is set to what `agentic` takes.
       model: what is trained.
+      publish: what travels to a vLLM server: "weights", with adapters merged, or "adapters", for
+        one that was started with their rank.
       continuation: policy that goes on after each of the 25 actions, for counterfactual credit:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
@@ -65,6 +67,7 @@ class RLOptions:
     agentic: AgenticConfig = field(default_factory=AgenticConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
+    publish: str = "weights"
     continuation: str = "guideline"
     samples: int = 4
     horizon: int | None = None
@@ -78,6 +81,9 @@ class RLOptions:
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "judge_patients", "save_every", "samples")
         require(self, "0 or more", lambda n: n >= 0, "judge_every")
+        require(self, "weights or adapters", ("weights", ADAPTERS).__contains__, "publish")
+        if self.publish == ADAPTERS and not self.model.lora_rank:
+            raise InputError("publish: got adapters, but model.lora_rank is 0")
 
 
 def run_rl(
@@ -149,7 +155,7 @@ async def _run(
             horizon=options.horizon,
             smooth=options.smooth,
         )
-    served = _Served(backend, pupil, out, clinic=options.clinic)
+    served = _Served(backend, pupil, out, options)
     trainer = AgenticTrainer(
         learner, clinic, served.backend, served.publisher, config,
         reference=pupil.model, observer=observer, lockstep=served.lockstep, dtype=pupil.dtype,
@@ -185,26 +191,30 @@ async def _run(
 class _Served:
     """Who generates, and how new weights reach it."""
 
-    def __init__(self, options: BackendOptions, pupil: Pupil, out: Path, *, clinic: ClinicOptions):
+    def __init__(self, backend: BackendOptions, pupil: Pupil, out: Path, options: RLOptions):
         tokens = ChatTokens.load(pupil.folder)
         self.lockstep: Lockstep | None = None
         self._control: WeightControl | None = None
         self.publisher: Publisher
-        if options.kind == EMBEDDED:
+        if backend.kind == EMBEDDED:
             self.lockstep = Lockstep()
-            generator = open_generator(pupil.model, pupil.folder, clinic, self.lockstep)
+            generator = open_generator(pupil.model, pupil.folder, options.clinic, self.lockstep)
             self.backend = TokenBackend(generator, tokens)
             self.publisher = EmbeddedPublisher(generator)
-        elif options.kind == VLLM:
-            server = endpoint(options)
-            self.backend = TokenBackend(VLLMGenerator(server), tokens)
-            self._control = WeightControl(server, pupil.folder)
-            self.publisher = ServerPublisher(
-                self._control, out / VERSIONS, source=pupil.folder, dtype=pupil.dtype
-            )
+        elif backend.kind == VLLM:
+            server = endpoint(backend)
+            speaker, versions = VLLMGenerator(server), out / VERSIONS
+            self.backend = TokenBackend(speaker, tokens)
+            self._control = control = WeightControl(server, pupil.folder)
+            if options.publish == ADAPTERS:
+                self.publisher = AdapterPublisher(control, speaker, versions, base=pupil.folder)
+            else:
+                self.publisher = ServerPublisher(
+                    control, versions, source=pupil.folder, dtype=pupil.dtype
+                )
         else:
             raise InputError(
-                f"--backend: got {options.kind!r}; learning needs tokens and their probabilities, "
+                f"--backend: got {backend.kind!r}; learning needs tokens and their probabilities, "
                 f"so {EMBEDDED} or {VLLM}"
             )
 

@@ -366,11 +366,12 @@ def test_adapters_are_loaded_while_serving(served, tmp_path):
 
     async def speak():
         control = served.control("a")
-        generator = VLLMGenerator(served.endpoint(), key=served.server.key, adapter="careful")
+        generator = VLLMGenerator(served.endpoint(), key=served.server.key)
         try:
             drawn = []
             for i in range(2):  # the second in the place of the first
                 await control.load_adapter("careful", tmp_path / f"adapter-{i}")
+                generator.use_adapter("careful")
                 drawn.append(await generator.generate(prompt, sampling=GREEDY, seed=0))
             await control.unload_adapter("careful")
             with pytest.raises(BackendError, match="status 404"):
@@ -381,6 +382,7 @@ def test_adapters_are_loaded_while_serving(served, tmp_path):
             await generator.close()
 
     for model, completion in zip(merged, asyncio.run(speak()), strict=True):
+        assert completion.weight_version == "careful"
         logprobs, behind = model.drawn(prompt, completion.token_ids)
         assert behind.max() < CLOSE
         np.testing.assert_allclose(completion.logprobs, logprobs, atol=CLOSE)

@@ -13,7 +13,6 @@ from policy.train.objectives import (
     PRESETS,
     Objective,
     RolloutRows,
-    mismatch,
     policy_loss,
     surrogate_loss,
 )
@@ -337,18 +336,6 @@ def test_a_model_on_packed_rows(untaught):
     )
     entropy = float(np.asarray(scored.entropy)[rows.mask].sum())
     assert float(alone[1].metrics["entropy"]) == pytest.approx(entropy, rel=1e-5)
-
-
-def test_mismatch():
-    mask = np.array([True, True, False, True])
-    found = mismatch(np.array([0.0, -1.0, np.nan, -2.0]), np.array([0.0, -1.5, 0.0, -1.0]), mask)
-    assert found["mean"] == pytest.approx(0.5)
-    assert found["max"] == pytest.approx(1.0)
-    assert found["kl"] == pytest.approx((np.exp(-0.5) - 0.5 + np.e - 2) / 3)  # exp(d) - 1 - d
-    with pytest.raises(InputError, match="1 of 3"):
-        mismatch(np.array([0.0, -np.inf, 0.0, 0.0]), np.zeros(4), mask)
-    with pytest.raises(InputError, match="no token"):
-        mismatch(np.zeros(4), np.zeros(4), np.zeros(4, bool))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,12 @@ from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.tiny import make_tiny
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens
+from policy.train.cases import OPTIONS
 from policy.train.data import Dialogue, Rows, batches, pack
 from policy.train.learner import Learner, LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.probing import answer, grade
-from policy.train.questions import OPTIONS, Question, QuestionConfig, as_dialogue, ask
+from policy.train.questions import Question, QuestionConfig, as_dialogue, ask
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 

@@ -7,7 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from policy.train.questions import OPTIONS, WINDOW, QuestionConfig, as_dialogue, ask
+from policy.train.cases import OPTIONS, WINDOW
+from policy.train.questions import QuestionConfig, as_dialogue, ask
 from policy.train.wording import ASKED
 from tests.toy import toy_episodes
 from worldmodel import schema
