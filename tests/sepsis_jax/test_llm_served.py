@@ -62,7 +62,7 @@ def server(taught, tmp_path_factory):
 
 # Adapters first: they need the server's first weights beneath them.
 @pytest.mark.parametrize(
-    ("publish", "staleness"), [("adapters", 0), ("adapters", 1), ("weights", 0), ("weights", 1)]
+    ("publish", "staleness"), [("adapters", 0), ("weights", 0), ("weights", 1)]
 )
 def test_the_server_draws_with_the_weights_that_were_learned(
     taught, world_model, server, tmp_path, monkeypatch, publish, staleness
