@@ -75,8 +75,8 @@ def served(tmp_path_factory, taught):
         yield Served(server, folders, ChatTokens.load(folder))
 
 
-def treated(make_ward, backend, meanwhile=None, scored=False):
-    """All patients' stays; `meanwhile(over)` runs beside the dialogues until they are over."""
+def treated(make_ward, backend, meanwhile=None, scored=False, patients=PATIENTS):
+    """Stays of the first patients; `meanwhile(over)` runs beside them until they are over."""
     stays = []
 
     async def go():
@@ -84,8 +84,8 @@ def treated(make_ward, backend, meanwhile=None, scored=False):
         side = asyncio.create_task(meanwhile(over)) if meanwhile else None
         ward = make_ward()
         await treat_all(
-            range(PATIENTS), backend, ward, Prompts("compact"), CONFIG, seeds=[5] * PATIENTS,
-            concurrency=PATIENTS, finished=stays.append,
+            range(patients), backend, ward, Prompts("compact"), CONFIG, seeds=[5] * patients,
+            concurrency=patients, finished=stays.append,
             scorer=ActionScorer(backend) if scored else None,
         )  # fmt: skip
         ward.close()
@@ -167,7 +167,7 @@ def test_tool_calls_are_parsed_by_the_server_as_by_us(served, make_ward):
 
 def test_exact_probabilities_are_our_models(served, make_ward):
     backend = served.token_backend()
-    (stay, *_) = treated(make_ward, backend, scored=True)
+    (stay,) = treated(make_ward, backend, scored=True, patients=1)
     decision = stay.decisions[0]
     turn = next(t for t in stay.turns if t.reply.tool_calls[0].name == "prescription")
     judge = jax.jit(lambda model, ids: token_logprobs(model, ids).logprob)
