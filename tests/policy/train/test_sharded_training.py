@@ -15,7 +15,7 @@ from worldmodel.errors import InputError
 
 SETTING = """
 import sys
-import jax, jax.numpy as jnp, numpy as np
+import jax, jax.numpy as jnp, numpy as np, optax
 from functools import partial
 from flax import nnx
 from policy import qwen3
@@ -42,6 +42,15 @@ def assert_alike(a, b):
     np.testing.assert_allclose(a, b, atol=4e-4)
 
 
+def gradients(learner):
+    # Adam's first moment after the first update is a tenth of the (clipped) gradient.
+    found = []
+    def note(report):
+        found.append(jax.device_get(optax.tree.get(learner.state.optimizer, "mu")))
+    reports = learner.run(batches, report=note)
+    return reports, jax.tree.map(lambda x: x / (1 - config.beta1), found[0])
+
+
 def model_of(folder, kind, **where):
     model = qwen3.load(folder, **where)
     if kind == "full":
@@ -61,10 +70,13 @@ mesh = make_mesh(data=2, fsdp=2, tensor=2)
 for kind in ("full", "lora"):
     model, trainable = model_of(sys.argv[1], kind)
     one = Learner(model, loss, config, trainable=trainable)
-    reports = one.run(batches)
+    reports, expected = gradients(one)
     split = Learner(model, loss, config, trainable=trainable, mesh=mesh)
     places = jax.tree.map(lambda x: x.sharding, split.state)
-    for a, b in zip(split.run(batches), reports, strict=True):
+    again, found = gradients(split)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+    assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 0.01
+    for a, b in zip(again, reports, strict=True):
         np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
         np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
     assert jax.tree.map(lambda x: x.sharding, split.state) == places
