@@ -1,4 +1,7 @@
-"""The one protocol of policies: a distribution over the 25 actions for what was seen."""
+"""The protocol of policies: a distribution over the 25 actions for an observation.
+
+Also the features of an observation that learned policies read.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,22 @@ from functools import partial
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from worldmodel import schema
-from worldmodel.blocks import in_blocks
+from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
-from worldmodel.view import Policy as SomePolicy
-from worldmodel.view import View, as_pytree, draw_action, view_at
+from worldmodel.observation import (
+    NUM_STATE_FEATURES,
+    View,
+    as_pytree,
+    draw_action,
+    state_features,
+    view_at,
+)
+from worldmodel.observation import PolicyFn as SomePolicy
+from worldmodel.scaling import Scaler
 
 
 class Policy:
@@ -83,3 +95,31 @@ def _on_rows(
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
     return jax.vmap(policy)(keys, view_at(episodes, stay, step, past=past))
+
+
+def decision_features(view: View, scaler: Scaler) -> jax.Array:
+    """[..., D] `state_features`, with the changes and treatments of `View.past`.
+
+    For each earlier row: z-scored change of the measurements since, and both levels; zero where
+    there was no such row.
+
+    Args:
+      view: leaves [..., ...], with `past` rows H (or none).
+      scaler: of measurements and static features.
+    """
+    blocks = [state_features(view, scaler)]
+    if view.past is not None:
+        past = view.past
+        z = scaler.normalize(past.dynamic)
+        valid = past.valid[..., :-1, None]
+        change = jnp.where(valid, jnp.clip(z[..., -1:, :] - z[..., :-1, :], -5.0, 5.0), 0.0)
+        levels = jnp.stack([past.vasopressor, past.fluid], -1)[..., :-1, :]
+        levels = jnp.where(valid, levels / (schema.NUM_LEVELS - 1), 0.0)
+        rows = jnp.concatenate([change, levels, valid.astype(jnp.float32)], -1)
+        blocks.append(rows.reshape(*rows.shape[:-2], -1))
+    return jnp.concatenate(blocks, -1)
+
+
+def feature_width(past: int) -> int:
+    """D of `decision_features` with so many rows of `View.past`."""
+    return NUM_STATE_FEATURES + max(past - 1, 0) * (schema.NUM_FEATURES + 3)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from policy.base import Policy
+from policy.base import Policy, feature_width
 from policy.clinician_models import (
     GRU,
     MLP,
@@ -21,22 +21,16 @@ from policy.clinician_models import (
     Logistic,
     uncalibrated,
 )
-from policy.features import feature_width
-from policy.offline.algorithms import ALGORITHMS, make_networks
-from policy.offline.configuration import OfflineConfig
-from policy.offline.networks import Perceptron
-from policy.offline.policies import OfflinePolicy
-from policy.online.configuration import PPOConfig
-from policy.online.policies import OnlinePolicy
+from policy.offline.algorithms import ALGORITHMS, OfflinePolicy, Perceptron, make_networks
+from policy.offline.training import OfflineConfig
+from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner.advantage import untrained_advantage
-from policy.planner.configuration import PlannerConfig
-from policy.planner.search import Planner
+from policy.planner.search import Planner, PlannerConfig
 from policy.simple import Constant, GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
 from worldmodel import schema
-from worldmodel.arrays import load_arrays, save_arrays
 from worldmodel.configuration import from_mapping
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, read_json, write_json
+from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.scaling import Scaler
 

@@ -19,13 +19,20 @@ import numpy as np
 import optax
 import pandas as pd
 
-from policy.calibration import fit_calibration, judge
-from policy.clinician_models import GRU, MLP, ClonedClinician, Clusters, Logistic
+from policy.clinician_models import (
+    GRU,
+    MLP,
+    ClonedClinician,
+    Clusters,
+    Logistic,
+    fit_calibration,
+    judge,
+)
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.observation import view_at
 from worldmodel.scaling import Scaler
-from worldmodel.view import view_at
 
 _NETWORKS: dict[str, Any] = {"logistic": Logistic, "mlp": MLP, "gru": GRU}
 MODELS = (*_NETWORKS, "clusters", "marginal")
@@ -65,7 +72,7 @@ class BehaviorFit:
       name: of the model.
       policy: calibrated; acts in any world.
       probs: [N, T, 25] on all stays; uniform on padding.
-      report: `policy.calibration.judge` on the held-out split, with `temperature` and
+      report: `policy.clinician_models.judge` on the held-out split, with `temperature` and
         `lapse`.
       reliability: bins of the held-out split with predicted and observed frequency.
       uncalibrated_report, uncalibrated_reliability: the same before calibration.

@@ -9,8 +9,8 @@ from flax import struct
 from policy.base import Policy
 from worldmodel import schema
 from worldmodel.clinical import rules, sofa
+from worldmodel.observation import View
 from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
-from worldmodel.view import View
 
 
 @struct.dataclass

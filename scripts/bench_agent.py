@@ -17,17 +17,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay
+from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat_all
+from policy.agent.env_pool import Ward, admit
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import OWN_SETS, Prompts
-from policy.agent.run import treat_all
-from policy.agent.script import simulate_and_prescribe
-from policy.agent.ward import Ward, admit
-from policy.serving.scripted import ScriptedBackend
+from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
 from sepsis_jax.benchmark.hardware import hardware
+from sepsis_jax.benchmark.setup import untrained_model
 from sepsis_jax.benchmark.timing import seconds_of, summary
-from sepsis_jax.benchmark.workload import untrained_model
-from sepsis_jax.provenance import provenance
+from sepsis_jax.runs import provenance
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.files import write_json
 from worldmodel.synthetic import Config, patient_keys

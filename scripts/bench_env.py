@@ -41,7 +41,7 @@ from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
 from worldmodel.gym import SepsisGymEnv
 from worldmodel.models.world_model import WorldModel, init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.step import advance
 from worldmodel.synthetic import generate

@@ -31,7 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.sharded import (
     AXIS,

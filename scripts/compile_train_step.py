@@ -37,11 +37,11 @@ from policy.qwen3.config import Qwen3Config
 from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import abstract, batch_sharding, check_divisible, make_mesh, shardings
-from policy.train.configuration import LearnerConfig
-from policy.train.data import Rows
+from policy.train.data.packing import Rows
+from policy.train.loop.learner import LearnerConfig
+from policy.train.loop.metrics import flops_per_token, peak_flops
+from policy.train.loop.optimizer import initial_state, update
 from policy.train.losses import cross_entropy
-from policy.train.optimizer import initial_state, update
-from policy.train.throughput import flops_per_token, peak_flops
 
 GIB = 2**30
 HBM = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GIB}

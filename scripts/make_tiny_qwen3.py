@@ -13,8 +13,8 @@ import argparse
 import sys
 from typing import Any
 
-from policy.qwen3.tiny import make_tiny
-from policy.train import tiny
+from policy.testing import taught_qwen3
+from policy.testing.tiny_qwen3 import make_tiny
 from worldmodel.errors import InputError
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4},
 }
-LESSONS = {"short": tiny.LESSONS, "whole": tiny.WHOLE_STAYS}
+LESSONS = {"short": taught_qwen3.LESSONS, "whole": taught_qwen3.WHOLE_STAYS}
 
 
 def main() -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     if arguments.rope_theta:
         settings["rope_theta"] = arguments.rope_theta
     try:
-        path = (tiny.taught_tiny if arguments.teach else make_tiny)(
+        path = (taught_qwen3.taught_tiny if arguments.teach else make_tiny)(
             arguments.out,
             seed=arguments.seed,
             tied=not arguments.untied,

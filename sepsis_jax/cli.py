@@ -6,18 +6,7 @@ import sys
 
 import typer
 
-from sepsis_jax.commands import (
-    agent,
-    bench,
-    cohort,
-    demo,
-    ope,
-    policy,
-    profile,
-    simulate,
-    sweep,
-    world_model,
-)
+from sepsis_jax.commands import agent, bench, cohort, demo, ope, policy, simulate, world_model
 from sepsis_jax.console import DISCLAIMER, errors
 from worldmodel.errors import InputError
 
@@ -44,12 +33,12 @@ app.command(
     "sweep",
     epilog="Example: sepsis-jax sweep --model runs/model --episodes runs/synthetic "
     "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
-)(sweep.sweep)
+)(simulate.sweep)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
     bench.bench
 )
 app.command("profile", epilog="Example: sepsis-jax profile --model runs/model --out runs/profile")(
-    profile.profile
+    bench.profile
 )
 
 

@@ -1,4 +1,4 @@
-"""What commands print: tables, progress, the closing line of JSON, one-line errors."""
+"""What commands share: options, tables, progress, the closing line of JSON, one-line errors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sepsis_jax.progress import Progress as PhaseProgress
+from sepsis_jax.runs import Progress as PhaseProgress
 
 DISCLAIMER = "Research software. Not for clinical use."
 
@@ -115,3 +117,20 @@ def _bar() -> Progress:
         console=errors,
         disable=not errors.is_terminal,  # a log would get half a bar beside the error
     )
+
+
+Episodes = Annotated[
+    Path, typer.Option("--episodes", help="Folder of episodes, as `sepsis-jax cohort` writes it.")
+]
+Model = Annotated[
+    Path,
+    typer.Option(
+        "--model",
+        help="World model: a folder that `sepsis-jax world-model train` wrote, or SepsisAgent's "
+        "folder of .pt files.",
+    ),
+]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML of settings; see configs/.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]

@@ -50,7 +50,7 @@ def key():
 @pytest.fixture(scope="session")
 def taught(tmp_path_factory):
     """A tiny Qwen3 that holds short dialogues: its folder, and the reports of its training."""
-    from policy.train.tiny import taught_tiny
+    from policy.testing.taught_qwen3 import taught_tiny
 
     reports = []
     path = taught_tiny(tmp_path_factory.mktemp("taught") / "tiny", report=reports.append)

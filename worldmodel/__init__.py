@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worldmodel.envs.env import SepsisEnv
-    from worldmodel.episode_files import load_episodes, save_episodes
-    from worldmodel.episodes import Episodes
+    from worldmodel.episodes import Episodes, load_episodes, save_episodes
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model, save_world_model
     from worldmodel.models.training import TrainConfig, train_world_model
     from worldmodel.models.world_model import WorldModel
     from worldmodel.scaling import Scaler
-    from worldmodel.simulate.abduction import abduct_noise
     from worldmodel.simulate.history import start_history
+    from worldmodel.simulate.randomness import abduct_noise
     from worldmodel.simulate.rollout import Rollouts, rollout
 
 _HOMES = {
@@ -29,11 +28,11 @@ _HOMES = {
     "SepsisEnv": "worldmodel.envs.env",
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
-    "abduct_noise": "worldmodel.simulate.abduction",
-    "load_episodes": "worldmodel.episode_files",
+    "abduct_noise": "worldmodel.simulate.randomness",
+    "load_episodes": "worldmodel.episodes",
     "load_world_model": "worldmodel.models.checkpoint",
     "rollout": "worldmodel.simulate.rollout",
-    "save_episodes": "worldmodel.episode_files",
+    "save_episodes": "worldmodel.episodes",
     "save_world_model": "worldmodel.models.checkpoint",
     "start_history": "worldmodel.simulate.history",
     "train_world_model": "worldmodel.models.training",

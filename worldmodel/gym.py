@@ -21,13 +21,18 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from worldmodel.envs.autoreset import NEXT_STEP, SAME_STEP, AutoReset, AutoResetState
 from worldmodel.envs.base import REWARD_TERMS, Info, Timestep
-from worldmodel.envs.env import SepsisEnv, episode_key
+from worldmodel.envs.env import (
+    NEXT_STEP,
+    SAME_STEP,
+    AutoReset,
+    AutoResetState,
+    SepsisEnv,
+    episode_key,
+)
 from worldmodel.errors import InputError
-from worldmodel.features import state_feature_bounds, state_features
+from worldmodel.observation import View, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
-from worldmodel.view import View
 
 Features = Callable[[Any], jax.Array]
 

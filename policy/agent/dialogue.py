@@ -3,6 +3,8 @@
 Nothing is prescribed but what the model prescribed in a call that could be read with certainty.
 Everything else goes back to the model as an error, a bounded number of times; after that the
 stay has failed, and counts as failed.
+
+Many stays at once.
 """
 
 from __future__ import annotations
@@ -10,22 +12,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.agent.chart import Chart, options
-from policy.agent.prompts import Prompts
-from policy.agent.scoring import ActionScorer
+from policy.agent.env_pool import Ward
+from policy.agent.prompts import Chart, Prompts, options
 from policy.agent.tools import (
     REASONS,
     SCHEMAS,
+    ActionScorer,
     InvalidCallError,
     Prescribe,
     Simulate,
     read_call,
 )
-from policy.agent.ward import Ward
 from policy.serving.backend import (
     LENGTH,
     Backend,
@@ -300,3 +301,46 @@ def _outcome(after: Timestep) -> tuple[str, float | None]:
         return CUT_OFF, None
     mortality = float(after.info.mortality)
     return (DEATH if mortality > 0.5 else RELEASE), mortality
+
+
+async def treat_all(
+    patients: Sequence[int],
+    backend: Backend,
+    ward: Ward,
+    prompts: Prompts,
+    config: DialogueConfig,
+    *,
+    seeds: Sequence[int],
+    concurrency: int,
+    finished: Callable[[Stay], None] | None = None,
+    scorer: ActionScorer | None = None,
+) -> list[Stay]:
+    """Treats every patient of a ward.
+
+    Args:
+      patients: [N] identities, in the order of the ward's beds.
+      backend, ward, prompts, config: as for `treat`.
+      seeds: [N] as for `treat`.
+      concurrency: stays in treatment at the same time.
+      scorer: as for `treat`.
+      finished: called with each stay as it ends, in the order they end.
+
+    Returns:
+      The stays in the order of `patients`.
+    """
+    waiting = iter(enumerate(patients))
+    stays: dict[int, Stay] = {}
+
+    async def nurse() -> None:
+        for bed, patient in waiting:
+            stay = await treat(
+                bed, patient, backend, ward, prompts, config, seed=seeds[bed], scorer=scorer
+            )
+            stays[bed] = stay
+            if finished is not None:
+                finished(stay)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(min(concurrency, len(patients))):
+            group.create_task(nurse())
+    return [stays[bed] for bed in range(len(patients))]

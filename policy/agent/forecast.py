@@ -15,12 +15,12 @@ from worldmodel import schema
 from worldmodel.envs.base import action_probability
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
+from worldmodel.observation import PolicyFn, View, as_pytree, recent
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import History, history_of
-from worldmodel.simulate.noise import policy_key
+from worldmodel.simulate.randomness import policy_key
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.step import MODES
-from worldmodel.view import Policy, View, as_pytree, recent
 
 QUANTILES = (0.05, 0.95)
 _MAX_BRANCHES = 65_536  # a single step: blocks that fit the caches would repeat the networks
@@ -82,7 +82,7 @@ class Forecaster:
         key: jax.Array,
         config: ForecastConfig | None = None,
         *,
-        behavior: Policy | None = None,
+        behavior: PolicyFn | None = None,
     ):
         config = config or ForecastConfig()
         members = world_model.num_members

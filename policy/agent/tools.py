@@ -1,19 +1,18 @@
-"""The agent's two tools: their JSON schemas, and a strict reading of what a model calls.
-
-The forms are SepsisAgent's (arXiv 2605.14723), so that its checkpoints can call them. What cannot
-be read with certainty is refused with a reason and goes back to the model as a tool error: no
-value is ever filled in, clamped or guessed.
-"""
+"""The agent's two tools: JSON schemas, strict parsing of calls, exact prescription probabilities."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from policy.serving import hermes
 from policy.serving.backend import ToolCall
+from policy.serving.tokens import TokenBackend
 from worldmodel import schema
 
 SIMULATION, PRESCRIPTION = "simulation", "prescription"
@@ -201,3 +200,33 @@ def _pair(value: Any) -> int:
         numbers = re.fullmatch(r"\[ ?-?\d+ ?, ?-?\d+ ?\]", value, re.ASCII)
         raise InvalidCallError("out_of_range" if numbers else "wrong_type")
     return schema.action_index(int(found[1]), int(found[2]))
+
+
+class ActionScorer:
+    """Probabilities of the 25 prescriptions at a point of a dialogue.
+
+    The probability of an action is that of the reply which is the call and nothing else, in the
+    form of `hermes.write`, at temperature 1, given that the reply is one of the 25. What a model
+    says before its call, reasoning for instance, has to be in the prompt already.
+
+    Args:
+      backend: whose generator scores.
+    """
+
+    def __init__(self, backend: TokenBackend):
+        tokens = backend.tokens
+        self._generator = backend.generator
+        self._calls = [
+            [*tokens.encode(hermes.write(PRESCRIPTION, prescription_arguments(a))), tokens.end_id]
+            for a in range(schema.NUM_ACTIONS)
+        ]
+
+    async def __call__(self, prompt_ids: Sequence[int]) -> np.ndarray:
+        """[25] float64 probabilities after a prompt that ends where the model speaks.
+
+        Raises:
+          BackendError: the model could not be reached.
+        """
+        logprobs = np.array(await self._generator.score(prompt_ids, self._calls), np.float64)
+        weights = np.exp(logprobs - logprobs.max())
+        return weights / weights.sum()

@@ -1,30 +1,51 @@
-"""Offline reinforcement learning for discrete actions: what is learned, and by which loss.
-
-An algorithm makes a dictionary of networks and gives one loss for all of them; gradients are
-stopped where a network only serves as a target. `score` says which of the networks acts.
-
-- `dqn`: double DQN (van Hasselt et al. 2016) with a dueling network (Wang et al. 2016).
-- `wd3qne`: weighted dueling double DQN with embedded expertise (Wu et al. 2023): a next state
-  with SOFA below 4 is valued by the clinician's action, any other by a mixture of the greedy
-  actions of the online and the target network.
-- `cql`: conservative Q-learning (Kumar et al. 2020), discrete.
-- `iql`: implicit Q-learning (Kostrikov et al. 2021): expectile values, advantage-weighted actor.
-- `bcq`: discrete batch-constrained Q-learning (Fujimoto et al. 2019).
-"""
+"""Offline reinforcement learning for discrete actions: networks, losses, and the learned policy."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import nnx, struct
 
-from policy.offline.configuration import OfflineConfig
-from policy.offline.networks import DuelingQ, Perceptron
+from policy.base import Policy, decision_features
+from policy.offline.training import OfflineConfig
 from worldmodel import schema
+from worldmodel.observation import View, recent
+from worldmodel.scaling import Scaler
+
+
+class Perceptron(nnx.Module):
+    """Dense layers with layer normalisation and ReLU: [..., D] -> [..., O]."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...], out: int, *, rngs: nnx.Rngs):
+        sizes = (width, *hidden)
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairwise(sizes)])
+        self.norms = nnx.List([nnx.LayerNorm(b, rngs=rngs) for b in hidden])
+        self.out = nnx.Linear(
+            sizes[-1], out, kernel_init=nnx.initializers.orthogonal(0.1), rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = jax.nn.relu(norm(layer(x)))
+        return self.out(x)
+
+
+class DuelingQ(nnx.Module):
+    """Q = V + A - mean A (Wang et al. 2016): [..., D] -> [..., 25]."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...], actions: int, *, rngs: nnx.Rngs):
+        self.trunk = Perceptron(width, hidden, 1 + actions, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        value, advantage = jnp.split(self.trunk(x), [1], axis=-1)
+        return value + advantage - advantage.mean(-1, keepdims=True)
+
 
 Networks = dict[str, Any]
 
@@ -185,3 +206,43 @@ ALGORITHMS: dict[str, Algorithm] = {
     "iql": Algorithm({"v": 1, "actor": schema.NUM_ACTIONS}, iql_loss, _by_actor),
     "bcq": Algorithm({"behavior": schema.NUM_ACTIONS}, bcq_loss, _by_supported_q),
 }
+
+
+@struct.dataclass
+class OfflinePolicy(Policy):
+    """Acts on the scores of its networks, averaged over seeds.
+
+    The probabilities are softmax(score / temperature); at temperature 0 the best action has all.
+    Scores are values of actions, for IQL log-probabilities of its actor.
+    """
+
+    networks: Networks  # leaves [S, ...]
+    scaler: Scaler
+    config: OfflineConfig = struct.field(pytree_node=False)
+    temperature: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def past(self) -> int:  # type: ignore[override]
+        return self.config.past
+
+    @property
+    def num_seeds(self) -> int:
+        return jax.tree.leaves(self.networks)[0].shape[0]
+
+    def member(self, index: int) -> OfflinePolicy:
+        """The policy of one seed."""
+        networks = jax.tree.map(lambda leaf: leaf[index][None], self.networks)
+        return replace(self, networks=networks)
+
+    def scores(self, view: View) -> jax.Array:
+        """[S, 25] of every seed."""
+        features = decision_features(recent(view, self.past), self.scaler)
+        score = ALGORITHMS[self.config.algorithm].score
+        return jax.vmap(lambda networks: score(networks, features, self.config))(self.networks)
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        del key
+        scores = self.scores(view).mean(0)
+        if self.temperature <= 0:
+            return jax.nn.one_hot(scores.argmax(), schema.NUM_ACTIONS)
+        return jax.nn.softmax(scores / self.temperature)

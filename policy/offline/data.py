@@ -1,18 +1,25 @@
-"""Recorded stays as transitions."""
+"""Recorded stays as transitions, and as data sets of other offline reinforcement learning libraries."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from policy.features import decision_features
-from worldmodel.blocks import in_blocks
+from policy.base import decision_features
+from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
+from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_file, atomic_folder, write_json
+from worldmodel.observation import state_feature_bounds, view_at
 from worldmodel.scaling import Scaler
-from worldmodel.view import view_at
 
 
 @struct.dataclass
@@ -56,3 +63,121 @@ def transitions(episodes: Episodes, scaler: Scaler, *, past: int, block: int = 4
         last=jnp.asarray(step == np.asarray(episodes.length)[stay] - 1),
         sofa=episodes.sofa[stay, step],
     )
+
+
+_MINARI_VERSION = "0.5.0"  # the layout's; every 0.5 reads it
+_MINARI_DATA = "main_data.hdf5"
+_LARGEST_CHANGE = 5.0  # of `decision_features`
+
+
+def write_d3rlpy(path: str | Path, episodes: Episodes, scaler: Scaler, past: int) -> None:
+    """Writes the arrays that `d3rlpy.dataset.MDPDataset` takes to a .npz file.
+
+    They are `observations` [M, D], `actions` [M] int32, `rewards`, `terminals` and `timeouts` [M]
+    float32, for M recorded rows, stay after stay; beside them `stay_id` [M] int32. A file of that
+    name is replaced.
+
+    Args:
+      path: file to write.
+      episodes: the stays.
+      scaler: of measurements and static features.
+      past: rows that the observations look back on.
+
+    Raises:
+      InputError: there are no stays.
+    """
+    rows = _rows(episodes, scaler, past)
+    last = np.asarray(rows.last)
+    arrays = {
+        "observations": np.asarray(rows.features, np.float32),
+        "actions": np.asarray(rows.action, np.int32),
+        "rewards": np.asarray(rows.reward, np.float32),
+        "terminals": last.astype(np.float32),
+        "timeouts": np.zeros(len(last), np.float32),
+        "stay_id": np.repeat(np.asarray(episodes.stay_id), np.asarray(episodes.length)),
+    }
+    with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_minari(
+    path: str | Path,
+    episodes: Episodes,
+    scaler: Scaler,
+    past: int,
+    *,
+    dataset_id: str = "sepsis/episodes-v0",
+) -> None:
+    """Writes the folder that `minari.MinariDataset(path)` of Minari 0.5 reads.
+
+    Written to `<datasets>/<dataset_id>/data`, `minari.load_dataset(dataset_id)` finds it. Minari
+    wants one observation more than there are steps; nothing was recorded after the last row, so
+    it stands there twice. `infos` holds the `stay_id`.
+
+    Args:
+      path: folder to write; an older one of its kind is replaced.
+      episodes: the stays.
+      scaler: of measurements and static features.
+      past: rows that the observations look back on.
+      dataset_id: name of the data set.
+
+    Raises:
+      InputError: there are no stays, h5py is not installed, or something else is at `path`.
+    """
+    try:
+        import h5py
+    except ImportError:
+        raise InputError(
+            "Minari data sets need h5py; install it with `pip install sepsis-jax[export]`"
+        ) from None
+    rows = _rows(episodes, scaler, past)
+    observations, action = np.asarray(rows.features, np.float32), np.asarray(rows.action, np.int64)
+    reward, last = np.asarray(rows.reward, np.float32), np.asarray(rows.last)
+    lengths, stay_ids = np.asarray(episodes.length), np.asarray(episodes.stay_id)
+    with atomic_folder(Path(path), marker=_MINARI_DATA) as folder:
+        with h5py.File(folder / _MINARI_DATA, "w", track_order=True) as file:
+            first = 0
+            for number, (length, stay_id) in enumerate(zip(lengths, stay_ids, strict=True)):
+                here = slice(first, first + int(length))
+                first = here.stop
+                group = file.create_group(f"episode_{number}")
+                group.attrs.update({"id": number, "total_steps": int(length)})
+                seen = observations[here]
+                group["observations"] = np.concatenate([seen, seen[-1:]])
+                group["actions"] = action[here]
+                group["rewards"] = reward[here]
+                group["terminations"] = last[here]
+                group["truncations"] = np.zeros(length, bool)
+                group["infos/stay_id"] = np.full(length + 1, stay_id, np.int32)
+        megabytes = (folder / _MINARI_DATA).stat().st_size / 1e6
+        metadata = {
+            "dataset_id": dataset_id,
+            "total_episodes": len(lengths),
+            "total_steps": len(action),
+            "data_format": "hdf5",
+            "observation_space": json.dumps(_observation_space(episodes.num_steps, past)),
+            "action_space": json.dumps(
+                {"type": "Discrete", "dtype": "int64", "start": 0, "n": schema.NUM_ACTIONS}
+            ),
+            "minari_version": _MINARI_VERSION,
+            "dataset_size": round(megabytes, 1),
+        }
+        write_json(folder / "metadata.json", metadata)
+
+
+def _rows(episodes: Episodes, scaler: Scaler, past: int) -> Transitions:
+    if not episodes.num_stays:
+        raise InputError("export: there are no stays")
+    return transitions(episodes, scaler, past=past)
+
+
+def _observation_space(num_steps: int, past: int) -> dict[str, Any]:
+    """`decision_features` as Minari describes a box."""
+    low, high = state_feature_bounds(num_steps - 1)
+    rows = max(past - 1, 0)
+    changes, rest = [_LARGEST_CHANGE] * schema.NUM_FEATURES, 3  # two levels, and whether it is
+    bounds = {
+        "low": [*low.tolist(), *([-change for change in changes] + [0.0] * rest) * rows],
+        "high": [*high.tolist(), *(changes + [1.0] * rest) * rows],
+    }
+    return {"type": "Box", "dtype": "float32", "shape": [len(bounds["low"])], **bounds}

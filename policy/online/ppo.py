@@ -1,14 +1,9 @@
-"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) inside the simulator.
-
-Playing, generalised advantage estimation (Schulman et al., arXiv 1506.02438) and learning are one
-jitted call: a scan over rounds, in each a scan over steps of patients side by side, then a scan
-over minibatches. It works for every `SepsisEnv` that shows a `View`: in the synthetic world it
-learns with access to the truth, in a learned world model it is model-based reinforcement learning.
-"""
+"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) inside any `SepsisEnv`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,19 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, struct
 
-from policy.features import decision_features
-from policy.offline.algorithms import pick
-from policy.offline.networks import Perceptron
-from policy.offline.policies import OfflinePolicy
-from policy.online.configuration import PPOConfig
-from policy.online.policies import OnlinePolicy
+from policy.base import Policy, decision_features
+from policy.offline.algorithms import OfflinePolicy, Perceptron, pick
 from worldmodel import schema
+from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
+from worldmodel.observation import View, recent
 from worldmodel.scaling import Scaler
-from worldmodel.view import View, recent
 
 Progress = Callable[[int, int, float], None]
 """`progress(rounds done, rounds, mean return)`."""
@@ -279,3 +271,83 @@ def ppo_loss(
     entropy = -(jnp.exp(log_probs) * log_probs).sum(-1).mean()
     clipped = jnp.mean(bounded != ratio)
     return -gain + config.value_weight * value_loss - bonus * entropy, clipped
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """How proximal policy optimisation plays and learns.
+
+    Attributes:
+      hidden: widths of the networks' layers.
+      iterations: rounds of playing and learning.
+      patients: fresh patients per round, played side by side from their first row on.
+      steps: most steps of an episode that are played; a longer one is cut off there, and the
+        critic values what would have followed.
+      minibatches: gradient steps per round.
+      batch_size: rows per gradient step, drawn from those of the round.
+      learning_rate: at the start; falls linearly to `final_rate` of it.
+      final_rate: share of the learning rate that is left at the end.
+      gamma: discount per step.
+      trace: lambda of generalised advantage estimation.
+      clip: how far the probability ratio of an action may pay.
+      value_weight: of the critic's Huber loss.
+      entropy: weight of the entropy bonus at the start; falls linearly to 0.
+      clip_norm: largest norm of a gradient.
+      past: rows that the features look back on, the newest included; 0 for the state alone.
+    """
+
+    hidden: tuple[int, ...] = (128, 128)
+    iterations: int = 50
+    patients: int = 6144
+    steps: int = 20
+    minibatches: int = 60
+    batch_size: int = 2048
+    learning_rate: float = 3e-4
+    final_rate: float = 1.0
+    gamma: float = 1.0
+    trace: float = 0.97
+    clip: float = 0.2
+    value_weight: float = 0.05
+    entropy: float = 0.01
+    clip_norm: float = 1.0
+    past: int = 4
+
+    def __post_init__(self) -> None:
+        counts = ("iterations", "patients", "steps", "minibatches", "batch_size")
+        require(self, "at least 1", lambda count: count >= 1, *counts)
+        require(self, "widths of at least 1", lambda widths: widths and min(widths) >= 1, "hidden")
+        shares = ("final_rate", "gamma", "trace")
+        require(self, "within [0, 1]", lambda share: 0 <= share <= 1, *shares)
+        require(self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "clip_norm")
+        require(self, "0 or more", lambda weight: weight >= 0, "value_weight", "entropy")
+        most = schema.OUTCOME_WINDOW
+        require(self, f"0 to {most} rows", lambda rows: 0 <= rows <= most, "past")
+
+
+@struct.dataclass
+class OnlinePolicy(Policy):
+    """Acts on the logits of its actor.
+
+    The probabilities are softmax(logits / temperature); at temperature 0 the best action has all.
+    At temperature 1 it is the policy that was trained.
+    """
+
+    actor: Perceptron
+    scaler: Scaler
+    config: PPOConfig = struct.field(pytree_node=False)
+    temperature: float = struct.field(pytree_node=False, default=0.0)
+
+    @property
+    def past(self) -> int:  # type: ignore[override]
+        return self.config.past
+
+    def logits(self, view: View) -> jax.Array:
+        """[25] of the actor."""
+        return self.actor(decision_features(recent(view, self.past), self.scaler))
+
+    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+        del key
+        logits = self.logits(view)
+        if self.temperature <= 0:
+            return jax.nn.one_hot(logits.argmax(), schema.NUM_ACTIONS)
+        return jax.nn.softmax(logits / self.temperature)

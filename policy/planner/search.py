@@ -1,19 +1,8 @@
-"""Planning: imagine what the actions lead to in the world model, and choose.
-
-A sequence of actions is worth what it gains over the clinician's habit along the imagined path,
-less a price for leaving that habit (KL-regularised policy improvement; the gains add up to the
-difference of the two policies' values, Kakade & Langford 2002):
-
-    J(a_0 ... a_H-1) = sum_t gamma^t [ A(s_t, a_t) + w log b(a_t | s_t) ] - k std over members
-
-Three searches: all 25 first steps ("one-step"), the cross-entropy method over sequences (Rubinstein
-1999), and sequential halving (Karnin et al. 2013) over first actions, each followed by the
-clinician's likeliest ones, with more samples of the noise for the better half.
-"""
+"""Planning: simulate what the actions lead to in the world model, and choose."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -23,12 +12,13 @@ from flax import struct
 
 from policy.base import Policy
 from policy.planner.advantage import Advantage
-from policy.planner.configuration import PlannerConfig
 from worldmodel import schema
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
+from worldmodel.observation import View, recent
 from worldmodel.simulate.history import History, history_of, view_of
 from worldmodel.simulate.step import follow
-from worldmodel.view import View, recent
 
 _OUT = -1e9  # score of an action that is not supported
 
@@ -176,3 +166,60 @@ def _sequential_halving(
             return values
         kept, samples = (kept + 1) // 2, 2 * samples
         first = first[jax.lax.top_k(worth, kept)[1]]
+
+
+SEARCHES = ("one-step", "cross-entropy", "sequential-halving")
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """How to search.
+
+    Attributes:
+      search: one of `SEARCHES`.
+      horizon: steps of a sequence; 1 for the one-step search.
+      samples: noise samples per member and sequence; in sequential halving those of the first
+        round. 0 for the noise-free path.
+      candidates: sequences per iteration of cross-entropy, first actions of sequential halving.
+      iterations: of cross-entropy.
+      elites: best sequences that the next iteration is drawn around.
+      prior_weight: w, reward units per nat of leaving the clinician's habit.
+      risk: k, reward units per standard deviation over ensemble members.
+      support: least probability of an action, as a share of the clinician's likeliest one's.
+      gamma: discount per step.
+      temperature: probabilities are softmax(J / temperature) over first actions; 0 for the best.
+      ridge: of the advantage.
+    """
+
+    search: str = "one-step"
+    horizon: int = 1
+    samples: int = 0
+    candidates: int = 32
+    iterations: int = 3
+    elites: int = 6
+    prior_weight: float = 0.5
+    risk: float = 0.0
+    support: float = 0.01
+    gamma: float = 0.99
+    temperature: float = 0.0
+    ridge: float = 100.0
+
+    def __post_init__(self) -> None:
+        if self.search not in SEARCHES:
+            raise InputError(f"search: got {self.search!r}, expected one of {', '.join(SEARCHES)}")
+        counts = ("horizon", "candidates", "iterations", "elites")
+        require(self, "at least 1", lambda count: count >= 1, *counts)
+        if self.search == "one-step" and self.horizon != 1:
+            raise InputError(
+                f"horizon: got {self.horizon}, the one-step search has 1; longer sequences need "
+                "search=cross-entropy or search=sequential-halving"
+            )
+        if self.elites > self.candidates:
+            raise InputError(
+                f"elites: got {self.elites}, expected at most the {self.candidates} candidates"
+            )
+        if self.search == "sequential-halving" and self.candidates > schema.NUM_ACTIONS:
+            raise InputError(f"candidates: got {self.candidates}, there are 25 first actions")
+        sizes = ("samples", "prior_weight", "risk", "temperature", "ridge")
+        require(self, "0 or more", lambda size: size >= 0, *sizes)
+        require(self, "within [0, 1]", lambda share: 0 <= share <= 1, "support", "gamma")

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 from policy.qwen3.config import load_config
 from policy.qwen3.lora import merge_adapters
 from policy.qwen3.model import Qwen3
-from policy.qwen3.partitioning import param_spec
+from policy.qwen3.sharding import param_spec
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 

@@ -1,15 +1,22 @@
-"""Losses as sums over tokens: who adds them up over a whole batch also divides."""
+"""Losses as sums over tokens: cross-entropy and policy-gradient objectives.
+
+The caller adds sums over a whole batch and divides once.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
-from policy.train.data import Rows
+from policy.train.data.packing import Rows
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
 
 
 class Summed(NamedTuple):
@@ -42,3 +49,308 @@ def cross_entropy(
     total = -jnp.sum(jnp.where(learned, found.logprob, 0.0))
     entropy = jnp.sum(jnp.where(learned, found.entropy, 0.0))
     return Summed(total, jnp.sum(learned, dtype=jnp.float32), {"entropy": entropy})
+
+
+LOG_RATIO_LIMIT = 20.0
+"""Log ratios are held within plus and minus this, so that their exponentials stay finite."""
+
+
+def bounded_exp(log_ratio: jax.Array) -> jax.Array:
+    """The ratio, kept finite."""
+    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
+
+
+def k3(log_ratio: jax.Array) -> jax.Array:
+    """exp(x) - x - 1, never negative, whose mean under q is KL(q, p) where x = log p / q."""
+    bounded = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return jnp.expm1(bounded) - bounded
+
+
+class SegmentMeans:
+    """Sums and means over the learned tokens of each segment, at each of its places."""
+
+    def __init__(self, learned: jax.Array, segments: jax.Array):
+        self._segments = segments
+        self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """[R, L]; row by row, so that rows may be split over devices."""
+
+        def one(x: jax.Array, segments: jax.Array) -> jax.Array:
+            length = x.shape[0]
+            return jax.ops.segment_sum(x, segments, num_segments=length + 1)[segments]
+
+        return jax.vmap(one)(x, self._segments)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.sum(x) / self.count
+
+
+def mismatch(behavior: np.ndarray, proximal: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """How far the trainer's log-probabilities are from the sampler's, before any update.
+
+    Args:
+      behavior, proximal: log-probabilities, of any shape.
+      mask: bool, tokens that the sampler drew.
+
+    Returns:
+      mean, 0.99 quantile and maximum of the absolute difference (nats), and the k3 estimate of
+      the KL divergence of the trainer from the sampler.
+
+    Raises:
+      InputError: there is no token, or one of its log-probabilities is not finite.
+    """
+    keep = np.asarray(mask, bool)
+    off = np.asarray(proximal, np.float64)[keep] - np.asarray(behavior, np.float64)[keep]
+    if not off.size:
+        raise InputError("mismatch: no token was drawn by the sampler")
+    if not np.isfinite(off).all():
+        bad = int((~np.isfinite(off)).sum())
+        raise InputError(f"mismatch: {bad} of {off.size} log-probabilities are not finite")
+    apart = np.abs(off)
+    return {
+        "mean": float(apart.mean()),
+        "p99": float(np.quantile(apart, 0.99)),
+        "max": float(apart.max()),
+        "kl": float((np.expm1(off) - off).mean()),
+    }
+
+
+class RolloutRows(NamedTuple):
+    """Dialogues that were sampled, packed into rows; leaves [..., R, L].
+
+    The float leaves count where `mask` is true and may hold anything elsewhere. Log-probabilities
+    are of the distribution that was sampled from, so at the sampler's temperature.
+    """
+
+    ids: Any  # int32
+    positions: Any  # int32, counted within a dialogue
+    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
+    mask: Any  # bool, tokens to learn
+    behavior: Any  # float32, log-probability under the sampler when drawn
+    proximal: Any  # float32, under the trainer's weights at the start of the update
+    reference: Any  # float32, under the reference model; unused where kl_weight is 0
+    advantage: Any  # float32
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is to be made small; see the module for the formulas.
+
+    A "sequence" is a segment with tokens to learn.
+
+    Attributes:
+      ratio: "token", or "sequence" for the geometric mean of a sequence's token ratios, in
+        the form of GSPO-token (2507.18071, eq. 14): equal to GSPO where a sequence has one
+        advantage, and usable where its tokens have several.
+      surrogate: "clip", "cispo" or "reinforce".
+      clip_low: the ratio is clipped below 1 - clip_low; 1 sets no bound.
+      clip_high: the ratio is clipped above 1 + clip_high.
+      dual_clip: bound on r where A < 0, above 1 + clip_high; none if not given.
+      normalization: what a batch's sum is divided by.
+        "token": the number of its tokens (DAPO).
+        "sequence": each sequence's mean over its tokens, then the number of sequences (GRPO).
+        "constant": constant_length, then the number of sequences (Dr. GRPO, 2503.20783).
+      constant_length: tokens, such as the longest sequence allowed.
+      kl_weight: of the divergence from the reference; 0 leaves the reference out.
+      kl_kind: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
+        "k2": d^2 / 2, whose gradient is that of the reverse KL for tokens drawn on policy. k1
+        is not offered: as a loss its gradient has mean zero.
+      kl_corrected: multiply it by r, so that its gradient is unbiased for tokens drawn before the
+        weights changed (DeepSeek-V3.2, 2512.02556).
+      entropy_weight: of the bonus for entropy.
+      correction: w, from q = exp(proximal - behavior): "none" is 1, "truncate" min(q, cap)
+        (truncated importance sampling), "mask" q within [low, cap] and 0 outside (IcePop,
+        2510.18855). 1 wherever proximal is behavior.
+      correction_level: q of a "token", of a whole "sequence" (the product over its tokens), or
+        its "geometric" mean.
+      correction_low, correction_cap: bounds of q.
+    """
+
+    ratio: str = "token"
+    surrogate: str = "clip"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    dual_clip: float | None = None
+    normalization: str = "token"
+    constant_length: int = 4096
+    kl_weight: float = 0.0
+    kl_kind: str = "k3"
+    kl_corrected: bool = False
+    entropy_weight: float = 0.0
+    correction: str = "truncate"
+    correction_level: str = "token"
+    correction_low: float = 0.5
+    correction_cap: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name, known in _KNOWN.items():
+            require(self, f"one of {', '.join(known)}", known.__contains__, name)
+        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "clip_low")
+        names = ("clip_high", "kl_weight", "entropy_weight", "correction_low")
+        require(self, "0 or more", lambda x: x >= 0, *names)
+        require(self, "at least 1", lambda n: n >= 1, "constant_length")
+        require(self, "at least 1 (no mismatch)", lambda x: x >= 1, "correction_cap")
+        require(self, "at most 1 (no mismatch)", lambda x: x <= 1, "correction_low")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
+            raise InputError(f"dual_clip: got {self.dual_clip}, expected above 1 + clip_high")
+
+
+_KNOWN = {
+    "ratio": ("token", "sequence"),
+    "surrogate": ("clip", "cispo", "reinforce"),
+    "normalization": ("token", "sequence", "constant"),
+    "kl_kind": ("k2", "k3"),
+    "correction": ("none", "truncate", "mask"),
+    "correction_level": ("token", "sequence", "geometric"),
+}
+
+PRESETS = {
+    "GRPO": Objective(normalization="sequence", kl_weight=0.04),
+    "DR_GRPO": Objective(normalization="constant"),
+    "DAPO": Objective(clip_high=0.28),
+    "GSPO": Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4, normalization="sequence"),
+    "CISPO": Objective(surrogate="cispo", clip_low=1.0, clip_high=4.0),
+}
+"""As in DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071)
+and, for CISPO, ScaleRL (2510.13786); all with the truncated correction, of which the papers do
+without."""
+
+
+def policy_loss(
+    model: Qwen3,
+    rows: RolloutRows,
+    objective: Objective,
+    *,
+    temperature: float = 1.0,
+    remat: str = "none",
+    chunk: int | None = None,
+) -> Summed:
+    """The objective of a model's own rows, as `surrogate_loss`.
+
+    Args:
+      model: the model.
+      rows: [R, L].
+      objective: settings.
+      temperature: at which the rows were sampled.
+      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never held.
+    """
+    found = token_logprobs(
+        model,
+        rows.ids,
+        positions=rows.positions,
+        segments=rows.segments,
+        temperature=temperature,
+        remat=remat,
+        chunk=chunk,
+    )
+    return surrogate_loss(found.logprob, found.entropy, rows, objective)
+
+
+def surrogate_loss(
+    logprob: jax.Array, entropy: jax.Array, rows: RolloutRows, objective: Objective
+) -> Summed:
+    """The objective from log-probabilities; differentiable in the first two arguments.
+
+    Args:
+      logprob: [R, L] of each token now. The first token of a dialogue is predicted by nothing
+        and counts for nothing.
+      entropy: [R, L] nats.
+      rows: [R, L].
+      objective: settings.
+
+    Returns:
+      The sum and what to divide it by: the number of tokens or, for "sequence" and "constant", of
+      sequences. Metrics are means over tokens or, likewise, means over sequences of their
+      means: ratio, clip_low and clip_high (shares with A < 0 and A > 0; for cispo, of any A),
+      clip_dual, entropy, kl_proximal (k3, of the update's beginning from now), kl_reference (k3,
+      where used), mismatch (of proximal and behavior, absolute), kl_behavior (k3), correction
+      (w), corrected (share where w is not q) and masked (share where w is 0).
+    """
+    learned = rows.mask & (rows.positions > 0)
+
+    def own(x: Any, other: float = 0.0) -> jax.Array:
+        """What is not learned must not reach the sums or the gradient, not even times zero."""
+        return jnp.where(learned, x, other)
+
+    now, proximal, advantage = own(logprob), own(rows.proximal), own(rows.advantage)
+    ahead = now - proximal
+    off = proximal - own(rows.behavior)
+    mean = SegmentMeans(learned, rows.segments)
+
+    ratio = bounded_exp(ahead)
+    if objective.ratio == "sequence":
+        one = jax.lax.stop_gradient(now)
+        ratio = bounded_exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
+    loss, clipped = _surrogate(ratio, now, advantage, objective)
+    weight, corrected = _correction(off, mean, objective)
+    loss = weight * loss
+    metrics = {
+        "ratio": ratio,
+        **clipped,
+        "entropy": own(entropy),
+        "kl_proximal": k3(ahead),
+        "mismatch": jnp.abs(off),
+        "kl_behavior": k3(off),
+        "correction": weight,
+        "corrected": corrected,
+        "masked": weight == 0,
+    }
+    if objective.kl_weight:
+        apart = own(rows.reference) - now
+        metrics["kl_reference"] = kl = k3(apart)
+        kl = kl if objective.kl_kind == "k3" else apart**2 / 2
+        loss = loss + objective.kl_weight * (ratio * kl if objective.kl_corrected else kl)
+    if objective.entropy_weight:
+        loss = loss - objective.entropy_weight * own(entropy)
+
+    share = learned.astype(jnp.float32)
+    if objective.normalization != "token":
+        share = share / mean.count
+    scale = share
+    if objective.normalization == "constant":
+        scale = learned / float(objective.constant_length)
+    return Summed(
+        jnp.sum(scale * loss),
+        jnp.sum(share),
+        jax.lax.stop_gradient({name: jnp.sum(share * x) for name, x in metrics.items()}),
+    )
+
+
+def _surrogate(
+    ratio: jax.Array, logprob: jax.Array, advantage: jax.Array, objective: Objective
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Losses, and where bounds take hold."""
+    if objective.surrogate == "reinforce":
+        return -advantage * logprob, {}
+    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+    bounded = jnp.clip(ratio, low, high)
+    if objective.surrogate == "cispo":
+        where = {"clip_low": ratio < low, "clip_high": ratio > high}
+        return -jax.lax.stop_gradient(bounded) * advantage * logprob, where
+    where = {
+        "clip_low": (ratio < low) & (advantage < 0),
+        "clip_high": (ratio > high) & (advantage > 0),
+    }
+    gain = jnp.minimum(ratio * advantage, bounded * advantage)
+    if objective.dual_clip is not None:
+        where["clip_dual"] = (ratio > objective.dual_clip) & (advantage < 0)
+        gain = jnp.where(advantage < 0, jnp.maximum(gain, objective.dual_clip * advantage), gain)
+    return -gain, where
+
+
+def _correction(
+    off: jax.Array, mean: SegmentMeans, objective: Objective
+) -> tuple[jax.Array, jax.Array]:
+    """w, and where it is not the plain ratio."""
+    if objective.correction == "none":
+        return jnp.ones_like(off), jnp.zeros_like(off, bool)
+    level = objective.correction_level
+    ratio = bounded_exp(
+        off if level == "token" else mean.sum(off) if level == "sequence" else mean(off)
+    )
+    beyond = ratio > objective.correction_cap
+    if objective.correction == "truncate":
+        return jnp.minimum(ratio, objective.correction_cap), beyond
+    beyond |= ratio < objective.correction_low
+    return jnp.where(beyond, 0.0, ratio), beyond

@@ -56,7 +56,7 @@ def _window(config: ModelConfig, rows: int) -> int:
 
 
 def minimal_flops(config: ModelConfig, shape: Shape, horizon: int) -> float:
-    """Per branch-step, of what `worldmodel.simulate.engine` cannot do without.
+    """Per branch-step, of what `worldmodel.simulate.fused_gru` cannot do without.
 
     Every row moves each window that it belongs to by one step; the first step of a window needs
     no recurrent product, windows that would end after the horizon are not begun, and what

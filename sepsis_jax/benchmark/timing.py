@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, silent
 
 # Thread pools spin for some milliseconds after their work, on cores that the next one needs.
 _SETTLE = 0.03

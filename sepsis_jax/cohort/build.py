@@ -16,14 +16,13 @@ import duckdb
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.cohort import ingest, measurements, sepsis3, treatments
+from sepsis_jax.cohort import binning, sepsis3, workspace
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import attach_source, describe_files
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
-from worldmodel.episode_files import save_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import Episodes, save_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
 from worldmodel.imputation import impute, training_medians
@@ -88,17 +87,17 @@ def build_cohort(
         clock.start("find tables", 0.0)
         tables = attach_source(work.connection, data)
         clock.start("read stays and infections", 0.02)
-        ingest.read_stays(work, tables)
-        ingest.read_infections(work, tables)
+        workspace.read_stays(work, tables)
+        workspace.read_infections(work, tables)
         sepsis3.narrow_scope(work)
-        ingest.read_diagnoses(work, tables)
+        workspace.read_diagnoses(work, tables)
         clock.start("read treatments", 0.08)
-        counts: dict[str, Any] = {"treatments": ingest.read_inputs(work, tables)}
-        ingest.read_outputs(work, tables)
+        counts: dict[str, Any] = {"treatments": workspace.read_inputs(work, tables)}
+        workspace.read_outputs(work, tables)
         clock.start("read charts", 0.15)
-        ingest.read_chart(work, tables)
+        workspace.read_chart(work, tables)
         clock.start("read laboratory results", 0.5)
-        ingest.read_labs(work, tables)
+        workspace.read_labs(work, tables)
         clock.start("score SOFA and find sepsis", 0.65)
         sepsis3.find_sepsis(work)
         if options.derived_out is not None:
@@ -194,11 +193,11 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[st
         raise InputError(
             f"the training split is empty ({len(length)} stays); use another seed or split"
         )
-    values, problems = measurements.bin_measurements(work)
-    urine, urine_24h, urine_counts = measurements.bin_urine(work)
-    ventilated, sofa = measurements.bin_status(work)
-    vasopressor, fluid = treatments.bin_doses(work)
-    edges, defaulted = treatments.fit_dose_edges(vasopressor, fluid, train)
+    values, problems = binning.bin_measurements(work)
+    urine, urine_24h, urine_counts = binning.bin_urine(work)
+    ventilated, sofa = binning.bin_status(work)
+    vasopressor, fluid = binning.bin_doses(work)
+    edges, defaulted = binning.fit_dose_edges(vasopressor, fluid, train)
 
     measured = np.isfinite(values[..., : schema.NUM_MASKED])
     no_urine = np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])

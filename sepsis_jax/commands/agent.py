@@ -7,8 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands.options import Config, Json, Out
-from sepsis_jax.console import DISCLAIMER, console, errors, phases, print_json, print_table
+from sepsis_jax.console import (
+    DISCLAIMER,
+    Config,
+    Json,
+    Out,
+    console,
+    errors,
+    phases,
+    print_json,
+    print_table,
+)
 
 app = typer.Typer(
     help="Let a language model treat simulated patients, and read what it did.",
@@ -115,8 +124,7 @@ def run(
     """Treat patients with a language model that proposes, simulates, refines and prescribes."""
     from dataclasses import replace
 
-    from sepsis_jax.pipelines.agent import AgentOptions, run_agent
-    from sepsis_jax.pipelines.agent_backends import BackendOptions
+    from sepsis_jax.pipelines.agent import AgentOptions, BackendOptions, run_agent
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(AgentOptions, config, setting, source="--set")
@@ -162,9 +170,8 @@ def show(
     json: Json = False,
 ) -> None:
     """Show a run: its summary and stays, or one patient's dialogue."""
-    from policy.agent.published import published_results
     from policy.agent.records import RECORDS_FILE, last_attempts
-    from policy.agent.transcript import markdown, page
+    from policy.agent.transcript import markdown, page, published_results
     from sepsis_jax.pipelines.agent import SUMMARY
     from worldmodel.errors import InputError
     from worldmodel.files import atomic_file, read_json, write_json

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Config, Json, Out, Seed
-from sepsis_jax.console import console, phases, print_json, print_table
+from sepsis_jax.console import Config, Json, Out, Seed, console, phases, print_json, print_table
 
 app = typer.Typer(
     help="Make episodes from MIMIC-IV or from the synthetic world.", no_args_is_help=True
@@ -75,7 +74,7 @@ def synthetic(
     json: Json = False,
 ) -> None:
     """Patients of the synthetic world, treated by its clinician, with known probabilities."""
-    from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
+    from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 
     with phases("synthetic patients") as progress:
         summary = make_synthetic_cohort(

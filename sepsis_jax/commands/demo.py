@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Json, Seed
-from sepsis_jax.console import DISCLAIMER, console, epochs, print_json, print_table
+from sepsis_jax.console import DISCLAIMER, Json, Seed, console, epochs, print_json, print_table
 
 
 def demo(
@@ -24,7 +23,7 @@ def demo(
 ) -> None:
     """Cohort, world model, counterfactual futures and a one-page report, in minutes."""
     from sepsis_jax.pipelines.demo import run_demo
-    from sepsis_jax.report.tables import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
+    from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
     console.print(f"sepsis-jax demo.  {DISCLAIMER}")
     with epochs("world model") as progress:

@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Config, Json, Out, Seed
-from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
+from sepsis_jax.console import (
+    DISCLAIMER,
+    Config,
+    Json,
+    Out,
+    Seed,
+    console,
+    phases,
+    print_json,
+    print_table,
+)
 
 app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
 

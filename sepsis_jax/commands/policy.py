@@ -7,12 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands import policy_llm, policy_serve
-from sepsis_jax.commands.options import Config, Episodes, Json, Model, Out, Seed
-from sepsis_jax.console import DISCLAIMER, console, phases, print_json, print_table
+from sepsis_jax.commands import policy_llm
+from sepsis_jax.console import (
+    DISCLAIMER,
+    Config,
+    Episodes,
+    Json,
+    Model,
+    Out,
+    Seed,
+    console,
+    phases,
+    print_json,
+    print_table,
+)
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
-app.command("serve", epilog=policy_serve.EPILOG)(policy_serve.serve)
+app.command("serve", epilog=policy_llm.EPILOG)(policy_llm.serve)
 for _command, _epilog in policy_llm.COMMANDS.items():
     app.command(epilog=_epilog)(_command)
 for _command, _epilog in policy_llm.COMMANDS.items():
@@ -102,7 +113,7 @@ def describe(
 ) -> None:
     """Show what policies give in recorded states, beside the clinician."""
     from sepsis_jax.pipelines.policy_description import describe_policies, description
-    from sepsis_jax.pipelines.policy_report import plain
+    from sepsis_jax.report.policies import plain
 
     with phases("description") as progress:
         table = describe_policies(
@@ -140,7 +151,7 @@ def compare(
 ) -> None:
     """Train policies and compare them with the clinician. The same command again goes on."""
     from sepsis_jax.pipelines.policy_comparison import ComparisonOptions, compare_policies
-    from sepsis_jax.pipelines.policy_report import COLUMNS, SHORT, cells, plain
+    from sepsis_jax.report.policies import COLUMNS, SHORT, cells, plain
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(ComparisonOptions, config, setting, source="--set")
@@ -170,7 +181,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Write recorded stays as a data set of another library for offline learning."""
-    from sepsis_jax.pipelines.policy_export import export_transitions
+    from sepsis_jax.pipelines.episodes import export_transitions
 
     with phases("export") as progress:
         rows = export_transitions(

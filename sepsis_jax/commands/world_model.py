@@ -6,8 +6,19 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands.options import Config, Episodes, Json, Model, Out, Seed
-from sepsis_jax.console import console, epochs, phases, print_json, print_table
+from sepsis_jax.console import (
+    Config,
+    Episodes,
+    Json,
+    Model,
+    Out,
+    Seed,
+    console,
+    epochs,
+    phases,
+    print_json,
+    print_table,
+)
 
 app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
 
@@ -31,17 +42,17 @@ def train(
     json: Json = False,
 ) -> None:
     """Train State and Outcome Model. The same command again goes on where it was stopped."""
-    from sepsis_jax.pipelines import training
+    from sepsis_jax.pipelines import world_model
     from worldmodel.configuration import resolve_config
     from worldmodel.models.training import TrainConfig
 
     settings = resolve_config(TrainConfig, config, setting, source="--set")
     with epochs("world model") as progress:
-        trained = training.train(episodes, out, settings, progress=progress)
+        trained = world_model.train(episodes, out, settings, progress=progress)
     _show(trained.metrics)
     console.print(f"written to {out}")
     if json:
-        print_json({"out": str(out), **training.summary(trained.metrics)})
+        print_json({"out": str(out), **world_model.summary(trained.metrics)})
 
 
 @app.command(
@@ -55,9 +66,9 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Judge a world model on episodes, beside two baselines fitted on their training split."""
-    from sepsis_jax.pipelines.training import summary
+    from sepsis_jax.pipelines.world_model import summary
     from worldmodel import schema
-    from worldmodel.episode_files import load_episodes
+    from worldmodel.episodes import load_episodes
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model
     from worldmodel.models.evaluation import evaluate_world_model
@@ -86,7 +97,7 @@ def effects(
     json: Json = False,
 ) -> None:
     """Compare what a model says the 25 actions do with what they truly do (synthetic world)."""
-    from sepsis_jax.pipelines.effects import compare_effects
+    from sepsis_jax.pipelines.world_model import compare_effects
 
     with phases("action effects") as progress:
         result = compare_effects(model, out, patients=patients, seed=seed, progress=progress)
@@ -114,7 +125,7 @@ def export(model: Model, out: Out) -> None:
 
 
 def _show(metrics: dict) -> None:
-    from sepsis_jax.report.tables import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
+    from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
     print_table(
         f"Next state, {metrics['split']} split: {metrics['stays']} stays, "

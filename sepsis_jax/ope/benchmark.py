@@ -3,6 +3,8 @@
 Two worlds: the synthetic patient (values by Monte Carlo, continuous state, confounding on a dial)
 and ICU-Sepsis (values by dynamic programming, discrete state). Target policies are mixtures of the
 clinician with a better and a worse policy; the share of the other policy is the distance.
+
+Recorded stays of decision processes with discrete states, and their exact values.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import pandas as pd
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
-from sepsis_jax.ope.checks import check
-from sepsis_jax.ope.data import OPEData, from_episodes
+from sepsis_jax.ope.data import OPEData, check, from_episodes
+from sepsis_jax.ope.estimators import Values
 from sepsis_jax.ope.evaluate import evaluate
-from sepsis_jax.ope.features import key_features
 from sepsis_jax.ope.fitted import fit
-from sepsis_jax.ope.mdp import sample
+from sepsis_jax.ope.fqe import key_features
 from worldmodel import mdp
 from worldmodel.errors import InputError
+from worldmodel.mdp import MDP, exact
 from worldmodel.synthetic import Params, View, generate, random_policy, titration, true_value
 from worldmodel.synthetic import clinician as clinicians
 
@@ -206,3 +208,64 @@ def _one(pool: Pool, rows: slice, options: BenchmarkOptions, repeat: int) -> pd.
         interval=options.interval, tail_levels=(),
     )  # fmt: skip
     return table[["policy", "estimator", "estimate", "low", "high", "ess", "trust"]]
+
+
+class Sample(NamedTuple):
+    """Recorded stays of a decision process."""
+
+    data: OPEData
+    state: np.ndarray  # [N, T] int32, 0 on padding
+
+    def probs(self, policy: np.ndarray) -> np.ndarray:
+        """[N, T, A] probabilities of a policy [S, A] along the stays."""
+        return policy[self.state].astype(np.float32)
+
+
+def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -> Sample:
+    """Stays under the clinician, cut at the horizon."""
+    rng = np.random.default_rng(seed)
+    policy = mdp.clinician.cumsum(-1)
+    ahead = mdp.transition.cumsum(-1, dtype=np.float32)
+
+    def draw(cumulative: np.ndarray) -> np.ndarray:
+        total = cumulative[:, -1:]
+        return (cumulative < rng.random((len(cumulative), 1)) * total).sum(-1)
+
+    shape = (stays, horizon)
+    state, action = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    reward, alive = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    now = draw(np.broadcast_to(mdp.start.cumsum(), (stays, len(mdp.start))))
+    on = ~mdp.terminal[now]
+    for t in range(horizon):
+        chosen = draw(policy[now])
+        following = draw(ahead[now, chosen])
+        alive[:, t] = on
+        state[:, t], action[:, t] = np.where(on, now, 0), np.where(on, chosen, 0)
+        reward[:, t] = np.where(on, mdp.reward[now, chosen, following], 0.0)
+        now = np.where(on, following, now)
+        on = on & ~mdp.terminal[now]
+    probs = mdp.clinician[state].astype(np.float32)
+    taken = np.take_along_axis(probs, action[..., None], -1)[..., 0]
+    data = OPEData(
+        reward=jnp.asarray(reward),
+        alive=jnp.asarray(alive),
+        action=jnp.asarray(action),
+        behavior_prob=jnp.asarray(np.where(alive, taken, 1.0)),
+        behavior_probs=jnp.asarray(probs),
+    )
+    return Sample(data, state)
+
+
+def exact_values(
+    mdp: MDP, drawn: Sample, policies: list[np.ndarray], *, gamma: float = 1.0
+) -> Values:
+    """[K, N, T] exact Q(s_t, a_t) and V(s_t) of policies along recorded stays."""
+    steps = drawn.state.shape[1]
+    action, alive = np.asarray(drawn.data.action), np.asarray(drawn.data.alive)
+    q, v = [], []
+    for policy in policies:
+        table = exact(mdp, policy, horizon=steps, gamma=gamma)
+        rows = table[np.arange(steps), drawn.state]  # [N, T, A]
+        q.append(np.take_along_axis(rows, action[..., None], -1)[..., 0] * alive)
+        v.append((policy[drawn.state] * rows).sum(-1) * alive)
+    return Values(jnp.asarray(np.stack(q), jnp.float32), jnp.asarray(np.stack(v), jnp.float32))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.ope import distribution, slices
+from sepsis_jax.ope import distribution, weights
 from sepsis_jax.ope.estimators import Batch, Means, columns, evaluate_means
 from sepsis_jax.ope.weights import scaled
 
@@ -84,14 +84,14 @@ def _from_counts(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     policies = batch.log_weight.shape[0]
     stays = counts.shape[-1]
-    size = slices.even(stays)
+    size = weights.even(stays)
 
     def add(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
-        drawn = slices.take(counts, number, size) * slices.fresh(stays, number, size)
-        return total + drawn @ slices.take(table, number, size, 0), None
+        drawn = weights.take(counts, number, size) * weights.fresh(stays, number, size)
+        return total + drawn @ weights.take(table, number, size, 0), None
 
     start = jnp.zeros((len(counts), table.shape[-1]), table.dtype)
-    total, _ = jax.lax.scan(add, start, slices.numbers(stays, size))
+    total, _ = jax.lax.scan(add, start, weights.numbers(stays, size))
     means = (total / stays).reshape(len(counts), policies, -1)
     values = evaluate_means(split(means, dict(widths)), batch, names)
     return values, None if tail is None else distribution.tail(*tail, counts, levels)

@@ -1,9 +1,10 @@
-"""What off-policy evaluation needs to know about recorded stays."""
+"""What off-policy evaluation needs of recorded stays, and the checks that refuse flawed input."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def from_episodes(
       episodes: the stays.
       behavior_probs: [N, T, 25] the clinician's action probabilities; without them those of the
         recorded actions in `episodes.behavior_prob` are used.
-      features: [N, T, D] for fitted values; see `sepsis_jax.ope.features`.
+      features: [N, T, D] for fitted values; see `sepsis_jax.ope.fqe`.
 
     Raises:
       InputError: no probabilities are known, or their shape is wrong.
@@ -139,3 +140,201 @@ def pad(data: OPEData, steps: int) -> OPEData:
 
     padded = jax.tree.map(lambda leaf: more(leaf, 0), data)
     return replace(padded, behavior_prob=more(data.behavior_prob, 1.0))
+
+
+SUM_TOLERANCE = 1e-3
+BLOCK = 512  # stays: 1 MB of 20 steps and 25 actions
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Action probabilities as they were given, and what is to be done to them."""
+
+    given: np.ndarray  # [N, T, A]
+    alive: np.ndarray  # [N, T]
+    divide: bool = False  # by the sum of the row
+
+    def of(self, index: Any, steps: int | None = None) -> np.ndarray:
+        """[n, steps, A] float32 of the stays `index`, uniform on padding."""
+        rows = self.given[index, :steps]
+        rows = np.where(self.alive[index, :steps, None], rows, 1.0 / rows.shape[-1])
+        rows = rows.astype(np.float32, copy=False)
+        return rows / rows.sum(-1, keepdims=True) if self.divide else rows
+
+
+class Inspected(NamedTuple):
+    """Input in which every flaw was refused or has its treatment."""
+
+    small: OPEData  # [N, T] fields on the host, treated; nothing with a third axis
+    policies: dict[str, Rows]
+    behavior: Rows | None
+    kept: np.ndarray  # [M] numbers of the stays that are not dropped
+    steps: int  # of the longest of them
+    counts: dict[str, int]
+
+    def stays(self, index: np.ndarray) -> OPEData:
+        """[n, T] fields of stays, trimmed; without features and `behavior_probs`."""
+        return jax.tree.map(lambda leaf: leaf[index, : self.steps], self.small)
+
+
+def inspect(
+    data: OPEData, target_probs: Mapping[str, Any], treatment: Treatment | None = None
+) -> Inspected:
+    """`check` without copies of what is large; the same arguments and errors."""
+    treatment = treatment or Treatment()
+    host: Any = jax.tree.map(np.asarray, data)
+    _check_shapes(host)
+    alive = host.alive
+    counts = {"stays_dropped": 0, "behavior_floored": 0, "rows_normalized": 0}
+    keep = np.ones(len(alive), bool)
+
+    missing = alive & ~np.isfinite(host.reward)
+    if missing.any() and treatment.missing_reward == "error":
+        raise InputError(_where("reward", "NaN or infinite", missing, "missing_reward='drop'"))
+    keep &= ~missing.any(1)
+
+    behavior = np.where(alive, host.behavior_prob, 1.0)
+    _check_unit("behavior_prob", ~_in_unit(behavior))
+    zero = behavior < np.finfo(np.float32).tiny  # what is smaller, JAX flushes to 0
+    if zero.any() and treatment.zero_behavior == "error":
+        what = "0 for a recorded action, so no weight is defined"
+        raise InputError(_where("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'"))
+    if treatment.zero_behavior == "drop":
+        keep &= ~zero.any(1)
+    elif treatment.zero_behavior == "floor":
+        counts["behavior_floored"] = int((behavior[keep] < treatment.floor).sum())
+        behavior = np.maximum(behavior, treatment.floor)
+
+    policies = {}
+    for name, values in target_probs.items():
+        array = np.asarray(values)
+        if array.ndim != 3 or array.shape[:2] != alive.shape:
+            raise InputError(
+                f"policy {name!r}: got shape {array.shape}, expected {(*alive.shape, 'A')}"
+            )
+        policies[name], mended = _inspect_rows(f"policy {name!r}", array, alive, treatment)
+        counts["rows_normalized"] += mended
+    full = None
+    if host.behavior_probs is not None:
+        full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, treatment)
+        counts["rows_normalized"] += mended
+    _check_actions(host.action, alive, [*policies.values(), *([] if full is None else [full])])
+
+    counts["stays_dropped"] = int((~keep).sum())
+    if not keep.any():
+        raise InputError("data: every stay would be dropped; mend the input instead")
+    small = host.replace(
+        reward=np.where(alive, host.reward, 0.0).astype(np.float32),
+        action=np.where(alive, host.action, 0).astype(np.int32),
+        behavior_prob=behavior.astype(np.float32),
+        behavior_probs=None,
+        features=None,
+    )
+    steps = int(alive[keep].sum(1).max())
+    return Inspected(small, policies, full, np.flatnonzero(keep), steps, counts)
+
+
+def check(
+    data: OPEData,
+    target_probs: Mapping[str, Any],
+    treatment: Treatment | None = None,
+) -> tuple[OPEData, dict[str, jax.Array], dict[str, int]]:
+    """Refuses flawed input, or treats it as asked.
+
+    Args:
+      data: recorded stays.
+      target_probs: [N, T, A] action probabilities by policy.
+      treatment: what to do about flaws that can be mended.
+
+    Returns:
+      Data and probabilities without flaws, trimmed to the longest stay, padding neutral; and how
+      often each treatment was applied, in steps or stays.
+
+    Raises:
+      InputError: a flaw that is not to be mended, or cannot be.
+    """
+    found = inspect(data, target_probs, treatment)
+    kept, steps = found.kept, found.steps
+    cleaned: Any = found.stays(kept)
+    if found.behavior is not None:
+        cleaned = cleaned.replace(behavior_probs=found.behavior.of(kept, steps))
+    if data.features is not None:
+        features = _zero_after(np.asarray(data.features), np.asarray(found.small.alive))
+        cleaned = cleaned.replace(features=features[kept, :steps])
+    probs = {name: jnp.asarray(rows.of(kept, steps)) for name, rows in found.policies.items()}
+    return jax.tree.map(jnp.asarray, cleaned), probs, found.counts
+
+
+def _check_shapes(data: OPEData) -> None:
+    shape = data.reward.shape
+    if len(shape) != 2:
+        raise InputError(f"reward: got shape {shape}, expected [stays, steps]")
+    for name in ("alive", "action", "behavior_prob"):
+        if getattr(data, name).shape != shape:
+            got = getattr(data, name).shape
+            raise InputError(f"{name}: got shape {got}, but reward has {shape}; lengths must agree")
+    for name in ("behavior_probs", "features"):
+        value = getattr(data, name)
+        if value is not None and (value.ndim != 3 or value.shape[:2] != shape):
+            raise InputError(f"{name}: got shape {value.shape}, but reward has {shape}")
+    if data.alive.dtype != np.bool_:
+        raise InputError(f"alive: got {data.alive.dtype} values, expected booleans")
+    empty = ~data.alive[:, 0] if shape[1] else np.ones(shape[0], bool)
+    if shape[0] < 2 or empty.any():
+        raise InputError(f"alive: {empty.sum()} of {shape[0]} stays have no step; need at least 2")
+    gap = data.alive[:, 1:] & ~data.alive[:, :-1]
+    if gap.any():
+        raise InputError(_where("alive", "True after an end", np.asarray(gap), None))
+
+
+def _in_unit(values: np.ndarray) -> np.ndarray:
+    return (values >= 0) & (values <= 1 + SUM_TOLERANCE)
+
+
+def _check_unit(name: str, outside: np.ndarray) -> None:
+    """Refuses numbers [N, T] of values outside [0, 1] above 0."""
+    if outside.any():
+        raise InputError(_where(name, "outside [0, 1] or NaN", outside, None))
+
+
+def _inspect_rows(
+    name: str, given: np.ndarray, alive: np.ndarray, treatment: Treatment
+) -> tuple[Rows, int]:
+    """Probabilities with what is to be done to them, and how many rows will be mended."""
+    rows = Rows(given, alive)
+    outside, total = np.empty(alive.shape, np.int32), np.empty(alive.shape, np.float32)
+    for first in range(0, len(alive), BLOCK):
+        block = slice(first, first + BLOCK)
+        clean = rows.of(block)
+        outside[block] = (~_in_unit(clean)).sum(-1)
+        total[block] = clean.sum(-1)
+    _check_unit(name, outside)
+    off = np.abs(total - 1) > SUM_TOLERANCE
+    if off.any() and (treatment.row_sums == "error" or (total <= 0).any()):
+        what = f"not summing to 1 (but to {total[off][0]:.6g})"
+        raise InputError(_where(name, what, off, "row_sums='normalize'"))
+    return Rows(given, alive, bool(off.any())), int(off.sum())
+
+
+def _check_actions(action: np.ndarray, alive: np.ndarray, probs: Iterable[Rows]) -> None:
+    sizes = {rows.given.shape[-1] for rows in probs}
+    if len(sizes) > 1:
+        raise InputError(f"probabilities: numbers of actions differ: {sorted(sizes)}")
+    top = min(sizes, default=schema.NUM_ACTIONS)
+    bad = alive & ((action < 0) | (action >= top))
+    if bad.any():
+        raise InputError(_where("action", f"outside 0 to {top - 1}", bad, None))
+
+
+def _where(name: str, what: str, bad: np.ndarray, remedy: str | None) -> str:
+    first = tuple(int(i) for i in np.argwhere(bad)[0][:2])
+    text = f"{name}: {what} in {int(bad.sum())} places, first at (stay, step) {first}"
+    return f"{text}; mend the input, or choose {remedy}" if remedy else f"{text}; mend the input"
+
+
+def _zero_after(features: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    features = np.where(alive[..., None], features, 0.0).astype(np.float32)
+    if not np.isfinite(features).all():
+        bad = ~np.isfinite(features).all(-1)
+        raise InputError(_where("features", "NaN or infinite", bad, None))
+    return features

@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from sepsis_jax.ope import slices
-
 
 def tail(
     returns: jax.Array, weights: jax.Array, counts: jax.Array, levels: Sequence[float]
@@ -34,12 +32,12 @@ def tail(
     """
     stays, policies = returns.shape[0], weights.shape[0]
     size = max(int(stays**0.5), 1)
-    numbers = slices.numbers(stays, size)
+    numbers = weights.numbers(stays, size)
     both = jnp.concatenate([weights, weights * returns])
 
     def sums(which: jax.Array) -> jax.Array:
-        drawn = slices.take(counts, which, size) * slices.fresh(stays, which, size)
-        return drawn @ slices.take(both, which, size).T
+        drawn = weights.take(counts, which, size) * weights.fresh(stays, which, size)
+        return drawn @ weights.take(both, which, size).T
 
     running = jax.lax.map(sums, numbers).cumsum(0)  # [slices, B, 2 K]
     mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
@@ -47,8 +45,8 @@ def tail(
 
     def inside(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple:
         """Returns and drawn weights [n] in a slice of one resample and policy."""
-        drawn = slices.take(drawn, which, size) * slices.fresh(stays, which, size)
-        return slices.take(returns, which, size), drawn * slices.take(weight, which, size)
+        drawn = weights.take(drawn, which, size) * weights.fresh(stays, which, size)
+        return weights.take(returns, which, size), drawn * weights.take(weight, which, size)
 
     every = jax.vmap(jax.vmap(inside, (0, None, 0)), (0, 0, None))
 

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.checks import inspect
-from sepsis_jax.ope.data import OPEData, Treatment
+from sepsis_jax.ope.data import OPEData, Treatment, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
+from sepsis_jax.ope.doubly_robust import with_magic
 from sepsis_jax.ope.estimation import estimate_all, with_bounds
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
@@ -20,9 +20,7 @@ from sepsis_jax.ope.estimators import (
     check_names,
 )
 from sepsis_jax.ope.fitted import Fitted
-from sepsis_jax.ope.magic import with_magic
-from sepsis_jax.ope.prepare import prepare
-from sepsis_jax.ope.weights import Clip
+from sepsis_jax.ope.weights import Clip, prepare
 from worldmodel.errors import InputError
 
 TAIL_LEVELS = (0.1, 0.25)

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sepsis_jax.ope import fqe, marginal, mrdr, neural
+from sepsis_jax.ope import doubly_robust, fqe, marginal
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import Batch, Values
-from sepsis_jax.ope.features import action_basis
+from sepsis_jax.ope.fqe import action_basis
 from sepsis_jax.ope.weights import weigh
 from worldmodel.errors import InputError
 
@@ -50,7 +50,7 @@ def fit(
     folds: int = 2,
     state: jax.Array | None = None,
     num_states: int | None = None,
-    config: neural.NeuralConfig | None = None,
+    config: fqe.NeuralConfig | None = None,
 ) -> Fitted:
     """Fits values, values of least variance and marginal ratios of all policies.
 
@@ -93,15 +93,15 @@ def fit(
         )
     else:
         if data.features is None:
-            raise InputError(f"method {method!r} needs features; see sepsis_jax.ope.features")
+            raise InputError(f"method {method!r} needs features; see sepsis_jax.ope.fqe")
         basis = jnp.asarray(action_basis(probs.shape[-1]))
         if method == "linear":
             values = fqe.linear(data, both, basis, fold, **options)
         else:
-            values = neural.fit(network_key, data, both, fold, config=config, **options)
+            values = fqe.fit_neural(network_key, data, both, fold, config=config, **options)
         marginals = marginal.linear(data, log_ratio, fold, folds=folds)
         if known:
-            mrdr_values = mrdr.fit(data, probs, log_ratio, basis, fold, **options)
+            mrdr_values = doubly_robust.fit_mrdr(data, probs, log_ratio, basis, fold, **options)
     policies = len(target_probs)
     return Fitted(
         values=Values(values.q[:policies], values.v[:policies]),

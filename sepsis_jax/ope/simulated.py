@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from worldmodel.blocks import in_blocks
+from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
+from worldmodel.observation import PolicyFn
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.view import Policy
 
 
 class SimulatedValue(NamedTuple):
@@ -38,7 +38,7 @@ def simulated_value(
     world_model: WorldModel,
     key: jax.Array,
     episodes: Episodes,
-    policy: Policy,
+    policy: PolicyFn,
     *,
     horizon: int,
     samples: int = 64,

@@ -1,4 +1,4 @@
-"""A language model treats simulated patients, stay by stay, and can go on where it was stopped."""
+"""A language model treats simulated patients, stay by stay, and resumes after an interruption."""
 
 from __future__ import annotations
 
@@ -10,33 +10,123 @@ from typing import Any
 import jax
 import numpy as np
 
-from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay
+from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay, treat_all
+from policy.agent.env_pool import Ward, admit
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
-from policy.agent.published import actions_text
 from policy.agent.records import RECORDS_FILE, Records, last_attempts, to_record
-from policy.agent.run import treat_all
-from policy.agent.scoring import ActionScorer
 from policy.agent.summary import summarize
-from policy.agent.ward import Ward, admit
+from policy.agent.tools import ActionScorer
+from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
-from sepsis_jax.pipelines.agent_backends import BackendOptions, open_backend
-from sepsis_jax.pipelines.runs import begin_run, plain
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, begin_run, plain, silent
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import load_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import Episodes, load_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_keys
+
+EMBEDDED, VLLM, OPENAI, SCRIPTED = KINDS = ("embedded", "vllm", "openai", "scripted")
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """Which model is asked, and where it runs.
+
+    Attributes:
+      kind: "embedded" (a Qwen3 folder in this process), "vllm" (a server of such a folder, token
+        by token), "openai" (any OpenAI-compatible endpoint, message by message), or "scripted"
+        (draws treatments and reads nothing).
+      llm: folder of the model (for vllm of its tokenizer), or the endpoint's name of it.
+      url: of the endpoint, such as http://127.0.0.1:8000/v1.
+      key_variable: environment variable that holds the endpoint's key; none is sent without it.
+      key_file: file that holds the key, where the variable is not set.
+      served_name: the server's name of the model, where it is not the folder's name.
+      reasoning: the endpoint takes neither temperature, top_p nor seed, as o3.
+      extra: further parameters of the endpoint's requests, each NAME=VALUE with YAML values.
+    """
+
+    kind: str = EMBEDDED
+    llm: str | None = None
+    url: str | None = None
+    key_variable: str | None = None
+    key_file: Path | None = None
+    served_name: str | None = None
+    reasoning: bool = False
+    extra: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InputError(f"--backend: got {self.kind!r}, expected one of {', '.join(KINDS)}")
+        if self.kind != SCRIPTED and not self.llm:
+            raise InputError("--llm: name the model's folder, or the endpoint's name of it")
+        if self.kind in (VLLM, OPENAI) and not self.url:
+            raise InputError(
+                f"--url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1"
+            )
+
+
+def open_backend(options: BackendOptions) -> Backend:
+    """A backend, ready to be asked.
+
+    Raises:
+      InputError: a folder that cannot be read, or a key that is missing.
+    """
+    if options.kind == SCRIPTED:
+        from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
+
+        return ScriptedBackend(simulate_and_prescribe)
+    llm = str(options.llm)
+    if options.kind == EMBEDDED:
+        from policy.serving.embedded import EmbeddedGenerator
+        from policy.serving.tokens import ChatTokens, TokenBackend
+
+        return TokenBackend(EmbeddedGenerator.from_folder(llm), ChatTokens.load(llm))
+    server = endpoint(options)
+    if options.kind == VLLM:
+        from policy.serving.tokens import ChatTokens, TokenBackend
+        from policy.serving.vllm.generator import VLLMGenerator
+
+        return TokenBackend(VLLMGenerator(server), ChatTokens.load(llm))
+    from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
+
+    omit = REASONING_MODELS if options.reasoning else frozenset()
+    return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
+
+
+def endpoint(options: BackendOptions) -> Any:
+    """The endpoint of a vllm or openai backend, as `policy.serving.client.Endpoint`."""
+    from policy.serving.client import Endpoint
+
+    llm = Path(str(options.llm))
+    name = options.served_name or (llm.resolve().name if options.kind == VLLM else str(options.llm))
+    return Endpoint(
+        url=str(options.url),
+        model=name,
+        key_variable=options.key_variable,
+        key_file=options.key_file,
+    )
+
+
+def _parameters(texts: tuple[str, ...]) -> dict[str, Any]:
+    import yaml
+
+    found = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise InputError(f"--extra: {text!r} is not NAME=VALUE")
+        found[name] = yaml.safe_load(value)
+    return found
+
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"

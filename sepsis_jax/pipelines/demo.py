@@ -12,20 +12,26 @@ import jax
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.pipelines import training
-from sepsis_jax.pipelines.effects import compare_effects
+from sepsis_jax.pipelines import world_model
+from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.simulation import simulate_patient
-from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
+from sepsis_jax.pipelines.world_model import compare_effects
 from sepsis_jax.report.figures import training_figure
-from sepsis_jax.report.html import Section, Table, write_page
-from sepsis_jax.report.tables import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
+from sepsis_jax.report.html import (
+    OUTCOME_COLUMNS,
+    STATE_COLUMNS,
+    Section,
+    Table,
+    outcome_rows,
+    state_rows,
+    write_page,
+)
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import Episodes, load_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.fitting import FitConfig
-from worldmodel.models.training import Progress, TrainConfig
+from worldmodel.models.training import EpochProgress, TrainConfig
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
@@ -46,7 +52,7 @@ def run_demo(
     config: TrainConfig | None = None,
     seed: int = 0,
     say: Phase = print,
-    training_progress: Progress | None = None,
+    training_progress: EpochProgress | None = None,
 ) -> dict[str, Any]:
     """Runs everything and writes `out/report.html` beside the parts.
 
@@ -70,13 +76,13 @@ def run_demo(
     cohort_section = _make_cohort(out / "cohort", data, patients, seed)
     say("2/5 world model")
     episodes = load_episodes(out / "cohort")
-    trained = training.train(
+    trained = world_model.train(
         out / "cohort",
         out / "model",
         config or default_config(episodes.num_stays, seed),
         progress=training_progress,
     )
-    training_figure(trained.history, out / "training.png")
+    training_figure(trained.history, out / "world_model.png")
     say("3/5 futures of one patient")
     test = episodes.of_split("test")
     stay = hypotensive_stay(test, step=START_STEP, horizon=HORIZON)
@@ -90,7 +96,7 @@ def run_demo(
     sections.append(_futures_section(outcomes, stay, samples, speed, out))
     summary: dict[str, Any] = {
         "stays": episodes.num_stays,
-        **training.summary(trained.metrics),
+        **world_model.summary(trained.metrics),
         "branch_steps_per_second": speed,
     }
     say("5/5 report")
@@ -169,7 +175,7 @@ def _model_section(metrics: dict[str, Any], out: Path) -> Section:
         "World model",
         ("Trained to predict the patient four hours ahead and death within 90 days. Errors are in "
          "standard deviations (z-scores), over values really measured in the next step.",),
-        pictures=((out / "training.png", "Loss by epoch."),),
+        pictures=((out / "world_model.png", "Loss by epoch."),),
         tables=(
             Table(f"Next state, {title}", STATE_COLUMNS, state_rows(metrics)),
             Table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(metrics)),

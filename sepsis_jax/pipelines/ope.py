@@ -1,9 +1,12 @@
-"""Off-policy evaluation from files to files."""
+"""Off-policy evaluation from files to files.
+
+Off-policy evaluation by playing policies in a world model, beside the other estimators.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,19 @@ from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
 from sepsis_jax import ope
-from sepsis_jax.ope import policies, sensitivity, subgroups
-from sepsis_jax.pipelines.ope_model import world_model_rows
-from sepsis_jax.pipelines.policies import CLINICIAN
-from sepsis_jax.pipelines.splits import of_split
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
+from sepsis_jax.ope import policies, robustness
+from sepsis_jax.ope.intervals import mean_of
+from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
+from sepsis_jax.pipelines.episodes import of_split
+from sepsis_jax.pipelines.policies import CLINICIAN, patients_per_call
+from sepsis_jax.pipelines.policy_values import typical_horizon
 from sepsis_jax.report.html import Section, Table, write_page
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
-from worldmodel.episodes import Episodes
+from sepsis_jax.runs import Progress, provenance, silent
+from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.world_model import WorldModel
 
 SHOWN = ("policy", "estimator", "estimate", "low", "high", "difference", "difference_low",
          "difference_high", "ess", "trust", "reason")  # fmt: skip
@@ -86,7 +90,7 @@ def evaluate_policies(
 
     Args:
       episodes_path: folder of episodes.
-      out: folder to write: estimates.csv/.json/.tex, confounding.csv, subgroups.csv,
+      out: folder to write: estimates.csv/.json/.tex, confounding.csv, robustness.csv,
         ess_by_step.csv, behavior.csv where fitted, report.html, manifest.json.
       policy: NAME=FILE with a table of probabilities, NAME=FOLDER with a trained policy, or a
         built-in name.
@@ -145,7 +149,7 @@ def evaluate_policies(
         table = pd.concat([table, rows], ignore_index=True)
         table.attrs = attrs
     weights = ope.weigh(data, jax.numpy.stack(list(probs.values())), clip)
-    confounding = sensitivity.confounding_table(
+    confounding = robustness.confounding_table(
         list(probs), data.returns(options.gamma), weights.log_weight[..., -1]
     )
     groups = None
@@ -153,8 +157,8 @@ def evaluate_policies(
         progress("subgroups", 0.7)
         few = {**shared, "estimators": ("wis",) if fitted is None else ("wis", "wdr")}
         few["n_bootstrap"] = min(options.n_bootstrap, 1000)
-        groups = subgroups.evaluate_groups(
-            data, probs, subgroups.groups(episodes), key=group_key, **few
+        groups = robustness.evaluate_groups(
+            data, probs, robustness.groups(episodes), key=group_key, **few
         )
     progress("writing", 0.9)
     facts = {
@@ -313,3 +317,56 @@ def _section(name: str, content: pd.DataFrame, table: pd.DataFrame) -> Section:
                 f"{attrs['gamma']:g}. Treated: {attrs['treated']}.")  # fmt: skip
     rows = [tuple(row[column] for column in columns) for row in records(content[columns])]
     return Section(title, text, tables=(Table("", columns, rows),))
+
+
+ESTIMATOR = "world_model"
+
+
+def world_model_rows(
+    world_model: WorldModel,
+    names: Sequence[str],
+    played: Mapping[str, Policy],
+    episodes: Episodes,
+    *,
+    horizon: int,
+    samples: int,
+    seed: int,
+) -> pd.DataFrame:
+    """One row per policy, as `sepsis_jax.ope.evaluate` has them, with the members' `spread`.
+
+    Differences are from the clinician in the same model, paired, where a clone can be played.
+
+    Args:
+      world_model: to play in.
+      names: of all policies, in order.
+      played: the policies that can be played, and the cloned clinician if there is one.
+      episodes: whose first rows are the starts.
+      horizon: steps; 0 for the mean length of the stays.
+      samples: futures per stay; 0 for one per ensemble member.
+      seed: of the noise, which all policies share.
+    """
+    key = jax.random.key(seed)
+    horizon = horizon or typical_horizon(episodes)
+    found: dict[str, SimulatedValue] = {
+        name: simulated_value(
+            world_model, key, episodes, policy, horizon=horizon,
+            samples=samples or world_model.num_members, block=patients_per_call(policy),
+        )
+        for name, policy in played.items()
+    }  # fmt: skip
+    return pd.DataFrame([_row(name, found.get(name), found.get(CLINICIAN)) for name in names])
+
+
+def _row(
+    name: str, found: SimulatedValue | None, clinician: SimulatedValue | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"policy": name, "estimator": ESTIMATOR, "trust": False}
+    if found is None:
+        return row | {"estimate": np.nan, "reason": "a table cannot be played in a world model"}
+    mean = mean_of(found.total)
+    row |= {"estimate": mean.value, "se": mean.se, "low": mean.low, "high": mean.high}
+    if clinician is not None and clinician is not found:
+        gain = mean_of(found.total - clinician.total)
+        row |= {"difference": gain.value, "difference_low": gain.low, "difference_high": gain.high}
+    reason = f"the model's own word; its members differ by {found.spread:.2g}"
+    return row | {"spread": found.spread, "reason": reason}

@@ -14,10 +14,9 @@ from sepsis_jax.ope.benchmark import (
     synthetic_pools,
 )
 from sepsis_jax.ope.scores import SETTING, accuracy, ranking, summary
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
 from sepsis_jax.report.figures import accuracy_figure
 from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.files import atomic_folder, write_json
 
 MARKER = "runs.csv"

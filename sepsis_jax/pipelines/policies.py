@@ -15,16 +15,14 @@ import pandas as pd
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
-from policy.offline.configuration import NAMES as OFFLINE
-from policy.offline.configuration import OfflineConfig
+from policy.offline.algorithms import OfflinePolicy
 from policy.offline.data import transitions
-from policy.offline.policies import OfflinePolicy
-from policy.offline.training import train_offline
-from policy.online.configuration import PPOConfig
-from policy.online.ppo import train_ppo
+from policy.offline.training import NAMES as OFFLINE
+from policy.offline.training import OfflineConfig, train_offline
+from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
 from sepsis_jax.ope.policies import SIMPLE
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

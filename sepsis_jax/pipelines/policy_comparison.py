@@ -12,10 +12,11 @@ import pandas as pd
 
 from policy.base import Policy
 from policy.checkpoint import load_policy
-from policy.offline.configuration import NAMES as OFFLINE
-from policy.offline.configuration import OfflineConfig
+from policy.offline.training import NAMES as OFFLINE
+from policy.offline.training import OfflineConfig
 from policy.planner import PlannerConfig
 from sepsis_jax.ope.policies import SIMPLE
+from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policies import (
     CLINICIAN,
     CloneConfig,
@@ -30,7 +31,6 @@ from sepsis_jax.pipelines.policies import (
     train_offline_policy,
     with_algorithm,
 )
-from sepsis_jax.pipelines.policy_report import write_comparison
 from sepsis_jax.pipelines.policy_training import known, write_policy
 from sepsis_jax.pipelines.policy_values import (
     ModelWorld,
@@ -39,19 +39,17 @@ from sepsis_jax.pipelines.policy_values import (
     typical_horizon,
     value_table,
 )
-from sepsis_jax.pipelines.splits import of_split
-from sepsis_jax.pipelines.synthetic import SOURCE
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
+from sepsis_jax.report.policies import write_comparison
+from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import (
+from worldmodel.episodes import (
     EPISODES_FILE,
+    Episodes,
     load_dose_edges,
     load_episodes,
     load_manifest,
     load_scaler,
 )
-from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file
 from worldmodel.models.checkpoint import load_world_model

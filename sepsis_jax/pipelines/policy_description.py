@@ -12,21 +12,20 @@ import pandas as pd
 
 from policy.base import Policy
 from policy.checkpoint import load_policy
+from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, find_policies, fit_clone
-from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
-from sepsis_jax.pipelines.splits import of_split
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
+from sepsis_jax.pipelines.policy_values import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.report.html import Section, Table, write_page
-from sepsis_jax.report.policy_figures import action_heat_map, action_shares, difference_heat_map
+from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
+from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.episode_files import (
+from worldmodel.episodes import (
     EPISODES_FILE,
+    Episodes,
     load_dose_edges,
     load_episodes,
     load_manifest,
 )
-from worldmodel.episodes import Episodes
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
 
 MARKER = "description.csv"

@@ -10,7 +10,8 @@ import numpy as np
 
 from policy.base import Policy
 from policy.checkpoint import MARKER, load_policy, save_policy
-from policy.offline.configuration import NAMES as OFFLINE
+from policy.offline.training import NAMES as OFFLINE
+from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.policies import (
     CLINICIAN,
     METHODS,
@@ -26,19 +27,16 @@ from sepsis_jax.pipelines.policies import (
     train_offline_policy,
     with_algorithm,
 )
-from sepsis_jax.pipelines.policy_rates import taken
-from sepsis_jax.pipelines.splits import of_split
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.provenance import provenance
-from sepsis_jax.report.policy_figures import (
+from sepsis_jax.pipelines.policy_values import taken
+from sepsis_jax.report.policies import (
     action_heat_map,
     action_shares,
     course_figure,
     reliability_figure,
 )
+from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes, load_scaler
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
 from worldmodel.models.checkpoint import load_world_model

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.provenance import provenance
 from sepsis_jax.report.figures import fan_chart
+from sepsis_jax.runs import provenance
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

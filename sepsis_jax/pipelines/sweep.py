@@ -15,18 +15,17 @@ import pandas as pd
 import pyarrow as pa
 
 from policy.base import Policy
-from sepsis_jax.pipelines.sweep_folder import Shard, SweepFolder
+from sepsis_jax.pipelines.sweep_output import Shard, SweepFolder, summarise, write_summary
 from sepsis_jax.pipelines.sweep_request import Sweep, SweepOptions, load_sweep
-from sepsis_jax.pipelines.sweep_summary import summarise, write_summary
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
-from worldmodel.simulate.groups import first_actions, group_statistics, support
+from worldmodel.observation import as_pytree, view_at
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.regimens import plans_from
+from worldmodel.simulate.plans import plans_from
 from worldmodel.simulate.sharded import Player, branch_mesh, play_block, task_shape
+from worldmodel.simulate.statistics import first_actions, group_statistics, support
 from worldmodel.simulate.sweep import Block, padded
-from worldmodel.view import as_pytree, view_at
 
 _RECENT = 10  # blocks that the speed is averaged over
 

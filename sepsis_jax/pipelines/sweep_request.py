@@ -15,17 +15,16 @@ from policy.checkpoint import load_policy
 from policy.planner import Planner
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder, find_policies
-from sepsis_jax.pipelines.sweep_folder import KIND
-from sepsis_jax.provenance import provenance
+from sepsis_jax.pipelines.sweep_output import KIND
+from sepsis_jax.runs import provenance
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.regimens import CONSTANT, Regimens, read_regimens
+from worldmodel.simulate.plans import CONSTANT, Regimens, read_regimens
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE, Settings
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
@@ -40,7 +39,7 @@ class SweepOptions:
     """Settings of a sweep.
 
     Attributes:
-      plans: as `worldmodel.simulate.regimens.read_regimens` takes them; "constant" where neither
+      plans: as `worldmodel.simulate.plans.read_regimens` takes them; "constant" where neither
         plans nor policies are given.
       policies: built-in names, folders of policies, or NAME=FOLDER.
       then: "V,F" that follows the first action of "deviations"; "" for what was really given.

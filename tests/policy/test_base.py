@@ -8,7 +8,7 @@ from flax import struct
 from policy.base import Policy
 from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.view import as_pytree, view_at
+from worldmodel.observation import as_pytree, view_at
 
 
 @struct.dataclass

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.calibration import fit_calibration, fit_temperature, judge
+from policy.clinician_models import fit_calibration, fit_temperature, judge
 
 
 def test_perfect_calibration_has_no_error():

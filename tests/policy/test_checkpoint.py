@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from policy.base import feature_width
 from policy.checkpoint import MARKER, load_policy, save_policy
 from policy.clinician_models import GRU, MLP, Clusters, Logistic, uncalibrated
-from policy.features import feature_width
-from policy.offline.configuration import NAMES, OfflineConfig
+from policy.offline.algorithms import Perceptron
 from policy.offline.data import transitions
-from policy.offline.networks import Perceptron
-from policy.offline.training import train_offline
-from policy.online.configuration import PPOConfig
-from policy.online.policies import OnlinePolicy
+from policy.offline.training import NAMES, OfflineConfig, train_offline
+from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner import Planner, PlannerConfig
 from policy.planner.advantage import untrained_advantage
 from policy.simple import Constant, GuidelineRules, RandomPolicy

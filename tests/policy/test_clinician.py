@@ -12,8 +12,8 @@ from policy.clinician_models import GRU
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
+from worldmodel.observation import as_pytree, view_at
 from worldmodel.scaling import Scaler
-from worldmodel.view import as_pytree, view_at
 
 QUICK = BehaviorConfig(hidden=24, epochs=5, updates=400, batch=192)
 MAP = schema.INDEX["meanbp"]

@@ -9,9 +9,8 @@ import pytest
 
 from policy.base import Policy
 from policy.clinician_models import MLP
-from policy.offline.configuration import OfflineConfig
 from policy.offline.data import transitions
-from policy.offline.training import train_offline
+from policy.offline.training import OfflineConfig, train_offline
 from policy.planner import Planner, PlannerConfig, fit_planner
 from policy.planner.advantage import (
     PAST,
@@ -29,9 +28,9 @@ from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import init_world_model
+from worldmodel.observation import view_at
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import history_of, start_history, view_of
-from worldmodel.view import view_at
 
 EPISODES = toy_episodes(60, 14)
 SCALER = Scaler.fit(EPISODES, split=None)

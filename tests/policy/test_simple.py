@@ -12,8 +12,8 @@ from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.clinical import rules
 from worldmodel.clinical.safety import assess_episodes
+from worldmodel.observation import view_at
 from worldmodel.synthetic import generate
-from worldmodel.view import view_at
 
 ALL = (RandomPolicy(), NoTreatment(), MaximumTreatment(), Constant(7), GuidelineRules())
 ROW = view_at(toy_episodes(2, 3), jnp.int32(0), jnp.int32(0))

@@ -10,7 +10,7 @@ from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 
 FAST = ("--backend", "scripted", "--set", "max_steps=3", "--set", "forecast.samples=3",
         "--templates", "compact")  # fmt: skip

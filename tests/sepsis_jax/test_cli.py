@@ -201,7 +201,7 @@ def test_something_in_the_way_is_found_before_training(run, cohort, tmp_path, mo
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").touch()
     monkeypatch.setattr(
-        "sepsis_jax.pipelines.training.train_world_model", lambda *_, **__: pytest.fail("trained")
+        "sepsis_jax.pipelines.world_model.train_world_model", lambda *_, **__: pytest.fail("trained")
     )
     result = run("world-model", "train", "--episodes", cohort, "--out", tmp_path / "home")
     refuse(result, "home: exists")

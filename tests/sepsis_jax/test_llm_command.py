@@ -13,12 +13,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
-from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
+from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 
 SMALL = """
 sft:

@@ -6,17 +6,16 @@ import jax
 import pytest
 
 from policy.serving.vllm import ServerOptions, VLLMServer
-from policy.train.configuration import LearnerConfig
-from sepsis_jax.pipelines.agent_backends import BackendOptions
-from sepsis_jax.pipelines.llm.clinics import ClinicOptions
+from policy.train.loop.learner import LearnerConfig
+from sepsis_jax.pipelines.agent import BackendOptions
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
-from sepsis_jax.pipelines.llm.training import ModelOptions
+from sepsis_jax.pipelines.llm.setup import ClinicOptions, ModelOptions
 from tests.policy.serving.real import NEEDS_VLLM
 from worldmodel.configuration import from_mapping
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 
 pytestmark = NEEDS_VLLM
 

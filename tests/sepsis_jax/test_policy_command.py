@@ -10,11 +10,19 @@ import pytest
 from policy.checkpoint import load_policy
 from policy.simple import GuidelineRules
 from sepsis_jax.pipelines import policies, policy_comparison, policy_training
-from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates, taken
-from sepsis_jax.pipelines.policy_values import ModelWorld, Outcome, TrueWorld, value_table
+from sepsis_jax.pipelines.policy_values import (
+    RATES,
+    ModelWorld,
+    Outcome,
+    TrueWorld,
+    prescribed_rates,
+    simulated_rates,
+    taken,
+    value_table,
+)
 from tests.sepsis_jax.command_line import call, finish, leftovers, refuse
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import load_episodes
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import true_value
 

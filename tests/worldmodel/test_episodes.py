@@ -10,7 +10,7 @@ import pytest
 
 from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.episode_files import (
+from worldmodel.episodes import (
     COLUMNS,
     from_table,
     load_dose_edges,

@@ -10,9 +10,9 @@ from tests.toy import toy_episodes
 from worldmodel import SepsisEnv
 from worldmodel.envs.env import episode_key
 from worldmodel.errors import InputError
-from worldmodel.features import state_feature_bounds, state_features
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
+from worldmodel.observation import state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
 gymnasium = pytest.importorskip("gymnasium")

@@ -10,9 +10,9 @@ from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
+from worldmodel.observation import as_pytree, view_at, views
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history, view_of
-from worldmodel.view import as_pytree, view_at, views
 
 SMALL = ModelConfig(hidden=4, layers=1, embed=2, head=2)
 

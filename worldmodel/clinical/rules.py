@@ -1,17 +1,4 @@
-"""Guideline and safety rules, each a vectorised predicate on the state the decision saw.
-
-Rules return booleans of the broadcast shape, True where the rule is *broken* (or the condition
-named holds). Levels are 0 to 4, MAP is in mmHg, lactate in mmol/L, volumes in mL; limits are strict
-or not exactly as written. Sources:
-
-- G1, G2 and their adherence: SepsisAgent (arXiv 2605.14723);
-- under- and overdosing: Festor et al., BMJ Health & Care Informatics 2022;29:e100549, A and B
-  (C and D need a central venous pressure, which is not among the features);
-- early fluid, MAP of 65 mmHg, lactate: Surviving Sepsis Campaign 2021 (Evans et al.);
-- abrupt changes of the vasopressor as a hazard: Jia et al. 2020.
-
-`worldmodel.clinical.safety` applies all of them to whole trajectories.
-"""
+"""Guideline and safety rules and SIRS, as vectorised functions of the state before the treatment."""
 
 from __future__ import annotations
 
@@ -229,3 +216,25 @@ def area_below_target(
 def lactate_clearance(lactate_first: jax.Array, lactate_last: jax.Array) -> jax.Array:
     """Relative fall of lactate, (first - last) / first; negative where it rose."""
     return (lactate_first - lactate_last) / lactate_first
+
+
+def sirs_score(dynamic: jax.Array) -> jax.Array:
+    """Criteria met, 0 to 4: temperature, heart rate, respiration, white cells.
+
+    Args:
+      dynamic: [..., 39] physical units.
+
+    Returns:
+      [...] int32.
+    """
+
+    def feature(name: str) -> jax.Array:
+        return dynamic[..., schema.INDEX[name]]
+
+    criteria = (
+        (feature("temp_c") < 36) | (feature("temp_c") > 38),
+        feature("heart_rate") > 90,
+        (feature("resp_rate") > 20) | (feature("paco2") < 32),
+        (feature("wbc") < 4) | (feature("wbc") > 12),
+    )
+    return sum((met.astype(jnp.int32) for met in criteria), jnp.int32(0))

@@ -10,7 +10,7 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward
-from worldmodel.view import Policy, View
+from worldmodel.observation import PolicyFn, View
 
 REWARD_TERMS = ("unchanged_sofa", "sofa_change", "lactate_change", "terminal")
 
@@ -89,7 +89,7 @@ def reward_terms(before: View, after: View, terminated: jax.Array, final: jax.Ar
 
 
 def action_probability(
-    behavior: Policy | None, key: jax.Array, view: View, action: jax.Array
+    behavior: PolicyFn | None, key: jax.Array, view: View, action: jax.Array
 ) -> jax.Array:
     """[] probability of an action under a policy; NaN without one."""
     return jnp.full((), jnp.nan) if behavior is None else behavior(key, view)[action]

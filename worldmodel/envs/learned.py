@@ -28,11 +28,11 @@ from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.windows import Sequences, Window, to_sequences
 from worldmodel.models.world_model import WorldModel
+from worldmodel.observation import PolicyFn, View, as_pytree
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import History, history_at, view_of
-from worldmodel.simulate.noise import branch_key, outcome_chance, policy_key, state_noise
+from worldmodel.simulate.randomness import branch_key, outcome_chance, policy_key, state_noise
 from worldmodel.simulate.step import MODES, follow
-from worldmodel.view import Policy, View, as_pytree
 
 OUTCOMES = ("expected", "threshold", "sampled")
 RANDOM_ROW = "random"
@@ -63,7 +63,7 @@ class LearnedDynamics:
     sequences: Sequences
     start_step: jax.Array | None  # [] int32; None: any row but the last
     horizon: jax.Array | None  # [] int32 simulated rows; None: to the end of the recorded stay
-    behavior: Policy | None
+    behavior: PolicyFn | None
     mode: str = struct.field(pytree_node=False)
     outcome: str = struct.field(pytree_node=False)
     past: int = struct.field(pytree_node=False)
@@ -241,7 +241,7 @@ def learned_dynamics(
     mode: str = "corrected",
     outcome: str | None = None,
     past: int = 0,
-    behavior: Policy | None = None,
+    behavior: PolicyFn | None = None,
     mortality_each_step: bool = True,
     follow_record: bool = False,
 ) -> LearnedDynamics:

@@ -10,10 +10,9 @@ from flax import struct
 
 from worldmodel.clinical import reward
 from worldmodel.envs.base import Timestep, first_timestep, reward_terms
-from worldmodel.published import published_scaler
-from worldmodel.scaling import Scaler
+from worldmodel.observation import PolicyFn
+from worldmodel.scaling import Scaler, published_scaler
 from worldmodel.synthetic import clinician, outcome, world
-from worldmodel.view import Policy
 
 
 @struct.dataclass
@@ -29,7 +28,7 @@ class SyntheticDynamics:
     """The synthetic world; the episode ends with death, release or the end of the window."""
 
     params: world.Params
-    behavior: Policy | None  # None: the recorded clinician
+    behavior: PolicyFn | None  # None: the recorded clinician
     config: world.Config = struct.field(pytree_node=False)
 
     @property

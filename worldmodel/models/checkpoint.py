@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
-from worldmodel.arrays import load_arrays, save_arrays
-from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
+from worldmodel.episodes import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, read_json, write_json
+from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.reference import is_reference_folder, load_reference
 from worldmodel.models.world_model import WorldModel, init_world_model

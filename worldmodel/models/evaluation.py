@@ -1,4 +1,4 @@
-"""Judging a world model on episodes, beside baselines fitted on their training split."""
+"""Evaluation of a world model beside baselines: errors, calibration, discrimination."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.stats import norm
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from worldmodel import schema
-from worldmodel.blocks import in_blocks
+from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
-from worldmodel.models import baselines, metrics
-from worldmodel.models.baselines import HostPrediction
+from worldmodel.models import baselines
+from worldmodel.models.baselines import HostPrediction, Rows
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
@@ -79,11 +81,11 @@ def evaluate_world_model(
         "stays": test.episodes.num_stays,
         "transitions": len(index),
         "state": {
-            name: metrics.state_metrics(prediction, rows)
+            name: state_metrics(prediction, rows)
             for name, prediction in predictions.items()
         },
         "features": {
-            name: metrics.feature_metrics(prediction, rows)
+            name: feature_metrics(prediction, rows)
             for name, prediction in predictions.items()
         },
         "outcome": outcomes["last"],
@@ -147,4 +149,84 @@ def _judge_outcome(
         "last_value": baselines.logistic(train.sofa(train_rows), died, test.sofa(rows)),
         "linear": baselines.logistic(train.inputs(train_rows), died, test.inputs(rows)),
     }
-    return {name: metrics.outcome_metrics(score, test.died(rows)) for name, score in scores.items()}
+    return {name: outcome_metrics(score, test.died(rows)) for name, score in scores.items()}
+
+
+def gaussian_crps(target: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Continuous ranked probability score of a normal (Gneiting & Raftery 2007, eq. 21)."""
+    z = (target - mu) / sigma
+    return sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+
+
+def state_metrics(
+    prediction: HostPrediction, rows: Rows, *, level: float = 0.9
+) -> dict[str, float | None]:
+    """One model's figures over all features.
+
+    Args:
+      prediction: of the next rows.
+      rows: what was recorded.
+      level: nominal coverage of the central interval.
+
+    Returns:
+      mae, mae_all, nll, crps, coverage and ventilation_auc (None where one class is absent).
+    """
+    use = rows.measured
+    error = rows.target - prediction.mu
+    z = error / prediction.sigma
+    nll = 0.5 * np.square(z) + np.log(prediction.sigma) + 0.5 * np.log(2 * np.pi)
+    crps = gaussian_crps(rows.target, prediction.mu, prediction.sigma)
+    return {
+        "mae": float(np.abs(error)[use].mean()),
+        "mae_all": float(np.abs(error).mean()),
+        "nll": float(nll[use].mean()),
+        "crps": float(crps[use].mean()),
+        "coverage": float((np.abs(z) <= norm.ppf(0.5 + level / 2))[use].mean()),
+        "ventilation_auc": _auc(rows.ventilated, prediction.ventilation),
+    }
+
+
+def feature_metrics(prediction: HostPrediction, rows: Rows) -> dict[str, dict[str, float]]:
+    """MAE (z-space) and 90% coverage per feature, over measured entries; absent ones left out."""
+    error = np.abs(rows.target - prediction.mu)
+    inside = error <= norm.ppf(0.95) * prediction.sigma
+    out = {}
+    for j, name in enumerate(schema.FEATURE_NAMES):
+        use = rows.measured[:, j]
+        if use.any():
+            out[name] = {
+                "mae": float(error[use, j].mean()),
+                "coverage": float(inside[use, j].mean()),
+                "measured": int(use.sum()),
+            }
+    return out
+
+
+def outcome_metrics(probability: np.ndarray, died: np.ndarray) -> dict[str, float | None]:
+    """Discrimination and calibration of predicted mortality.
+
+    Returns:
+      auroc, auprc (None where one class is absent), brier, ece (ten equal-width bins).
+    """
+    both = died.min() != died.max()
+    return {
+        "auroc": _auc(died, probability),
+        "auprc": float(average_precision_score(died, probability)) if both else None,
+        "brier": float(np.square(probability - died).mean()),
+        "ece": expected_calibration_error(probability, died),
+        "prevalence": float(died.mean()),
+    }
+
+
+def expected_calibration_error(
+    probability: np.ndarray, label: np.ndarray, *, bins: int = 10
+) -> float:
+    """Mean gap between predicted and observed frequency over equal-width bins."""
+    which = np.minimum((probability * bins).astype(int), bins - 1)
+    count = np.bincount(which, minlength=bins)
+    gap = np.bincount(which, probability - label, minlength=bins)
+    return float(np.abs(gap).sum() / count.sum())
+
+
+def _auc(label: np.ndarray, score: np.ndarray) -> float | None:
+    return float(roc_auc_score(label, score)) if label.min() != label.max() else None

@@ -21,8 +21,7 @@ from worldmodel.models.baselines import Rows
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
 from worldmodel.models.evaluation import evaluate_world_model, predict_members
-from worldmodel.models.fitting import FitConfig, fit
-from worldmodel.models.losses import outcome_model_loss, state_model_loss
+from worldmodel.models.fitting import FitConfig, fit, outcome_model_loss, state_model_loss
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
@@ -34,7 +33,7 @@ from worldmodel.models.windows import (
 from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
 
-Progress = Callable[[str, int, int, dict[str, float]], None]
+EpochProgress = Callable[[str, int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def train_world_model(
     step_hours: float = schema.STEP_HOURS,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
     state_folder: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: EpochProgress | None = None,
 ) -> Trained:
     """Trains State and Outcome Model and judges them on the test split.
 

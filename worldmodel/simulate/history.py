@@ -15,7 +15,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.view import Past, View, recent
+from worldmodel.observation import Past, View, recent
 
 
 @struct.dataclass

@@ -22,11 +22,11 @@ from worldmodel.clinical import reward
 from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.branches import drawn_noise, under_plans, under_policy
+from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
-from worldmodel.simulate.play import Job, Step, play
+from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.step import MODES
-from worldmodel.view import Policy, as_pytree
+from worldmodel.simulate.unroll import Job, Step, play
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
@@ -79,7 +79,7 @@ def rollout(
     world_model: WorldModel,
     key: jax.Array,
     start: History,
-    plans_or_policy: np.ndarray | jax.Array | Policy,
+    plans_or_policy: np.ndarray | jax.Array | PolicyFn,
     *,
     horizon: int | None = None,
     samples: int = 1,
@@ -160,7 +160,7 @@ def rollout(
 
 def _resolve(
     plans_or_policy: Any, start: History, horizon: int | None
-) -> tuple[jax.Array | None, Policy | None]:
+) -> tuple[jax.Array | None, PolicyFn | None]:
     if callable(plans_or_policy):
         if horizon is None or horizon < 1:
             raise InputError(f"horizon: got {horizon}, expected at least 1 step for a policy")

@@ -26,11 +26,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.branches import drawn_noise, under_plans, under_policy
+from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
-from worldmodel.simulate.play import Job, Shape, play
-from worldmodel.simulate.summary import BranchSummary, empty_summary, finish_summary, fold_step
-from worldmodel.view import Policy, as_pytree
+from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
+from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
+from worldmodel.simulate.unroll import Job, Shape, play
 
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
@@ -109,7 +109,7 @@ class Player:
         mesh: Mesh,
         shape: Shape,
         settings: Settings,
-        policy: Policy | None = None,
+        policy: PolicyFn | None = None,
     ):
         self.mesh, self.shape, self.settings = mesh, shape, settings
         past = getattr(policy, "past", 0)

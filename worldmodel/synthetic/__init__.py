@@ -8,14 +8,14 @@
 Research software, not a validated physiological model and never for clinical use.
 """
 
-from worldmodel.synthetic.baselines import (
+from worldmodel.observation import Past, PolicyFn, View
+from worldmodel.synthetic.clinician import (
     maximum_treatment,
     no_treatment,
     random_policy,
     titration,
 )
-from worldmodel.synthetic.generate import Truth, generate
-from worldmodel.synthetic.marginals import marginals
+from worldmodel.synthetic.generate import Truth, generate, marginals
 from worldmodel.synthetic.noise import patient_key, patient_keys
 from worldmodel.synthetic.simulate import FOLLOW_POLICY
 from worldmodel.synthetic.truth import (
@@ -26,7 +26,6 @@ from worldmodel.synthetic.truth import (
     true_value,
 )
 from worldmodel.synthetic.world import Config, Params, State, Transition, reset, step
-from worldmodel.view import Past, Policy, View
 
 __all__ = [
     "FOLLOW_POLICY",
@@ -34,7 +33,7 @@ __all__ = [
     "Config",
     "Params",
     "Past",
-    "Policy",
+    "PolicyFn",
     "PolicyValue",
     "State",
     "Transition",

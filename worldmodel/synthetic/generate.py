@@ -1,20 +1,21 @@
-"""Episodes from the synthetic world, with the truth behind them."""
+"""Episodes from the synthetic world with the truth behind them, and their marginals."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 from flax import struct
 
-from worldmodel import schema
+from worldmodel import scaling, schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.synthetic.body import Latent
+from worldmodel.observation import PolicyFn
+from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import patient_key
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.world import Config, Params
-from worldmodel.view import Policy
 
 _SPLIT_TAG = 1 << 22  # outside the range of steps
 _SPLIT_SHARES = (0.70, 0.15, 0.15)
@@ -39,7 +40,7 @@ def generate(
     *,
     config: Config | None = None,
     params: Params | None = None,
-    policy: Policy | None = None,
+    policy: PolicyFn | None = None,
     first_patient: int = 0,
     keep_latent: bool = True,
     block: int = BLOCK,
@@ -77,7 +78,7 @@ def generate_patients(
     *,
     config: Config | None = None,
     params: Params | None = None,
-    policy: Policy | None = None,
+    policy: PolicyFn | None = None,
     keep_latent: bool = True,
     block: int = BLOCK,
 ) -> tuple[Episodes, Truth]:
@@ -147,3 +148,39 @@ def _splits(key: jax.Array, patients: jax.Array) -> jax.Array:
 def _zeroed(values: jax.Array, valid: jax.Array) -> jax.Array:
     keep = jnp.reshape(valid, (*valid.shape, *[1] * (values.ndim - 2)))
     return jnp.where(keep, values, jnp.zeros((), values.dtype))
+
+
+# Published base excess was filtered to positive values; the world aims at physiologic ones.
+EXEMPT: tuple[str, ...] = ("base_excess",)
+
+
+def marginals(episodes: Episodes) -> pd.DataFrame:
+    """One row per feature over all valid rows, urine as log(1 + mL).
+
+    Columns: `mean`, `published_mean`, `shift` (difference of means in published SDs), `std`,
+    `published_std`, `ratio` (of the SDs), `measured` (share of rows recorded; urine is always),
+    `median` (of recorded values, schema units).
+    """
+    valid = np.asarray(episodes.valid)
+    rows = np.asarray(episodes.dynamic)[valid].astype(np.float64)
+    measured = np.asarray(episodes.measured)[valid]
+    measured = np.concatenate([measured, np.ones((len(rows), 1), bool)], axis=1)
+    median = [
+        np.median(rows[taken, i]) if (taken := measured[:, i]).any() else np.nan
+        for i in range(schema.NUM_FEATURES)
+    ]
+    rows[:, schema.URINE] = np.log1p(rows[:, schema.URINE])
+    mean, std = rows.mean(0), rows.std(0)
+    return pd.DataFrame(
+        {
+            "mean": mean,
+            "published_mean": scaling.MEAN,
+            "shift": (mean - scaling.MEAN) / scaling.STD,
+            "std": std,
+            "published_std": scaling.STD,
+            "ratio": std / scaling.STD,
+            "measured": measured.mean(0),
+            "median": median,
+        },
+        index=list(schema.FEATURE_NAMES),
+    )

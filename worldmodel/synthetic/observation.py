@@ -12,12 +12,10 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.synthetic.body import Latent, PhysiologyParams
+from worldmodel.synthetic.latent import Latent, PhysiologyParams, slow_values
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
-from worldmodel.synthetic.physiology import blood_ph, pf_ratio
-from worldmodel.synthetic.slow import slow_values
-from worldmodel.synthetic.support import Support
+from worldmodel.synthetic.physiology import Support, blood_ph, pf_ratio
 
 # Features recorded together: chance per step when well, gain at full acuity, gain on a ventilator.
 _PANELS: dict[str, tuple[float, float, float]] = {

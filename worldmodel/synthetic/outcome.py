@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 from flax import struct
 
-from worldmodel.synthetic.body import Latent
+from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
 

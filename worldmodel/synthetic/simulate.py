@@ -19,8 +19,9 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.errors import InputError
+from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.synthetic import clinician
-from worldmodel.synthetic.body import Latent
+from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import Noise, draw, patient_keys
 from worldmodel.synthetic.world import (
     Config,
@@ -31,7 +32,6 @@ from worldmodel.synthetic.world import (
     sample_action,
     step_with_noise,
 )
-from worldmodel.view import Policy, as_pytree
 
 FOLLOW_POLICY = -1  # in a plan: let the policy choose
 _POLICY_TAG = 1 << 21  # outside the range of steps: keys handed to policies
@@ -77,14 +77,14 @@ def clinician_actor(key: jax.Array, state: State, params: Params) -> jax.Array:
     return clinician.probabilities(state.view, state.traits.frailty, params.clinician)
 
 
-def actor_of(policy: Policy | None) -> Any:
+def actor_of(policy: PolicyFn | None) -> Any:
     """A PyTree that acts for a policy on views; None is the recorded clinician."""
     if policy is None:
         return jax.tree_util.Partial(clinician_actor)
     return jax.tree_util.Partial(_act_on_view, as_pytree(policy))
 
 
-def _act_on_view(policy: Policy, key: jax.Array, state: State, params: Params) -> jax.Array:
+def _act_on_view(policy: PolicyFn, key: jax.Array, state: State, params: Params) -> jax.Array:
     del params
     return policy(key, state.view)
 

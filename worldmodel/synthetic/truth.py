@@ -16,13 +16,13 @@ import numpy as np
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.observation import PolicyFn
 from worldmodel.synthetic.generate import Truth, generate_patients
 from worldmodel.synthetic.noise import Noise, draw, middle_noise, patient_key
 from worldmodel.synthetic.patients import Traits, draw_traits
 from worldmodel.synthetic.physiology import Latent, advance
 from worldmodel.synthetic.simulate import BLOCK, actor_of, run
 from worldmodel.synthetic.world import Config, Params, doses
-from worldmodel.view import Policy
 
 
 class PolicyValue(NamedTuple):
@@ -51,7 +51,7 @@ class ActionEffects(NamedTuple):
 
 
 def counterfactual(
-    truth: Truth, plans: np.ndarray, *, policy: Policy | None = None, block: int = BLOCK
+    truth: Truth, plans: np.ndarray, *, policy: PolicyFn | None = None, block: int = BLOCK
 ) -> tuple[Episodes, Truth]:
     """The patients of `truth` under other treatments, with the luck they had.
 
@@ -72,7 +72,7 @@ def counterfactual(
 
 def true_value(
     key: jax.Array,
-    policy: Policy | None,
+    policy: PolicyFn | None,
     num_patients: int,
     *,
     discount: float = 0.99,

@@ -15,10 +15,10 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward, sofa
-from worldmodel.synthetic import body, clinician, observation, outcome, physiology, support
+from worldmodel.observation import Past, View
+from worldmodel.synthetic import clinician, latent, observation, outcome, physiology
 from worldmodel.synthetic.noise import Noise, draw
 from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
-from worldmodel.view import Past, View
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Params:
     """Every coefficient of the world; a PyTree, so that worlds can be mapped over."""
 
     patient: PatientParams = struct.field(default_factory=PatientParams)
-    physiology: body.PhysiologyParams = struct.field(default_factory=body.PhysiologyParams)
-    support: support.SupportParams = struct.field(default_factory=support.SupportParams)
+    physiology: latent.PhysiologyParams = struct.field(default_factory=latent.PhysiologyParams)
+    support: physiology.SupportParams = struct.field(default_factory=physiology.SupportParams)
     observation: observation.ObservationParams = struct.field(
         default_factory=observation.ObservationParams
     )
@@ -56,8 +56,8 @@ class State:
     """One patient at the start of a step."""
 
     traits: Traits
-    latent: body.Latent
-    support: support.Support
+    latent: latent.Latent
+    support: physiology.Support
     record: observation.Record
     view: View
     done: jax.Array  # [] bool, the stay has ended; further steps change nothing of value
@@ -86,7 +86,7 @@ def reset(key: jax.Array, params: Params, *, config: Config) -> State:
     noise = draw(key, jnp.int32(0))
     traits = draw_traits(key, params.patient)
     latent = physiology.start(traits, noise, params.physiology)
-    care = support.update(None, latent, traits, noise, params.support, params.physiology)
+    care = physiology.update_support(None, latent, traits, noise, params.support, params.physiology)
     record = observation.observe(
         None, latent, care, traits, noise, params.observation, params.physiology
     )
@@ -120,7 +120,7 @@ def step_with_noise(
     latent = physiology.advance(
         state.latent, *dose, before.step, state.traits, noise, params.physiology
     )
-    care = support.update(
+    care = physiology.update_support(
         state.support, latent, state.traits, noise, params.support, params.physiology
     )
     record = observation.observe(
@@ -186,7 +186,7 @@ _LACTATE = schema.INDEX["lactate"]
 
 def _view(
     record: observation.Record,
-    care: support.Support,
+    care: physiology.Support,
     traits: Traits,
     vasopressor: jax.Array,
     fluid: jax.Array,

@@ -1,9 +1,10 @@
-"""New weights and adapters for a vLLM server that is running and busy."""
+"""New weights and adapters for a running vLLM server, checked before the server is touched."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from typing import Any
 
 from policy.serving.backend import BackendError
 from policy.serving.client import Client, Endpoint, MalformedError, member
-from policy.serving.vllm.weights import check_adapter, check_weights, fingerprint
 
 _LOG = logging.getLogger(__name__)
 _EMPTY = hashlib.sha256(b"").hexdigest()
@@ -191,3 +191,63 @@ def _texts(sums: Any) -> dict[str, str]:
     if not isinstance(sums, dict) or not all(isinstance(v, str) for v in sums.values()):
         raise MalformedError("checksums are no text")
     return sums
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a folder by name, from the headers of its safetensors files.
+
+    Raises:
+      BackendError: there are none, or a file is cut off or is no safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118, not a mapping
+                    found[name] = tuple(file.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise BackendError(f"{path}: not a whole safetensors file ({error})") from None
+    if not found:
+        raise BackendError(f"{folder}: no weights (*.safetensors)")
+    return found
+
+
+def check_weights(folder: Path, like: Path) -> None:
+    """Makes sure that weights can take the place of others.
+
+    Raises:
+      BackendError: a file is missing or cut off, or tensors have other names or shapes.
+    """
+    new, old = shapes(folder), shapes(like)
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name):
+            raise BackendError(
+                f"{folder}: {name} is {_shape(new.get(name))}, in {like} it is "
+                f"{_shape(old.get(name))}; weights to swap need equal names and shapes"
+            )
+
+
+def check_adapter(folder: Path) -> None:
+    """Makes sure that a folder holds a LoRA adapter in PEFT's form.
+
+    Raises:
+      BackendError: it does not.
+    """
+    path = folder / "adapter_config.json"
+    try:
+        json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BackendError(f"{path}: not readable JSON ({error})") from None
+    shapes(folder)
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells files apart by path, size and time of writing, without reading gigabytes."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return json.dumps([str(folder.resolve()), *((n, s.st_size, s.st_mtime_ns) for n, s in stats)])
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else "x".join(map(str, shape)) or "a scalar"

@@ -23,12 +23,13 @@ from policy.serving.backend import BackendError
 from policy.serving.vllm.command import (
     INSIDE,
     ServerOptions,
+    ServingEnvironment,
     check_options,
     command,
+    find_environment,
     make_key,
     variables,
 )
-from policy.serving.vllm.environment import ServingEnvironment, find_environment
 
 Progress = Callable[[str, float], None]
 

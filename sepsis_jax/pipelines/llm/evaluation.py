@@ -13,8 +13,8 @@ from policy.agent.records import to_record
 from policy.agent.summary import summarize
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
-from policy.train.clinic import Clinic
-from policy.train.credit import breaks_rules
+from policy.train.rl.advantages import breaks_rules
+from policy.train.rl.episode_runner import Clinic
 from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0

@@ -13,25 +13,32 @@ from policy.serving.batching import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
-from policy.train.agentic import AgenticConfig, AgenticTrainer, agentic_loss
-from policy.train.checkpoints import Checkpoints
-from policy.train.configuration import LearnerConfig
-from policy.train.counterfactual import counterfactual
-from policy.train.credit import COUNTERFACTUAL
-from policy.train.metrics import MetricsLog
-from policy.train.publishing import AdapterPublisher, EmbeddedPublisher, Publisher, ServerPublisher
-from sepsis_jax.pipelines.agent_backends import EMBEDDED, VLLM, BackendOptions, endpoint
-from sepsis_jax.pipelines.llm.clinics import (
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.learner import LearnerConfig
+from policy.train.loop.metrics import MetricsLog
+from policy.train.loop.publishing import (
+    AdapterPublisher,
+    EmbeddedPublisher,
+    Publisher,
+    ServerPublisher,
+)
+from policy.train.rl.advantages import COUNTERFACTUAL
+from policy.train.rl.counterfactual import counterfactual
+from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
+from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
+from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
+from sepsis_jax.pipelines.llm.setup import (
+    CHECKPOINTS,
+    METRICS,
     ClinicOptions,
+    ModelOptions,
+    Pupil,
     judging,
     open_clinic,
     open_generator,
     open_policy,
 )
-from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
-from sepsis_jax.pipelines.llm.training import CHECKPOINTS, METRICS, ModelOptions, Pupil
-from sepsis_jax.pipelines.runs import begin_run, plain
-from sepsis_jax.progress import Progress, silent
+from sepsis_jax.runs import Progress, begin_run, plain, silent
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -54,7 +61,7 @@ class RLOptions:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
       horizon: steps that are played on; to the end of the stay if not given.
-      smooth: as for `policy.train.counterfactual.counterfactual`.
+      smooth: as for `policy.train.rl.counterfactual.counterfactual`.
       judge_every: iterations between two evaluations on held-out patients of the synthetic
         world; 0 for none.
       judge_patients: in an evaluation.

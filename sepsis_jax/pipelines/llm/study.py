@@ -15,23 +15,27 @@ import pandas as pd
 from policy.qwen3.weights import load
 from policy.serving.batching import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
-from policy.train.credit import CreditConfig
-from policy.train.probing import answer, grade
-from policy.train.questions import QuestionConfig, ask
-from policy.train.tiny import TinyOptions, make_pupil
-from sepsis_jax.pipelines import training as world_model_training
+from policy.testing.taught_qwen3 import TinyOptions, make_pupil
+from policy.train.data.qa_prompts import QuestionConfig, ask
+from policy.train.loop.qa_eval import answer, grade
+from policy.train.rl.advantages import CreditConfig
+from sepsis_jax.pipelines import world_model as world_model_training
 from sepsis_jax.pipelines.demo import default_config
-from sepsis_jax.pipelines.llm.bc import BCOptions, run_bc
-from sepsis_jax.pipelines.llm.clinics import judging, open_clinic, open_generator, open_policy
+from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate, gains
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
-from sepsis_jax.pipelines.llm.sft import SFTOptions, run_sft
-from sepsis_jax.pipelines.llm.training import METRICS, MODEL
-from sepsis_jax.pipelines.runs import begin_run, plain
-from sepsis_jax.pipelines.synthetic import make_synthetic_cohort
-from sepsis_jax.progress import Progress, silent
-from sepsis_jax.report.llm_figures import reward_figure
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from sepsis_jax.pipelines.llm.setup import (
+    METRICS,
+    MODEL,
+    judging,
+    open_clinic,
+    open_generator,
+    open_policy,
+)
+from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
+from sepsis_jax.report.figures import reward_figure
+from sepsis_jax.runs import Progress, begin_run, plain, silent
+from worldmodel.episodes import EPISODES_FILE, load_episodes
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import PARAMS
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
+from policy.agent.env_pool import Ward, admit
 from policy.agent.forecast import ForecastConfig, Forecaster
-from policy.agent.ward import Ward, admit
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 from worldmodel.synthetic import Config, patient_keys
 
 STEPS, PATIENTS = 4, 8

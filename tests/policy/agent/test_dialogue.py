@@ -14,13 +14,12 @@ from policy.agent.dialogue import (
     TOO_MANY_INVALID,
     DialogueConfig,
     treat,
+    treat_all,
 )
 from policy.agent.prompts import Prompts
-from policy.agent.run import treat_all
-from policy.agent.script import simulate_and_prescribe
+from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
 from policy.agent.tools import prescription_arguments, simulation_arguments
 from policy.serving.backend import LENGTH, TOOL_CALLS, BackendError, Reply, ToolCall
-from policy.serving.scripted import ScriptedBackend
 from tests.policy.agent.conftest import STEPS
 
 PATIENT = 2

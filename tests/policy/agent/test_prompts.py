@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from policy.agent.chart import FORECAST, SHOWN, Chart, options
 from policy.agent.forecast import Forecast
-from policy.agent.prompts import OWN_SETS, Prompts
+from policy.agent.prompts import FORECAST, OWN_SETS, SHOWN, Chart, Prompts, options
 from worldmodel import schema
 from worldmodel.errors import InputError
 

@@ -9,13 +9,11 @@ from dataclasses import replace
 
 import pytest
 
-from policy.agent.dialogue import COMPLETED, FAILED, Decision, DialogueConfig, Stay, Turn
+from policy.agent.dialogue import COMPLETED, FAILED, Decision, DialogueConfig, Stay, Turn, treat_all
 from policy.agent.prompts import Prompts
-from policy.agent.published import published_results
 from policy.agent.records import Records, from_record, last_attempts, read_records, to_record
-from policy.agent.run import treat_all
 from policy.agent.summary import summarize
-from policy.agent.transcript import markdown, page
+from policy.agent.transcript import markdown, page, published_results
 from policy.serving.backend import Reply, ToolCall
 from policy.serving.client import Endpoint
 from policy.serving.openai import OpenAIBackend

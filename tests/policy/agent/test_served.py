@@ -14,11 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from policy import qwen3
-from policy.agent.dialogue import COMPLETED, DialogueConfig
+from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
 from policy.agent.prompts import Prompts
-from policy.agent.run import treat_all
-from policy.agent.scoring import ActionScorer
-from policy.agent.tools import prescription_arguments, read_call
+from policy.agent.tools import ActionScorer, prescription_arguments, read_call
 from policy.qwen3.logprobs import token_logprobs
 from policy.serving import hermes
 from policy.serving.backend import Sampling

@@ -5,15 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.features import decision_features
-from policy.offline.configuration import OfflineConfig
+from policy.base import decision_features
 from policy.offline.data import Transitions, transitions
-from policy.offline.training import draw_batch
+from policy.offline.training import OfflineConfig, draw_batch
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.clinical.reward import trajectory_rewards
-from worldmodel.features import NUM_STATE_FEATURES, state_features
-from worldmodel.view import view_at
+from worldmodel.observation import NUM_STATE_FEATURES, state_features, view_at
 
 BLOCK = schema.NUM_FEATURES + 3  # of one earlier row: changes, two levels, whether it is
 EPISODES = toy_episodes(25, 8)

@@ -8,8 +8,7 @@ import minari
 import numpy as np
 import pytest
 
-from policy.offline.data import transitions
-from policy.offline.export import write_d3rlpy, write_minari
+from policy.offline.data import transitions, write_d3rlpy, write_minari
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 

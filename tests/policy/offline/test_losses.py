@@ -19,7 +19,7 @@ from policy.offline.algorithms import (
     wd3qne_loss,
     wd3qne_value,
 )
-from policy.offline.configuration import NAMES, OfflineConfig
+from policy.offline.training import NAMES, OfflineConfig
 
 STATES, ACTIONS, ROWS = 9, 25, 40
 

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.offline.algorithms import ALGORITHMS
-from policy.offline.configuration import OfflineConfig
+from policy.offline.algorithms import ALGORITHMS, OfflinePolicy
 from policy.offline.data import Transitions, transitions
-from policy.offline.policies import OfflinePolicy
-from policy.offline.training import RECORDS, seed_keys, train_all, train_offline
+from policy.offline.training import RECORDS, OfflineConfig, seed_keys, train_all, train_offline
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
-from worldmodel.published import published_scaler
-from worldmodel.view import view_at
+from worldmodel.observation import view_at
+from worldmodel.scaling import published_scaler
 
 STATES, ACTIONS, GAMMA = 6, 25, 0.5
 SCALER = published_scaler()

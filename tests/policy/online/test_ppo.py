@@ -9,14 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx, struct
 
-from policy.offline.algorithms import ALGORITHMS, make_networks
-from policy.offline.configuration import OfflineConfig
-from policy.offline.networks import Perceptron
-from policy.offline.policies import OfflinePolicy
-from policy.online.configuration import PPOConfig
-from policy.online.policies import OnlinePolicy
+from policy.offline.algorithms import ALGORITHMS, OfflinePolicy, Perceptron, make_networks
+from policy.offline.training import OfflineConfig
 from policy.online.ppo import (
     Networks,
+    OnlinePolicy,
+    PPOConfig,
     Rows,
     advantages,
     draw_rows,
@@ -28,10 +26,9 @@ from policy.online.ppo import (
 from worldmodel import SepsisEnv, schema
 from worldmodel.envs.base import first_timestep
 from worldmodel.errors import InputError
-from worldmodel.features import NUM_STATE_FEATURES
-from worldmodel.published import published_scaler
+from worldmodel.observation import NUM_STATE_FEATURES, View
+from worldmodel.scaling import published_scaler
 from worldmodel.synthetic import Config
-from worldmodel.view import View
 
 SCALER = published_scaler()
 LENGTHS = 4  # rows 0-3: episodes of 1 to 4 steps

@@ -3,7 +3,7 @@
 import pytest
 
 from policy import qwen3
-from policy.qwen3.tiny import make_tiny
+from policy.testing.tiny_qwen3 import make_tiny
 
 
 @pytest.fixture(scope="module")

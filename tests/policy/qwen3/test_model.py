@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from policy import qwen3
-from policy.qwen3.tiny import make_tiny
+from policy.testing.tiny_qwen3 import make_tiny
 
 IDS = np.random.default_rng(0).integers(0, 640, (2, 23))
 

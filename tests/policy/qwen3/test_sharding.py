@@ -7,7 +7,7 @@ import sys
 import pytest
 from jax.sharding import PartitionSpec
 
-from policy.qwen3.partitioning import param_spec
+from policy.qwen3.sharding import param_spec
 
 ON_EIGHT_DEVICES = """
 import sys

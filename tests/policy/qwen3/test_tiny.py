@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from policy.qwen3.tiny import CHAT_TEMPLATE, MARKUP_TOKENS, SPECIAL_TOKENS, make_tiny
+from policy.testing.tiny_qwen3 import CHAT_TEMPLATE, MARKUP_TOKENS, SPECIAL_TOKENS, make_tiny
 
 TOOLS = [{"type": "function", "function": {"name": "predict", "parameters": {"type": "object"}}}]
 CALL = {"function": {"name": "predict", "arguments": {"iv_fluid": 2, "note": 'a "b"'}}}

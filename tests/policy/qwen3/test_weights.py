@@ -10,7 +10,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from policy import qwen3
-from policy.qwen3.tiny import make_tiny
+from policy.testing.tiny_qwen3 import make_tiny
 from worldmodel.errors import InputError
 
 

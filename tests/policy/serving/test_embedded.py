@@ -11,10 +11,10 @@ from flax import nnx
 
 from policy import qwen3
 from policy.qwen3 import sampler
-from policy.qwen3.tiny import make_tiny
 from policy.serving import embedded
 from policy.serving.backend import LENGTH, STOP, BackendError, Sampling
 from policy.serving.embedded import EmbeddedGenerator
+from policy.testing.tiny_qwen3 import make_tiny
 
 SAMPLING = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=8)
 PROMPTS = [list(range(10, 13 + row)) for row in range(7)]

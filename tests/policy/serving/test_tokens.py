@@ -5,12 +5,11 @@ import asyncio
 import numpy as np
 import pytest
 
-from policy.agent.scoring import ActionScorer
-from policy.agent.tools import SCHEMAS, Prescribe, prescription_arguments, read_call
-from policy.qwen3.tiny import make_tiny
+from policy.agent.tools import SCHEMAS, ActionScorer, Prescribe, prescription_arguments, read_call
 from policy.serving import hermes
 from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Completion, Sampling
 from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.testing.tiny_qwen3 import make_tiny
 from worldmodel.errors import InputError
 
 CALL = hermes.write("prescription", prescription_arguments(7))

@@ -98,7 +98,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    from policy.qwen3.tiny import make_tiny
+    from policy.testing.tiny_qwen3 import make_tiny
 
     place = tmp_path_factory.mktemp("vllm")
     folders = {

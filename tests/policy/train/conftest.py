@@ -5,9 +5,9 @@ import json
 import pytest
 
 from policy.agent.dialogue import COMPLETED, Stay, Turn
-from policy.qwen3.tiny import make_tiny
 from policy.serving.backend import TOOL_CALLS, Reply, ToolCall
 from policy.serving.tokens import ChatTokens
+from policy.testing.tiny_qwen3 import make_tiny
 
 
 def stay_of(number, decisions):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policy.train.advantages import (
+from policy.train.rl.advantages import (
     gigpo,
     group_relative,
     informative,

@@ -16,15 +16,14 @@ from policy.serving.batching import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
-from policy.train.agentic import AgenticConfig, AgenticTrainer, agentic_loss
-from policy.train.checkpoints import Checkpoints
-from policy.train.configuration import LearnerConfig
-from policy.train.counterfactual import counterfactual
-from policy.train.credit import CreditConfig
-from policy.train.learner import Learner
-from policy.train.objectives import Objective
-from policy.train.publishing import EmbeddedPublisher
-from policy.train.tiny import tiny_clinic
+from policy.testing.taught_qwen3 import tiny_clinic
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.publishing import EmbeddedPublisher
+from policy.train.losses import Objective
+from policy.train.rl.advantages import CreditConfig
+from policy.train.rl.counterfactual import counterfactual
+from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from worldmodel.errors import InputError
 
 PATIENTS, DECISIONS, ROWS = 4, 2, 4

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from policy.train import cache
-from policy.train.cache import CachedDialogues, cached
-from policy.train.data import Dialogue, pack
-from policy.train.questions import QuestionConfig
+from policy.train.data import cache
+from policy.train.data.cache import CachedDialogues, cached
+from policy.train.data.packing import Dialogue, pack
+from policy.train.data.qa_prompts import QuestionConfig
 from worldmodel.errors import InputError
 
 CONFIG = QuestionConfig()

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.train.checkpoints import Checkpoints
+from policy.train.loop.checkpoints import Checkpoints
 from worldmodel.errors import InputError
 
 
@@ -74,7 +74,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
 ON_A_SMALL_DISK = """
 import resource, sys
 import jax.numpy as jnp
-from policy.train.checkpoints import Checkpoints
+from policy.train.loop.checkpoints import Checkpoints
 from worldmodel.errors import InputError
 
 checkpoints = Checkpoints(sys.argv[1])
@@ -109,10 +109,10 @@ import jax, jax.numpy as jnp, numpy as np
 from pathlib import Path
 from itertools import count, islice
 from policy import qwen3
-from policy.train.checkpoints import Checkpoints
-from policy.train.learner import Learner, LearnerConfig
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.learner import Learner, LearnerConfig
 from policy.train.losses import Summed
-from policy.train.metrics import MetricsLog
+from policy.train.loop.metrics import MetricsLog
 
 config = LearnerConfig(steps=12, learning_rate=1e-2, warm_up=0, accumulate=2, report_every=1,
                        save_every=2, moment_dtype="bfloat16", param_dtype="bfloat16")

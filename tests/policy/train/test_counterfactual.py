@@ -5,13 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.agent.ward import admit
+from policy.agent.env_pool import admit
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.counterfactual import _LUCK, counterfactual, smoothing
+from policy.train.rl.counterfactual import _LUCK, counterfactual, smoothing
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
+from worldmodel.observation import draw_action
 from worldmodel.synthetic import patient_keys
-from worldmodel.view import draw_action
 
 STEPS, PATIENTS, SAMPLES = 3, 2, 2
 

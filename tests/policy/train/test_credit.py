@@ -7,8 +7,8 @@ import pytest
 
 from policy.agent.dialogue import COMPLETED, FAILED, TOO_MANY_INVALID, Decision, Stay, Turn
 from policy.serving.backend import Reply
-from policy.train.credit import CreditConfig, credits, prices, rewards
-from policy.train.trajectories import decision_of_turns, pack_trajectories, trajectories
+from policy.train.rl.advantages import CreditConfig, credits, prices, rewards
+from policy.train.rl.minibatch_update import decision_of_turns, pack_trajectories, trajectories
 from worldmodel.errors import InputError
 
 

@@ -13,7 +13,7 @@ from policy.agent.tools import SCHEMAS
 from policy.serving import hermes
 from policy.serving.backend import STOP, Completion, Reply, Sampling, ToolCall
 from policy.serving.tokens import TokenBackend
-from policy.train.data import Dialogue, as_read, batches, cut, pack, reply_text, written
+from policy.train.data.packing import Dialogue, as_read, batches, cut, pack, reply_text, written
 from tests.policy.train.conftest import stay_of
 from worldmodel.errors import InputError
 

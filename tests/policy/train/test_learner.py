@@ -11,12 +11,11 @@ from flax import nnx
 
 from policy import qwen3
 from policy.qwen3.lora import add_adapters
-from policy.train.checkpoints import Checkpoints
-from policy.train.configuration import LearnerConfig
-from policy.train.data import Dialogue, batches, pack
-from policy.train.learner import Learner, cast
+from policy.train.data.packing import Dialogue, batches, pack
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.learner import Learner, LearnerConfig, cast
+from policy.train.loop.optimizer import schedule
 from policy.train.losses import Summed, cross_entropy
-from policy.train.optimizer import schedule
 from worldmodel.errors import InputError
 
 CONFIG = LearnerConfig(steps=4, learning_rate=1e-2, warm_up=0, report_every=2)

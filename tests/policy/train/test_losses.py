@@ -10,7 +10,7 @@ import pytest
 from policy import qwen3
 from policy.agent.tools import SCHEMAS
 from policy.qwen3.model import logits
-from policy.train.data import Dialogue, Rows, pack, written
+from policy.train.data.packing import Dialogue, Rows, pack, written
 from policy.train.losses import cross_entropy
 from tests.policy.train.conftest import stay_of
 

@@ -6,9 +6,16 @@ from dataclasses import replace
 import pytest
 
 from policy.qwen3.config import Qwen3Config
-from policy.train.data import Rows
-from policy.train.metrics import MetricsLog, Report, tokens_read
-from policy.train.throughput import Throughput, flops_per_token, multiplied, peak_flops
+from policy.train.data.packing import Rows
+from policy.train.loop.metrics import (
+    MetricsLog,
+    Report,
+    Throughput,
+    flops_per_token,
+    multiplied,
+    peak_flops,
+    tokens_read,
+)
 from worldmodel.errors import InputError
 
 QWEN3_4B = Qwen3Config(

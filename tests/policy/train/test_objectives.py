@@ -9,7 +9,7 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3.logprobs import token_logprobs
-from policy.train.objectives import (
+from policy.train.losses import (
     PRESETS,
     Objective,
     RolloutRows,

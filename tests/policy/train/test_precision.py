@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from policy import qwen3
-from policy.train.configuration import LearnerConfig
-from policy.train.learner import Learner
+from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.optimizer import round_stochastically, store, widen
 from policy.train.losses import Summed
-from policy.train.precision import round_stochastically, store, widen
 
 
 def neighbours(x):

@@ -9,15 +9,15 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3.logprobs import token_logprobs
-from policy.qwen3.tiny import make_tiny
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens
-from policy.train.cases import OPTIONS
-from policy.train.data import Dialogue, Rows, batches, pack
-from policy.train.learner import Learner, LearnerConfig
+from policy.testing.tiny_qwen3 import make_tiny
+from policy.train.data.packing import Dialogue, Rows, batches, pack
+from policy.train.data.qa_prompts import Question, QuestionConfig, as_dialogue, ask
+from policy.train.data.qa_sampling import OPTIONS
+from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.qa_eval import answer, grade
 from policy.train.losses import cross_entropy
-from policy.train.probing import answer, grade
-from policy.train.questions import Question, QuestionConfig, as_dialogue, ask
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 

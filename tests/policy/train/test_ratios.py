@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from policy.train.ratios import mismatch
+from policy.train.losses import mismatch
 from worldmodel.errors import InputError
 
 

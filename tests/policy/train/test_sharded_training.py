@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from policy.train import distributed
+from policy.train.loop import distributed
 from worldmodel.errors import InputError
 
 SETTING = """
@@ -21,9 +21,9 @@ from flax import nnx
 from policy import qwen3
 from policy.qwen3 import lora
 from policy.qwen3.sharding import make_mesh
-from policy.train.checkpoints import Checkpoints
-from policy.train.data import Rows
-from policy.train.learner import Learner, LearnerConfig
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.data.packing import Rows
+from policy.train.loop.learner import Learner, LearnerConfig
 from policy.train.losses import Summed, cross_entropy
 
 config = LearnerConfig(steps=2, learning_rate=1e-4, warm_up=0, accumulate=2, report_every=1)
@@ -123,8 +123,8 @@ except Exception as error:
 ONE_OF_TWO = (
     SETTING
     + """
-from policy.train.distributed import from_first, is_first, start, wait, whole
-from policy.train.metrics import MetricsLog
+from policy.train.loop.distributed import from_first, is_first, start, wait, whole
+from policy.train.loop.metrics import MetricsLog
 
 start()
 assert jax.process_count() == int(sys.argv[3]) and jax.device_count() == 4

@@ -9,18 +9,17 @@ import numpy as np
 import pytest
 from flax import struct
 
-from policy.agent.dialogue import COMPLETED, DialogueConfig
+from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
+from policy.agent.env_pool import Ward
 from policy.agent.prompts import Prompts
-from policy.agent.run import treat_all
 from policy.agent.tools import SCHEMAS, Prescribe, Simulate, read_call
-from policy.agent.ward import Ward
 from policy.serving.backend import Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.data import as_read, written
-from policy.train.teachers import demonstrate, neighbours
-from policy.train.tiny import TEMPLATES, tiny_clinic
+from policy.testing.taught_qwen3 import TEMPLATES, tiny_clinic
+from policy.train.data.demonstrations import demonstrate, neighbours
+from policy.train.data.packing import as_read, written
 from worldmodel import schema
 from worldmodel.errors import InputError
 

@@ -11,11 +11,10 @@ from safetensors.numpy import load_file
 
 from policy import qwen3
 from policy.qwen3.logprobs import token_logprobs
-from policy.qwen3.tiny import make_tiny
-from policy.train.advantages import group_relative
-from policy.train.data import Dialogue, pack
-from policy.train.losses import cross_entropy
-from policy.train.objectives import PRESETS, Objective, RolloutRows, surrogate_loss
+from policy.testing.tiny_qwen3 import make_tiny
+from policy.train.data.packing import Dialogue, pack
+from policy.train.losses import PRESETS, Objective, RolloutRows, cross_entropy, surrogate_loss
+from policy.train.rl.advantages import group_relative
 
 pytest.importorskip("torch")
 REASON = "needs trl: .venv/bin/pip install -c constraints.txt -e '.[parity]'"

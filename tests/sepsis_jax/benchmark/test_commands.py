@@ -13,7 +13,7 @@ from tests.toy import toy_episodes
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
-from worldmodel.published import published_scaler
+from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 
 TINY = ("--branches", 4, "--plans", 2, "--samples", 2, "--horizon", 1)
@@ -36,8 +36,8 @@ def little_to_do(monkeypatch):
 
     for module in ("bench", "workload"):
         monkeypatch.setattr(f"sepsis_jax.benchmark.{module}.patient_pool", patient_pool)
-    monkeypatch.setattr("sepsis_jax.benchmark.peak.SHAPES", {"cpu": ((8, 8, 8),)})
-    monkeypatch.setattr("sepsis_jax.benchmark.peak._LEAST", {"cpu": 1e4})
+    monkeypatch.setattr("sepsis_jax.benchmark.hardware.SHAPES", {"cpu": ((8, 8, 8),)})
+    monkeypatch.setattr("sepsis_jax.benchmark.hardware._LEAST", {"cpu": 1e4})
 
 
 def test_bench(small_model, tmp_path, capfd, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sepsis_jax.benchmark.torch_model import load_torch
-from sepsis_jax.benchmark.torch_rollout import TorchRollout
+from sepsis_jax.benchmark.torch_runners import TorchRollout
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.models.clinical_model import ModelConfig

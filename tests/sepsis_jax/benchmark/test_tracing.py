@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sepsis_jax.benchmark.tracing import (
+from sepsis_jax.benchmark.profiling import (
     CONTAINER,
     PARTS,
     Span,

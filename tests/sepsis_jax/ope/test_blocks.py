@@ -7,12 +7,10 @@ import pytest
 
 from sepsis_jax.ope import Clip, Treatment, check, diagnose, evaluate, weigh
 from sepsis_jax.ope.bootstrap import draw_counts, generator, join, resample
-from sepsis_jax.ope.checks import BLOCK, inspect
+from sepsis_jax.ope.data import BLOCK, inspect
 from sepsis_jax.ope.distribution import tail
 from sepsis_jax.ope.estimators import estimate
-from sepsis_jax.ope.prepare import prepare
-from sepsis_jax.ope.slices import SIZE
-from sepsis_jax.ope.weights import drug_weights
+from sepsis_jax.ope.weights import SIZE, drug_weights, prepare
 from tests.sepsis_jax.ope.samples import random_case
 from tests.sepsis_jax.ope.test_estimators import batch_of
 from worldmodel.errors import InputError

@@ -9,8 +9,7 @@ import pytest
 
 from sepsis_jax.ope import diagnose, weigh
 from sepsis_jax.ope.diagnostics import effective_size, verdict
-from sepsis_jax.ope.sensitivity import worst_case
-from sepsis_jax.ope.subgroups import evaluate_groups
+from sepsis_jax.ope.robustness import evaluate_groups, worst_case
 from tests.sepsis_jax.ope.samples import random_case
 
 

@@ -10,8 +10,8 @@ import pytest
 from sepsis_jax.ope import ESTIMATORS, Clip, OPEData, check, estimate, make_batch, weigh
 from sepsis_jax.ope.data import pad
 from sepsis_jax.ope.distribution import tail
+from sepsis_jax.ope.doubly_robust import blend, partial_returns, with_magic
 from sepsis_jax.ope.estimators import recursive_dr
-from sepsis_jax.ope.magic import blend, partial_returns, with_magic
 from sepsis_jax.ope.weights import drug_weights, scaled
 from tests.sepsis_jax.ope.reference import Reference
 from tests.sepsis_jax.ope.samples import random_case

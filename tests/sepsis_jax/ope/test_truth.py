@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sepsis_jax.ope import Fitted, estimate, evaluate, fit, make_batch, weigh
+from sepsis_jax.ope.benchmark import exact_values, sample
 from sepsis_jax.ope.estimators import columns
-from sepsis_jax.ope.mdp import exact_values, sample
 from worldmodel.mdp import best_policy, icu_sepsis, small_mdp, true_value
 
 HORIZON = 8

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from matplotlib.image import imread
 
-from sepsis_jax.report.policy_figures import (
+from sepsis_jax.report.policies import (
     action_heat_map,
     action_shares,
     difference_heat_map,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from worldmodel import schema
-from worldmodel.clinical import reward, rules, sirs
+from worldmodel.clinical import reward, rules
 
 WELL = {"temp_c": 37.0, "heart_rate": 80.0, "resp_rate": 15.0, "paco2": 40.0, "wbc": 8.0}
 
@@ -208,7 +208,7 @@ def test_sirs(changes, score):
     dynamic = np.zeros((2, 39), np.float32)
     for name, value in {**WELL, **changes}.items():
         dynamic[1, schema.INDEX[name]] = value
-    assert sirs.score(jnp.asarray(dynamic))[1] == score
+    assert rules.sirs_score(jnp.asarray(dynamic))[1] == score
 
 
 @pytest.mark.parametrize(

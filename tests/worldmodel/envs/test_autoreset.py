@@ -7,8 +7,7 @@ import pytest
 
 from tests.worldmodel.envs.playing import play
 from worldmodel import SepsisEnv
-from worldmodel.envs.autoreset import AutoReset
-from worldmodel.envs.env import episode_key
+from worldmodel.envs.env import AutoReset, episode_key
 from worldmodel.errors import InputError
 
 KEY = jax.random.key(9)

@@ -12,9 +12,9 @@ from tests.worldmodel.envs.playing import keys_of, play, play_all
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError
+from worldmodel.observation import views
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.view import views
 
 KEY = jax.random.key(5)
 PLAN = np.array([3, 24, 0, 12, 7])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from worldmodel.models import baselines, metrics
+from worldmodel.models import baselines, evaluation
 from worldmodel.models.baselines import HostPrediction, Rows
 
 
@@ -28,45 +28,45 @@ def prediction(mu, sigma=1.0, ventilation=None):
 def test_errors_count_measured_entries_only():
     target = np.array([[1.0, 5.0], [3.0, 7.0]])
     measured = np.array([[True, False], [True, True]])
-    got = metrics.state_metrics(prediction(np.zeros((2, 2))), rows(target, measured=measured))
+    got = evaluation.state_metrics(prediction(np.zeros((2, 2))), rows(target, measured=measured))
     assert got["mae"] == pytest.approx((1 + 3 + 7) / 3)
     assert got["mae_all"] == pytest.approx((1 + 5 + 3 + 7) / 4)
     want = -norm.logpdf([1.0, 3.0, 7.0]).mean()
     assert got["nll"] == pytest.approx(want)
     assert got["crps"] == pytest.approx(
-        metrics.gaussian_crps(np.array([1.0, 3.0, 7.0]), 0, 1).mean()
+        evaluation.gaussian_crps(np.array([1.0, 3.0, 7.0]), 0, 1).mean()
     )
 
 
 def test_coverage_by_hand():
     # 90% interval of a standard normal: +-1.645. Two of five lie inside.
     target = np.array([[-1.7], [-1.6], [0.0], [1.65], [9.0]])
-    got = metrics.state_metrics(prediction(np.zeros((5, 1))), rows(target))
+    got = evaluation.state_metrics(prediction(np.zeros((5, 1))), rows(target))
     assert got["coverage"] == pytest.approx(0.4)
-    wide = metrics.state_metrics(prediction(np.zeros((5, 1)), sigma=2.0), rows(target))
+    wide = evaluation.state_metrics(prediction(np.zeros((5, 1)), sigma=2.0), rows(target))
     assert wide["coverage"] == pytest.approx(0.8)
 
 
 def test_coverage_of_the_true_law_is_nominal():
     rng = np.random.default_rng(0)
     target = rng.normal(2.0, 3.0, (4000, 2))
-    got = metrics.state_metrics(prediction(np.full((4000, 2), 2.0), sigma=3.0), rows(target))
+    got = evaluation.state_metrics(prediction(np.full((4000, 2), 2.0), sigma=3.0), rows(target))
     assert got["coverage"] == pytest.approx(0.9, abs=0.01)
 
 
 def test_auc_by_hand_and_none_for_one_class():
     # Pairs (dead, alive): 3 of 4 are ranked right.
     label, score = np.array([1.0, 1.0, 0.0, 0.0]), np.array([0.9, 0.4, 0.5, 0.1])
-    got = metrics.outcome_metrics(score, label)
+    got = evaluation.outcome_metrics(score, label)
     assert got["auroc"] == pytest.approx(0.75)
     # Precision at each death: 1/1, then 2/3; recall rises by 1/2 each time.
     assert got["auprc"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     assert got["brier"] == pytest.approx((0.01 + 0.36 + 0.25 + 0.01) / 4)
     assert got["prevalence"] == 0.5
     for label in (np.zeros(3), np.ones(3)):
-        one = metrics.outcome_metrics(np.array([0.2, 0.3, 0.4]), label)
+        one = evaluation.outcome_metrics(np.array([0.2, 0.3, 0.4]), label)
         assert one["auroc"] is None and one["auprc"] is None
-    ventilation = metrics.state_metrics(prediction(np.zeros((2, 1))), rows(np.ones((2, 1))))
+    ventilation = evaluation.state_metrics(prediction(np.zeros((2, 1))), rows(np.ones((2, 1))))
     assert ventilation["ventilation_auc"] is None
 
 
@@ -75,7 +75,7 @@ def test_calibration_error_by_hand():
     # died, gap 0.05 x 2. Over four patients: (0.5 + 0.1) / 4.
     probability = np.array([0.22, 0.28, 0.9, 1.0])
     label = np.array([0.0, 1.0, 1.0, 1.0])
-    assert metrics.expected_calibration_error(probability, label) == pytest.approx(0.15)
+    assert evaluation.expected_calibration_error(probability, label) == pytest.approx(0.15)
 
 
 def test_feature_metrics_leave_absent_features_out():
@@ -83,7 +83,7 @@ def test_feature_metrics_leave_absent_features_out():
     target[:, 0] = 1.0, 3.0
     measured = np.zeros((2, 39), bool)
     measured[:, 0] = True
-    got = metrics.feature_metrics(prediction(np.zeros((2, 39))), rows(target, measured=measured))
+    got = evaluation.feature_metrics(prediction(np.zeros((2, 39))), rows(target, measured=measured))
     assert got == {"heart_rate": {"mae": 2.0, "coverage": 0.5, "measured": 2}}
 
 
@@ -111,7 +111,7 @@ def test_linear_baseline_recovers_a_linear_law(linear_world):
     got = baselines.linear_autoregression(train, test)
     assert root_mean_square(got.mu - test.inputs @ law) < 0.03  # 0.1 sqrt(90 / 2000) = 0.021
     np.testing.assert_allclose(got.sigma, 0.1, atol=0.01)
-    figures = metrics.state_metrics(got, test)
+    figures = evaluation.state_metrics(got, test)
     assert figures["mae"] == pytest.approx(0.1 * np.sqrt(2 / np.pi), rel=0.1)  # E|noise|
     assert figures["ventilation_auc"] > 0.99
 

@@ -20,9 +20,9 @@ from worldmodel.models.clinical_model import (
     Prediction,
     StateModel,
 )
+from worldmodel.models.evaluation import gaussian_crps
+from worldmodel.models.fitting import gaussian_nll, state_loss
 from worldmodel.models.gru import GRU, GRUCell
-from worldmodel.models.losses import gaussian_nll, state_loss
-from worldmodel.models.metrics import gaussian_crps
 from worldmodel.models.windows import (
     Target,
     encode_action,

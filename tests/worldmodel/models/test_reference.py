@@ -14,9 +14,10 @@ from worldmodel.models.reference import (
     OUTCOME_FILE,
     STATE_FILE,
     load_reference,
+    read_state_dict,
     save_reference,
+    write_state_dict,
 )
-from worldmodel.models.torch_files import read_state_dict, write_state_dict
 from worldmodel.models.world_model import init_world_model
 
 

@@ -11,8 +11,8 @@ from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.play import Job, play
 from worldmodel.simulate.step import advance
+from worldmodel.simulate.unroll import Job, play
 
 HORIZON = 24
 SMALL = {"hidden": 16, "embed": 4, "head": 8, "dropout": 0.0}

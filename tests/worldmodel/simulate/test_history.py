@@ -11,7 +11,7 @@ from worldmodel.clinical import sofa
 from worldmodel.errors import InputError
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import parse_plan
-from worldmodel.simulate.projection import project
+from worldmodel.simulate.step import project
 
 MAP, SYS, DIA = (schema.INDEX[name] for name in ("meanbp", "sysbp", "diabp"))
 

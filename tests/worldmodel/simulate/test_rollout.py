@@ -10,8 +10,8 @@ import pytest
 from tests.worldmodel.simulate.slow import play
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.simulate.abduction import abduct_noise
 from worldmodel.simulate.history import start_history
+from worldmodel.simulate.randomness import abduct_noise
 from worldmodel.simulate.rollout import rollout
 
 KEY = jax.random.key(11)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from worldmodel import schema
+from worldmodel.observation import View
 from worldmodel.simulate import sharded
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block, task_shape
-from worldmodel.view import View
 
 KEY = jax.random.key(5)
 FEATURES = ("meanbp", "lactate", "creatinine")

@@ -6,17 +6,17 @@ import pytest
 
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.simulate.groups import (
+from worldmodel.simulate.history import start_history
+from worldmodel.simulate.plans import RECORDED, plans_from, read_regimens
+from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block, task_shape
+from worldmodel.simulate.statistics import (
     disagreement,
     first_actions,
     group_statistics,
     standard_error,
     support,
 )
-from worldmodel.simulate.history import start_history
-from worldmodel.simulate.regimens import RECORDED, plans_from, read_regimens
-from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block, task_shape
 from worldmodel.simulate.sweep import find_starts, make_grid, padded
 
 # Where to start

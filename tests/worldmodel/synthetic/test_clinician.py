@@ -8,9 +8,9 @@ import numpy as np
 
 from tests.worldmodel.synthetic.conftest import WORLD
 from worldmodel import schema
+from worldmodel.observation import View
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.clinician import ClinicianParams, probabilities
-from worldmodel.view import View
 
 
 def view(meanbp=75.0, lactate=1.5, vasopressor=0, step=3):

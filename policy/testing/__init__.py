@@ -1,0 +1,1 @@
+"""Tiny language models for tests and demos, made without a network."""

@@ -1,0 +1,1 @@
+"""Training data of language models: questions, demonstrations, packed sequences, cache."""

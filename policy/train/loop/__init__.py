@@ -1,0 +1,1 @@
+"""The training loop: learner, optimizer, checkpoints, metrics, processes, publishing."""

@@ -1,0 +1,278 @@
+"""Settings and the training loop of every stage: a loss, an optimizer and the trainable parameters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from policy.qwen3.model import Qwen3
+from policy.qwen3.sharding import shardings
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.distributed import place_batch, place_state
+from policy.train.loop.metrics import Report, tokens_read
+from policy.train.loop.optimizer import Loss, State, initial_state, schedule, update
+from policy.train.losses import Summed
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
+
+
+class Learner:
+    """A model in training.
+
+    Args:
+      model: to start from; it stays as it is. Parameters that are trained are kept in the
+        configured types (products are made in the model's `dtype`), others are shared and keep
+        theirs.
+      loss: summed over a micro-batch; the gradient is that of the sum over all micro-batches of
+        an update, divided by their summed weight.
+      config: settings.
+      trainable: which parameters, as a filter of NNX, such as `nnx.LoRAParam`.
+      mesh: of `policy.qwen3.sharding.make_mesh`; parameters, moments and batches are split over
+        it. With several processes each gives the same model and the same batches.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        loss: Loss,
+        config: LearnerConfig,
+        *,
+        trainable: Any = nnx.Param,
+        mesh: Mesh | None = None,
+    ):
+        self.config = config
+        self._mesh = mesh
+        self._schedule = schedule(config)
+        parts: Any = nnx.split(model, trainable, ...)
+        self._graphdef, params, self._frozen = parts
+        make: Callable[[Any], State] = partial(initial_state, config=config)
+        of_update: dict[str, Any] = {}
+        if mesh is not None:
+            params, self._frozen = place_state((params, self._frozen), mesh)
+            places = shardings(jax.eval_shape(make, params), mesh)
+            make = jax.jit(make, out_shardings=places)
+            everywhere = NamedSharding(mesh, PartitionSpec())
+            of_update = {"out_shardings": (places, everywhere, everywhere)}
+        # Copies, since an update gives away the memory of what it replaces.
+        self.state = make(params)
+        self._update = jax.jit(
+            partial(update, self._graphdef, loss, config), donate_argnums=0, **of_update
+        )
+
+    @property
+    def step(self) -> int:
+        """Updates made."""
+        return int(self.state.step)
+
+    @property
+    def consumed(self) -> int:
+        """Micro-batches that `run` has taken, at which the data of a resumed run begin."""
+        return self.step * self.config.accumulate
+
+    def update(self, batch: Any) -> tuple[Summed, jax.Array]:
+        """One update.
+
+        Args:
+          batch: PyTree of leaves [accumulate, ...], one micro-batch each; with a mesh, of
+            [accumulate, rows, ...].
+
+        Returns:
+          The loss and its metrics summed over the batch, and the norm of the gradient; on the
+          device, so that the next update need not wait.
+
+        Raises:
+          InputError: the rows do not divide over the mesh.
+        """
+        if self._mesh is not None:
+            batch = place_batch(batch, self._mesh)
+        with self._on_mesh():
+            self.state, summed, norm = self._update(self.state, self._frozen, batch)
+        return summed, norm
+
+    def resume(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+        """Takes the state of the newest checkpoint.
+
+        Returns:
+          What else was saved with it; None, and all stays as it is, if there is no checkpoint.
+
+        Raises:
+          InputError: as `Checkpoints.restore`.
+        """
+        if checkpoints.latest() is None:
+            return None
+        self.state, extra, _ = checkpoints.restore(self.state)
+        return extra
+
+    def run(
+        self,
+        batches: Iterable[Any],
+        *,
+        report: Callable[[Report], None] | None = None,
+        checkpoints: Checkpoints | None = None,
+        extra: Callable[[], Mapping[str, Any]] = dict,
+    ) -> list[Report]:
+        """Updates up to `config.steps`.
+
+        Args:
+          batches: micro-batches, `accumulate` of which make an update; of a resumed run, those
+            after the first `consumed`.
+          report: called every `report_every` updates, and before a checkpoint is written.
+          checkpoints: written every `save_every` updates and at the end.
+          extra: JSON to save with a checkpoint.
+
+        Returns:
+          All reports.
+
+        Raises:
+          InputError: the loss is not finite (the last checkpoint is from before), there are too
+            few batches, or a checkpoint cannot be written.
+        """
+        config = self.config
+        reports: list[Report] = []
+        done = self.step
+        waiting: list[tuple[Summed, jax.Array]] = []
+        read = 0
+        began = time.perf_counter()
+        for batch in islice(self._stacked(batches), config.steps - done):
+            waiting.append(self.update(batch))
+            read += tokens_read(batch)
+            done += 1
+            if done % config.report_every == 0 or done == config.steps:
+                found = self._report(jax.device_get(waiting), read, done, began)
+                reports.append(found)
+                if report is not None:
+                    report(found)
+                due = done == config.steps or (config.save_every and done % config.save_every == 0)
+                if checkpoints is not None and due:
+                    checkpoints.save(done, self.state, extra())
+                waiting, read, began = [], 0, time.perf_counter()
+        if done < config.steps:
+            raise InputError(f"batches: ended after {done} of {config.steps} updates")
+        return reports
+
+    def model(self) -> Qwen3:
+        """A copy of the model as it is now, trained parameters in the types they are kept in."""
+        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self.state.params)
+        return nnx.merge(self._graphdef, params, self._frozen)
+
+    def _on_mesh(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
+    def _stacked(self, batches: Iterable[Any]) -> Iterator[Any]:
+        source = iter(batches)
+        while len(group := list(islice(source, self.config.accumulate))) == self.config.accumulate:
+            yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
+
+    def _report(
+        self, found: list[tuple[Summed, jax.Array]], read: int, step: int, began: float
+    ) -> Report:
+        for number, (loss, norm) in enumerate(found, step - len(found) + 1):
+            require_finite(number, loss, norm)
+        losses, norms = zip(*found, strict=True)
+        tokens = float(sum(loss.weight for loss in losses))
+        share = 1.0 / max(tokens, 1.0)
+        seconds = time.perf_counter() - began
+        return Report(
+            step=step,
+            loss=share * float(sum(loss.total for loss in losses)),
+            tokens=tokens / len(found),
+            tokens_read=read / len(found),
+            tokens_per_s=tokens / seconds,
+            seconds=seconds / len(found),
+            gradient_norm=float(np.mean(norms)),
+            learning_rate=float(self._schedule(step - 1)),
+            metrics={
+                name: share * float(sum(loss.metrics[name] for loss in losses))
+                for name in losses[0].metrics
+            },
+        )
+
+
+def require_finite(step: int, loss: Summed, norm: Any) -> None:
+    """Makes sure that an update did not destroy the parameters.
+
+    Args:
+      step: of the update, counted from 1, for the message.
+      loss, norm: as `Learner.update` returned them.
+
+    Raises:
+      InputError: the loss or the norm of its gradient is not finite.
+    """
+    if not (np.isfinite(loss.total) and np.isfinite(norm)):
+        raise InputError(
+            f"training: the loss or its gradient is not finite in update {step}; lower "
+            "learning_rate or look for damaged data"
+        )
+
+
+def cast(model: Qwen3, dtype: Any) -> Qwen3:
+    """A model with all parameters in another type, such as to save what was trained."""
+    graphdef, params = nnx.split(model)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How to learn.
+
+    Attributes:
+      steps: updates; the schedule ends with the last.
+      learning_rate: peak of a linear warm-up and a cosine decay.
+      warm_up: updates until the peak.
+      final_share: of the peak, that remains at the end.
+      weight_decay: decoupled, on matrices only.
+      beta1, beta2: decay of Adam's moments.
+      clip_norm: of the gradient over all parameters.
+      accumulate: micro-batches per update; their tokens weigh alike, wherever they are.
+      report_every: updates between two reports, and between two checks of the loss.
+      save_every: updates between two checkpoints, a multiple of `report_every`; 0 for one at the
+        end alone.
+      param_dtype: of trained matrices; bfloat16 is rounded stochastically after each update.
+        Norms are float32 in any case.
+      moment_dtype: of Adam's moments of matrices, likewise.
+      seed: of the rounding.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-5
+    warm_up: int = 20
+    final_share: float = 0.1
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    report_every: int = 10
+    save_every: int = 0
+    param_dtype: str = "float32"
+    moment_dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "steps", "accumulate", "report_every")
+        require(self, "0 or more", lambda x: x >= 0, "learning_rate", "warm_up", "weight_decay")
+        require(self, "above 0", lambda x: x > 0, "clip_norm")
+        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "final_share")
+        require(self, "within [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+        require(self, f"one of {DTYPES}", DTYPES.__contains__, "param_dtype", "moment_dtype")
+        if self.warm_up > self.steps:
+            raise InputError(f"warm_up: got {self.warm_up}, more than the {self.steps} steps")
+        if self.save_every < 0 or self.save_every % self.report_every:
+            raise InputError(
+                f"save_every: got {self.save_every}, expected a multiple of report_every "
+                f"({self.report_every}), so that no report spans a checkpoint; or 0"
+            )

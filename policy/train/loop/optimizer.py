@@ -1,0 +1,171 @@
+"""One update: gradients summed over micro-batches, AdamW, and bfloat16 with stochastic rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from policy.qwen3.model import Qwen3
+from policy.train.loop.learner import LearnerConfig
+from policy.train.losses import Summed
+
+Loss = Callable[[Qwen3, Any], Summed]
+"""Of a model and a micro-batch."""
+
+
+class State(NamedTuple):
+    """What learning changes."""
+
+    params: nnx.State  # matrices in the configured type, the rest float32
+    optimizer: optax.OptState
+    step: jax.Array  # [] int32 updates made
+
+
+def schedule(config: LearnerConfig) -> optax.Schedule:
+    """The learning rate by update."""
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if config.warm_up else config.learning_rate,
+        peak_value=config.learning_rate,
+        warmup_steps=config.warm_up,
+        decay_steps=max(config.steps, config.warm_up + 1),
+        end_value=config.final_share * config.learning_rate,
+    )
+
+
+def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
+    """AdamW behind a clipped gradient."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            schedule(config),
+            b1=config.beta1,
+            b2=config.beta2,
+            weight_decay=config.weight_decay,
+            mask=partial(jax.tree.map_with_path, _is_matrix),
+        ),
+    )
+
+
+def initial_state(params: Any, config: LearnerConfig) -> State:
+    """The state before the first update.
+
+    Args:
+      params: of any type; matrices are rounded to the nearest.
+    """
+    params = _of_matrices(params, config.param_dtype)
+    moments = optimizer(config).init(widen(params))
+    return State(params, _of_matrices(moments, config.moment_dtype), jnp.int32(0))
+
+
+def update(
+    graphdef: Any, loss: Loss, config: LearnerConfig, state: State, frozen: Any, batch: Any
+) -> tuple[State, Summed, jax.Array]:
+    """One update.
+
+    Args:
+      graphdef, frozen: the model but for the parameters in `state`.
+      loss: summed over a micro-batch; the gradient is that of the sum over all micro-batches,
+        divided by their summed weight.
+      config: as at `initial_state`.
+      batch: PyTree of leaves [accumulate, ...].
+
+    Returns:
+      The next state; the loss summed over the batch; the norm of the gradient before clipping.
+    """
+
+    def of_micro_batch(params: Any, micro: Any) -> tuple[jax.Array, Summed]:
+        params = jax.tree.map_with_path(_sum_in_float32, params)
+        summed = loss(nnx.merge(graphdef, params, frozen), micro)
+        return summed.total, summed
+
+    def add(so_far: Any, micro: Any) -> tuple[Any, None]:
+        gradient, summed = jax.grad(of_micro_batch, has_aux=True)(state.params, micro)
+        return jax.tree.map(jnp.add, so_far, (widen(gradient), summed)), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], batch)
+    of_loss = jax.eval_shape(lambda micro: of_micro_batch(state.params, micro)[1], first)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_loss)
+    no_gradient = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), state.params)
+    (gradient, summed), _ = jax.lax.scan(add, (no_gradient, nothing), batch)
+    gradient = jax.tree.map(lambda g: g / jnp.maximum(summed.weight, 1.0), gradient)
+
+    params, moments = widen(state.params), widen(state.optimizer)
+    change, moments = optimizer(config).update(gradient, moments, params)
+    of_params, of_moments = jax.random.split(
+        jax.random.fold_in(jax.random.key(config.seed), state.step)
+    )
+    new = State(
+        store(optax.apply_updates(params, change), state.params, of_params),
+        store(moments, state.optimizer, of_moments),
+        state.step + 1,
+    )
+    return new, summed, optax.tree.norm(gradient)
+
+
+def _is_matrix(path: Any, leaf: Any) -> bool:
+    """Norms of stacked layers have two axes too, so names tell."""
+    return "scale" not in jax.tree_util.keystr(path)
+
+
+def _of_matrices(tree: Any, dtype: str) -> Any:
+    def one(path: Any, leaf: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.array(leaf)
+        return jnp.array(leaf, dtype if _is_matrix(path, leaf) else jnp.float32)
+
+    return jax.tree.map_with_path(one, tree)
+
+
+def _sum_in_float32(path: Any, leaf: jax.Array) -> jax.Array:
+    """Outside of the layers: embeddings collect many gradients, one per token or chunk of logits.
+
+    A layer's matrices get one each, whose sum is float32 inside the product.
+    """
+    return leaf if "layers" in jax.tree_util.keystr(path) else widen(leaf)
+
+
+def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of its two neighbours in bfloat16; their mean over keys is x.
+
+    Args:
+      x: float32, any shape. What bfloat16 holds exactly stays, and so does what is not finite.
+      key: each element's draw depends on the key and its index, not on how x is sharded.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = (bits + noise) & jnp.uint32(0xFFFF0000)  # a carry out of the lower half rounds up
+    rounded = jax.lax.bitcast_convert_type(cut, jnp.float32)
+    return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def store(tree: Any, like: Any, key: jax.Array) -> Any:
+    """A tree in the types of another; float32 becomes bfloat16 by stochastic rounding.
+
+    Args:
+      tree: arrays.
+      like: arrays of the same structure.
+      key: leaves get keys of their own.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+
+    def one(index: int, x: jax.Array, old: jax.Array) -> jax.Array:
+        if x.dtype == jnp.float32 and old.dtype == jnp.bfloat16:
+            return round_stochastically(x, jax.random.fold_in(key, index))
+        return x.astype(old.dtype)
+
+    pairs = enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+    return jax.tree.unflatten(structure, [one(index, *pair) for index, pair in pairs])
+
+
+def widen(tree: Any) -> Any:
+    """A tree with bfloat16 as float32, and the rest as it is."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
+        tree,
+    )

@@ -1,0 +1,337 @@
+"""Advantage assignment: from the rewards of stays to an advantage of every decision."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from policy.agent.dialogue import COMPLETED, Decision, Stay
+from worldmodel import schema
+from worldmodel.clinical.rules import g1_untreated_hypoperfusion, g2_unneeded_escalation
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
+
+Labels = Sequence[Hashable] | np.ndarray
+"""[N] one label per entry; equal labels belong together."""
+
+
+def group_relative(
+    returns: np.ndarray,
+    groups: Labels,
+    *,
+    scale: bool = True,
+    leave_one_out: bool = False,
+    epsilon: float = 1e-4,
+) -> np.ndarray:
+    """Returns less their group's mean.
+
+    Args:
+      returns: [N].
+      groups: [N].
+      scale: divide by the group's standard deviation (of a sample, n - 1) plus epsilon, as GRPO
+        does (arXiv 2402.03300); Dr. GRPO (2503.20783) does not, since it favours groups that
+        hardly differ.
+      leave_one_out: subtract the mean of the others (RLOO, 2402.14740) instead.
+      epsilon: in units of returns.
+
+    Returns:
+      [N] float32; 0 where a group has one member, which nothing can be compared with.
+
+    Raises:
+      InputError: lengths differ, or a return is not finite.
+    """
+    values, index = _grouped(returns, groups)
+    count = np.bincount(index)
+    centred = values - (np.bincount(index, values) / count)[index]
+    advantage = centred
+    others = np.maximum(count - 1, 1)
+    if leave_one_out:
+        advantage = centred * (count / others)[index]
+    if scale:
+        deviation = np.sqrt(np.bincount(index, centred**2) / others)
+        advantage = advantage / (deviation + epsilon)[index]
+    return np.where(count[index] > 1, advantage, 0.0).astype(np.float32)
+
+
+def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6) -> np.ndarray:
+    """Whose group differs in its returns; the others have no gradient (DAPO, arXiv 2503.14476).
+
+    Args:
+      returns: [N].
+      groups: [N].
+      tolerance: on the range within a group.
+
+    Returns:
+      [N] bool.
+
+    Raises:
+      InputError: as `group_relative`.
+    """
+    values, index = _grouped(returns, groups)
+    lowest, highest = (np.full(index.max(initial=-1) + 1, end) for end in (np.inf, -np.inf))
+    np.minimum.at(lowest, index, values)
+    np.maximum.at(highest, index, values)
+    return (highest - lowest > tolerance)[index]
+
+
+def returns_to_go(rewards: np.ndarray, episodes: Labels, *, discount: float) -> np.ndarray:
+    """Discounted sums of each step's reward and those after it in its episode.
+
+    Args:
+      rewards: [M] of steps, those of an episode in order (other episodes may lie between).
+      episodes: [M].
+      discount: per step, within [0, 1].
+
+    Returns:
+      [M] float32.
+
+    Raises:
+      InputError: as `group_relative`, or the discount is out of range.
+    """
+    if not 0 <= discount <= 1:
+        raise InputError(f"discount: got {discount}, expected within [0, 1]")
+    values, index = _grouped(rewards, episodes)
+    ahead = np.zeros(index.max(initial=-1) + 1)
+    found = np.empty(len(values))
+    for step in range(len(values) - 1, -1, -1):
+        ahead[index[step]] = values[step] + discount * ahead[index[step]]
+        found[step] = ahead[index[step]]
+    return found.astype(np.float32)
+
+
+def step_relative(
+    to_go: np.ndarray,
+    anchors: Labels,
+    groups: Labels,
+    *,
+    scale: bool = True,
+    epsilon: float = 1e-4,
+) -> np.ndarray:
+    """Returns to go beside those of other steps that began in an equal state.
+
+    Args:
+      to_go: [M] of `returns_to_go`.
+      anchors: [M] the state before each step; states of real numbers meet again only where they
+        are rounded, or where rollouts begin.
+      groups: [M]; anchors are compared within a group.
+      scale, epsilon: as for `group_relative`.
+
+    Returns:
+      [M] float32; 0 where nobody else was in that state.
+
+    Raises:
+      InputError: as `group_relative`.
+    """
+    if len(anchors) != len(groups):
+        raise InputError(f"anchors: got {len(anchors)}, expected {len(groups)} as for groups")
+    places = list(zip(_listed(groups), _listed(anchors), strict=True))
+    return group_relative(to_go, places, scale=scale, epsilon=epsilon)
+
+
+def gigpo(
+    returns: np.ndarray,
+    groups: Labels,
+    to_go: np.ndarray,
+    anchors: Labels,
+    episodes: np.ndarray,
+    *,
+    weight: float = 1.0,
+    scale: bool = True,
+    epsilon: float = 1e-4,
+) -> np.ndarray:
+    """Advantages of steps: that of the episode plus that of the step (GiGPO, arXiv 2505.10978).
+
+    Args:
+      returns: [N] of whole episodes.
+      groups: [N] of episodes.
+      to_go: [M] of steps.
+      anchors: [M] the state before each step.
+      episodes: [M] int, the index within N of each step's episode.
+      weight: of the step's part.
+      scale, epsilon: as for `group_relative`.
+
+    Returns:
+      [M] float32.
+
+    Raises:
+      InputError: as `step_relative`, or an index of an episode is out of range.
+    """
+    places = np.asarray(episodes)
+    if places.size and not (places.min() >= 0 and places.max() < len(returns)):
+        raise InputError(f"episodes: expected indices below {len(returns)}")
+    whole = group_relative(returns, groups, scale=scale, epsilon=epsilon)
+    labels = _listed(groups)
+    step = step_relative(
+        to_go, anchors, [labels[place] for place in places], scale=scale, epsilon=epsilon
+    )
+    return whole[places] + np.float32(weight) * step
+
+
+def _grouped(values: np.ndarray, groups: Labels) -> tuple[np.ndarray, np.ndarray]:
+    """Values as float64, and the number of each one's group."""
+    checked = np.asarray(values, np.float64)
+    if checked.ndim != 1 or len(checked) != len(groups):
+        raise InputError(
+            f"returns or rewards: got shape {checked.shape} and {len(groups)} labels, expected [N]"
+        )
+    if not np.isfinite(checked).all():
+        bad = int((~np.isfinite(checked)).sum())
+        raise InputError(f"returns or rewards: {bad} of {len(checked)} are not finite")
+    numbers: dict[Hashable, int] = {}
+    index = [numbers.setdefault(label, len(numbers)) for label in _listed(groups)]
+    return checked, np.array(index, np.int64)
+
+
+def _listed(labels: Labels) -> Sequence[Hashable]:
+    return labels.tolist() if isinstance(labels, np.ndarray) else labels
+
+
+SMALLEST_SPREAD = 0.1
+"""In units of rewards; what divides advantages that hardly differ."""
+
+EPISODE, STEP, COUNTERFACTUAL = KINDS = ("episode", "step", "counterfactual")
+
+
+@dataclass(frozen=True)
+class CreditConfig:
+    """Who deserves what.
+
+    Attributes:
+      kind: "episode": a stay's return beside those of the same patient (GRPO, 2402.03300); "step":
+        with it, each decision's return beside those from an equal state (GiGPO, 2505.10978);
+        "counterfactual": each decision beside the other 24 actions from the same state
+        (`policy.train.rl.counterfactual`).
+      scale: divide by a standard deviation: of the group for the first two (Dr. GRPO, 2503.20783,
+        leaves it out); for the third, of all decisions of the batch, whose mean is subtracted.
+      bound: on the size of advantages, after scaling; none if not given. What is said in a failed
+        dialogue is far from all that was learned, and a strong push away from it harms the rest.
+      step_weight: of a decision's share, in "step".
+      failure: reward of a stay that fails.
+      refusal: reward of a refused call or reply.
+      violation: reward of breaking a guideline rule, G1 or G2, on top of what the world gives.
+    """
+
+    kind: str = COUNTERFACTUAL
+    scale: bool = True
+    bound: float | None = None
+    step_weight: float = 1.0
+    failure: float = -15.0
+    refusal: float = -1.0
+    violation: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self, f"one of {', '.join(KINDS)}", KINDS.__contains__, "kind")
+        require(self, "0 or more", lambda x: x >= 0, "step_weight")
+        require(self, "0 or less", lambda x: x <= 0, "failure", "refusal", "violation")
+        if self.bound is not None:
+            require(self, "above 0", lambda x: x > 0, "bound")
+
+
+class Credits(NamedTuple):
+    """Advantages by stay, and whom there is something to learn from."""
+
+    of_decisions: list[np.ndarray]  # [decisions (+ 1 of a failed stay)] float32 each
+    kept: np.ndarray  # [stays] bool; not where all of a group earned the same
+
+
+def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
+    """Advantages of all decisions of a batch of stays.
+
+    Args:
+      stays: those of the same patient form a group, and had the same luck.
+      config: settings.
+
+    Raises:
+      InputError: counterfactual credit, but the ward had no observer.
+    """
+    if config.kind == COUNTERFACTUAL:
+        found = _counterfactual(stays, config)
+        return Credits(_bounded(found, config), np.array([len(one) > 0 for one in found]))
+    earned = [rewards(stay, config) for stay in stays]
+    groups = [stay.patient for stay in stays]
+    totals = np.array([one.sum() for one in earned])
+    episodes = np.repeat(np.arange(len(stays)), [len(one) for one in earned])
+    if config.kind == EPISODE:
+        flat = group_relative(totals, groups, scale=config.scale)[episodes]
+    else:
+        to_go = returns_to_go(np.concatenate(earned), episodes, discount=1.0)
+        flat = gigpo(
+            totals, groups, to_go, _anchors(stays, earned), episodes,
+            weight=config.step_weight, scale=config.scale,
+        )  # fmt: skip
+    found = np.split(flat, np.cumsum([len(one) for one in earned])[:-1])
+    return Credits(_bounded(found, config), informative(totals, groups))
+
+
+def _bounded(found: list[np.ndarray], config: CreditConfig) -> list[np.ndarray]:
+    if config.bound is None:
+        return found
+    return [np.clip(one, -config.bound, config.bound) for one in found]
+
+
+def rewards(stay: Stay, config: CreditConfig) -> np.ndarray:
+    """[decisions (+ 1)] what each decision earned; a failed stay ends with one that was not made.
+
+    Args:
+      stay: completed or failed; refused calls and replies are priced at the decision that they
+        came before.
+      config: prices.
+    """
+    earned = [decision.reward for decision in stay.decisions] + prices(stay.decisions, config)
+    return np.append(earned, _of_failure(stay, config)).astype(np.float32)
+
+
+def prices(decisions: Sequence[Decision], config: CreditConfig) -> np.ndarray:
+    """[decisions] what refusals and broken rules cost."""
+    refused = np.array([decision.invalid for decision in decisions])
+    return config.refusal * refused + config.violation * breaks_rules(decisions)
+
+
+def breaks_rules(decisions: Sequence[Decision]) -> np.ndarray:
+    """[decisions] bool; whether G1 or G2 is broken, of which only one can be."""
+
+    def column(name: str) -> Any:
+        return np.array([getattr(decision, name) for decision in decisions])
+
+    vasopressor, fluid = schema.action_levels(column("action"))
+    meanbp, before = column("meanbp"), column("previous_vasopressor")
+    g1 = g1_untreated_hypoperfusion(meanbp, column("lactate"), vasopressor, fluid)
+    g2 = g2_unneeded_escalation(meanbp, vasopressor, before, column("step"))
+    return np.asarray(g1 | g2)
+
+
+def _of_failure(stay: Stay, config: CreditConfig) -> list[float]:
+    if stay.status == COMPLETED:
+        return []
+    refused = sum(stay.invalid.values()) - sum(decision.invalid for decision in stay.decisions)
+    return [config.failure + config.refusal * refused]
+
+
+def _counterfactual(stays: Sequence[Stay], config: CreditConfig) -> list[np.ndarray]:
+    """An action's advantage and its price; of a failure, its price."""
+    found = []
+    for stay in stays:
+        gains = []
+        for decision in stay.decisions:
+            if decision.values is None:
+                raise InputError("credit: counterfactual needs a ward with an observer of values")
+            gains.append(decision.values[decision.action])
+        one = np.append(gains + prices(stay.decisions, config), _of_failure(stay, config))
+        found.append(one.astype(np.float32))
+    if config.scale:
+        flat = np.concatenate(found)
+        center, spread = float(flat.mean()), float(flat.std())
+        found = [(one - center) / max(spread, SMALLEST_SPREAD) for one in found]
+    return found
+
+
+def _anchors(stays: Sequence[Stay], earned: list[np.ndarray]) -> list[tuple[int, ...]]:
+    """States before all decisions: with equal luck, equal actions lead to equal states."""
+    return [
+        tuple(decision.action for decision in stay.decisions[:taken])
+        for stay, one in zip(stays, earned, strict=True)
+        for taken in range(len(one))
+    ]

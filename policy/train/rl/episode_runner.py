@@ -1,0 +1,88 @@
+"""Where dialogues are held for training: a world, a world model to ask, and what is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+
+from policy.agent.dialogue import DialogueConfig, Stay, treat_all
+from policy.agent.env_pool import Admission, Observer, Ward, admit
+from policy.agent.forecast import Forecaster
+from policy.agent.prompts import Prompts
+from policy.serving.backend import Backend
+from policy.serving.batching import Lockstep
+from policy.train.data.demonstrations import demonstrate
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.observation import PolicyFn
+from worldmodel.synthetic import patient_keys
+
+
+@dataclass(frozen=True)
+class Clinic:
+    """A world with patients without end, each of a luck of their own.
+
+    Attributes:
+      env: the world; its observations look back `Forecaster.past` rows.
+      forecaster: the world model that answers simulations; None where there is none to ask.
+      prompts: what is told.
+      dialogue: bounds of dialogues, and how replies are drawn.
+      seed: of the patients; another seed, other patients.
+      concurrency: stays in treatment at the same time, and patients in a batch.
+    """
+
+    env: SepsisEnv
+    forecaster: Forecaster | None
+    prompts: Prompts
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+    seed: int = 0
+    concurrency: int = 64
+
+    def admit(self, patients: Sequence[int] | np.ndarray) -> Admission:
+        """Patients by number; the same number is the same patient with the same luck."""
+        numbers = np.asarray(patients, np.int32)
+        return admit(self.env, patient_keys(jax.random.key(self.seed), numbers), numbers)
+
+    def demonstrate(self, policy: PolicyFn, patients: Sequence[int] | np.ndarray) -> list[Stay]:
+        """Stays under a policy, as `policy.train.data.demonstrations.demonstrate`."""
+        return demonstrate(
+            policy, self.env, self.admit(patients), self.forecaster, self.prompts, self.dialogue,
+            seed=self.seed, capacity=self.concurrency,
+        )  # fmt: skip
+
+    async def treat(
+        self,
+        backend: Backend,
+        patients: Sequence[int] | np.ndarray,
+        *,
+        seeds: Sequence[int],
+        observer: Observer | None = None,
+        lockstep: Lockstep | None = None,
+    ) -> list[Stay]:
+        """Stays under a language model, in the order of the patients.
+
+        Args:
+          backend: the model.
+          patients: [N] numbers; one may come several times.
+          seeds: [N] of the replies; a patient who comes again needs another.
+          observer, lockstep: as for `policy.agent.env_pool.Ward`.
+        """
+        ward = Ward(
+            self.env, self.admit(patients), self.forecaster, capacity=self.concurrency,
+            observer=observer, lockstep=lockstep,
+        )  # fmt: skip
+        try:
+            return await treat_all(
+                np.asarray(patients).tolist(), backend, ward, self.prompts, self.dialogue,
+                seeds=seeds, concurrency=self.concurrency,
+            )  # fmt: skip
+        finally:
+            ward.close()
+
+    def elsewhere(self, *, env: SepsisEnv | None = None, seed: int | None = None) -> Clinic:
+        """The same with other patients, or in another world."""
+        return replace(
+            self, env=self.env if env is None else env, seed=self.seed if seed is None else seed
+        )

@@ -1,0 +1,203 @@
+"""Sampled trajectories as packed rows, and the minibatch updates of one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from policy.agent.dialogue import Stay
+from policy.qwen3.logprobs import token_logprobs
+from policy.qwen3.model import Qwen3
+from policy.train.data.packing import Dialogue, as_read, layout
+from policy.train.loop.learner import Learner, require_finite
+from policy.train.losses import RolloutRows, mismatch
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A conversation of T tokens as it was drawn."""
+
+    dialogue: Dialogue
+    behavior: np.ndarray  # [T] float32 log-probability when drawn; 0 on what was told
+    advantage: np.ndarray  # [T] float32
+
+    def __len__(self) -> int:
+        return len(self.dialogue)
+
+
+def decision_of_turns(stay: Stay) -> np.ndarray:
+    """[turns] index of the decision that each turn belongs to; after the last, their number."""
+    ends = [decision.turn for decision in stay.decisions]
+    return np.searchsorted(ends, np.arange(len(stay.turns)))
+
+
+def trajectories(stay: Stay, credit: Sequence[float] | np.ndarray) -> list[Trajectory]:
+    """The conversations of a stay with the credit of its decisions.
+
+    Args:
+      stay: with ids and log-probabilities of its replies.
+      credit: [decisions], and one more for what was said after the last.
+
+    Raises:
+      InputError: a reply came without its ids.
+    """
+    of_turns = np.append(credit, 0.0)[decision_of_turns(stay)]
+    turns = list(zip(stay.turns, of_turns.tolist(), strict=True))
+    found = []
+    for dialogue in as_read(stay):
+        behavior = np.zeros(len(dialogue), np.float32)
+        advantage = np.zeros(len(dialogue), np.float32)
+        for end in dialogue.ends().tolist():
+            turn, value = turns.pop(0)
+            spoken = slice(end - len(turn.reply.token_ids or ()), end)
+            behavior[spoken] = turn.reply.logprobs
+            advantage[spoken] = value
+        found.append(Trajectory(dialogue, behavior, advantage))
+    return found
+
+
+def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) -> RolloutRows:
+    """Rows [R, length]; `proximal` is `behavior` and `reference` zero until they are computed.
+
+    Args:
+      members: of at most `length` tokens each.
+      length, seed: as for `policy.train.data.packing.pack`.
+
+    Raises:
+      InputError: as `policy.train.data.packing.pack`.
+    """
+    places = layout([len(member) for member in members], length, seed=seed)
+    shape = (1 + max(place.row for place in places), length)
+    rows = RolloutRows(
+        *(np.zeros(shape, kind) for kind in (*[np.int32] * 3, bool, *[np.float32] * 4))
+    )
+    for member, place in zip(members, places, strict=True):
+        here = (place.row, slice(place.start, place.start + len(member)))
+        rows.ids[here] = member.dialogue.ids
+        rows.positions[here] = np.arange(len(member))
+        rows.segments[here] = place.number
+        rows.mask[here] = member.dialogue.own
+        rows.behavior[here] = rows.proximal[here] = member.behavior
+        rows.advantage[here] = member.advantage
+    return rows
+
+
+class Updates:
+    """Learns from one batch after the other.
+
+    Args:
+      learner: its loss is `objectives.policy_loss`.
+      count: updates per batch, at most one per row.
+      row_length: tokens per row; no trajectory may be longer.
+      rows: per micro-batch.
+      temperature: at which the batches are sampled.
+      reference: model that the objective's divergence is from; none where its weight is 0.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        *,
+        count: int,
+        row_length: int,
+        rows: int,
+        temperature: float,
+        reference: Qwen3 | None = None,
+    ):
+        self._learner, self._count, self._reference = learner, count, reference
+        self._row_length, self._rows = row_length, rows
+        self._logprobs = jax.jit(partial(_logprobs, temperature=temperature), static_argnums=0)
+
+    def learn(self, members: Sequence[Trajectory], *, seed: int) -> dict[str, float]:
+        """Updates the learner; log-probabilities of the batch are those before the first update.
+
+        Args:
+          members: the batch, at least one.
+          seed: of the order of trajectories and rows.
+
+        Returns:
+          Figures by name: the loss and its metrics as means over the batch, `mismatch_*` between
+          sampler and trainer, and numbers of tokens.
+
+        Raises:
+          InputError: the loss or a log-probability is not finite.
+        """
+        learner = self._learner
+        rows = pack_trajectories(members, self._row_length, seed=seed)
+        rows = rows._replace(proximal=self._logprobs_of(learner.model(), rows))
+        if self._reference is not None:
+            rows = rows._replace(reference=self._logprobs_of(self._reference, rows))
+        figures = {
+            f"mismatch_{name}": value
+            for name, value in mismatch(rows.behavior, rows.proximal, rows.mask).items()
+        }
+        found = []
+        for part in _parts(rows, self._count, seed=seed):
+            summed, norm = jax.device_get(learner.update(_micro_batches(part, self._rows)))
+            require_finite(learner.step, summed, norm)
+            found.append((summed, norm))
+        tokens = sum(float(summed.weight) for summed, _ in found)
+        figures |= {
+            name: sum(float(summed.metrics[name]) for summed, _ in found) / tokens
+            for name in found[0][0].metrics
+        }
+        return figures | {
+            "loss": sum(float(summed.total) for summed, _ in found) / tokens,
+            "gradient_norm": float(np.mean([norm for _, norm in found])),
+            "learned_tokens": float(rows.mask.sum()),
+            "read_tokens": float(np.count_nonzero(rows.segments)),
+        }
+
+    def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
+        graphdef, state = nnx.split(model)
+        batches = _micro_batches(rows, self._rows)
+        found = [
+            np.asarray(self._logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3])))
+            for i in range(len(batches.ids))
+        ]
+        return np.concatenate(found)[: len(rows.ids)]
+
+
+def _logprobs(
+    graphdef: Any,
+    state: Any,
+    ids: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    *,
+    temperature: float,
+) -> jax.Array:
+    model = nnx.merge(graphdef, state)
+    return token_logprobs(
+        model, ids, positions=positions, segments=segments, temperature=temperature
+    ).logprob
+
+
+def _parts(rows: RolloutRows, count: int, *, seed: int) -> list[RolloutRows]:
+    """At most `count` parts of about equally many rows, in an order drawn by the seed."""
+    order = np.random.default_rng(seed).permutation(len(rows.ids))
+    parts = np.array_split(order, min(count, len(order)))
+    return [RolloutRows(*(leaf[part] for leaf in rows)) for part in parts]
+
+
+def _micro_batches(rows: RolloutRows, size: int) -> RolloutRows:
+    """[A, size, L], filled up with empty rows; A is one of few numbers, so are the programs."""
+    count = _rounded(-(-len(rows.ids) // size)) * size
+    return RolloutRows(
+        *(
+            np.pad(leaf, ((0, count - len(leaf)), (0, 0))).reshape(-1, size, leaf.shape[1])
+            for leaf in rows
+        )
+    )
+
+
+def _rounded(count: int) -> int:
+    """Up to three leading binary digits: 1 to 8, 10, 12, 14, 16, 20, ..."""
+    unit = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // unit) * unit

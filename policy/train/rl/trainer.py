@@ -1,0 +1,279 @@
+"""Agentic reinforcement learning: the model treats simulated patients and learns from what came.
+
+One iteration is a batch of stays, held by the generator with one version of the weights, and a
+few updates on all tokens of these stays. With a staleness of S, batch k is held with the weights
+that had learned from batch k - S - 1 and before, while the learner is still at work on the
+batches between: generator and learner never wait for each other by more than that, and which
+weights drew which token does not depend on who was faster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from policy.agent.dialogue import NO_BACKEND, Stay
+from policy.agent.env_pool import Observer
+from policy.qwen3.model import Qwen3
+from policy.serving.backend import Backend
+from policy.serving.batching import Lockstep
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.learner import Learner, cast
+from policy.train.loop.publishing import Publisher
+from policy.train.losses import PRESETS, Objective, policy_loss
+from policy.train.rl.advantages import EPISODE, STEP, CreditConfig, credits
+from policy.train.rl.episode_runner import Clinic
+from policy.train.rl.minibatch_update import Updates, trajectories
+from worldmodel.configuration import require
+from worldmodel.errors import InputError
+
+
+@dataclass(frozen=True)
+class AgenticConfig:
+    """What is played, and how it is learned.
+
+    Attributes:
+      iterations: batches of stays.
+      patients: in a batch.
+      replicas: stays of each patient in a batch; what compares stays of a patient needs several.
+      updates: of the weights per batch, each on another part of it.
+      row_length: tokens per row; conversations that are longer are left out, and counted.
+      rows: per micro-batch.
+      staleness: versions that the generator may be behind the learner.
+      remat: as for `qwen3.logprobs.token_logprobs`.
+      credit: who deserves what.
+      objective: what is made small.
+    """
+
+    iterations: int = 50
+    patients: int = 64
+    replicas: int = 1
+    updates: int = 2
+    row_length: int = 4096
+    rows: int = 8
+    staleness: int = 0
+    remat: str = "none"
+    credit: CreditConfig = field(default_factory=CreditConfig)
+    objective: Objective = PRESETS["DAPO"]
+
+    def __post_init__(self) -> None:
+        counts = ("iterations", "patients", "replicas", "updates", "row_length", "rows")
+        require(self, "at least 1", lambda n: n >= 1, *counts)
+        require(self, "0 or more", lambda n: n >= 0, "staleness")
+        if self.credit.kind in (EPISODE, STEP) and self.replicas < 2:
+            raise InputError(
+                f"replicas: got {self.replicas}, but {self.credit.kind!r} credit compares stays of "
+                "the same patient; expected at least 2"
+            )
+
+
+def agentic_loss(config: AgenticConfig, temperature: float) -> Callable[[Qwen3, Any], Any]:
+    """The loss that the learner of an `AgenticTrainer` must have been made with."""
+    return partial(
+        policy_loss, objective=config.objective, temperature=temperature, remat=config.remat
+    )
+
+
+class AgenticTrainer:
+    """Generator, world and learner in one loop.
+
+    Args:
+      learner: with `agentic_loss`; its updates are `config.updates` per iteration.
+      clinic: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
+        would otherwise speak of different distributions.
+      backend: the model as the dialogues see it.
+      publisher: gives it new weights.
+      config: settings.
+      reference: model that the objective's divergence is from; needed where its weight is not 0.
+      observer: of the ward, for counterfactual credit.
+      lockstep: as for `Clinic.treat`; with the embedded generator equal runs are then equal.
+      dtype: of the weights that are published.
+
+    Raises:
+      InputError: `top_p` is not 1, or a reference or an observer is missing.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        clinic: Clinic,
+        backend: Backend,
+        publisher: Publisher,
+        config: AgenticConfig,
+        *,
+        reference: Qwen3 | None = None,
+        observer: Observer | None = None,
+        lockstep: Lockstep | None = None,
+        dtype: Any = "float32",
+    ):
+        sampling = clinic.dialogue.sampling
+        if sampling.top_p != 1.0 or sampling.temperature <= 0:
+            raise InputError(
+                f"sampling: got top_p {sampling.top_p} and temperature {sampling.temperature}; "
+                "reinforcement learning needs top_p 1 and a temperature above 0"
+            )
+        if config.objective.kl_weight and reference is None:
+            raise InputError("objective: kl_weight needs a reference model")
+        self.learner, self.clinic, self.config = learner, clinic, config
+        self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
+        self._observer, self._dtype = observer, dtype
+        self._updates = Updates(
+            learner,
+            count=config.updates,
+            row_length=config.row_length,
+            rows=config.rows,
+            temperature=sampling.temperature,
+            reference=reference if config.objective.kl_weight else None,
+        )
+        self.iteration = 0  # batches learned from
+        self._weights: dict[int, Qwen3] = {0: self._copy()}  # by version, what may still be drawn
+
+    async def run(
+        self,
+        report: Callable[[int, dict[str, float], Sequence[Stay]], Awaitable[None]],
+        *,
+        checkpoints: Checkpoints | None = None,
+        save_every: int = 1,
+    ) -> None:
+        """Iterates up to `config.iterations`.
+
+        Args:
+          report: awaited after each iteration with its number from 1 on, figures, and the stays;
+            the generator still holds the weights that these were drawn with, or older ones.
+          checkpoints: written every `save_every` iterations and at the end.
+
+        Raises:
+          InputError: the loss is not finite, the model's server was lost, or a checkpoint cannot be
+            written; the last checkpoint is good.
+        """
+        played: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
+        changed = asyncio.Condition()
+
+        async def play() -> None:
+            for number in range(self.iteration, self.config.iterations):
+                version = max(number - self.config.staleness, 0)
+                async with changed:
+                    await changed.wait_for(partial(self._has, version))
+                oldest = min(version, self.iteration - self.config.staleness)  # for a checkpoint
+                for old in [known for known in self._weights if known < oldest]:
+                    del self._weights[old]
+                await self._publisher.publish(self._weights[version], str(version))
+                await played.put((version, await self._play(number)))
+
+        async def learn() -> None:
+            for number in range(self.iteration, self.config.iterations):
+                version, stays = await played.get()
+                self._require_served(stays, number)
+                figures = await asyncio.to_thread(self._learn, number, stays)
+                figures["staleness"] = float(number - version)
+                self.iteration = number + 1
+                await report(self.iteration, figures, stays)
+                async with changed:
+                    self._weights[self.iteration] = self._copy()
+                    changed.notify_all()
+                due = self.iteration % save_every == 0 or self.iteration == self.config.iterations
+                if checkpoints is not None and due:
+                    self.save(checkpoints)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(play())
+                group.create_task(learn())
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    def save(self, checkpoints: Checkpoints) -> None:
+        """Writes a checkpoint, with the weights that the next batches are drawn with."""
+        checkpoints.save(
+            self.iteration, self.learner.state, {"iteration": self.iteration}, self._lagged()
+        )
+
+    def resume(self, checkpoints: Checkpoints) -> bool:
+        """Takes the newest checkpoint's state; whether there was one."""
+        if checkpoints.latest() is None:
+            return False
+        found = checkpoints.restore(self.learner.state, arrays=self._lagged())
+        self.learner.state = found.state
+        self.iteration = int(found.extra["iteration"])
+        graphdef = nnx.split(self._copy())[0]
+        self._weights = {
+            self.iteration - lag: nnx.merge(graphdef, found.arrays[f"lag_{lag}"])
+            for lag in range(min(self.config.staleness, self.iteration) + 1)
+        }
+        return True
+
+    def _lagged(self) -> dict[str, Any]:
+        """The weights of the newest versions; where there are fewer, the oldest again."""
+        oldest = min(self._weights)
+        return {
+            f"lag_{lag}": nnx.split(self._weights[max(self.iteration - lag, oldest)])[1]
+            for lag in range(self.config.staleness + 1)
+        }
+
+    def _has(self, version: int) -> bool:
+        return version in self._weights
+
+    def _copy(self) -> Qwen3:
+        return cast(self.learner.model(), self._dtype)
+
+    async def _play(self, number: int) -> list[Stay]:
+        """A batch: its patients, each as often as there are replicas."""
+        config = self.config
+        first = number * config.patients
+        patients = np.repeat(np.arange(first, first + config.patients), config.replicas)
+        replicas = np.tile(np.arange(config.replicas), config.patients)
+        return await self.clinic.treat(
+            self._backend,
+            patients,
+            seeds=(1_000_003 * number + replicas).tolist(),
+            observer=self._observer,
+            lockstep=self._lockstep,
+        )
+
+    def _require_served(self, stays: Sequence[Stay], number: int) -> None:
+        """A few stays may be lost to the server; with most of them it is gone."""
+        lost = [stay for stay in stays if stay.failure == NO_BACKEND]
+        if 2 * len(lost) > len(stays):
+            raise InputError(
+                f"iteration {number + 1}: the language model failed {len(lost)} of {len(stays)} "
+                f"stays ({lost[0].detail}); start it again and go on with --resume"
+            )
+
+    def _learn(self, number: int, stays: Sequence[Stay]) -> dict[str, float]:
+        """All updates of a batch."""
+        config = self.config
+        held = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
+        credit = credits(held, config.credit)
+        members = [
+            one
+            for stay, advantage, kept in zip(held, credit.of_decisions, credit.kept, strict=True)
+            if kept
+            for one in trajectories(stay, advantage)
+        ]
+        fitting = [one for one in members if len(one) <= config.row_length]
+        figures = {
+            "lost_stays": float(len(stays) - len(held)),
+            "uninformative_stays": float((~credit.kept).sum()),
+            "too_long": float(len(members) - len(fitting)),
+            **_gain(held),
+        }
+        if not fitting:
+            return figures
+        return figures | self._updates.learn(fitting, seed=number)
+
+
+def _gain(stays: Sequence[Stay]) -> dict[str, float]:
+    """What a decision gained over the continuation policy, on average, where that is known."""
+    gains = [
+        decision.values[decision.action]
+        for stay in stays
+        for decision in stay.decisions
+        if decision.values is not None
+    ]
+    return {"counterfactual_gain": float(np.mean(gains))} if gains else {}

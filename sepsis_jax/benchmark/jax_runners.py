@@ -1,0 +1,217 @@
+"""This package's ways to simulate branches, as contenders of a benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepsis_jax.benchmark.setup import Workload
+from sepsis_jax.benchmark.timing import Contender, seconds_of
+from worldmodel import schema
+from worldmodel.compilation import compiler_options
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import History
+from worldmodel.simulate.rollout import CHART_FEATURES, rollout
+from worldmodel.simulate.sharded import (
+    BRANCHES_PER_DEVICE,
+    Player,
+    Settings,
+    branch_mesh,
+    play_block,
+    task_shape,
+)
+from worldmodel.simulate.step import advance
+
+
+def checksum(found: Any) -> float:
+    """Sum of everything that was returned, NaN left out."""
+    return float(sum(np.nansum(np.asarray(leaf), dtype=np.float64) for leaf in _leaves(found)))
+
+
+def _leaves(found: Any) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(found) if hasattr(leaf, "shape")]
+
+
+def plain_model(job: Workload) -> Contender:
+    """Whole windows in every step, in one jitted scan: the model as it is written."""
+    start, plans = job.flat()
+    branches = job.shape.branches
+
+    def run(world_model: WorldModel, start: History, key: jax.Array, plans: jax.Array) -> Any:
+        def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> Any:
+            h, action = inputs
+            noise = jax.random.normal(jax.random.fold_in(key, h), (branches, schema.NUM_FEATURES))
+            history, outputs = advance(world_model, history, action, noise, mode="corrected")
+            return history, (*outputs, history.sofa, history.obs[:, -1, :3])
+
+        history, kept = jax.lax.scan(step, start, (jnp.arange(job.horizon), plans.T))
+        history = history.choose(plans[:, -1])
+        window = history.window(schema.OUTCOME_WINDOW)
+        return kept, jax.nn.sigmoid(world_model.mortality_logit(*window))
+
+    arguments = (job.world_model, start)
+    return _compiled("plain model", job, run, arguments, (jnp.asarray(plans),))
+
+
+def jitted_rollout(
+    job: Workload,
+    name: str = "rollout",
+    *,
+    features: tuple[str, ...] = CHART_FEATURES,
+    precision: str | None = None,
+) -> Contender:
+    """`rollout` in one jitted call."""
+
+    def run(world_model: WorldModel, start: History, key: jax.Array) -> Any:
+        return rollout(
+            world_model,
+            key,
+            start,
+            job.plans,
+            samples=job.shape.samples,
+            features=features,
+            precision=precision,
+        )
+
+    return _compiled(name, job, run, (job.world_model, job.start), (), precision=precision)
+
+
+def _compiled(
+    name: str,
+    job: Workload,
+    function: Callable[..., Any],
+    before: tuple[Any, ...],
+    after: tuple[Any, ...],
+    *,
+    precision: str | None = None,
+) -> Contender:
+    """A contender that calls `function(*before, key, *after)`, compiled ahead."""
+    options = compiler_options(precision)
+    jitted = jax.jit(function, compiler_options=options)
+    lower = partial(jitted.lower, *before, jax.random.key(0), *after)
+    call, seconds = seconds_of(lambda: lower().compile())
+
+    def run(repeat: int) -> Any:
+        return jax.block_until_ready(call(*before, jax.random.key(repeat + 1), *after))
+
+    return Contender(
+        name=name,
+        run=run,
+        work=job.steps,
+        branches=job.shape.branches,
+        checksum=checksum,
+        compile_seconds=seconds,
+        memory_bytes=_memory(call),
+    )
+
+
+def sharded(job: Workload, name: str = "sharded", *, precision: str | None = None) -> Contender:
+    """Tasks of one shape over all devices, folded into summaries that end on the host."""
+    mesh = branch_mesh()
+    most = BRANCHES_PER_DEVICE.get(jax.default_backend(), 65_536)
+    per_device = min(most, -(-job.shape.branches // mesh.devices.size))
+    shape = task_shape(*job.shape, 1, branches=per_device)
+    settings = Settings(horizon=job.horizon, features=CHART_FEATURES, precision=precision)
+    player = Player(job.world_model, mesh, shape, settings)
+    plans = jnp.asarray(job.plans)
+
+    def run(repeat: int) -> Any:
+        return play_block(player, jax.random.key(repeat + 1), job.start, plans, job.shape.samples)
+
+    # The first call compiles; the second tells how much of the first was not compiling.
+    _, first = seconds_of(lambda: run(0))
+    _, second = seconds_of(lambda: run(0))
+    return Contender(
+        name=name,
+        run=run,
+        work=job.steps,
+        branches=job.shape.branches,
+        checksum=checksum,
+        compile_seconds=max(first - second, 0.0),
+    )
+
+
+def _memory(compiled: Any) -> int | None:
+    """Bytes of arguments, results and temporaries of a compiled call."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    return int(
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+
+
+def drift(job: Workload, precision: str) -> dict[str, float]:
+    """Difference in z-scores to float32 after the last step, with the same noise.
+
+    Args:
+      job: what is played.
+      precision: of matrix products, compared with "highest".
+    """
+    patients, _, samples = job.shape
+    shape = (patients, samples, job.horizon, schema.NUM_FEATURES)
+    noise = jax.random.normal(jax.random.key(7), shape)
+
+    def last_row(precision: str) -> jax.Array:
+        played = rollout(
+            job.world_model, jax.random.key(0), job.start, job.plans,
+            samples=samples, noise=noise, features=schema.FEATURE_NAMES, precision=precision,
+            mortality=False,
+        )  # fmt: skip
+        return job.world_model.scaler.normalize(played.values[:, :, :, -1])
+
+    difference = jnp.abs(last_row(precision) - last_row("highest"))
+    return {"mean": float(difference.mean()), "max": float(difference.max())}
+
+
+QUESTION = "agent's question"
+_PLANS = np.arange(schema.NUM_ACTIONS, dtype=np.int32)[:, None]
+
+
+def agent_questions(world_model: WorldModel, pool: History, samples: int) -> list[Contender]:
+    """The question as `rollout` answers it, with and without mortality.
+
+    Args:
+      world_model: of one member.
+      pool: patients; every repeat asks about another one.
+      samples: per treatment, with common noise.
+    """
+    return [_question(world_model, pool, samples, mortality=value) for value in (False, True)]
+
+
+def _question(
+    world_model: WorldModel, pool: History, samples: int, *, mortality: bool
+) -> Contender:
+    count = pool.step.shape[0]
+    patients = [jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], pool) for i in range(min(count, 8))]
+
+    def run(repeat: int) -> object:
+        start = patients[repeat % len(patients)]
+        return jax.block_until_ready(
+            rollout(
+                world_model,
+                jax.random.key(repeat + 1),
+                start,
+                _PLANS,
+                samples=samples,
+                mortality=mortality,
+            )
+        )
+
+    _, first = seconds_of(lambda: run(0))
+    _, second = seconds_of(lambda: run(0))
+    return Contender(
+        name=QUESTION + (", with mortality" if mortality else ""),
+        run=run,
+        work=1.0,
+        branches=schema.NUM_ACTIONS * samples,
+        checksum=checksum,
+        compile_seconds=max(first - second, 0.0),
+    )

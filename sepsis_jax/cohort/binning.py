@@ -1,0 +1,171 @@
+"""Measurements, urine and doses per step, and the levels of doses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sepsis_jax.cohort.workspace import Workspace
+from worldmodel import schema
+
+
+def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
+    """Mean of each feature in each step (parts of the Glasgow Coma Scale rounded).
+
+    Values outside the schema's physiologic range, or of an unknown unit, are left out.
+
+    Returns:
+      [N, T, 39] float32 in physical units, NaN where nothing was recorded (urine is NaN
+      throughout), and counts of the values left out by problem and feature.
+    """
+    if work.options.gcs_intubated == "raw":
+        work.execute(
+            "CREATE VIEW gcs_parts AS SELECT stay_id, charttime, CASE itemid "
+            "WHEN getvariable('gcs_eyes') THEN 'gcs_eye' WHEN getvariable('gcs_verbal') "
+            "THEN 'gcs_verbal' ELSE 'gcs_motor' END AS part, valuenum AS value FROM chart "
+            "WHERE itemid IN (getvariable('gcs_eyes'), getvariable('gcs_verbal'), "
+            "getvariable('gcs_motor'))"
+        )
+    else:
+        full = {"gcs_eye": ("gcs_eyes", 4), "gcs_verbal": ("gcs_verbal", 5), "gcs_motor":
+                ("gcs_motor", 6)}  # fmt: skip
+        work.execute(
+            "CREATE VIEW gcs_parts AS "
+            + " UNION ALL ".join(
+                f"SELECT stay_id, charttime, '{part}' AS part, "
+                f"CASE WHEN gcs_verbal = 0 THEN {best} ELSE {column} END AS value FROM gcs"
+                for part, (column, best) in full.items()
+            )
+        )
+    work.run("observations")
+    problems: dict[str, dict[str, int]] = {}
+    for problem, feature, count in work.rows(
+        "SELECT problem, feature, count(*) FROM observations WHERE problem IS NOT NULL "
+        "GROUP BY ALL ORDER BY ALL"
+    ):
+        problems.setdefault(problem, {})[schema.FEATURE_NAMES[feature]] = count
+    values = empty_steps(work, schema.NUM_FEATURES)
+    found = work.execute(
+        "SELECT row, step, feature, CAST(avg(value) AS FLOAT) AS value FROM observations "
+        "WHERE problem IS NULL GROUP BY row, step, feature"
+    ).fetchnumpy()
+    values[found["row"], found["step"], found["feature"]] = found["value"]
+    integer = [feature.integer for feature in schema.FEATURES]
+    values[..., integer] = np.round(values[..., integer])
+    return values, problems
+
+
+def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Urine volume of each step and of the 24 h up to its end.
+
+    A single record above `max_urine_ml` is left out; a step with more irrigant in than urine out
+    is set to 0 mL, a step above the schema's upper limit to that limit.
+
+    Returns:
+      [N, T] mL per step (NaN without record), [N, T] mL per 24 h, and the counts.
+    """
+    cap = work.options.max_urine_ml
+    work.execute(
+        "CREATE TABLE usable_urine AS SELECT stay_id, charttime, sum(CASE WHEN itemid = "
+        "getvariable('irrigant_in') THEN -abs(value) ELSE value END) AS urineoutput "
+        f"FROM urine_rows WHERE abs(value) <= {cap} GROUP BY stay_id, charttime"
+    )
+    too_large = work.scalar(
+        "SELECT count(*) FROM urine_rows INNER JOIN cohort AS c USING (stay_id) "
+        f"WHERE abs(value) > {cap} AND charttime BETWEEN c.intime AND c.endtime"
+    )
+    work.run("steps")
+    own, day = empty_steps(work), empty_steps(work)
+    found = work.execute("SELECT * FROM urine_steps").fetchnumpy()
+    for target, column in ((own, "volume"), (day, "volume_24h")):
+        target[found["row"], found["step"]] = np.ma.filled(
+            np.ma.asarray(found[column]).astype(np.float32), np.nan
+        )
+    limit = float(schema.HIGH[schema.URINE])
+    counts = {
+        "urine records above the cap": int(too_large),
+        "steps with negative urine set to 0 mL": int((own < 0).sum()),
+        f"steps above {limit:g} mL set to the limit": int((own > limit).sum()),
+    }
+    return np.clip(own, 0, limit), np.maximum(np.nan_to_num(day), 0), counts
+
+
+def bin_status(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
+    """Invasive ventilation [N, T] bool and SOFA [N, T] of each step.
+
+    A step without a SOFA hour takes the last one before it, else the first one after it, else 0.
+    """
+    ventilated = np.zeros(empty_steps(work).shape, np.bool_)
+    found = work.execute("SELECT * FROM ventilated_steps").fetchnumpy()
+    ventilated[found["row"], found["step"]] = True
+    column = "rolling" if work.options.sofa == "rolling-24h" else "within"
+    sofa = empty_steps(work)
+    found = work.execute(f"SELECT row, step, {column} AS sofa FROM sofa_steps").fetchnumpy()
+    sofa[found["row"], found["step"]] = found["sofa"]
+    return ventilated, _carry(sofa)
+
+
+def empty_steps(work: Workspace, *shape: int) -> np.ndarray:
+    """NaN of shape [N, T, *shape], float32."""
+    stays, steps = work.rows("SELECT count(*), max(steps) FROM cohort")[0]
+    return np.full((stays, steps, *shape), np.nan, np.float32)
+
+
+def _carry(values: np.ndarray) -> np.ndarray:
+    step = np.arange(values.shape[1])
+    known = np.isfinite(values)
+    last = np.maximum.accumulate(np.where(known, step, -1), axis=1)
+    first = np.argmax(known, axis=1)[:, None]
+    carried = np.take_along_axis(values, np.where(last >= 0, last, first), axis=1)
+    return np.nan_to_num(carried)
+
+
+QUARTILES = (0.25, 0.5, 0.75)
+
+
+def bin_doses(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
+    """Doses of each step.
+
+    Returns:
+      [N, T] norepinephrine equivalents, mcg/kg/min, and [N, T] tonicity-corrected mL per step;
+      0 where nothing was given.
+    """
+    work.run("treatments")
+    vasopressor, fluid = empty_steps(work), empty_steps(work)
+    column = "largest" if work.options.vasopressor_dose == "max" else "weighted"
+    found = work.execute(f"SELECT row, step, {column} AS dose FROM vasopressor_steps").fetchnumpy()
+    vasopressor[found["row"], found["step"]] = found["dose"]
+    found = work.execute("SELECT row, step, volume FROM fluid_steps").fetchnumpy()
+    fluid[found["row"], found["step"]] = found["volume"]
+    return np.nan_to_num(vasopressor), np.nan_to_num(fluid)
+
+
+def fit_dose_edges(
+    vasopressor: np.ndarray, fluid: np.ndarray, train: np.ndarray
+) -> tuple[schema.DoseEdges, list[str]]:
+    """Quartiles of the training stays' non-zero doses.
+
+    Args:
+      vasopressor, fluid: [N, T] doses.
+      train: [N] bool.
+
+    Returns:
+      The edges, and the names of the drugs whose edges are the published defaults because the
+      training stays never received them.
+    """
+    defaulted = []
+
+    def edges(name: str, dose: np.ndarray) -> tuple[float, float, float]:
+        given = dose[train]
+        given = given[given > 0]
+        if not given.size:
+            defaulted.append(name)
+            return getattr(schema.DEFAULT_DOSE_EDGES, name)
+        first, second, third = (float(edge) for edge in np.quantile(given, QUARTILES))
+        return first, second, third
+
+    fitted = schema.DoseEdges(
+        vasopressor=edges("vasopressor", vasopressor), fluid=edges("fluid", fluid)
+    )
+    return fitted, defaulted

@@ -1,0 +1,320 @@
+"""What the three stages share: the model to train, training data, and the environment to act in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from policy.agent.dialogue import DECISION, DialogueConfig
+from policy.agent.forecast import ForecastConfig, Forecaster
+from policy.agent.prompts import Prompts
+from policy.base import Policy
+from policy.checkpoint import load_policy
+from policy.qwen3.config import load_stop_ids
+from policy.qwen3.lora import add_adapters, merge_adapters
+from policy.qwen3.model import Qwen3
+from policy.qwen3.sampler import bucket
+from policy.qwen3.sharding import make_mesh
+from policy.qwen3.weights import load, save_hf
+from policy.serving.batching import Lockstep
+from policy.serving.embedded import EmbeddedGenerator
+from policy.train.data.packing import Dialogue, batches, cut, pack
+from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.distributed import is_first, wait, whole
+from policy.train.loop.learner import Learner, LearnerConfig, cast
+from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
+from policy.train.losses import cross_entropy
+from policy.train.rl.episode_runner import Clinic
+from sepsis_jax.ope.policies import SIMPLE
+from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
+from sepsis_jax.runs import Progress
+from worldmodel.configuration import require
+from worldmodel.envs.env import SepsisEnv
+from worldmodel.episodes import load_episodes
+from worldmodel.errors import InputError
+from worldmodel.models.checkpoint import load_world_model
+from worldmodel.synthetic import Config
+
+MODEL, CHECKPOINTS, METRICS = "model", "checkpoints", "metrics"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How the model lies in memory, and what of it is trained.
+
+    Attributes:
+      dtype: of activations and products; that of the files if not given.
+      save_dtype: of the weights that a stage leaves; that of the files if not given.
+      lora_rank: trains adapters of this rank alone, which are merged in the end; 0 trains all.
+      lora_alpha: their strength.
+      fsdp, tensor: devices that share parameters, and that share each product; the others share
+        rows. 0 takes all that are left.
+      remat: what is computed again in the backward pass: none, dots or full.
+    """
+
+    dtype: str | None = None
+    save_dtype: str | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    fsdp: int = 0
+    tensor: int = 1
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        require(self, "0 or more", lambda n: n >= 0, "lora_rank", "fsdp")
+        require(self, "at least 1", lambda n: n >= 1, "tensor")
+        require(self, "above 0", lambda x: x > 0, "lora_alpha")
+
+    def mesh(self) -> Mesh | None:
+        """Of all devices; None where there is one."""
+        count = jax.device_count()
+        if count == 1:
+            return None
+        fsdp = self.fsdp or count // self.tensor
+        return make_mesh(data=count // (fsdp * self.tensor), fsdp=fsdp, tensor=self.tensor)
+
+
+@dataclass(frozen=True)
+class Pupil:
+    """A model to train."""
+
+    model: Qwen3
+    folder: Path  # that it came from
+    trainable: Any  # filter of NNX
+    mesh: Mesh | None
+    options: ModelOptions
+
+    @classmethod
+    def load(cls, folder: Path, options: ModelOptions, *, seed: int) -> Pupil:
+        """A model of a Hugging Face folder, with adapters where they are wanted.
+
+        Raises:
+          InputError: as `qwen3.load`.
+        """
+        mesh = options.mesh()
+        model = load(folder, dtype=options.dtype, mesh=mesh)
+        trainable: Any = nnx.Param
+        if options.lora_rank:
+            model = add_adapters(
+                model, rank=options.lora_rank, alpha=options.lora_alpha, rngs=nnx.Rngs(seed)
+            )
+            trainable = nnx.LoRAParam
+        return cls(model, folder, trainable, mesh, options)
+
+    def learner(self, loss: Any, config: LearnerConfig) -> Learner:
+        """A learner of it."""
+        return Learner(self.model, loss, config, trainable=self.trainable, mesh=self.mesh)
+
+    def throughput(self, length: int) -> Throughput:
+        """Tokens per second and MFU, for rows of a length."""
+        adapters = bool(self.options.lora_rank)
+        flops = flops_per_token(self.model.config, length, adapters=adapters)
+        return Throughput(flops, peak_flops())
+
+    @property
+    def dtype(self) -> Any:
+        """Of the weights that others get."""
+        kind = next(iter(jax.tree.leaves(nnx.state(self.model, nnx.Param)))).dtype
+        return self.options.save_dtype or kind
+
+    def save(self, learner: Learner, out: Path) -> Path:
+        """Writes what was learned as a Hugging Face folder `out/model`."""
+        trained = whole(cast(merge_adapters(learner.model()), self.dtype))
+        if is_first():
+            save_hf(trained, out / MODEL, source=self.folder)
+        wait(f"saved {out}")
+        return out / MODEL
+
+
+@dataclass(frozen=True)
+class SupervisedOptions:
+    """How sequences are learned.
+
+    Attributes:
+      row_length: tokens per row.
+      rows: per micro-batch.
+      model: what is trained.
+      learner: how.
+    """
+
+    row_length: int = 4096
+    rows: int = 8
+    model: ModelOptions = field(default_factory=ModelOptions)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "row_length", "rows")
+
+
+def learn(
+    out: Path,
+    llm: Path,
+    dialogues: Sequence[Dialogue],
+    options: SupervisedOptions,
+    *,
+    request: dict[str, Any],
+    seed: int,
+    progress: Progress,
+) -> list[Report]:
+    """Trains a model on sequences and writes `out/model`, `out/metrics` and `out/checkpoints`.
+
+    What was done before, by checkpoints of the same request, is not done again.
+
+    Raises:
+      InputError: as `Learner.run`, `Checkpoints` and `cut`.
+    """
+    pupil = Pupil.load(llm, options.model, seed=seed)
+    learner = pupil.learner(partial(cross_entropy, remat=options.model.remat), options.learner)
+    checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
+    learner.resume(checkpoints)
+    parts = [part for one in dialogues for part in cut(one, options.row_length)]
+    rows = pack(parts, options.row_length, seed=seed)
+    todo = islice(batches(rows, options.rows, seed=seed), learner.consumed, None)
+    throughput = pupil.throughput(options.row_length)
+    with MetricsLog(out / METRICS, resume_at=learner.step, throughput=throughput) as log:
+        reports = learner.run(
+            todo,
+            report=_both(log.report, partial(_tell, progress, options.learner.steps)),
+            checkpoints=checkpoints,
+        )
+    checkpoints.close()
+    pupil.save(learner, out)
+    return reports
+
+
+def _both(*reports: Callable[[Report], None]) -> Callable[[Report], None]:
+    def report(found: Report) -> None:
+        for one in reports:
+            one(found)
+
+    return report
+
+
+def _tell(progress: Progress, steps: int, report: Report) -> None:
+    what = f"update {report.step} of {steps}, loss {report.loss:.3f}"
+    progress(what, report.step / steps)
+
+
+SYNTHETIC, LEARNED = WORLDS = ("synthetic", "learned")
+_FORECASTS = 0x0F0D  # sets the simulator's noise apart from the patients'
+
+
+@dataclass(frozen=True)
+class ClinicOptions:
+    """A clinic.
+
+    Attributes:
+      world: where patients live: "synthetic", or "learned", which is in the world model, from
+        recorded stays on.
+      max_steps: decisions per stay at most.
+      templates: as for the agent.
+      intervals: tell 90% intervals.
+      concurrency: stays in treatment at the same time.
+      forecast: how simulations are answered.
+      dialogue: bounds of dialogues, and how replies are drawn.
+      seed: of patients.
+    """
+
+    world: str = SYNTHETIC
+    max_steps: int | None = None
+    templates: str = "full"
+    intervals: bool = True
+    concurrency: int = 64
+    forecast: ForecastConfig = field(default_factory=ForecastConfig)
+    dialogue: DialogueConfig = field(default_factory=lambda: DialogueConfig(memory=DECISION))
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, f"one of {WORLDS}", WORLDS.__contains__, "world")
+        require(self, "at least 1", lambda n: n >= 1, "concurrency")
+
+
+def open_clinic(options: ClinicOptions, model: Path, episodes: Path | None) -> Clinic:
+    """A clinic with a world model to ask.
+
+    Args:
+      options: settings.
+      model: world model; answers simulations.
+      episodes: recorded stays, for the "learned" world; its training split is treated.
+
+    Raises:
+      InputError: an input cannot be read, or stays are missing.
+    """
+    world_model = load_world_model(model)
+    key = jax.random.fold_in(jax.random.key(options.seed), _FORECASTS)
+    if options.world == SYNTHETIC:
+        env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
+    else:
+        if episodes is None:
+            raise InputError("--episodes: patients of the learned world start from recorded stays")
+        env = SepsisEnv.learned(
+            world_model, load_episodes(episodes).of_split("train"), past=Forecaster.past,
+            mortality_each_step=False, max_steps=options.max_steps,
+        )  # fmt: skip
+    return Clinic(
+        env=env,
+        forecaster=Forecaster(world_model, key, options.forecast),
+        prompts=Prompts(
+            options.templates,
+            hours=world_model.step_hours,
+            max_simulations=options.dialogue.max_simulations,
+            intervals=options.intervals,
+        ),
+        dialogue=options.dialogue,
+        seed=options.seed,
+        concurrency=options.concurrency,
+    )
+
+
+def open_generator(
+    model: Qwen3, folder: Path, options: ClinicOptions, lockstep: Lockstep
+) -> EmbeddedGenerator:
+    """The sampler of this process, for all dialogues that a clinic holds at a time.
+
+    Batches are filled up to an eighth of these, not to all: near the end of a batch of stays few
+    dialogues are left, and an idle row costs as much as a busy one.
+
+    Args:
+      model: the model.
+      folder: that it came from, and whose stop tokens are its.
+      options: of the clinic.
+      lockstep: shared with the ward.
+    """
+    rows = bucket(options.concurrency)
+    return EmbeddedGenerator(
+        model, stop_ids=load_stop_ids(folder), name=str(folder),
+        min_batch=max(rows // 8, 1), max_batch=rows, lockstep=lockstep,
+    )  # fmt: skip
+
+
+def judging(clinic: Clinic, options: ClinicOptions, *, seed: int) -> Clinic:
+    """The same clinic with fresh patients of the synthetic world, whose outcomes are the truth."""
+    env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
+    return replace(clinic, env=env, seed=seed)
+
+
+def open_policy(name: str, episodes: Path | None = None) -> Policy:
+    """A built-in policy such as guideline, the clinician of records, or the policy of a folder.
+
+    Args:
+      name: of `SIMPLE`; "clinician", which is cloned from the episodes first; or a folder.
+      episodes: recorded stays.
+
+    Raises:
+      InputError: none of these, or the clinician's records are missing.
+    """
+    if name in SIMPLE:
+        return SIMPLE[name]()
+    if name == CLINICIAN:
+        if episodes is None:
+            raise InputError("--episodes: the clinician is cloned from records; name some")
+        return fit_clone(load_episodes(episodes), CloneConfig()).policy
+    return load_policy(name)

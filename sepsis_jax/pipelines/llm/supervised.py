@@ -1,0 +1,204 @@
+"""Stages I and II: supervised training on questions about records and on dialogues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from policy.agent.records import RECORDS_FILE, from_record, last_attempts
+from policy.agent.tools import SCHEMAS
+from policy.serving.tokens import ChatTokens
+from policy.train.data.cache import cached
+from policy.train.data.demonstrations import RejectionConfig, accepted
+from policy.train.data.packing import Dialogue, written
+from policy.train.data.qa_prompts import QuestionConfig, as_dialogue, ask
+from policy.train.loop.metrics import Report
+from sepsis_jax.pipelines.llm.setup import (
+    ClinicOptions,
+    SupervisedOptions,
+    learn,
+    open_clinic,
+    open_policy,
+)
+from sepsis_jax.runs import Progress, begin_run, plain, silent
+from worldmodel.configuration import require
+from worldmodel.episodes import EPISODES_FILE, load_episodes
+from worldmodel.errors import InputError
+from worldmodel.files import digest_file
+
+SFT_KIND = "sepsis-jax language model, stage I"
+
+
+@dataclass(frozen=True)
+class SFTOptions:
+    """Stage I.
+
+    Attributes:
+      questions: what is asked of the training split.
+      training: how the answers are learned.
+      seed: of questions and batches.
+    """
+
+    questions: QuestionConfig = field(default_factory=QuestionConfig)
+    training: SupervisedOptions = field(default_factory=SupervisedOptions)
+    seed: int = 0
+
+
+def run_sft(
+    out: Path,
+    options: SFTOptions,
+    *,
+    llm: Path,
+    episodes: Path,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> list[Report]:
+    """Trains on questions; writes `out/model` and what `learn` writes.
+
+    Args:
+      out: folder to write, or to go on with.
+      options: settings.
+      llm: Hugging Face folder to start from.
+      episodes: folder of recorded stays.
+      resume: go on with an earlier run of the same request.
+      progress: told of questions and updates.
+
+    Raises:
+      InputError: inputs that cannot be read, another run in the folder, or a training that fails.
+    """
+    request = {
+        "options": plain(options),
+        "llm": str(llm.resolve()),
+        "episodes": str(episodes.resolve()),
+    }
+    begin_run(out, SFT_KIND, request, resume=resume)
+    progress("questions", 0.0)
+    dialogues = question_dialogues(
+        out / "cache", options.questions, llm=llm, episodes=episodes, seed=options.seed
+    )
+    return learn(
+        out, llm, dialogues, options.training,
+        request=request, seed=options.seed, progress=progress,
+    )  # fmt: skip
+
+
+def question_dialogues(
+    cache: Path, questions: QuestionConfig, *, llm: Path, episodes: Path, seed: int
+) -> list[Dialogue]:
+    """Questions of the training split as sequences of a model's tokens, from the cache."""
+
+    def make() -> list[Dialogue]:
+        tokens = ChatTokens.load(llm)
+        recorded = load_episodes(episodes).of_split("train")
+        return [as_dialogue(question, tokens) for question in ask(recorded, questions, seed=seed)]
+
+    found = cached(
+        cache, make, tokenizer=llm, source=digest_file(episodes / EPISODES_FILE),
+        settings=plain(questions) | {"seed": seed},
+    )  # fmt: skip
+    return list(found)
+
+
+BC_KIND = "sepsis-jax language model, stage II"
+
+
+@dataclass(frozen=True)
+class BCOptions:
+    """Stage II.
+
+    Attributes:
+      teacher: whose treatment is written out as dialogues: guideline, clinician (cloned from the
+        episodes), random, or the folder of a policy, such as a planner.
+      patients: that the teacher treats.
+      clinic: where.
+      rejection: which stays of recorded dialogues are good enough, where these are the teacher.
+      replay: questions of stage I that are learned again beside the dialogues, so that they are
+        not forgotten; none without episodes.
+      training: how.
+      seed: of batches.
+    """
+
+    teacher: str = "guideline"
+    patients: int = 256
+    clinic: ClinicOptions = field(default_factory=ClinicOptions)
+    rejection: RejectionConfig = field(default_factory=RejectionConfig)
+    replay: QuestionConfig = field(default_factory=QuestionConfig)
+    training: SupervisedOptions = field(default_factory=SupervisedOptions)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "patients")
+
+
+def run_bc(
+    out: Path,
+    options: BCOptions,
+    *,
+    llm: Path,
+    model: Path | None = None,
+    episodes: Path | None = None,
+    records: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> list[Report]:
+    """Trains on dialogues of a teacher; writes `out/model` and what `learn` writes.
+
+    Args:
+      out: folder to write, or to go on with.
+      options: settings.
+      llm: Hugging Face folder to start from, such as stage I left it.
+      model: world model that the teacher's dialogues ask.
+      episodes: recorded stays, for replayed questions and for the "learned" world.
+      records: run of an agent (`sepsis-jax agent run`), such as of a strong model behind an
+        endpoint; its good stays take the place of the teacher's.
+      resume: go on with an earlier run of the same request.
+      progress: told of dialogues and updates.
+
+    Raises:
+      InputError: inputs that cannot be read, another run in the folder, no stay that is good
+        enough, or a training that fails.
+    """
+    if (model is None) == (records is None):
+        raise InputError(
+            "--model or --records: name the world model that a teacher asks, or a run of an agent"
+        )
+    inputs = {"llm": llm, "model": model, "episodes": episodes, "records": records}
+    request = {
+        "options": plain(options),
+        **{name: path and str(path.resolve()) for name, path in inputs.items()},
+    }
+    begin_run(out, BC_KIND, request, resume=resume)
+    progress("dialogues", 0.0)
+
+    def make() -> list[Dialogue]:
+        tokens = ChatTokens.load(llm)
+        if records is not None:
+            found = last_attempts(records / RECORDS_FILE).values()
+            stays = accepted([from_record(record) for record in found], options.rejection)
+        else:
+            assert model is not None
+            clinic = open_clinic(options.clinic, model, episodes)
+            teacher = open_policy(options.teacher, episodes)
+            stays = clinic.demonstrate(teacher, np.arange(options.patients))
+        return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
+
+    source = records / RECORDS_FILE if records is not None else None
+    dialogues = list(
+        cached(
+            out / "cache",
+            make,
+            tokenizer=llm,
+            source="" if source is None else digest_file(source),
+            settings=request,
+        )
+    )
+    if episodes is not None:
+        dialogues += question_dialogues(
+            out / "cache", options.replay, llm=llm, episodes=episodes, seed=options.seed + 1
+        )
+    return learn(
+        out, llm, dialogues, options.training,
+        request=request, seed=options.seed, progress=progress,
+    )  # fmt: skip

@@ -1,0 +1,191 @@
+"""What is known when a treatment is chosen: observations, and features computed from them.
+
+An `Observation` is the contract between environments and policies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.scaling import Scaler
+
+
+@struct.dataclass
+class Past:
+    """The last H rows, newest last; rows before admission are zero."""
+
+    dynamic: jax.Array  # [H, 39] as in View
+    measured: jax.Array  # [H, 38] bool
+    vasopressor: jax.Array  # [H] int32, level given in the row; 0 in the newest, still open
+    fluid: jax.Array  # [H] int32
+    valid: jax.Array  # [H] bool
+
+
+@struct.dataclass
+class View:
+    """One row of one patient, as the episodes hold it, with what was given before."""
+
+    dynamic: jax.Array  # [39] physical units, gaps filled
+    measured: jax.Array  # [38] bool
+    static: jax.Array  # [3] age in years, 1 = male, Charlson index
+    ventilated: jax.Array  # [] bool
+    sofa: jax.Array  # [] float32
+    urine_24h: jax.Array  # [] mL
+    vasopressor: jax.Array  # [] int32 level given in the step before; 0 at admission
+    fluid: jax.Array  # [] int32
+    step: jax.Array  # [] int32 steps since admission
+    past: Past | None = None  # as many rows as the policy needs
+
+
+PolicyFn = Callable[[jax.Array, View], jax.Array]
+"""`(key, view) -> [25]` probabilities, for one patient; worlds map it over patients."""
+
+
+def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
+    """A policy whose arrays are leaves, so that new arrays need no new compilation.
+
+    A plain function is static; a PyTree that can be called keeps its leaves.
+    """
+    if isinstance(policy, jax.tree_util.Partial):
+        return policy
+    if jax.tree_util.all_leaves([policy]):
+        return jax.tree_util.Partial(policy)
+    return jax.tree_util.Partial(_call, policy)
+
+
+def draw_action(policy: PolicyFn, key: jax.Array, view: View) -> jax.Array:
+    """[] int32 joint action of one patient, drawn from a policy; the key is consumed."""
+    own, draw = jax.random.split(key)
+    return jax.random.categorical(draw, jnp.log(policy(own, view))).astype(jnp.int32)
+
+
+def _call(policy: PolicyFn, key: jax.Array, view: View) -> jax.Array:
+    return policy(key, view)
+
+
+def recent(view: View, past: int) -> View:
+    """The view with only its newest `past` rows; leaves may have leading axes.
+
+    Raises:
+      InputError: the view does not look back so far.
+    """
+    if not past:
+        return replace(view, past=None)
+    rows = 0 if view.past is None else view.past.valid.shape[-1]
+    if rows < past:
+        raise InputError(
+            f"a policy looks back on {past} rows, but sees {rows}; ask the world for View.past "
+            f"(past={past})"
+        )
+    axis = view.step.ndim
+    newest = jax.tree.map(
+        lambda leaf: jax.lax.slice_in_dim(leaf, rows - past, rows, axis=axis), view.past
+    )
+    return replace(view, past=newest)
+
+
+def view_at(episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0) -> View:
+    """What was seen in recorded rows, leaves [..., ...]; undefined after the end of a stay.
+
+    Args:
+      episodes: the stays.
+      stay, step: int32 indices that broadcast to [...].
+      past: rows H of `View.past`; 0 leaves it out.
+    """
+    stay, step = jnp.broadcast_arrays(jnp.asarray(stay), jnp.asarray(step))
+
+    def before(levels: jax.Array) -> jax.Array:
+        return jnp.where(step > 0, levels[stay, jnp.maximum(step - 1, 0)], 0)
+
+    return View(
+        dynamic=episodes.dynamic[stay, step],
+        measured=episodes.measured[stay, step],
+        static=episodes.static[stay],
+        ventilated=episodes.ventilated[stay, step],
+        sofa=episodes.sofa[stay, step],
+        urine_24h=episodes.urine_24h[stay, step],
+        vasopressor=before(episodes.vasopressor),
+        fluid=before(episodes.fluid),
+        step=step,
+        past=_past_at(episodes, stay, step, past) if past else None,
+    )
+
+
+def views(episodes: Episodes, *, past: int = 0) -> View:
+    """What was seen in every row, leaves [N, T, ...]; undefined on padding."""
+    stays, steps = jnp.arange(episodes.num_stays), jnp.arange(episodes.num_steps)
+    return view_at(episodes, stays[:, None], steps, past=past)
+
+
+def _past_at(episodes: Episodes, stay: jax.Array, step: jax.Array, rows: int) -> Past:
+    index = step[..., None] + jnp.arange(1 - rows, 1)
+    valid = index >= 0
+    given = valid.at[..., -1].set(False)  # what the newest row is given is not known yet
+
+    def look_back(leaf: jax.Array, kept: jax.Array) -> jax.Array:
+        picked = leaf[stay[..., None], jnp.maximum(index, 0)]
+        kept = kept.reshape(*kept.shape, *(1,) * (picked.ndim - kept.ndim))
+        return jnp.where(kept, picked, jnp.zeros((), leaf.dtype))
+
+    return Past(
+        dynamic=look_back(episodes.dynamic, valid),
+        measured=look_back(episodes.measured, valid),
+        vasopressor=look_back(episodes.vasopressor, given),
+        fluid=look_back(episodes.fluid, given),
+        valid=valid,
+    )
+
+
+_LARGEST = 5.0  # z-scores beyond are outliers that a small model should not chase
+_STEPS = 20.0  # unit of time
+_TOP_LEVEL = schema.NUM_LEVELS - 1
+_EXTRA = 6
+_LARGEST_SOFA = 24.0
+
+NUM_STATE_FEATURES = 1 + schema.NUM_FEATURES + schema.NUM_STATIC + _EXTRA  # 49
+
+
+def state_features(view: View, scaler: Scaler) -> jax.Array:
+    """[..., 49] features of what is known before the treatment.
+
+    A constant, z-scored measurements and static features, ventilation, SOFA, the levels of the
+    step before, and time.
+
+    Args:
+      view: leaves [..., ...].
+      scaler: of measurements and static features.
+    """
+    time = view.step / _STEPS
+    extra = [
+        view.ventilated.astype(jnp.float32),
+        view.sofa / 10.0,
+        view.vasopressor / _TOP_LEVEL,
+        view.fluid / _TOP_LEVEL,
+        time,
+        time**2,
+    ]
+    blocks = [
+        jnp.ones((*view.step.shape, 1)),
+        jnp.clip(scaler.normalize(view.dynamic), -_LARGEST, _LARGEST),
+        jnp.clip(scaler.normalize_static(view.static), -_LARGEST, _LARGEST),
+        jnp.stack(extra, -1),
+    ]
+    return jnp.concatenate(blocks, -1)
+
+
+def state_feature_bounds(last_step: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper bounds [49] of `state_features` in rows up to `last_step`."""
+    time = last_step / _STEPS
+    scores = schema.NUM_FEATURES + schema.NUM_STATIC
+    low = [0.0, *[-_LARGEST] * scores, *[0.0] * _EXTRA]
+    high = [1.0, *[_LARGEST] * scores, 1.0, _LARGEST_SOFA / 10.0, 1.0, 1.0, time, time**2]
+    return np.asarray(low, np.float32), np.asarray(high, np.float32)

@@ -1,0 +1,376 @@
+"""The State Model and the Outcome Model reformulated for closed loops: the same numbers, sooner.
+
+Both models look at a window and start every look from h = 0 on its oldest row. Playing forward,
+consecutive windows share all rows but one, so instead of running whole windows
+
+- every window that a row belongs to is kept in flight as a chain of hidden states, and a new row
+  moves each chain on by one step: its projection is made once and serves all of them;
+- the first step of a chain needs no recurrent product, as h = 0;
+- chains that would end after the horizon are not started;
+- what branches have in common is computed once: hidden states before the first treatment have
+  the shape [P, 1, 1, H] of their patients, after it [P, K, 1, H] of their plans, and broadcast
+  to [P, K, S, H] where the futures part;
+- products with the same left side are one product; embeddings are folded into the projection.
+
+All functions take leading axes of any shape that broadcast against each other. Tested equal to
+`WorldModel.transition` and `mortality_logit` step by step.
+
+Both models' parameters packed for the engine: what is multiplied together lies together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
+from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import (
+    LOG_SIGMA_RANGE,
+    PRECISIONS,
+    ModelConfig,
+    OutcomeModel,
+    Prediction,
+    StateModel,
+)
+from worldmodel.models.gru import gates
+
+Hidden = tuple[jax.Array, ...]  # a chain: one [..., H] per layer
+
+
+class Row(NamedTuple):
+    """What the models read of one step."""
+
+    obs: jax.Array  # [..., 39] z-scores
+    observed: jax.Array  # [..., 38] float32
+    static: jax.Array  # [..., 3] scaled
+    action: jax.Array  # [..., 10] one-hot pairs
+
+
+class Flow(NamedTuple):
+    """Branches in flight between two steps of the State Model."""
+
+    chains: tuple[Hidden, ...]  # windows that have begun, the one that ends next first
+    ahead: tuple[jax.Array, ...]  # [..., 39] what past rows add to the next changes, nearest first
+
+
+def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
+    """Chains of the windows that have begun before the newest row.
+
+    Args:
+      kernel: packed State Model.
+      past: [R, ...] the rows before the newest, oldest first; the last five are read.
+      horizon: steps that will be played; no more chains than that are kept.
+    """
+    count = schema.STATE_WINDOW - 1
+    projected, terms = _project(kernel, jax.tree.map(lambda leaf: leaf[-count:], past))
+    kept = min(horizon, count)
+    ids = jnp.arange(kept).reshape(kept, *(1,) * (projected.ndim - 1))
+
+    def step(chains: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
+        index, read = row
+        # Chain i starts with row i; until then its h stays 0.
+        moved = _advance(kernel.trunk, chains, read[None])
+        return tuple(jnp.where(ids <= index, h, 0.0) for h in moved), None
+
+    width = kernel.trunk.gates_width // 3
+    zeros = jnp.zeros((kept, *projected.shape[1:-1], width), projected.dtype)
+    chains, _ = jax.lax.scan(
+        step, (zeros,) * len(kernel.trunk.layers), (jnp.arange(count), projected)
+    )
+    lags = kernel.linear_rows
+    ahead = tuple(
+        sum((terms[lag][due - lag] for lag in range(due + 2, lags)), terms[due + 1][-1])
+        for due in range(lags - 1)
+    )
+    return Flow(tuple(tuple(h[i] for h in chains) for i in range(kept)), ahead)
+
+
+def predict(
+    kernel: StateKernel, flow: Flow, row: Row, *, more: bool = True
+) -> tuple[Flow, Prediction]:
+    """Moves every window on by the newest row, whose treatment is chosen.
+
+    Args:
+      kernel: packed State Model.
+      flow: from `begin` or the step before.
+      row: the newest row.
+      more: whether a window that starts with this row will be asked for; it ends in five steps.
+
+    Returns:
+      The flow after the row, and the prediction of the window that ends with it.
+    """
+    projected, terms = _project(kernel, row)
+    started = (None,) if more else ()
+    done, *going = (_advance(kernel.trunk, chain, projected) for chain in (*flow.chains, *started))
+    change, ahead = _pass_on(terms, flow.ahead)
+    return Flow(tuple(going), ahead), _heads(kernel, done[-1], row.obs, change)
+
+
+def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
+    """Logit [...] of death within 90 days from the newest 12 rows.
+
+    Args:
+      kernel: packed Outcome Model.
+      groups: [n, ...] the rows, oldest first, in groups of consecutive rows whose leading axes
+        are alike; those of a later group may be wider.
+    """
+
+    def step(chain: Hidden | None, row: Row) -> tuple[Hidden, None]:
+        return _advance(kernel.trunk, chain, _read(kernel.trunk, row)), None
+
+    chain: Hidden | None = None
+    for rows in groups:
+        chain, _ = step(chain, jax.tree.map(lambda leaf: leaf[0], rows))
+        if rows.obs.shape[0] > 1:
+            chain, _ = jax.lax.scan(step, chain, jax.tree.map(lambda leaf: leaf[1:], rows))
+    assert chain is not None
+    dot = _dot_of(kernel.trunk.precision)
+    with jax.named_scope("heads"):
+        hidden = jax.nn.relu(dot(chain[-1], kernel.hidden) + kernel.hidden_bias)
+        return (hidden * kernel.out).sum(-1) + kernel.out_bias
+
+
+def _dot_of(precision: str) -> Any:
+    if precision != BFLOAT16:
+        return lambda x, weight: jnp.matmul(x, weight, precision=precision)
+
+    def dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.matmul(
+            x.astype(jnp.bfloat16),
+            weight.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        )
+
+    return dot
+
+
+@jax.named_scope("projection")
+def _read(trunk: Trunk, row: Row) -> jax.Array:
+    """[..., X] everything that is linear in a row."""
+    dot = _dot_of(trunk.precision)
+    weights = trunk.rows
+    # Measured before the sum: these parts vary by patient or plan only.
+    known = dot(row.observed, weights.observed) + dot(row.static, weights.static)
+    return dot(row.obs, weights.obs) + (dot(row.action, weights.action) + (known + weights.bias))
+
+
+def _project(kernel: StateKernel, row: Row) -> tuple[jax.Array, list[jax.Array]]:
+    read = _read(kernel.trunk, row)
+    width, features = kernel.trunk.gates_width, schema.NUM_FEATURES
+    terms = [
+        read[..., width + lag * features : width + (lag + 1) * features]
+        for lag in range(kernel.linear_rows)
+    ]
+    return read[..., :width], terms
+
+
+def _pass_on(
+    terms: list[jax.Array], ahead: tuple[jax.Array, ...]
+) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
+    """The linear change due now, and what the rows so far add to later ones."""
+    if not terms:
+        return None, ()
+    *due, last = terms
+    now, *later = *(term + earlier for term, earlier in zip(due, ahead, strict=True)), last
+    return now, tuple(later)
+
+
+@jax.named_scope("recurrence")
+def _advance(trunk: Trunk, chain: Hidden | None, projected: jax.Array) -> Hidden:
+    """One row further in every layer; a chain of None starts here, from h = 0."""
+    dot = _dot_of(trunk.precision)
+    moved: list[jax.Array] = []
+    for index, layer in enumerate(trunk.layers):
+        if layer.weight_input is not None and layer.bias_input is not None:
+            projected = dot(moved[-1], layer.weight_input) + layer.bias_input
+        if chain is None:
+            h = jnp.zeros((*projected.shape[:-1], trunk.gates_width // 3), projected.dtype)
+            recurrent = jnp.broadcast_to(layer.bias_hidden, projected.shape)
+        else:
+            h = chain[index]
+            recurrent = dot(h, layer.weight_hidden) + layer.bias_hidden
+        with jax.named_scope("gates"):
+            moved.append(gates(projected, recurrent, h))
+    return tuple(moved)
+
+
+@jax.named_scope("heads")
+def _heads(
+    kernel: StateKernel, h: jax.Array, obs: jax.Array, change: jax.Array | None
+) -> Prediction:
+    dot = _dot_of(kernel.trunk.precision)
+    both = dot(h, kernel.hidden) + kernel.hidden_bias
+    width = kernel.vent_out.shape[0]
+    vent_logit = (jax.nn.relu(both[..., :width]) * kernel.vent_out).sum(-1) + kernel.vent_bias
+    ventilation = jax.nn.sigmoid(vent_logit)[..., None]
+    pre = jax.nn.relu(both[..., width:] + ventilation * kernel.vent_into_pre)
+    out = dot(pre, kernel.heads) + kernel.heads_bias
+    mu, log_sigma = out[..., : schema.NUM_FEATURES], out[..., schema.NUM_FEATURES :]
+    if change is not None and kernel.log_sigma_offset is not None:
+        mu = obs + change + mu
+        low, high = LOG_SIGMA_RANGE
+        log_sigma = low + (high - low) * jax.nn.sigmoid(log_sigma) + kernel.log_sigma_offset
+    return Prediction(mu, log_sigma, vent_logit)
+
+
+@struct.dataclass
+class Rows:
+    """Weights from a row to everything that reads it: layer 1 and the autoregression."""
+
+    obs: jax.Array  # [39, X]
+    observed: jax.Array  # [38, X]
+    static: jax.Array  # [3, X]
+    action: jax.Array  # [10, X]
+    bias: jax.Array  # [X]
+
+
+@struct.dataclass
+class Layer:
+    """A GRU layer above its input projection."""
+
+    weight_input: jax.Array | None  # [H, 3H]; None for layer 1, whose input is the row
+    bias_input: jax.Array | None
+    weight_hidden: jax.Array  # [H, 3H]
+    bias_hidden: jax.Array  # [3H]
+
+
+@struct.dataclass
+class Trunk:
+    """Row projection and GRU of one model."""
+
+    rows: Rows
+    layers: tuple[Layer, ...]
+    precision: str = struct.field(pytree_node=False)
+
+    @property
+    def gates_width(self) -> int:
+        return self.layers[0].bias_hidden.shape[-1]
+
+
+@struct.dataclass
+class StateKernel:
+    """A State Model, packed."""
+
+    trunk: Trunk
+    hidden: jax.Array  # [H, head + H] ventilation head and transition, side by side
+    hidden_bias: jax.Array
+    vent_out: jax.Array  # [head]
+    vent_bias: jax.Array  # []
+    vent_into_pre: jax.Array  # [H] weight of the predicted ventilation
+    heads: jax.Array  # [H, 78] mu and log sigma
+    heads_bias: jax.Array
+    log_sigma_offset: jax.Array | None  # [39], residual variant
+    linear_rows: int = struct.field(pytree_node=False)  # 0 for the reference variant
+
+
+@struct.dataclass
+class OutcomeKernel:
+    """An Outcome Model, packed."""
+
+    trunk: Trunk
+    hidden: jax.Array  # [H, head]
+    hidden_bias: jax.Array
+    out: jax.Array  # [head]
+    out_bias: jax.Array  # []
+
+
+def pack_state(model: StateModel, precision: str | None = None) -> StateKernel:
+    """A State Model (no ensemble axis) for `begin` and `predict`.
+
+    Args:
+      model: one member's parameters.
+      precision: of products: one of `clinical_model.PRECISIONS`, "bfloat16", or None for the
+        model's own.
+
+    Raises:
+      InputError: there is no such precision.
+    """
+    config = model.config
+    lags = config.linear_rows if config.variant == "residual" else 0
+    linear = model.autoregression if lags else None
+    head = model.vent_hidden.kernel.shape[-1]
+    pre = model.trans_pre.kernel[...]
+    return StateKernel(
+        trunk=_pack_trunk(model, precision, linear, lags),
+        hidden=jnp.concatenate([model.vent_hidden.kernel[...], pre[:-1]], axis=1),
+        hidden_bias=jnp.concatenate([model.vent_hidden.bias[...], model.trans_pre.bias[...]]),
+        vent_out=model.vent_out.kernel[...].reshape(head),
+        vent_bias=model.vent_out.bias[0],
+        vent_into_pre=pre[-1],
+        heads=jnp.concatenate(
+            [model.mu_head.kernel[...], model.log_sigma_head.kernel[...]], axis=1
+        ),
+        heads_bias=jnp.concatenate([model.mu_head.bias[...], model.log_sigma_head.bias[...]]),
+        log_sigma_offset=model.log_sigma_offset[...] if lags else None,
+        linear_rows=lags,
+    )
+
+
+def pack_outcome(model: OutcomeModel, precision: str | None = None) -> OutcomeKernel:
+    """An Outcome Model (no ensemble axis) for `mortality_logit`; arguments as `pack_state`."""
+    return OutcomeKernel(
+        trunk=_pack_trunk(model, precision, None, 0),
+        hidden=model.outcome_hidden.kernel[...],
+        hidden_bias=model.outcome_hidden.bias[...],
+        out=model.outcome_out.kernel[..., 0],
+        out_bias=model.outcome_out.bias[0],
+    )
+
+
+def _pack_trunk(model: Any, precision: str | None, linear: Any, lags: int) -> Trunk:
+    config: ModelConfig = model.config
+    known = (*PRECISIONS, BFLOAT16)
+    if precision is not None and precision not in known:
+        raise InputError(f"precision: got {precision!r}, expected one of {known}")
+    first, *above = model.gru.cells
+    cuts = (schema.NUM_FEATURES, schema.NUM_FEATURES + schema.NUM_MASKED)
+    obs, observed, embedded = jnp.split(first.weight_input[...], cuts)
+    static, action = embedded[: config.embed], embedded[config.embed :]
+
+    def fold(embedding: Any, weight: jax.Array) -> jax.Array:
+        return jnp.matmul(embedding, weight, precision="highest")
+
+    rows = Rows(
+        obs=obs,
+        observed=observed,
+        static=fold(model.static_embed.kernel[...], static),
+        action=fold(model.act_embed.kernel[...], action),
+        bias=first.bias_input[...]
+        + fold(model.static_embed.bias[...], static)
+        + fold(model.act_embed.bias[...], action),
+    )
+    if linear is not None:
+        rows = _beside(rows, _linear_terms(linear, lags))
+    layers = [Layer(None, None, first.weight_hidden[...], first.bias_hidden[...])] + [
+        Layer(
+            cell.weight_input[...],
+            cell.bias_input[...],
+            cell.weight_hidden[...],
+            cell.bias_hidden[...],
+        )
+        for cell in above
+    ]
+    return Trunk(rows, tuple(layers), precision or config.precision)
+
+
+def _linear_terms(linear: Any, lags: int) -> Rows:
+    """The autoregression's weights [.., 39 x lags], those of the newest row first."""
+    kernel = linear.kernel[...]
+    width = (kernel.shape[0] - schema.NUM_STATIC) // lags
+    by_lag = [kernel[lag * width : (lag + 1) * width] for lag in reversed(range(lags))]
+    cuts = (schema.NUM_FEATURES, schema.NUM_FEATURES + schema.NUM_MASKED)
+    obs, observed, action = jnp.split(jnp.concatenate(by_lag, axis=1), cuts)
+    # The static features and the bias count once, with the newest row.
+    later = (lags - 1) * schema.NUM_FEATURES
+    static = jnp.pad(kernel[-schema.NUM_STATIC :], ((0, 0), (0, later)))
+    return Rows(obs, observed, static, action, jnp.pad(linear.bias[...], (0, later)))
+
+
+def _beside(*parts: Rows) -> Rows:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)

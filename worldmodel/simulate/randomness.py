@@ -1,0 +1,170 @@
+"""Randomness of simulated branches: keys, noise, drawn actions, and abduction of noise.
+
+Keys depend on patient, step and sample, never on the position in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from worldmodel import schema
+from worldmodel.errors import InputError
+from worldmodel.models.world_model import WorldModel
+from worldmodel.observation import PolicyFn, draw_action
+from worldmodel.simulate.history import History, view_of
+from worldmodel.simulate.unroll import Now, Shape
+
+_NOISE_STREAM, _POLICY_STREAM, _OUTCOME_STREAM = 0, 1, 2
+
+
+def branch_key(
+    key: jax.Array,
+    patient: jax.Array,
+    step: jax.Array,
+    sample: jax.Array,
+    plan: jax.Array | int = 0,
+) -> jax.Array:
+    """The key of one step of one branch.
+
+    Args:
+      key: of the whole simulation.
+      patient: [] int32 identity.
+      step: [] int32 row that is about to be treated, 0 at admission.
+      sample: [] int32.
+      plan: [] int32; 0 for all plans that share their noise.
+    """
+    folded = jax.random.fold_in(jax.random.fold_in(key, patient), step)
+    return jax.random.fold_in(jax.random.fold_in(folded, sample), plan)
+
+
+def state_noise(key: jax.Array) -> jax.Array:
+    """[39] standard normals of a branch's step."""
+    return jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), (schema.NUM_FEATURES,))
+
+
+def policy_key(key: jax.Array) -> jax.Array:
+    """The key that a policy gets in a branch's step."""
+    return jax.random.fold_in(key, _POLICY_STREAM)
+
+
+def outcome_chance(key: jax.Array) -> jax.Array:
+    """[] uniform in [0, 1), the luck of an outcome that is drawn."""
+    return jax.random.uniform(jax.random.fold_in(key, _OUTCOME_STREAM))
+
+
+Treat = Callable[[jax.Array, Now], jax.Array]
+Noise = Callable[[jax.Array], jax.Array]
+
+
+def under_plans(plans: jax.Array) -> Treat:
+    """Treatment by plans [P, K, H] of joint actions."""
+    return lambda h, now: plans[:, :, h][..., None]
+
+
+def under_policy(
+    policy: PolicyFn,
+    world_model: WorldModel,
+    key: jax.Array,
+    start: History,
+    samples: jax.Array,
+    *,
+    past: int,
+) -> Treat:
+    """Treatment drawn from a policy, with a key per patient, step and sample.
+
+    Args:
+      policy: `(key, view) -> [25]`.
+      world_model: whose scaler the view needs.
+      key: of the whole simulation.
+      start: P patients.
+      samples: [S] sample numbers.
+      past: rows of `View.past` that the policy asks for.
+    """
+    shape = (start.step.shape[0], 1, samples.shape[0])
+
+    @jax.named_scope("policy")
+    def treat(h: jax.Array, now: Now) -> jax.Array:
+        assert now.history is not None
+        view = view_of(world_model, now.history, past=past)
+        keys = _branch_keys(key, start, h, jnp.zeros(1, jnp.int32), samples).reshape(-1)
+        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), view)
+        return action.reshape(shape)
+
+    return treat
+
+
+def drawn_noise(
+    key: jax.Array,
+    start: History,
+    samples: jax.Array,
+    shape: Shape,
+    horizon: int,
+    *,
+    common: bool,
+) -> Noise:
+    """Standard normals [P, K, S, 39] of each step, [P, 1, S, 39] where all plans share them."""
+    plan_ids = jnp.zeros(1, jnp.int32) if common else jnp.arange(shape[1])
+
+    @jax.named_scope("sampling")
+    def draw(h: jax.Array) -> jax.Array:
+        keys = _branch_keys(key, start, h, plan_ids, samples)
+        return jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
+
+    # Drawn by a loop of their own, and one of at least two turns: otherwise XLA would draw them
+    # again under every plan and for everything that reads them.
+    drawn = jax.lax.map(draw, jnp.arange(max(horizon, 2)))
+    return lambda h: drawn[h]
+
+
+def _branch_keys(
+    key: jax.Array, start: History, h: jax.Array, plan_ids: jax.Array, samples: jax.Array
+) -> jax.Array:
+    """Keys [P, K or 1, S] by patient, step, sample and (if not common) plan."""
+
+    def of(patient: jax.Array, step: jax.Array, plan: jax.Array, sample: jax.Array) -> jax.Array:
+        return branch_key(key, patient, step + h, sample, plan)
+
+    over_samples = jax.vmap(of, in_axes=(None, None, None, 0))
+    over_plans = jax.vmap(over_samples, in_axes=(None, None, 0, None))
+    return jax.vmap(over_plans, in_axes=(0, 0, None, None))(
+        start.patient, start.step, plan_ids, samples
+    )
+
+
+def abduct_noise(
+    world_model: WorldModel, start: History, plan: jax.Array, recorded: jax.Array
+) -> jax.Array:
+    """The noise that explains what was recorded: eps = (x' - mu) / sigma (Pearl's abduction).
+
+    Replayed under the factual plan it gives back the factual rows; under another plan it gives
+    the counterfactual ones.
+
+    Args:
+      world_model: of ensemble size 1.
+      start: P patients.
+      plan: [P, H] the treatments really given, joint actions.
+      recorded: [P, H, 39] the rows that followed, z-scores.
+
+    Returns:
+      [P, 1, H, 39], for `rollout(..., samples=1, noise=...)`.
+
+    Raises:
+      InputError: the world model is an ensemble.
+    """
+    if world_model.num_members != 1:
+        raise InputError("noise is abducted in one model; pick one with .member(i)")
+
+    def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> tuple[History, jax.Array]:
+        action, obs = inputs
+        history = history.choose(action)
+        mu, log_sigma, _ = world_model.transition(*history.window(schema.STATE_WINDOW))
+        urine = world_model.scaler.denormalize(obs)[:, schema.URINE]
+        return history.append(obs, urine, history.ventilated), (obs - mu) * jnp.exp(-log_sigma)
+
+    inputs = (jnp.moveaxis(jnp.asarray(plan), 1, 0), jnp.moveaxis(jnp.asarray(recorded), 1, 0))
+    _, eps = jax.lax.scan(step, start, inputs)
+    return jnp.moveaxis(eps, 0, 1)[:, None]

@@ -1,0 +1,212 @@
+"""Summaries of branches, folded step by step, and statistics over the samples of a group."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.clinical import reward
+from worldmodel.clinical.reward import TERMINAL
+from worldmodel.simulate.unroll import Shape, Step
+
+MAP_TARGET = 65.0  # mmHg
+
+_MEANBP = schema.INDEX["meanbp"]
+
+
+@struct.dataclass
+class BranchSummary:
+    """Of branches [P, K, S]; sums and means are over the H simulated steps."""
+
+    final: jax.Array  # [P, K, S, F] physical units of the features asked for, in the last row
+    sofa: jax.Array  # [P, K, S] in the last row
+    lowest_map: jax.Array  # [P, K, S] mmHg
+    below_target: jax.Array  # [P, K, S] share of steps with MAP < 65 mmHg
+    ventilation: jax.Array  # [P, K, S] mean probability
+    shaping: jax.Array  # [P, K, S] sum of the steps' rewards
+    first_action: jax.Array  # [P, K, S] int32 joint action
+    vasopressor: jax.Array  # [P, K, S] mean level
+    fluid: jax.Array  # [P, K, S] mean level
+    projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
+    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not asked
+
+    @property
+    def total_reward(self) -> jax.Array:
+        """[P, K, S] shaping plus the expected terminal reward."""
+        return self.shaping + reward.terminal_reward(self.mortality)
+
+
+def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
+    """Before the first step."""
+
+    def full(value: float) -> jax.Array:
+        return jnp.full(shape, value, jnp.float32)
+
+    return BranchSummary(
+        final=jnp.zeros((*shape, len(features))),
+        sofa=full(0),
+        lowest_map=full(jnp.inf),
+        below_target=full(0),
+        ventilation=full(0),
+        shaping=full(0),
+        first_action=jnp.full(shape, -1, jnp.int32),
+        vasopressor=full(0),
+        fluid=full(0),
+        projected=jnp.zeros(shape, jnp.int32),
+        mortality=full(jnp.nan),
+    )
+
+
+def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> BranchSummary:
+    """The summary with one step added; sums, not yet means."""
+    columns = np.array([schema.INDEX[name] for name in features], np.int32)
+    map_ = step.dynamic[..., _MEANBP]
+    vasopressor, fluid = schema.action_levels(step.action)
+    return replace(
+        summary,
+        final=jnp.broadcast_to(step.dynamic[..., columns], summary.final.shape),
+        sofa=jnp.broadcast_to(step.sofa, summary.sofa.shape),
+        lowest_map=jnp.minimum(summary.lowest_map, map_),
+        below_target=summary.below_target + (map_ < MAP_TARGET),
+        ventilation=summary.ventilation + step.ventilation,
+        shaping=summary.shaping + step.reward,
+        first_action=jnp.where(summary.first_action < 0, step.action, summary.first_action),
+        vasopressor=summary.vasopressor + vasopressor,
+        fluid=summary.fluid + fluid,
+        projected=summary.projected + step.projected,
+    )
+
+
+def finish_summary(
+    summary: BranchSummary, mortality: jax.Array | None, horizon: int
+) -> BranchSummary:
+    """Sums become means, and the outcome is added."""
+    return replace(
+        summary,
+        below_target=summary.below_target / horizon,
+        ventilation=summary.ventilation / horizon,
+        vasopressor=summary.vasopressor / horizon,
+        fluid=summary.fluid / horizon,
+        mortality=summary.mortality if mortality is None else mortality,
+    )
+
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+CLEARED = 0.2  # of lactate, a common target of resuscitation (Jones et al., JAMIA 303:739)
+Columns = dict[str, np.ndarray]
+
+
+def group_statistics(
+    summary: BranchSummary,
+    start_values: np.ndarray,
+    start_sofa: np.ndarray,
+    *,
+    features: tuple[str, ...],
+    members: int,
+    horizon: int,
+    mode: str = "corrected",
+) -> Columns:
+    """Statistics over samples, in float64; NaN where there is none.
+
+    Args:
+      summary: NumPy leaves [P, K, S, ...].
+      start_values: [P, F] the features in the row that the branches start from.
+      start_sofa: [P] likewise.
+      features: names of the F features.
+      members: ensemble size E; sample s is of member s mod E.
+      horizon: steps H.
+      mode: in "reference" a mortality above 0.5 is death, as far as the reward is concerned.
+
+    Returns:
+      Columns [P, K] by name; `docs/sweeps.md` describes them.
+    """
+    values = {name: _wide(summary.final[..., i]) for i, name in enumerate(features)}
+    start = dict(zip(features, np.asarray(start_values, np.float64).T, strict=True))
+    mortality = _wide(summary.mortality)
+    died = mortality if mode == "corrected" else (mortality > 0.5).astype(np.float64)
+    reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died)
+    shape = mortality.shape[:2]
+
+    columns: Columns = {}
+    for name in features:
+        columns[f"{name}_start"] = np.broadcast_to(start[name][:, None], shape)
+        columns |= _spread(name, values[name])
+        columns[f"{name}_disagreement"] = disagreement(values[name], members)
+    columns["sofa_start"] = np.broadcast_to(np.asarray(start_sofa, np.float64)[:, None], shape)
+    columns |= _spread("sofa", _wide(summary.sofa))
+    columns["sofa_change"] = columns["sofa_mean"] - columns["sofa_start"]
+    for name, found in (("mortality", mortality), ("reward", reward)):
+        columns |= _spread(name, found)
+        columns[f"{name}_disagreement"] = disagreement(found, members)
+        columns[f"{name}_se"] = standard_error(found, members)
+    columns["map_below_65"] = _wide(summary.below_target).mean(-1)
+    columns["map_ever_below_65"] = (_wide(summary.lowest_map) < MAP_TARGET).mean(-1)
+    if "lactate" in features:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            cleared = 1.0 - values["lactate"] / start["lactate"][:, None, None]
+        columns["lactate_clearance"] = cleared.mean(-1)
+        columns["lactate_cleared_20"] = (cleared >= CLEARED).mean(-1)
+    columns["ventilation"] = _wide(summary.ventilation).mean(-1)
+    columns["vasopressor_level"] = _wide(summary.vasopressor).mean(-1)
+    columns["fluid_level"] = _wide(summary.fluid).mean(-1)
+    entries = horizon * schema.NUM_FEATURES
+    columns["projected_share"] = _wide(summary.projected).mean(-1) / entries
+    return columns
+
+
+def disagreement(values: np.ndarray, members: int) -> np.ndarray:
+    """[P, K] standard deviation between the members' means; NaN for one member."""
+    if members < 2:
+        return np.full(values.shape[:2], np.nan)
+    return _by_member(values, members).mean(2).std(-1, ddof=1)
+
+
+def standard_error(values: np.ndarray, members: int) -> np.ndarray:
+    """[P, K] of the mean over samples, given the ensemble; NaN for one sample per member."""
+    own = values.shape[-1] // members
+    if own < 2:
+        return np.full(values.shape[:2], np.nan)
+    within = _by_member(values, members).var(2, ddof=1).mean(-1)
+    return np.sqrt(within / values.shape[-1])
+
+
+def first_actions(summary: BranchSummary) -> np.ndarray:
+    """[P, K] float64 joint action of the first step; NaN where samples differ."""
+    first = np.asarray(summary.first_action)
+    return np.where((first == first[..., :1]).all(-1), first[..., 0], np.nan)
+
+
+def support(probs: np.ndarray | None, summary: BranchSummary) -> np.ndarray:
+    """[P, K] probability that the behaviour policy gives the first action; mean over samples.
+
+    Args:
+      probs: [P, 25] of the behaviour policy in the start rows; None for NaN everywhere.
+      summary: leaves [P, K, S].
+    """
+    first = np.asarray(summary.first_action)
+    if probs is None:
+        return np.full(first.shape[:2], np.nan)
+    rows = np.arange(len(first))[:, None, None]
+    return np.asarray(probs, np.float64)[rows, first].mean(-1)
+
+
+def _wide(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf, np.float64)
+
+
+def _by_member(values: np.ndarray, members: int) -> np.ndarray:
+    """[P, K, S] to [P, K, S / E, E]."""
+    return values.reshape(*values.shape[:2], -1, members)
+
+
+def _spread(name: str, values: np.ndarray) -> Columns:
+    """Mean and quantiles over samples."""
+    found = {f"{name}_mean": values.mean(-1)}
+    quantiles = np.quantile(values, QUANTILES, axis=-1)
+    return found | {f"{name}_q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(QUANTILES)}

@@ -1,0 +1,304 @@
+"""One member's branches of a block of patients, from the first treatment to the last row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from worldmodel import schema
+from worldmodel.clinical import reward
+from worldmodel.models.windows import encode_action
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate import fused_gru
+from worldmodel.simulate.fused_gru import pack_outcome, pack_state
+from worldmodel.simulate.history import History, urine_per_day
+from worldmodel.simulate.step import LACTATE, next_row, score_row
+
+Shape = tuple[int, int, int]  # patients P, plans K, samples S
+_PREFIX = 2  # after two steps nothing is shared between branches any more
+
+
+class Step(NamedTuple):
+    """What one step brought; leading axes broadcast to [P, K, S]."""
+
+    obs: jax.Array  # [..., 39] z-scores of the row after the treatment
+    dynamic: jax.Array  # [..., 39] the same in physical units
+    action: jax.Array  # [...] int32 joint action
+    sofa: jax.Array  # [...]
+    ventilation: jax.Array  # [...] probability
+    reward: jax.Array  # [...] shaping
+    projected: jax.Array  # [...] int32 entries moved into range
+
+
+class Now(NamedTuple):
+    """Where the branches stand before a treatment; leading axes broadcast to [P, K, S]."""
+
+    obs: jax.Array  # [..., 39] the newest row
+    lactate: jax.Array  # [...] mmol/L
+    sofa: jax.Array  # [...]
+    urine: tuple[jax.Array, ...]  # mL per row of the last 24 h, oldest first
+    history: History | None  # [P K S]; for policies, which look back
+
+
+class Played(NamedTuple):
+    """Branches [P, K, S] played to the end."""
+
+    folded: Any
+    collected: Any  # leaves [P, K, S, H, ...]
+    mortality: jax.Array | None  # [P, K, S] probability of death within 90 days
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to play, and what to keep of it.
+
+    Attributes:
+      shape: branches P, K, S.
+      horizon: steps H.
+      treat: `(h, now) -> action`, joint actions that broadcast to [P, K, S].
+      noise: `h -> eps`, standard normals that broadcast to [P, K, S, 39].
+      collect: `step -> tree`, kept of every step; leaves broadcast to [P, K, S, ...].
+      fold: `(folded, step) -> folded`, a running summary with leaves [P, K, S, ...].
+      folded: where the summary starts.
+      mode: "corrected" or "reference".
+      looks_back: keep a `History` for the policy.
+      mortality: ask the Outcome Model at the end.
+      precision: of matrix products; None for the model's own.
+    """
+
+    shape: Shape
+    horizon: int
+    treat: Callable[[jax.Array, Now], jax.Array]
+    noise: Callable[[jax.Array], jax.Array]
+    collect: Callable[[Step], Any] = lambda step: ()
+    fold: Callable[[Any, Step], Any] = lambda folded, step: folded
+    folded: Any = ()
+    mode: str = "corrected"
+    looks_back: bool = False
+    mortality: bool = True
+    precision: str | None = None
+
+
+class _Carry(NamedTuple):
+    flow: fused_gru.Flow
+    now: Now
+    folded: Any
+
+
+def play(world_model: WorldModel, start: History, job: Job) -> Played:
+    """Plays a world model of one member; works on traced values.
+
+    Args:
+      world_model: of ensemble size 1.
+      start: P patients, about to be treated.
+      job: what to play.
+    """
+    member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
+    kernel = pack_state(member, job.precision)
+    past = _past_rows(start)
+    constant = _constant_row(start)
+
+    def step(carry: _Carry, h: jax.Array, *, more: bool) -> tuple[_Carry, Any]:
+        now = carry.now
+        action = job.treat(h, now)
+        row = constant._replace(obs=now.obs, action=encode_action(action))
+        flow, prediction = fused_gru.predict(kernel, carry.flow, row, more=more)
+        drawn = next_row(world_model, prediction, job.noise(h), mode=job.mode)
+        urine = (*now.urine[1:], drawn.dynamic[..., schema.URINE])
+        sofa = score_row(
+            world_model,
+            drawn,
+            action,
+            urine_before=sum(now.urine[1:], now.urine[0]),
+            urine_24h=urine_per_day(
+                sum(urine[1:], urine[0]), start.step[:, None, None] + h + 1, len(urine)
+            ),
+            mode=job.mode,
+        )
+        lactate = drawn.dynamic[..., LACTATE]
+        with jax.named_scope("scoring"):
+            earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
+        brought = Step(
+            obs=drawn.obs,
+            dynamic=drawn.dynamic,
+            action=action,
+            sofa=sofa,
+            ventilation=drawn.ventilation,
+            reward=earned,
+            projected=drawn.projected,
+        )
+        history = now.history
+        if history is not None:
+            history = _append(history, brought, job.shape)
+        with jax.named_scope("output"):
+            folded = job.fold(carry.folded, brought)
+        moved = _Carry(flow, Now(drawn.obs, lactate, sofa, urine, history), folded)
+        trail = (now.obs, action) if job.mortality else ()
+        with jax.named_scope("output"):
+            return moved, (job.collect(brought), trail)
+
+    carry = _Carry(
+        fused_gru.begin(kernel, past, horizon=job.horizon),
+        _start(world_model, start, job),
+        job.folded,
+    )
+    parts: list[Any] = []
+    whole = schema.STATE_WINDOW - 1  # a window that starts now ends after so many more steps
+    last_whole = job.horizon - whole
+    h = 0
+    while h < job.horizon:
+        if h == _PREFIX and last_whole - h > 1:
+            carry, kept = jax.lax.scan(
+                lambda c, i: step(c, i, more=True),
+                _spread(carry, job.shape),
+                jnp.arange(h, last_whole),
+            )
+            parts.append(kept)
+            h = last_whole
+        else:
+            carry, kept = step(carry, jnp.int32(h), more=h < last_whole)
+            parts.append(jax.tree.map(lambda leaf: leaf[None], kept))
+            h += 1
+    collected = _stack([kept for kept, _ in parts], job.shape)
+    mortality = None
+    if job.mortality:
+        trail = [rows for _, rows in parts]
+        mortality = _mortality(world_model, start, job, trail, carry.now.obs)
+    return Played(carry.folded, collected, mortality)
+
+
+def _past_rows(start: History) -> fused_gru.Row:
+    """[11, P, 1, 1, ...] the rows before the newest, oldest first."""
+
+    def by_row(leaf: jax.Array) -> jax.Array:
+        return jnp.moveaxis(leaf[:, :-1], 1, 0)[:, :, None, None]
+
+    static = jnp.broadcast_to(start.static[:, None], (*start.obs.shape[:2], schema.NUM_STATIC))
+    return fused_gru.Row(
+        obs=by_row(start.obs),
+        observed=by_row(start.observed),
+        static=by_row(static),
+        action=by_row(encode_action(start.action)),
+    )
+
+
+def _constant_row(start: History) -> fused_gru.Row:
+    """[P, 1, 1, ...] what simulated rows have in common: who it is and what is measured."""
+    nothing = jnp.zeros(0)
+    return fused_gru.Row(
+        obs=nothing,
+        observed=start.observed[:, None, None, -1],
+        static=start.static[:, None, None],
+        action=nothing,
+    )
+
+
+def _start(world_model: WorldModel, start: History, job: Job) -> Now:
+    newest = start.obs[:, None, None, -1]
+    history = None
+    if job.looks_back:
+        history = jax.tree.map(
+            lambda leaf: _flat(leaf[:, None, None], job.shape),
+            start,
+        )
+    return Now(
+        obs=newest,
+        lactate=world_model.scaler.denormalize(newest)[..., LACTATE],
+        sofa=start.sofa[:, None, None],
+        urine=tuple(start.urine[:, None, None, i] for i in range(start.urine.shape[-1])),
+        history=history,
+    )
+
+
+def _append(history: History, step: Step, shape: Shape) -> History:
+    def flat(leaf: jax.Array) -> jax.Array:
+        return _flat(leaf, shape)
+
+    moved = history.choose(flat(step.action)).append(
+        flat(step.obs), flat(step.dynamic[..., schema.URINE]), flat(step.ventilation > 0.5)
+    )
+    return replace(moved, sofa=flat(step.sofa))
+
+
+def _flat(leaf: jax.Array, shape: Shape) -> jax.Array:
+    """[P or 1, K or 1, S or 1, ...] to branches [P K S, ...]."""
+    return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
+
+
+def _spread(carry: _Carry, shape: Shape) -> _Carry:
+    """Every leaf with its full axes [P, K, S, ...]; a history is flat and stays so."""
+
+    def full(leaf: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
+
+    now = carry.now._replace(history=None)
+    flow, now = jax.tree.map(full, (carry.flow, now))
+    return _Carry(flow, now._replace(history=carry.now.history), carry.folded)
+
+
+@jax.named_scope("output")
+def _stack(parts: list[Any], shape: Shape) -> Any:
+    """Collected leaves [n, P, K, S, ...] of consecutive steps to [P, K, S, H, ...]."""
+
+    def join(*leaves: jax.Array) -> jax.Array:
+        whole = jnp.concatenate(
+            [jnp.broadcast_to(leaf, (leaf.shape[0], *shape, *leaf.shape[4:])) for leaf in leaves]
+        )
+        return jnp.moveaxis(whole, 0, 3)
+
+    return jax.tree.map(join, *parts)
+
+
+@jax.named_scope("outcome")
+def _mortality(
+    world_model: WorldModel,
+    start: History,
+    job: Job,
+    trail: list[tuple[jax.Array, jax.Array]],
+    newest: jax.Array,
+) -> jax.Array:
+    """[P, K, S], asked of the last row as if its treatment went on.
+
+    Args:
+      world_model: of ensemble size 1.
+      start: P patients.
+      job: what was played.
+      trail: rows [n, ...] that were treated, and their actions; the first part is the start.
+      newest: [..., 39] the row after the last treatment.
+    """
+    model = jax.tree.map(lambda leaf: leaf[0], world_model.outcome_model)
+    kernel = pack_outcome(model, job.precision)
+    _, last_action = trail[-1]
+    simulated = [*trail[1:], (newest[None], last_action[-1:])]
+    simulated_rows = min(job.horizon, schema.OUTCOME_WINDOW)
+
+    def spread(leaf: jax.Array, full: tuple[int, ...]) -> jax.Array:
+        return jnp.broadcast_to(leaf, (leaf.shape[0], *full, *leaf.shape[4:]))
+
+    # Actions keep their own, perhaps narrower shape.
+    narrow = last_action.shape[1:]
+    obs = jnp.concatenate([spread(rows, job.shape) for rows, _ in simulated])[-simulated_rows:]
+    action = jnp.concatenate([spread(acts, narrow) for _, acts in simulated])[-simulated_rows:]
+    constant = _constant_row(start)
+
+    def rows_of(obs: jax.Array, action: jax.Array) -> fused_gru.Row:
+        def repeat(leaf: jax.Array) -> jax.Array:
+            return jnp.broadcast_to(leaf, (obs.shape[0], *leaf.shape))
+
+        return fused_gru.Row(
+            obs, repeat(constant.observed), repeat(constant.static), encode_action(action)
+        )
+
+    groups = [rows_of(obs, action)]
+    missing = schema.OUTCOME_WINDOW - simulated_rows
+    if missing:
+        groups.insert(0, rows_of(*trail[0]))
+    if missing > 1:
+        past = _past_rows(start)
+        groups.insert(0, jax.tree.map(lambda leaf: leaf[1 - missing :], past))
+    logit = fused_gru.mortality_logit(kernel, groups)
+    return jnp.broadcast_to(jax.nn.sigmoid(logit), job.shape)
