@@ -17,33 +17,33 @@ from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.observation import (
     NUM_STATE_FEATURES,
-    View,
+    Observation,
     as_pytree,
     draw_action,
+    observation_at,
     state_features,
-    view_at,
 )
 from worldmodel.observation import PolicyFn as SomePolicy
 from worldmodel.scaling import Scaler
 
 
 class Policy:
-    """A PyTree (`flax.struct.dataclass`) that is called as `policy(key, view) -> [25]`.
+    """A PyTree (`flax.struct.dataclass`) that is called as `policy(key, observation) -> [25]`.
 
     One call is for one patient; worlds and `action_probs` map it over patients. Whatever takes
     a policy takes a plain function of the same signature too.
     """
 
     past: ClassVar[int] = 0
-    """Rows of `View.past` that the policy looks back on."""
+    """Rows of `Observation.past` that the policy looks back on."""
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """Probabilities [25] of the joint actions; the key is consumed."""
         raise NotImplementedError
 
-    def act(self, key: jax.Array, view: View) -> jax.Array:
+    def act(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[] int32 joint action 0-24, drawn from the probabilities."""
-        return draw_action(self, key, view)
+        return draw_action(self, key, observation)
 
     def action_probs(
         self, episodes: Episodes, *, key: jax.Array | None = None, block: int = 1024
@@ -62,8 +62,8 @@ def action_probs(
     """[N, T, 25] probabilities of a policy in every recorded row; uniform on padding.
 
     Args:
-      policy: `(key, view) -> [25]`; its attribute `past`, where it has one, asks for rows of
-        `View.past`.
+      policy: `(key, observation) -> [25]`; its attribute `past`, where it has one, asks for rows of
+        `Observation.past`.
       episodes: the stays.
       key: of policies that draw; consumed.
       block: rows per call; bounds the memory.
@@ -94,22 +94,22 @@ def _on_rows(
     past: int,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
-    return jax.vmap(policy)(keys, view_at(episodes, stay, step, past=past))
+    return jax.vmap(policy)(keys, observation_at(episodes, stay, step, past=past))
 
 
-def decision_features(view: View, scaler: Scaler) -> jax.Array:
-    """[..., D] `state_features`, with the changes and treatments of `View.past`.
+def decision_features(observation: Observation, scaler: Scaler) -> jax.Array:
+    """[..., D] `state_features`, with the changes and treatments of `Observation.past`.
 
     For each earlier row: z-scored change of the measurements since, and both levels; zero where
     there was no such row.
 
     Args:
-      view: leaves [..., ...], with `past` rows H (or none).
+      observation: leaves [..., ...], with `past` rows H (or none).
       scaler: of measurements and static features.
     """
-    blocks = [state_features(view, scaler)]
-    if view.past is not None:
-        past = view.past
+    blocks = [state_features(observation, scaler)]
+    if observation.past is not None:
+        past = observation.past
         z = scaler.normalize(past.dynamic)
         valid = past.valid[..., :-1, None]
         change = jnp.where(valid, jnp.clip(z[..., -1:, :] - z[..., :-1, :], -5.0, 5.0), 0.0)
@@ -121,5 +121,5 @@ def decision_features(view: View, scaler: Scaler) -> jax.Array:
 
 
 def feature_width(past: int) -> int:
-    """D of `decision_features` with so many rows of `View.past`."""
+    """D of `decision_features` with so many rows of `Observation.past`."""
     return NUM_STATE_FEATURES + max(past - 1, 0) * (schema.NUM_FEATURES + 3)

@@ -31,7 +31,7 @@ from policy.clinician_models import (
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.observation import view_at
+from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 
 _NETWORKS: dict[str, Any] = {"logistic": Logistic, "mlp": MLP, "gru": GRU}
@@ -182,8 +182,8 @@ def _train(
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed)
 
     def loss(params: Any, stay: jax.Array, step: jax.Array) -> jax.Array:
-        view = view_at(episodes, stay, step, past=policy.past)
-        logits = jax.vmap(policy.replace(params=params).logits)(view)
+        observation = observation_at(episodes, stay, step, past=policy.past)
+        logits = jax.vmap(policy.replace(params=params).logits)(observation)
         action = episodes.action[stay, step]
         return optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
 

@@ -15,7 +15,13 @@ from policy.base import Policy
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.models.gru import gates
-from worldmodel.observation import NUM_STATE_FEATURES, Past, View, state_features, view_at
+from worldmodel.observation import (
+    NUM_STATE_FEATURES,
+    Observation,
+    ObservationHistory,
+    observation_at,
+    state_features,
+)
 from worldmodel.scaling import Scaler
 
 _LARGEST = 5.0  # z-scores beyond are outliers that a small model should not chase
@@ -31,15 +37,15 @@ class ClonedClinician(Policy):
     scaler: Scaler
     calibration: Calibration
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] before calibration."""
         raise NotImplementedError
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] calibrated probabilities."""
         del key
         temperature, lapse = self.calibration
-        probs = jax.nn.softmax(self.logits(view) / temperature)
+        probs = jax.nn.softmax(self.logits(observation) / temperature)
         return (1 - lapse) * probs + lapse / schema.NUM_ACTIONS
 
 
@@ -49,9 +55,9 @@ class Logistic(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] before calibration."""
-        return _head(self.params, _inputs(view, self.scaler))
+        return _head(self.params, _inputs(observation, self.scaler))
 
     @classmethod
     def initial(cls, key: jax.Array, scaler: Scaler, hidden: int) -> Logistic:
@@ -67,9 +73,9 @@ class MLP(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] before calibration."""
-        x = _inputs(view, self.scaler) @ self.params["in"] + self.params["in_bias"]
+        x = _inputs(observation, self.scaler) @ self.params["in"] + self.params["in_bias"]
         return _head(self.params, jax.nn.relu(x))
 
     @classmethod
@@ -92,19 +98,19 @@ class GRU(ClonedClinician):
     params: dict[str, jax.Array]
     past: ClassVar[int] = schema.STATE_WINDOW
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] before calibration."""
         p = self.params
-        assert view.past is not None, "a GRU needs views with View.past"
-        projected = _rows(view.past, self.scaler) @ p["row"] + p["row_bias"]
+        assert observation.past is not None, "a GRU needs observations with Observation.past"
+        projected = _rows(observation.past, self.scaler) @ p["row"] + p["row_bias"]
 
         def step(h: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
             x, valid = row
             return jnp.where(valid, gates(x, h @ p["state"] + p["state_bias"], h), h), None
 
         start = jnp.zeros(p["state"].shape[0])
-        h, _ = jax.lax.scan(step, start, (projected, view.past.valid), unroll=self.past)
-        x = _inputs(view, self.scaler) @ p["in"] + h @ p["memory"] + p["in_bias"]
+        h, _ = jax.lax.scan(step, start, (projected, observation.past.valid), unroll=self.past)
+        x = _inputs(observation, self.scaler) @ p["in"] + h @ p["memory"] + p["in_bias"]
         return _head(p, jax.nn.relu(x))
 
     @classmethod
@@ -132,9 +138,9 @@ class Clusters(ClonedClinician):
     centers: jax.Array  # [K, D]
     log_probs: jax.Array  # [K, 25]
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] log-frequencies of the nearest cluster."""
-        distance = (self.centers**2).sum(-1) - 2 * self.centers @ _inputs(view, self.scaler)
+        distance = (self.centers**2).sum(-1) - 2 * self.centers @ _inputs(observation, self.scaler)
         return self.log_probs[jnp.argmin(distance)]
 
     @classmethod
@@ -149,7 +155,7 @@ class Clusters(ClonedClinician):
     ) -> Clusters:
         """Mini-batch k-means on the rows (stay, step), then counts."""
         stay, step = map(jnp.asarray, rows)
-        x = np.asarray(_inputs(view_at(episodes, stay, step), scaler))
+        x = np.asarray(_inputs(observation_at(episodes, stay, step), scaler))
         action = np.asarray(episodes.action)[rows]
         base = np.bincount(action, minlength=schema.NUM_ACTIONS) + 1.0
         base = base / base.sum()
@@ -170,13 +176,15 @@ class Clusters(ClonedClinician):
         )
 
 
-def _inputs(view: View, scaler: Scaler) -> jax.Array:
+def _inputs(observation: Observation, scaler: Scaler) -> jax.Array:
     """[..., 59] the state, and the levels before as indicators: habits are no line in them."""
-    levels = [jax.nn.one_hot(x, schema.NUM_LEVELS) for x in (view.vasopressor, view.fluid)]
-    return jnp.concatenate([state_features(view, scaler), *levels], -1)
+    levels = [
+        jax.nn.one_hot(x, schema.NUM_LEVELS) for x in (observation.vasopressor, observation.fluid)
+    ]
+    return jnp.concatenate([state_features(observation, scaler), *levels], -1)
 
 
-def _rows(past: Past, scaler: Scaler) -> jax.Array:
+def _rows(past: ObservationHistory, scaler: Scaler) -> jax.Array:
     """[..., H, 42] of each row: z-scores, both levels given, whether there was such a row."""
     z = jnp.clip(scaler.normalize(past.dynamic), -_LARGEST, _LARGEST)
     levels = jnp.stack([past.vasopressor, past.fluid], -1) / (schema.NUM_LEVELS - 1)

@@ -9,7 +9,7 @@ from flax import struct
 from policy.base import Policy
 from worldmodel import schema
 from worldmodel.clinical import rules, sofa
-from worldmodel.observation import View
+from worldmodel.observation import Observation
 from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
 
 
@@ -17,27 +17,27 @@ from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
 class RandomPolicy(Policy):
     """All 25 actions alike."""
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] the uniform distribution."""
-        return random_policy(key, view)
+        return random_policy(key, observation)
 
 
 @struct.dataclass
 class NoTreatment(Policy):
     """Neither drug, ever."""
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] all on action 0."""
-        return no_treatment(key, view)
+        return no_treatment(key, observation)
 
 
 @struct.dataclass
 class MaximumTreatment(Policy):
     """The highest level of both drugs, always."""
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] all on action 24."""
-        return maximum_treatment(key, view)
+        return maximum_treatment(key, observation)
 
 
 @struct.dataclass
@@ -46,9 +46,9 @@ class Constant(Policy):
 
     action: int | jax.Array  # joint action 0-24
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] all on the action."""
-        del key, view
+        del key, observation
         return jax.nn.one_hot(self.action, schema.NUM_ACTIONS)
 
 
@@ -84,25 +84,26 @@ class GuidelineRules(Policy):
     highest: int = 4  # vasopressor level that is not exceeded
     step_hours: float = schema.STEP_HOURS
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] all on the action that the rules ask for."""
         del key
         meanbp, lactate, pao2, fio2 = (
-            view.dynamic[schema.INDEX[name]] for name in ("meanbp", "lactate", "pao2", "fio2")
+            observation.dynamic[schema.INDEX[name]]
+            for name in ("meanbp", "lactate", "pao2", "fio2")
         )
         poor = rules.hypoperfused(meanbp, lactate)
-        early = view.step * self.step_hours < self.early_hours
+        early = observation.step * self.step_hours < self.early_hours
         fluid = jnp.where(early, self.early_fluid, self.later_fluid)
         fluid = jnp.where(poor, fluid, self.maintenance)
         fluid = jnp.where(sofa.pf_ratio(pao2, fio2) < self.restrain_pf, fluid // 2, fluid)
 
-        fluid_first = (view.step == 0) & (meanbp >= self.severe_map)
-        ceiling = jnp.clip(self.highest, view.vasopressor, schema.NUM_LEVELS - 1)
-        raised = jnp.minimum(view.vasopressor + 1, ceiling)
+        fluid_first = (observation.step == 0) & (meanbp >= self.severe_map)
+        ceiling = jnp.clip(self.highest, observation.vasopressor, schema.NUM_LEVELS - 1)
+        raised = jnp.minimum(observation.vasopressor + 1, ceiling)
         up = (meanbp < rules.MAP_TARGET) & ~fluid_first
         down = meanbp > jnp.maximum(self.wean_above, rules.MAP_TARGET)
-        lowered = jnp.maximum(view.vasopressor - 1, 0)
-        vasopressor = jnp.where(up, raised, jnp.where(down, lowered, view.vasopressor))
+        lowered = jnp.maximum(observation.vasopressor - 1, 0)
+        vasopressor = jnp.where(up, raised, jnp.where(down, lowered, observation.vasopressor))
 
         untreated = poor & (vasopressor == 0)
         fluid = jnp.clip(fluid, jnp.where(untreated, 1, 0), schema.NUM_LEVELS - 1)

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat_all
-from policy.agent.env_pool import Ward, admit
+from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import OWN_SETS, Prompts
 from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
@@ -78,13 +78,13 @@ def whole_run(
     """Treats everybody from admission on; the tool calls that were answered."""
     patients = np.arange(arguments.patients)
     keys = patient_keys(jax.random.key(seed), patients)
-    ward = Ward(env, admit(env, keys, patients), forecaster)
+    pool = EnvPool(env, reset_batch(env, keys, patients), forecaster)
     stays: list[Stay] = []
     asyncio.run(
         treat_all(
             patients.tolist(),
             ScriptedBackend(simulate_and_prescribe),
-            ward,
+            pool,
             Prompts(templates),
             DialogueConfig(),
             seeds=[seed] * len(patients),
@@ -92,7 +92,7 @@ def whole_run(
             finished=stays.append,
         )
     )
-    ward.close()
+    pool.close()
     if not all(stay.status == COMPLETED for stay in stays):
         raise SystemExit("a stay failed")
     return sum(stay.tool_calls for stay in stays)

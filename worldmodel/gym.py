@@ -31,7 +31,7 @@ from worldmodel.envs.env import (
     episode_key,
 )
 from worldmodel.errors import InputError
-from worldmodel.observation import View, state_feature_bounds, state_features
+from worldmodel.observation import Observation, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
 Features = Callable[[Any], jax.Array]
@@ -55,8 +55,8 @@ class SepsisGymEnv(gymnasium.Env):
 
     Args:
       env: any source of patients.
-      features: observation (a `View`) to a float32 vector; by default `state_features` with the
-        world's scaler, 49 numbers, or the number of the state for ICU-Sepsis.
+      features: from an `Observation` to a float32 vector; by default `state_features` with
+        the world's scaler, 49 numbers, or the number of the state for ICU-Sepsis.
       observation_space: of own features.
 
     Raises:
@@ -251,8 +251,8 @@ def _encoder(
     )
 
 
-def _scaled_features(scaler: Scaler, view: View) -> jax.Array:
-    return state_features(view, scaler)
+def _scaled_features(scaler: Scaler, observation: Observation) -> jax.Array:
+    return state_features(observation, scaler)
 
 
 def _same(observation: jax.Array) -> jax.Array:
@@ -290,7 +290,7 @@ def _step_all(env: AutoReset, features: Any, state: Any, actions: jax.Array) -> 
 
 
 def _shown(features: Any, timestep: Timestep) -> tuple[jax.Array, Timestep]:
-    """The encoded observation, and the rest without the view."""
+    """The encoded observation, and the rest without the observation."""
     info = timestep.info.replace(final_observation=None)  # type: ignore[attr-defined]
     return features(timestep.observation), timestep.replace(observation=None, info=info)  # type: ignore[attr-defined]
 

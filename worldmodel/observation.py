@@ -20,10 +20,10 @@ from worldmodel.scaling import Scaler
 
 
 @struct.dataclass
-class Past:
+class ObservationHistory:
     """The last H rows, newest last; rows before admission are zero."""
 
-    dynamic: jax.Array  # [H, 39] as in View
+    dynamic: jax.Array  # [H, 39] as in Observation
     measured: jax.Array  # [H, 38] bool
     vasopressor: jax.Array  # [H] int32, level given in the row; 0 in the newest, still open
     fluid: jax.Array  # [H] int32
@@ -31,7 +31,7 @@ class Past:
 
 
 @struct.dataclass
-class View:
+class Observation:
     """One row of one patient, as the episodes hold it, with what was given before."""
 
     dynamic: jax.Array  # [39] physical units, gaps filled
@@ -43,11 +43,11 @@ class View:
     vasopressor: jax.Array  # [] int32 level given in the step before; 0 at admission
     fluid: jax.Array  # [] int32
     step: jax.Array  # [] int32 steps since admission
-    past: Past | None = None  # as many rows as the policy needs
+    past: ObservationHistory | None = None  # as many rows as the policy needs
 
 
-PolicyFn = Callable[[jax.Array, View], jax.Array]
-"""`(key, view) -> [25]` probabilities, for one patient; worlds map it over patients."""
+PolicyFn = Callable[[jax.Array, Observation], jax.Array]
+"""`(key, observation) -> [25]` probabilities, for one patient; worlds map it over patients."""
 
 
 def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
@@ -62,51 +62,53 @@ def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_call, policy)
 
 
-def draw_action(policy: PolicyFn, key: jax.Array, view: View) -> jax.Array:
+def draw_action(policy: PolicyFn, key: jax.Array, observation: Observation) -> jax.Array:
     """[] int32 joint action of one patient, drawn from a policy; the key is consumed."""
     own, draw = jax.random.split(key)
-    return jax.random.categorical(draw, jnp.log(policy(own, view))).astype(jnp.int32)
+    return jax.random.categorical(draw, jnp.log(policy(own, observation))).astype(jnp.int32)
 
 
-def _call(policy: PolicyFn, key: jax.Array, view: View) -> jax.Array:
-    return policy(key, view)
+def _call(policy: PolicyFn, key: jax.Array, observation: Observation) -> jax.Array:
+    return policy(key, observation)
 
 
-def recent(view: View, past: int) -> View:
-    """The view with only its newest `past` rows; leaves may have leading axes.
+def recent(observation: Observation, past: int) -> Observation:
+    """The observation with only its newest `past` rows; leaves may have leading axes.
 
     Raises:
-      InputError: the view does not look back so far.
+      InputError: the observation does not look back so far.
     """
     if not past:
-        return replace(view, past=None)
-    rows = 0 if view.past is None else view.past.valid.shape[-1]
+        return replace(observation, past=None)
+    rows = 0 if observation.past is None else observation.past.valid.shape[-1]
     if rows < past:
         raise InputError(
-            f"a policy looks back on {past} rows, but sees {rows}; ask the world for View.past "
-            f"(past={past})"
+            f"a policy looks back on {past} rows, but sees {rows}; ask the environment for "
+            f"Observation.past (past={past})"
         )
-    axis = view.step.ndim
+    axis = observation.step.ndim
     newest = jax.tree.map(
-        lambda leaf: jax.lax.slice_in_dim(leaf, rows - past, rows, axis=axis), view.past
+        lambda leaf: jax.lax.slice_in_dim(leaf, rows - past, rows, axis=axis), observation.past
     )
-    return replace(view, past=newest)
+    return replace(observation, past=newest)
 
 
-def view_at(episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0) -> View:
+def observation_at(
+    episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0
+) -> Observation:
     """What was seen in recorded rows, leaves [..., ...]; undefined after the end of a stay.
 
     Args:
       episodes: the stays.
       stay, step: int32 indices that broadcast to [...].
-      past: rows H of `View.past`; 0 leaves it out.
+      past: rows H of `Observation.past`; 0 leaves it out.
     """
     stay, step = jnp.broadcast_arrays(jnp.asarray(stay), jnp.asarray(step))
 
     def before(levels: jax.Array) -> jax.Array:
         return jnp.where(step > 0, levels[stay, jnp.maximum(step - 1, 0)], 0)
 
-    return View(
+    return Observation(
         dynamic=episodes.dynamic[stay, step],
         measured=episodes.measured[stay, step],
         static=episodes.static[stay],
@@ -116,17 +118,19 @@ def view_at(episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int =
         vasopressor=before(episodes.vasopressor),
         fluid=before(episodes.fluid),
         step=step,
-        past=_past_at(episodes, stay, step, past) if past else None,
+        past=_observation_history_at(episodes, stay, step, past) if past else None,
     )
 
 
-def views(episodes: Episodes, *, past: int = 0) -> View:
+def observations(episodes: Episodes, *, past: int = 0) -> Observation:
     """What was seen in every row, leaves [N, T, ...]; undefined on padding."""
     stays, steps = jnp.arange(episodes.num_stays), jnp.arange(episodes.num_steps)
-    return view_at(episodes, stays[:, None], steps, past=past)
+    return observation_at(episodes, stays[:, None], steps, past=past)
 
 
-def _past_at(episodes: Episodes, stay: jax.Array, step: jax.Array, rows: int) -> Past:
+def _observation_history_at(
+    episodes: Episodes, stay: jax.Array, step: jax.Array, rows: int
+) -> ObservationHistory:
     index = step[..., None] + jnp.arange(1 - rows, 1)
     valid = index >= 0
     given = valid.at[..., -1].set(False)  # what the newest row is given is not known yet
@@ -136,7 +140,7 @@ def _past_at(episodes: Episodes, stay: jax.Array, step: jax.Array, rows: int) ->
         kept = kept.reshape(*kept.shape, *(1,) * (picked.ndim - kept.ndim))
         return jnp.where(kept, picked, jnp.zeros((), leaf.dtype))
 
-    return Past(
+    return ObservationHistory(
         dynamic=look_back(episodes.dynamic, valid),
         measured=look_back(episodes.measured, valid),
         vasopressor=look_back(episodes.vasopressor, given),
@@ -154,29 +158,29 @@ _LARGEST_SOFA = 24.0
 NUM_STATE_FEATURES = 1 + schema.NUM_FEATURES + schema.NUM_STATIC + _EXTRA  # 49
 
 
-def state_features(view: View, scaler: Scaler) -> jax.Array:
+def state_features(observation: Observation, scaler: Scaler) -> jax.Array:
     """[..., 49] features of what is known before the treatment.
 
     A constant, z-scored measurements and static features, ventilation, SOFA, the levels of the
     step before, and time.
 
     Args:
-      view: leaves [..., ...].
+      observation: leaves [..., ...].
       scaler: of measurements and static features.
     """
-    time = view.step / _STEPS
+    time = observation.step / _STEPS
     extra = [
-        view.ventilated.astype(jnp.float32),
-        view.sofa / 10.0,
-        view.vasopressor / _TOP_LEVEL,
-        view.fluid / _TOP_LEVEL,
+        observation.ventilated.astype(jnp.float32),
+        observation.sofa / 10.0,
+        observation.vasopressor / _TOP_LEVEL,
+        observation.fluid / _TOP_LEVEL,
         time,
         time**2,
     ]
     blocks = [
-        jnp.ones((*view.step.shape, 1)),
-        jnp.clip(scaler.normalize(view.dynamic), -_LARGEST, _LARGEST),
-        jnp.clip(scaler.normalize_static(view.static), -_LARGEST, _LARGEST),
+        jnp.ones((*observation.step.shape, 1)),
+        jnp.clip(scaler.normalize(observation.dynamic), -_LARGEST, _LARGEST),
+        jnp.clip(scaler.normalize_static(observation.static), -_LARGEST, _LARGEST),
         jnp.stack(extra, -1),
     ]
     return jnp.concatenate(blocks, -1)

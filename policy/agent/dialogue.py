@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from policy.agent.env_pool import Ward
+from policy.agent.env_pool import EnvPool
 from policy.agent.prompts import Chart, Prompts, options
 from policy.agent.tools import (
     REASONS,
@@ -99,7 +99,7 @@ class Decision:
     simulations: int  # calls answered
     invalid: int  # calls and replies refused
     probabilities: tuple[float, ...] | None = None  # [25] of all prescriptions, where asked for
-    values: tuple[float, ...] | None = None  # [25] by the ward's observer, where it has one
+    values: tuple[float, ...] | None = None  # [25] by the pool's state scorer, where it has one
     turn: int = 0  # index of the turn that prescribed
 
 
@@ -126,29 +126,29 @@ class Stay:
 
 
 async def treat(
-    bed: int,
+    slot: int,
     patient: int,
     backend: Backend,
-    ward: Ward,
+    pool: EnvPool,
     prompts: Prompts,
     config: DialogueConfig,
     *,
     seed: int,
     scorer: ActionScorer | None = None,
 ) -> Stay:
-    """Lets a language model treat a patient of a ward until the stay ends or fails.
+    """Lets a language model treat a patient of a pool until the stay ends or fails.
 
     Args:
-      bed: the patient's place on the ward.
+      slot: the patient's place on the pool.
       patient: identity, for the record and the seeds.
       backend: the model.
-      ward: where the patient is.
+      pool: where the patient is.
       prompts: what the model is told.
       config: bounds.
       seed: of the attempt; each reply has a seed of its own, by attempt, patient and turn.
       scorer: of the backend, to note the probabilities of all 25 prescriptions at each decision.
     """
-    return await _Dialogue(bed, patient, backend, ward, prompts, config, seed, scorer).run()
+    return await _Dialogue(slot, patient, backend, pool, prompts, config, seed, scorer).run()
 
 
 class _FailedError(Exception):
@@ -160,19 +160,19 @@ class _FailedError(Exception):
 class _Dialogue:
     def __init__(
         self,
-        bed: int,
+        slot: int,
         patient: int,
         backend: Backend,
-        ward: Ward,
+        pool: EnvPool,
         prompts: Prompts,
         config: DialogueConfig,
         seed: int,
         scorer: ActionScorer | None,
     ):
-        self.bed, self.backend, self.ward, self.prompts = bed, backend, ward, prompts
+        self.slot, self.backend, self.pool, self.prompts = slot, backend, pool, prompts
         self.config, self.seed, self.scorer = config, seed, scorer
         self.stay = Stay(patient)
-        self.chart = Chart.of(ward.admitted(bed))
+        self.chart = Chart.of(pool.initial(slot))
         self.simulations = self.invalid = 0  # at this decision
         self.done = False
         self.conversation: Conversation
@@ -195,7 +195,7 @@ class _Dialogue:
 
     def _open(self) -> list[dict[str, Any]]:
         """Begins a conversation; what it begins with."""
-        can_simulate = self.ward.can_simulate
+        can_simulate = self.pool.can_simulate
         self.conversation = self.backend.open(SCHEMAS if can_simulate else SCHEMAS[1:])
         return self.prompts.first(self.chart, can_simulate=can_simulate)
 
@@ -234,12 +234,12 @@ class _Dialogue:
         return await self._prescribe(asked, reply)
 
     async def _simulate(self, asked: Simulate) -> str:
-        if not self.ward.can_simulate:
+        if not self.pool.can_simulate:
             return self._refuse("unknown_tool")
         if self.simulations >= self.config.max_simulations:
             return self._refuse("too_many_simulations")
         self.simulations += 1
-        forecast = await self.ward.simulate(self.bed, asked.actions)
+        forecast = await self.pool.simulate(self.slot, asked.actions)
         self.stay.tool_calls += 1
         return self.prompts.simulation(options(asked.actions, forecast))
 
@@ -247,8 +247,8 @@ class _Dialogue:
         probabilities = None
         if self.scorer is not None and reply.prompt_ids is not None:
             probabilities = tuple((await self.scorer(reply.prompt_ids)).tolist())
-        values = self.ward.values(self.bed)
-        after = await self.ward.prescribe(self.bed, asked.action)
+        values = self.pool.values(self.slot)
+        after = await self.pool.prescribe(self.slot, asked.action)
         self.stay.tool_calls += 1
         self.stay.decisions.append(self._decision(asked.action, after, probabilities, values))
         self.simulations = self.invalid = 0
@@ -306,7 +306,7 @@ def _outcome(after: Timestep) -> tuple[str, float | None]:
 async def treat_all(
     patients: Sequence[int],
     backend: Backend,
-    ward: Ward,
+    pool: EnvPool,
     prompts: Prompts,
     config: DialogueConfig,
     *,
@@ -315,11 +315,11 @@ async def treat_all(
     finished: Callable[[Stay], None] | None = None,
     scorer: ActionScorer | None = None,
 ) -> list[Stay]:
-    """Treats every patient of a ward.
+    """Treats every patient of a pool.
 
     Args:
-      patients: [N] identities, in the order of the ward's beds.
-      backend, ward, prompts, config: as for `treat`.
+      patients: [N] identities, in the order of the pool's slots.
+      backend, pool, prompts, config: as for `treat`.
       seeds: [N] as for `treat`.
       concurrency: stays in treatment at the same time.
       scorer: as for `treat`.
@@ -331,16 +331,16 @@ async def treat_all(
     waiting = iter(enumerate(patients))
     stays: dict[int, Stay] = {}
 
-    async def nurse() -> None:
-        for bed, patient in waiting:
+    async def worker() -> None:
+        for slot, patient in waiting:
             stay = await treat(
-                bed, patient, backend, ward, prompts, config, seed=seeds[bed], scorer=scorer
+                slot, patient, backend, pool, prompts, config, seed=seeds[slot], scorer=scorer
             )
-            stays[bed] = stay
+            stays[slot] = stay
             if finished is not None:
                 finished(stay)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(min(concurrency, len(patients))):
-            group.create_task(nurse())
-    return [stays[bed] for bed in range(len(patients))]
+            group.create_task(worker())
+    return [stays[slot] for slot in range(len(patients))]

@@ -15,9 +15,9 @@ from worldmodel import schema
 from worldmodel.envs.base import action_probability
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import PolicyFn, View, as_pytree, recent
+from worldmodel.observation import Observation, PolicyFn, as_pytree, recent
 from worldmodel.scaling import Scaler
-from worldmodel.simulate.history import History, history_of
+from worldmodel.simulate.history import History, history_from_observation
 from worldmodel.simulate.randomness import policy_key
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.step import MODES
@@ -32,7 +32,7 @@ class ForecastConfig:
 
     Attributes:
       samples: futures per treatment, a multiple of the ensemble size; with common noise, so that
-        treatments are compared under the same luck.
+        treatments are compared under the same random numbers.
       mode: "corrected", or "reference": one noisy future per treatment, as SepsisAgent's tool.
     """
 
@@ -74,7 +74,7 @@ class Forecaster:
         back farther than the world model.
     """
 
-    past = schema.OUTCOME_WINDOW  # rows of View.past that are needed
+    past = schema.OUTCOME_WINDOW  # rows of Observation.past that are needed
 
     def __init__(
         self,
@@ -98,11 +98,13 @@ class Forecaster:
         self._behavior = None if behavior is None else as_pytree(behavior)
         self._behavior_past = getattr(behavior, "past", 0)
 
-    def __call__(self, views: View, patients: np.ndarray, actions: np.ndarray) -> Forecast:
+    def __call__(
+        self, observations: Observation, patients: np.ndarray, actions: np.ndarray
+    ) -> Forecast:
         """Forecasts [B, K] as numpy arrays.
 
         Args:
-          views: what is seen of B patients, leaves [B, ...], with at least 12 rows of past.
+          observations: what is seen of B patients, leaves [B, ...], with at least 12 rows of past.
           patients: [B] int32 identities, which the noise depends on.
           actions: [B, K] int32 joint actions.
         """
@@ -111,7 +113,7 @@ class Forecaster:
         played = rollout(
             self._world_model,
             self._key,
-            _histories(self._world_model, views, jnp.asarray(patients, jnp.int32)),
+            _histories(self._world_model, observations, jnp.asarray(patients, jnp.int32)),
             plans,
             samples=self._config.samples,
             features=schema.FEATURE_NAMES,
@@ -128,7 +130,7 @@ class Forecaster:
             values, scores = values[:, :, :1], jax.tree.map(lambda leaf: leaf[..., :1], scores)
         mean, (sofa, ventilation), _ = _averages(values, scores, scaler, members=1)
         support = _support(
-            self._behavior, self._key, views, plans[..., 0], past=self._behavior_past
+            self._behavior, self._key, observations, plans[..., 0], past=self._behavior_past
         )
         low, high = _quantiles(np.asarray(values))
         found = Forecast(mean, low, high, sofa, ventilation, disagreement, support)
@@ -154,23 +156,23 @@ def _quantiles(values: np.ndarray) -> list[np.ndarray]:
 
 
 @jax.jit
-def _histories(world_model: WorldModel, views: View, patients: jax.Array) -> History:
-    histories = jax.vmap(partial(history_of, world_model))(views)
+def _histories(world_model: WorldModel, observations: Observation, patients: jax.Array) -> History:
+    histories = jax.vmap(partial(history_from_observation, world_model))(observations)
     return replace(jax.tree.map(lambda leaf: leaf[:, 0], histories), patient=patients)
 
 
 @partial(jax.jit, static_argnames="past")
 def _support(
-    behavior: Any, key: jax.Array, views: View, actions: jax.Array, *, past: int
+    behavior: Any, key: jax.Array, observations: Observation, actions: jax.Array, *, past: int
 ) -> jax.Array:
     """[B, K] probabilities under the behaviour policy, NaN without one."""
     if behavior is None:
         return jnp.full(actions.shape, jnp.nan)
 
-    def of_patient(view: View, chosen: jax.Array) -> jax.Array:
-        return action_probability(behavior, policy_key(key), recent(view, past), chosen)
+    def of_patient(observation: Observation, chosen: jax.Array) -> jax.Array:
+        return action_probability(behavior, policy_key(key), recent(observation, past), chosen)
 
-    return jax.vmap(of_patient)(views, actions)
+    return jax.vmap(of_patient)(observations, actions)
 
 
 @partial(jax.jit, static_argnames="members")

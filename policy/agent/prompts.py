@@ -117,16 +117,16 @@ class Chart:
 
         Rows of the past that the patient brings along are written down too.
         """
-        view = first.observation
-        age, male, charlson = (float(value) for value in view.static)
+        observation = first.observation
+        age, male, charlson = (float(value) for value in observation.static)
         chart = cls(age=age, male=male > 0.5, charlson=round(charlson))
-        past, step = view.past, int(view.step)
+        past, step = observation.past, int(observation.step)
         if past is not None:
             for row in np.flatnonzero(np.asarray(past.valid))[:-1]:
                 chart._write(past.dynamic[row])
                 levels = (int(past.vasopressor[row]), int(past.fluid[row]))
                 chart.treatments.append(Treatment(*levels))
-        chart._see(view, step)
+        chart._see(observation, step)
         return chart
 
     def add(self, action: int, after: Timestep) -> None:
@@ -164,10 +164,10 @@ class Chart:
         """The treatment before the newest row; none at admission."""
         return self.treatments[-1] if self.treatments else Treatment(0, 0)
 
-    def _see(self, view: Any, step: int) -> None:
-        self._write(view.dynamic)
-        self.sofa.append(float(view.sofa))
-        self.ventilated.append(bool(view.ventilated))
+    def _see(self, observation: Any, step: int) -> None:
+        self._write(observation.dynamic)
+        self.sofa.append(float(observation.sofa))
+        self.ventilated.append(bool(observation.ventilated))
         self.step = step
 
     def _write(self, dynamic: np.ndarray) -> None:

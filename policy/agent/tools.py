@@ -1,4 +1,4 @@
-"""The agent's two tools: JSON schemas, strict parsing of calls, exact prescription probabilities."""
+"""The agent's two tools: JSON schemas, strict parsing of calls, prescription probabilities."""
 
 from __future__ import annotations
 

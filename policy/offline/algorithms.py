@@ -15,7 +15,7 @@ from flax import nnx, struct
 from policy.base import Policy, decision_features
 from policy.offline.training import OfflineConfig
 from worldmodel import schema
-from worldmodel.observation import View, recent
+from worldmodel.observation import Observation, recent
 from worldmodel.scaling import Scaler
 
 
@@ -234,15 +234,15 @@ class OfflinePolicy(Policy):
         networks = jax.tree.map(lambda leaf: leaf[index][None], self.networks)
         return replace(self, networks=networks)
 
-    def scores(self, view: View) -> jax.Array:
+    def scores(self, observation: Observation) -> jax.Array:
         """[S, 25] of every seed."""
-        features = decision_features(recent(view, self.past), self.scaler)
+        features = decision_features(recent(observation, self.past), self.scaler)
         score = ALGORITHMS[self.config.algorithm].score
         return jax.vmap(lambda networks: score(networks, features, self.config))(self.networks)
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         del key
-        scores = self.scores(view).mean(0)
+        scores = self.scores(observation).mean(0)
         if self.temperature <= 0:
             return jax.nn.one_hot(scores.argmax(), schema.NUM_ACTIONS)
         return jax.nn.softmax(scores / self.temperature)

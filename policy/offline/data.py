@@ -1,4 +1,4 @@
-"""Recorded stays as transitions, and as data sets of other offline reinforcement learning libraries."""
+"""Recorded stays as transitions, and as data sets of other offline RL libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, atomic_folder, write_json
-from worldmodel.observation import state_feature_bounds, view_at
+from worldmodel.observation import observation_at, state_feature_bounds
 from worldmodel.scaling import Scaler
 
 
@@ -53,7 +53,7 @@ def transitions(episodes: Episodes, scaler: Scaler, *, past: int, block: int = 4
 
     @jax.jit
     def of_rows(stays: jax.Array, steps: jax.Array) -> jax.Array:
-        return decision_features(view_at(episodes, stays, steps, past=past), scaler)
+        return decision_features(observation_at(episodes, stays, steps, past=past), scaler)
 
     features = in_blocks(lambda rows: of_rows(stay[rows], step[rows]), len(stay), block)
     return Transitions(

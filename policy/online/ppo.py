@@ -19,7 +19,7 @@ from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
-from worldmodel.observation import View, recent
+from worldmodel.observation import Observation, recent
 from worldmodel.scaling import Scaler
 
 Progress = Callable[[int, int, float], None]
@@ -78,20 +78,22 @@ def train_ppo(
 
     Args:
       key: of patients, actions, initialisation and minibatches; consumed.
-      env: whose observations are views, with at least `config.past` rows of `View.past`.
+      env: whose observations have at least `config.past` rows of `Observation.past`.
       scaler: of the features; kept in the policy.
       config: settings.
       start: an IQL policy; actor and critic start from those of its first seed.
       progress: called from within the training after every round.
 
     Raises:
-      InputError: the environment shows no view, or looks back on too few rows; `start` is not of
-        IQL, or has other sizes; the training diverged.
+      InputError: the environment shows no `Observation`, or too few rows of history; `start` is
+        not of IQL, or has other sizes; the training diverged.
     """
     key_init, key_train = jax.random.split(key)
     shown = jax.eval_shape(env.reset, key_train)[1].observation
-    if not isinstance(shown, View):
-        raise InputError("PPO: the environment must show views; take the synthetic or learned one")
+    if not isinstance(shown, Observation):
+        raise InputError(
+            "PPO: the environment must give `Observation`s; take the synthetic or learned one"
+        )
     width = jax.eval_shape(partial(_features, scaler=scaler, past=config.past), shown).shape[-1]
     if start is None:
         networks = _fresh_networks(width, config, nnx.Rngs(key_init))
@@ -109,8 +111,8 @@ def _report(progress: Progress, rounds: int, number: jax.Array, value: jax.Array
     progress(int(number) + 1, rounds, float(value))
 
 
-def _features(view: View, *, scaler: Scaler, past: int) -> jax.Array:
-    return decision_features(recent(view, past), scaler)
+def _features(observation: Observation, *, scaler: Scaler, past: int) -> jax.Array:
+    return decision_features(recent(observation, past), scaler)
 
 
 def _fresh_networks(width: int, config: PPOConfig, rngs: nnx.Rngs) -> Networks:
@@ -341,13 +343,13 @@ class OnlinePolicy(Policy):
     def past(self) -> int:  # type: ignore[override]
         return self.config.past
 
-    def logits(self, view: View) -> jax.Array:
+    def logits(self, observation: Observation) -> jax.Array:
         """[25] of the actor."""
-        return self.actor(decision_features(recent(view, self.past), self.scaler))
+        return self.actor(decision_features(recent(observation, self.past), self.scaler))
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
         del key
-        logits = self.logits(view)
+        logits = self.logits(observation)
         if self.temperature <= 0:
             return jax.nn.one_hot(logits.argmax(), schema.NUM_ACTIONS)
         return jax.nn.softmax(logits / self.temperature)

@@ -17,7 +17,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import View, recent, view_at
+from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.scaling import Scaler
 
 PAST = 4  # rows of the features that stand for the state
@@ -33,11 +33,11 @@ def dose_basis() -> np.ndarray:
     return np.stack([v, v**2, v > 0, f, f**2, v * f], -1).astype(np.float32)
 
 
-def moderators(view: View, scaler: Scaler) -> jax.Array:
+def moderators(observation: Observation, scaler: Scaler) -> jax.Array:
     """[..., 16] what may change the use of a dose: pressure, perfusion, organs, time, treatment."""
-    z = jnp.clip(scaler.normalize(view.dynamic), -4.0, 4.0)
-    pressure = view.dynamic[..., _AT["meanbp"]]
-    oxygen = 100.0 * view.dynamic[..., _AT["pao2"]] / view.dynamic[..., _AT["fio2"]]
+    z = jnp.clip(scaler.normalize(observation.dynamic), -4.0, 4.0)
+    pressure = observation.dynamic[..., _AT["meanbp"]]
+    oxygen = 100.0 * observation.dynamic[..., _AT["pao2"]] / observation.dynamic[..., _AT["fio2"]]
     names = ("lactate", "output_4hourly", "heart_rate", "creatinine", "hemoglobin", "bicarbonate")
     top = schema.NUM_LEVELS - 1
     columns = [
@@ -47,11 +47,11 @@ def moderators(view: View, scaler: Scaler) -> jax.Array:
         jnp.maximum(pressure - 80.0, 0.0) / 10.0,
         *(z[..., _AT[name]] for name in names),
         jnp.log(jnp.clip(oxygen, 30.0, 700.0) / 200.0),
-        jnp.exp(-view.step / 3.0),
-        view.step / 20.0,
-        view.vasopressor / top,
-        view.fluid / top,
-        view.ventilated.astype(jnp.float32),
+        jnp.exp(-observation.step / 3.0),
+        observation.step / 20.0,
+        observation.vasopressor / top,
+        observation.fluid / top,
+        observation.ventilated.astype(jnp.float32),
     ]
     return jnp.stack(columns, -1)
 
@@ -77,30 +77,30 @@ class Advantage:
     usual: jax.Array  # [D, 8] effects that the clinician's habit has, linear in the features
     scaler: Scaler
 
-    def of_actions(self, view: View, mu: jax.Array, habit: jax.Array) -> jax.Array:
+    def of_actions(self, observation: Observation, mu: jax.Array, habit: jax.Array) -> jax.Array:
         """Advantage [..., 25] of all actions.
 
         Args:
-          view: of one patient.
+          observation: of one patient.
           mu: [..., 25, 39] predicted next states, z-scores; leading axes for ensemble members.
           habit: [25] the clinician's probabilities.
         """
-        doses = self._of_doses(view, habit)
-        return doses + (effects(mu, self.scaler) - self._usual(view)) @ self.effects
+        doses = self._of_doses(observation, habit)
+        return doses + (effects(mu, self.scaler) - self._usual(observation)) @ self.effects
 
     def of_action(
-        self, view: View, mu: jax.Array, habit: jax.Array, action: jax.Array
+        self, observation: Observation, mu: jax.Array, habit: jax.Array, action: jax.Array
     ) -> jax.Array:
         """[] advantage of one action, whose predicted next state is mu [39]."""
-        gain = (effects(mu, self.scaler) - self._usual(view)) @ self.effects
-        return self._of_doses(view, habit)[action] + gain
+        gain = (effects(mu, self.scaler) - self._usual(observation)) @ self.effects
+        return self._of_doses(observation, habit)[action] + gain
 
-    def _of_doses(self, view: View, habit: jax.Array) -> jax.Array:
+    def _of_doses(self, observation: Observation, habit: jax.Array) -> jax.Array:
         basis = jnp.asarray(dose_basis())
-        return (basis - habit @ basis) @ (moderators(view, self.scaler) @ self.doses)
+        return (basis - habit @ basis) @ (moderators(observation, self.scaler) @ self.doses)
 
-    def _usual(self, view: View) -> jax.Array:
-        return decision_features(recent(view, PAST), self.scaler) @ self.usual
+    def _usual(self, observation: Observation) -> jax.Array:
+        return decision_features(recent(observation, PAST), self.scaler) @ self.usual
 
 
 def fit_advantage(
@@ -190,7 +190,9 @@ def fit_planner(
     scaler = world_model.scaler
     stay, step = np.nonzero(np.asarray(train.valid))
     features = np.asarray(transitions(train, scaler, past=PAST).features)
-    moderator = np.asarray(moderators(view_at(train, jnp.asarray(stay), jnp.asarray(step)), scaler))
+    moderator = np.asarray(
+        moderators(observation_at(train, jnp.asarray(stay), jnp.asarray(step)), scaler)
+    )
     advantage = fit_advantage(
         features,
         moderator,

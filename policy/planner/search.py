@@ -16,8 +16,8 @@ from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import View, recent
-from worldmodel.simulate.history import History, history_of, view_of
+from worldmodel.observation import Observation, recent
+from worldmodel.simulate.history import History, history_from_observation, observe
 from worldmodel.simulate.step import follow
 
 _OUT = -1e9  # score of an action that is not supported
@@ -33,36 +33,40 @@ class Planner(Policy):
     config: PlannerConfig = struct.field(pytree_node=False)
     past: ClassVar[int] = schema.OUTCOME_WINDOW
 
-    def __call__(self, key: jax.Array, view: View) -> jax.Array:
-        values = self.action_values(key, view)
+    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        values = self.action_values(key, observation)
         if self.config.temperature <= 0:
             return jax.nn.one_hot(values.argmax(), schema.NUM_ACTIONS)
         return jax.nn.softmax(values / self.config.temperature)
 
-    def action_values(self, key: jax.Array, view: View) -> jax.Array:
+    def action_values(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] J of the best sequence found that starts with each action; -1e9 for none."""
         search = {
             "one-step": _one_step,
             "cross-entropy": _cross_entropy,
             "sequential-halving": _sequential_halving,
         }[self.config.search]
-        habit = self.habit(view)
-        values = search(self, key, view, habit)
+        habit = self.habit(observation)
+        values = search(self, key, observation, habit)
         supported = habit >= self.config.support * habit.max()
         return jnp.where(supported, values, _OUT)
 
-    def habit(self, view: View) -> jax.Array:
+    def habit(self, observation: Observation) -> jax.Array:
         """[25] the clinician's probabilities."""
-        return self.clinician(jax.random.key(0), recent(view, self.clinician.past))
+        return self.clinician(jax.random.key(0), recent(observation, self.clinician.past))
 
 
-def _one_step(planner: Planner, key: jax.Array, view: View, habit: jax.Array) -> jax.Array:
+def _one_step(
+    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
+) -> jax.Array:
     """[25] by one batched prediction, without imagining further."""
     del key
     every = jnp.arange(schema.NUM_ACTIONS)
-    here = _repeat(history_of(planner.world_model, view), schema.NUM_ACTIONS).choose(every)
+    here = _repeat(
+        history_from_observation(planner.world_model, observation), schema.NUM_ACTIONS
+    ).choose(every)
     mu = planner.world_model.transitions(*here.window(schema.STATE_WINDOW)).mu  # [E, 25, 39]
-    gains = planner.advantage.of_actions(view, mu, habit)
+    gains = planner.advantage.of_actions(observation, mu, habit)
     return _cautious(gains, planner.config) + planner.config.prior_weight * _log(habit)
 
 
@@ -82,7 +86,7 @@ def _repeat(history: History, count: int) -> History:
 def play(
     planner: Planner,
     key: jax.Array,
-    view: View,
+    observation: Observation,
     sequences: jax.Array,
     samples: int,
 ) -> jax.Array:
@@ -96,7 +100,7 @@ def play(
     noise = jnp.zeros((horizon, repeats, schema.NUM_FEATURES))
     if samples:
         noise = jax.random.normal(key, noise.shape)
-    start = _repeat(history_of(planner.world_model, view), count * repeats)
+    start = _repeat(history_from_observation(planner.world_model, observation), count * repeats)
     planned = jnp.repeat(sequences, repeats, axis=0)  # [K S, H]
 
     def of_member(state_model: object) -> jax.Array:
@@ -106,7 +110,7 @@ def play(
 
         def step(history: History, inputs: tuple[jax.Array, ...]) -> tuple[History, jax.Array]:
             given, eps = inputs
-            seen = view_of(member, history, past=planner.past)
+            seen = observe(member, history, past=planner.past)
             habits = jax.vmap(planner.habit)(seen)
             action = jnp.where(given < 0, habits.argmax(-1), given).astype(jnp.int32)
             history = history.choose(action)
@@ -129,7 +133,9 @@ def _best_by_first(values: jax.Array, first: jax.Array) -> jax.Array:
     return jnp.full(schema.NUM_ACTIONS, _OUT).at[first].max(values)
 
 
-def _cross_entropy(planner: Planner, key: jax.Array, view: View, habit: jax.Array) -> jax.Array:
+def _cross_entropy(
+    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
+) -> jax.Array:
     config = planner.config
     key_noise, key_draw = jax.random.split(key)
     allowed = jnp.where(habit >= config.support * habit.max(), habit, 0.0)
@@ -138,7 +144,7 @@ def _cross_entropy(planner: Planner, key: jax.Array, view: View, habit: jax.Arra
     def iterate(probs: jax.Array, key_iteration: jax.Array) -> tuple[jax.Array, jax.Array]:
         shape = (config.candidates, config.horizon)
         sequences = jax.random.categorical(key_iteration, jnp.log(probs), shape=shape)
-        values = play(planner, key_noise, view, sequences, config.samples)
+        values = play(planner, key_noise, observation, sequences, config.samples)
         elite = sequences[jax.lax.top_k(values, config.elites)[1]]
         share = jax.nn.one_hot(elite, schema.NUM_ACTIONS).mean(0)
         return 0.7 * share + 0.3 * probs, _best_by_first(values, sequences[:, 0])
@@ -148,18 +154,18 @@ def _cross_entropy(planner: Planner, key: jax.Array, view: View, habit: jax.Arra
 
 
 def _sequential_halving(
-    planner: Planner, key: jax.Array, view: View, habit: jax.Array
+    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
 ) -> jax.Array:
     config = planner.config
     kept = min(config.candidates, schema.NUM_ACTIONS)
-    first = jax.lax.top_k(_one_step(planner, key, view, habit), kept)[1]
+    first = jax.lax.top_k(_one_step(planner, key, observation, habit), kept)[1]
     values = jnp.full(schema.NUM_ACTIONS, _OUT)
     samples = max(config.samples, 1)
     make = partial(jnp.full, fill_value=-1, dtype=jnp.int32)
     while True:
         key, key_round = jax.random.split(key)
         sequences = make((kept, config.horizon)).at[:, 0].set(first)
-        worth = play(planner, key_round, view, sequences, samples)
+        worth = play(planner, key_round, observation, sequences, samples)
         # Whoever was dropped keeps a rank below those that went on.
         values = jnp.where(values > _OUT, values - 1e3, values).at[first].set(worth)
         if kept == 1:

@@ -37,7 +37,7 @@ class EmbeddedGenerator:
       min_batch, max_batch: rows of a batch; powers of two. Smaller ones are filled up, so equal
         numbers make one size do, and few programs, at the price of idle rows.
       max_wait: seconds that a first request waits for others.
-      lockstep: shared with the ward, for equal batches in equal runs; then nothing waits by time.
+      lockstep: shared with the pool, for equal batches in equal runs; then nothing waits by time.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ from policy.train.data.packing import Dialogue, batches, cut, pack, written
 from policy.train.data.qa_prompts import Question, as_dialogue
 from policy.train.loop.learner import Learner, LearnerConfig, Report, cast
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import Clinic
+from policy.train.rl.episode_runner import EpisodeRunner
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -93,7 +93,7 @@ class TinyOptions:
     seed: int = 0
 
 
-def make_pupil(
+def make_trainable(
     path: str | Path, options: TinyOptions, stays: Sequence[Stay], questions: Sequence[Question]
 ) -> Path:
     """Writes a tiny Qwen3 that has learned nothing, with a tokenizer for what it is to learn.
@@ -112,7 +112,7 @@ def make_pupil(
     return make_tiny(path, texts=texts, brief=True, **asdict(options))
 
 
-def tiny_clinic(*, max_steps: int | None = None, seed: int = 0) -> Clinic:
+def tiny_runner(*, max_steps: int | None = None, seed: int = 0) -> EpisodeRunner:
     """Synthetic patients and a world model to ask, which knows nothing either.
 
     Args:
@@ -121,7 +121,7 @@ def tiny_clinic(*, max_steps: int | None = None, seed: int = 0) -> Clinic:
     """
     shape = ModelConfig(variant="reference", hidden=16, layers=1, embed=8, head=8)
     world_model = init_world_model(jax.random.key(0), published_scaler(), shape)
-    return Clinic(
+    return EpisodeRunner(
         env=SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=max_steps),
         forecaster=Forecaster(world_model, jax.random.key(1), ForecastConfig(samples=2)),
         prompts=Prompts(TEMPLATES),
@@ -155,7 +155,7 @@ def taught_tiny(
     Raises:
       InputError: as `save_hf`, or a lesson's rows are too short for the dialogue.
     """
-    stays = tiny_clinic(seed=seed).demonstrate(teacher or GuidelineRules(), range(patients))
+    stays = tiny_runner(seed=seed).demonstrate(teacher or GuidelineRules(), range(patients))
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)

@@ -86,11 +86,13 @@ class SegmentMeans:
         return self.sum(x) / self.count
 
 
-def mismatch(behavior: np.ndarray, proximal: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+def mismatch(
+    sampler_logprobs: np.ndarray, old_logprobs: np.ndarray, mask: np.ndarray
+) -> dict[str, float]:
     """How far the trainer's log-probabilities are from the sampler's, before any update.
 
     Args:
-      behavior, proximal: log-probabilities, of any shape.
+      sampler_logprobs, old_logprobs: log-probabilities, of any shape.
       mask: bool, tokens that the sampler drew.
 
     Returns:
@@ -101,7 +103,9 @@ def mismatch(behavior: np.ndarray, proximal: np.ndarray, mask: np.ndarray) -> di
       InputError: there is no token, or one of its log-probabilities is not finite.
     """
     keep = np.asarray(mask, bool)
-    off = np.asarray(proximal, np.float64)[keep] - np.asarray(behavior, np.float64)[keep]
+    off = (
+        np.asarray(old_logprobs, np.float64)[keep] - np.asarray(sampler_logprobs, np.float64)[keep]
+    )
     if not off.size:
         raise InputError("mismatch: no token was drawn by the sampler")
     if not np.isfinite(off).all():
@@ -127,8 +131,8 @@ class RolloutRows(NamedTuple):
     positions: Any  # int32, counted within a dialogue
     segments: Any  # int32, one number per dialogue in a row; 0 marks padding
     mask: Any  # bool, tokens to learn
-    behavior: Any  # float32, log-probability under the sampler when drawn
-    proximal: Any  # float32, under the trainer's weights at the start of the update
+    sampler_logprobs: Any  # float32, log-probability under the sampler when drawn
+    old_logprobs: Any  # float32, under the trainer's weights at the start of the update
     reference: Any  # float32, under the reference model; unused where kl_weight is 0
     advantage: Any  # float32
 
@@ -159,9 +163,9 @@ class Objective:
       kl_corrected: multiply it by r, so that its gradient is unbiased for tokens drawn before the
         weights changed (DeepSeek-V3.2, 2512.02556).
       entropy_weight: of the bonus for entropy.
-      correction: w, from q = exp(proximal - behavior): "none" is 1, "truncate" min(q, cap)
-        (truncated importance sampling), "mask" q within [low, cap] and 0 outside (IcePop,
-        2510.18855). 1 wherever proximal is behavior.
+      correction: w, from q = exp(old_logprobs - sampler_logprobs): "none" is 1, "truncate" is
+        min(q, cap) (truncated importance sampling), "mask" q within [low, cap] and 0
+        outside (IcePop, 2510.18855). 1 wherever old_logprobs is sampler_logprobs.
       correction_level: q of a "token", of a whole "sequence" (the product over its tokens), or
         its "geometric" mean.
       correction_low, correction_cap: bounds of q.
@@ -264,8 +268,8 @@ def surrogate_loss(
       sequences. Metrics are means over tokens or, likewise, means over sequences of their
       means: ratio, clip_low and clip_high (shares with A < 0 and A > 0; for cispo, of any A),
       clip_dual, entropy, kl_proximal (k3, of the update's beginning from now), kl_reference (k3,
-      where used), mismatch (of proximal and behavior, absolute), kl_behavior (k3), correction
-      (w), corrected (share where w is not q) and masked (share where w is 0).
+      where used), mismatch (of old_logprobs and sampler_logprobs, absolute), kl_behavior (k3),
+      correction (w), corrected (share where w is not q) and masked (share where w is 0).
     """
     learned = rows.mask & (rows.positions > 0)
 
@@ -273,9 +277,9 @@ def surrogate_loss(
         """What is not learned must not reach the sums or the gradient, not even times zero."""
         return jnp.where(learned, x, other)
 
-    now, proximal, advantage = own(logprob), own(rows.proximal), own(rows.advantage)
-    ahead = now - proximal
-    off = proximal - own(rows.behavior)
+    now, old_logprobs, advantage = own(logprob), own(rows.old_logprobs), own(rows.advantage)
+    ahead = now - old_logprobs
+    off = old_logprobs - own(rows.sampler_logprobs)
     mean = SegmentMeans(learned, rows.segments)
 
     ratio = bounded_exp(ahead)

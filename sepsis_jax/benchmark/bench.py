@@ -137,15 +137,15 @@ def run_bench(
     if torch is not None:
         products += torch_products(torch, torch_device(torch, jax.default_backend()))
     timed = take_turns([*contenders, *questions, *products], options.repeats, progress)
-    players, rest = timed[: len(contenders)], timed[len(contenders) :]
+    sharded_rollouts, rest = timed[: len(contenders)], timed[len(contenders) :]
     answered, multiplied = rest[: len(questions)], rest[len(questions) :]
     of_jax = [found for found in multiplied if found.contender.name.startswith(f"JAX {precision}")]
     minimal = {job.shape.branches: _minimal(job) for job in jobs}
     return {
-        "table": [_row(found, jobs, best(of_jax), minimal) for found in players],
+        "table": [_row(found, jobs, best(of_jax), minimal) for found in sharded_rollouts],
         "peak": [{"name": found.contender.name, **summary(found.rates)} for found in multiplied],
-        "bound": _bound(players, best(of_jax), minimal),
-        "ratios": _ratios(players),
+        "bound": _bound(sharded_rollouts, best(of_jax), minimal),
+        "ratios": _ratios(sharded_rollouts),
         "question": [_answer(found) for found in answered],
         "drift": {
             name: drift(_drift_job(jobs), name)
@@ -223,11 +223,13 @@ def _row(
     }
 
 
-def _bound(players: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> dict[str, Any]:
+def _bound(
+    sharded_rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]
+) -> dict[str, Any]:
     """What products alone would allow, and how near to it the best of ours come."""
     shares = {}
     for name in _FLOAT32:
-        named = [found for found in players if found.contender.name == name]
+        named = [found for found in sharded_rollouts if found.contender.name == name]
         if named:
             top = best(named)
             flops = minimal[top.contender.branches]
@@ -242,11 +244,11 @@ def _bound(players: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> 
     }
 
 
-def _ratios(players: Sequence[Timed]) -> dict[str, Any]:
+def _ratios(sharded_rollouts: Sequence[Timed]) -> dict[str, Any]:
     """Ours to torch's, each at its best number of branches, repeat by repeat."""
 
     def champion(*names: str) -> Timed | None:
-        named = [found for found in players if found.contender.name in names]
+        named = [found for found in sharded_rollouts if found.contender.name in names]
         return best(named) if named else None
 
     ours = champion(*_FLOAT32)

@@ -19,10 +19,10 @@ from worldmodel.simulate.history import History
 from worldmodel.simulate.rollout import CHART_FEATURES, rollout
 from worldmodel.simulate.sharded import (
     BRANCHES_PER_DEVICE,
-    Player,
     Settings,
+    ShardedRollout,
     branch_mesh,
-    play_block,
+    rollout_block,
     task_shape,
 )
 from worldmodel.simulate.step import advance
@@ -117,11 +117,13 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     per_device = min(most, -(-job.shape.branches // mesh.devices.size))
     shape = task_shape(*job.shape, 1, branches=per_device)
     settings = Settings(horizon=job.horizon, features=CHART_FEATURES, precision=precision)
-    player = Player(job.world_model, mesh, shape, settings)
+    sharded_rollout = ShardedRollout(job.world_model, mesh, shape, settings)
     plans = jnp.asarray(job.plans)
 
     def run(repeat: int) -> Any:
-        return play_block(player, jax.random.key(repeat + 1), job.start, plans, job.shape.samples)
+        return rollout_block(
+            sharded_rollout, jax.random.key(repeat + 1), job.start, plans, job.shape.samples
+        )
 
     # The first call compiles; the second tells how much of the first was not compiling.
     _, first = seconds_of(lambda: run(0))

@@ -20,8 +20,8 @@ from worldmodel.files import atomic_folder, write_json
 from worldmodel.simulate.rollout import CHART_FEATURES
 from worldmodel.simulate.sharded import (
     BRANCHES_PER_DEVICE,
-    Player,
     Settings,
+    ShardedRollout,
     Task,
     branch_mesh,
 )
@@ -65,7 +65,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     mesh = branch_mesh()
     devices = mesh.devices.size
     settings = Settings(job.horizon, CHART_FEATURES)
-    player = Player(job.world_model, mesh, job.shape, settings)
+    sharded_rollout = ShardedRollout(job.world_model, mesh, job.shape, settings)
     patients = np.arange(job.shape.patients, dtype=np.int32)
     samples = np.arange(job.shape.samples, dtype=np.int32)
     tasks = Task(
@@ -75,7 +75,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     )
     inputs = (jax.random.key(0), job.start, jnp.asarray(job.plans), tasks)
     progress("compiling", 0.0)
-    lowered = player.call.lower(job.world_model, None, *inputs)
+    lowered = sharded_rollout.call.lower(job.world_model, None, *inputs)
     compiled = lowered.compile()
     call = _placed(compiled, job, inputs)
     progress("running", 0.6)

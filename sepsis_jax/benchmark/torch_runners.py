@@ -39,14 +39,14 @@ def torch_contender(torch: Any, job: Workload, device: str, name: str) -> Conten
       device: of torch.
       name: one of the names above.
     """
-    player = TorchRollout(torch, job.world_model, device, compiled=name == COMPILED)
+    sharded_rollout = TorchRollout(torch, job.world_model, device, compiled=name == COMPILED)
     start, plans = job.flat()
-    begun = player.start(start)
+    begun = sharded_rollout.start(start)
     actions = torch.tensor(np.asarray(plans, np.int64), device=device)
 
     def run(repeat: int) -> Any:
         torch.manual_seed(repeat)
-        found = player.play(begun, actions)
+        found = sharded_rollout.play(begun, actions)
         if device == "cuda":
             torch.cuda.synchronize()
         return found
@@ -80,7 +80,7 @@ _LIMITS = (
 )
 
 
-class Now(NamedTuple):
+class StepState(NamedTuple):
     """Where B branches stand before a treatment."""
 
     window: Tensor  # [B, 6, F] encoded rows up to the one before the newest, oldest first
@@ -100,7 +100,9 @@ class Constant(NamedTuple):
     embedded: Tensor  # [B, embed]
 
 
-Begun = tuple[Any, Now, Constant]  # the start's fields as tensors; where it stands; what stays
+Begun = tuple[
+    Any, StepState, Constant
+]  # the start's fields as tensors; where it stands; what stays
 
 
 class TorchRollout:
@@ -153,7 +155,7 @@ class TorchRollout:
             expanded = embedded[:, None].expand(-1, schema.STATE_WINDOW, -1)
             newest = torch.cat([obs, observed, state.pairs[past]], -1)
             lactate = history.obs[:, -1, _LACTATE] * self.std[_LACTATE] + self.mean[_LACTATE]
-            now = Now(
+            now = StepState(
                 window=state.encode(obs, observed, expanded, past),
                 newest=newest[:, schema.STATE_WINDOW - self.rows :].contiguous(),
                 obs=history.obs[:, -1].contiguous(),
@@ -163,7 +165,7 @@ class TorchRollout:
                 step=history.step,
             )
             constant = Constant(history.observed[:, -1].contiguous(), history.static, embedded)
-        now = Now(*(value.contiguous() for value in now))
+        now = StepState(*(value.contiguous() for value in now))
         return history, now, constant
 
     def play(
@@ -213,8 +215,8 @@ class TorchRollout:
         }  # fmt: skip
 
     def _step(
-        self, now: Now, constant: Constant, action: Tensor, eps: Tensor
-    ) -> tuple[Now, tuple[Tensor, ...]]:
+        self, now: StepState, constant: Constant, action: Tensor, eps: Tensor
+    ) -> tuple[StepState, tuple[Tensor, ...]]:
         """One step; returns where the branches stand and what the step brought."""
         torch, state = self.torch, self.models.state
         row = state.encode(now.obs, constant.observed, constant.embedded, action)
@@ -238,7 +240,7 @@ class TorchRollout:
             -0.025 * same - 0.125 * (score - now.sofa) - 2.0 * torch.tanh(lactate - now.lactate)
         )
         values = torch.stack([physical[:, _MEANBP], lactate, drained], 1)
-        moved = Now(window, newest, obs, lactate, score, urine, step)
+        moved = StepState(window, newest, obs, lactate, score, urine, step)
         return moved, (values, score, reward, ventilation, projected)
 
     def _project(self, drawn: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`sepsis-jax bench` and `sepsis-jax profile`: how fast futures are simulated, and where time goes."""
+"""`sepsis-jax bench` and `sepsis-jax profile`: simulation speed, and where time goes."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ Every estimate comes with an interval, diagnostics and a verdict. Conventions, f
 drawn from worlds where the truth is known: docs/ope.md.
 """
 
-from sepsis_jax.ope.data import OPEData, Treatment, check, from_episodes
+from sepsis_jax.ope.data import InputPolicy, OPEData, check, from_episodes
 from sepsis_jax.ope.diagnostics import Limits, diagnose
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
@@ -27,10 +27,10 @@ __all__ = [
     "Batch",
     "Clip",
     "Fitted",
+    "InputPolicy",
     "Limits",
     "OPEData",
     "Shrinkage",
-    "Treatment",
     "Values",
     "check",
     "diagnose",

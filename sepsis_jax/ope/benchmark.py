@@ -28,7 +28,7 @@ from sepsis_jax.ope.fqe import key_features
 from worldmodel import mdp
 from worldmodel.errors import InputError
 from worldmodel.mdp import MDP, exact
-from worldmodel.synthetic import Params, View, generate, random_policy, titration, true_value
+from worldmodel.synthetic import Observation, Params, generate, random_policy, titration, true_value
 from worldmodel.synthetic import clinician as clinicians
 
 WORLDS = ("synthetic", "icu_sepsis", "both")
@@ -91,10 +91,10 @@ class Pool(NamedTuple):
 
 
 def _mixed(
-    share: jax.Array, better: jax.Array, habits: Any, key: jax.Array, view: View
+    share: jax.Array, better: jax.Array, habits: Any, key: jax.Array, observation: Observation
 ) -> jax.Array:
-    visible = clinicians.probabilities(view, jnp.zeros(()), habits)
-    other = jnp.where(better, titration(key, view), random_policy(key, view))
+    visible = clinicians.probabilities(observation, jnp.zeros(()), habits)
+    other = jnp.where(better, titration(key, observation), random_policy(key, observation))
     return (1 - share) * visible + share * other
 
 

@@ -51,7 +51,7 @@ class OPEData:
 
 
 @dataclass(frozen=True)
-class Treatment:
+class InputPolicy:
     """What to do about flawed input; "error" refuses it, everything else is counted.
 
     Attributes:
@@ -163,7 +163,7 @@ class Rows:
 
 
 class Inspected(NamedTuple):
-    """Input in which every flaw was refused or has its treatment."""
+    """Input in which every flaw was refused or has its input_policy."""
 
     small: OPEData  # [N, T] fields on the host, treated; nothing with a third axis
     policies: dict[str, Rows]
@@ -178,10 +178,10 @@ class Inspected(NamedTuple):
 
 
 def inspect(
-    data: OPEData, target_probs: Mapping[str, Any], treatment: Treatment | None = None
+    data: OPEData, target_probs: Mapping[str, Any], input_policy: InputPolicy | None = None
 ) -> Inspected:
     """`check` without copies of what is large; the same arguments and errors."""
-    treatment = treatment or Treatment()
+    input_policy = input_policy or InputPolicy()
     host: Any = jax.tree.map(np.asarray, data)
     _check_shapes(host)
     alive = host.alive
@@ -189,21 +189,21 @@ def inspect(
     keep = np.ones(len(alive), bool)
 
     missing = alive & ~np.isfinite(host.reward)
-    if missing.any() and treatment.missing_reward == "error":
+    if missing.any() and input_policy.missing_reward == "error":
         raise InputError(_where("reward", "NaN or infinite", missing, "missing_reward='drop'"))
     keep &= ~missing.any(1)
 
     behavior = np.where(alive, host.behavior_prob, 1.0)
     _check_unit("behavior_prob", ~_in_unit(behavior))
     zero = behavior < np.finfo(np.float32).tiny  # what is smaller, JAX flushes to 0
-    if zero.any() and treatment.zero_behavior == "error":
+    if zero.any() and input_policy.zero_behavior == "error":
         what = "0 for a recorded action, so no weight is defined"
         raise InputError(_where("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'"))
-    if treatment.zero_behavior == "drop":
+    if input_policy.zero_behavior == "drop":
         keep &= ~zero.any(1)
-    elif treatment.zero_behavior == "floor":
-        counts["behavior_floored"] = int((behavior[keep] < treatment.floor).sum())
-        behavior = np.maximum(behavior, treatment.floor)
+    elif input_policy.zero_behavior == "floor":
+        counts["behavior_floored"] = int((behavior[keep] < input_policy.floor).sum())
+        behavior = np.maximum(behavior, input_policy.floor)
 
     policies = {}
     for name, values in target_probs.items():
@@ -212,11 +212,11 @@ def inspect(
             raise InputError(
                 f"policy {name!r}: got shape {array.shape}, expected {(*alive.shape, 'A')}"
             )
-        policies[name], mended = _inspect_rows(f"policy {name!r}", array, alive, treatment)
+        policies[name], mended = _inspect_rows(f"policy {name!r}", array, alive, input_policy)
         counts["rows_normalized"] += mended
     full = None
     if host.behavior_probs is not None:
-        full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, treatment)
+        full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, input_policy)
         counts["rows_normalized"] += mended
     _check_actions(host.action, alive, [*policies.values(), *([] if full is None else [full])])
 
@@ -237,23 +237,23 @@ def inspect(
 def check(
     data: OPEData,
     target_probs: Mapping[str, Any],
-    treatment: Treatment | None = None,
+    input_policy: InputPolicy | None = None,
 ) -> tuple[OPEData, dict[str, jax.Array], dict[str, int]]:
     """Refuses flawed input, or treats it as asked.
 
     Args:
       data: recorded stays.
       target_probs: [N, T, A] action probabilities by policy.
-      treatment: what to do about flaws that can be mended.
+      input_policy: what to do about flaws that can be mended.
 
     Returns:
       Data and probabilities without flaws, trimmed to the longest stay, padding neutral; and how
-      often each treatment was applied, in steps or stays.
+      often each input_policy was applied, in steps or stays.
 
     Raises:
       InputError: a flaw that is not to be mended, or cannot be.
     """
-    found = inspect(data, target_probs, treatment)
+    found = inspect(data, target_probs, input_policy)
     kept, steps = found.kept, found.steps
     cleaned: Any = found.stays(kept)
     if found.behavior is not None:
@@ -298,7 +298,7 @@ def _check_unit(name: str, outside: np.ndarray) -> None:
 
 
 def _inspect_rows(
-    name: str, given: np.ndarray, alive: np.ndarray, treatment: Treatment
+    name: str, given: np.ndarray, alive: np.ndarray, input_policy: InputPolicy
 ) -> tuple[Rows, int]:
     """Probabilities with what is to be done to them, and how many rows will be mended."""
     rows = Rows(given, alive)
@@ -310,7 +310,7 @@ def _inspect_rows(
         total[block] = clean.sum(-1)
     _check_unit(name, outside)
     off = np.abs(total - 1) > SUM_TOLERANCE
-    if off.any() and (treatment.row_sums == "error" or (total <= 0).any()):
+    if off.any() and (input_policy.row_sums == "error" or (total <= 0).any()):
         what = f"not summing to 1 (but to {total[off][0]:.6g})"
         raise InputError(_where(name, what, off, "row_sums='normalize'"))
     return Rows(given, alive, bool(off.any())), int(off.sum())

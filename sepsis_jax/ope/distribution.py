@@ -32,12 +32,12 @@ def tail(
     """
     stays, policies = returns.shape[0], weights.shape[0]
     size = max(int(stays**0.5), 1)
-    numbers = weights.numbers(stays, size)
+    numbers = numbers(stays, size)
     both = jnp.concatenate([weights, weights * returns])
 
     def sums(which: jax.Array) -> jax.Array:
-        drawn = weights.take(counts, which, size) * weights.fresh(stays, which, size)
-        return drawn @ weights.take(both, which, size).T
+        drawn = take(counts, which, size) * fresh(stays, which, size)
+        return drawn @ take(both, which, size).T
 
     running = jax.lax.map(sums, numbers).cumsum(0)  # [slices, B, 2 K]
     mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
@@ -45,8 +45,8 @@ def tail(
 
     def inside(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple:
         """Returns and drawn weights [n] in a slice of one resample and policy."""
-        drawn = weights.take(drawn, which, size) * weights.fresh(stays, which, size)
-        return weights.take(returns, which, size), drawn * weights.take(weight, which, size)
+        drawn = take(drawn, which, size) * fresh(stays, which, size)
+        return take(returns, which, size), drawn * take(weight, which, size)
 
     every = jax.vmap(jax.vmap(inside, (0, None, 0)), (0, 0, None))
 

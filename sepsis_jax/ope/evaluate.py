@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.data import OPEData, Treatment, inspect
+from sepsis_jax.ope.data import InputPolicy, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
 from sepsis_jax.ope.doubly_robust import with_magic
 from sepsis_jax.ope.estimation import estimate_all, with_bounds
@@ -41,7 +41,7 @@ def evaluate(
     shrinkage: Shrinkage | None = None,
     tail_levels: Sequence[float] = TAIL_LEVELS,
     return_range: tuple[float, float] | None = None,
-    treatment: Treatment | None = None,
+    input_policy: InputPolicy | None = None,
     limits: Limits | None = None,
 ) -> pd.DataFrame:
     """Estimates of the value of policies, each with an interval and a verdict.
@@ -64,7 +64,7 @@ def evaluate(
       return_range: bounds that no return can leave. Adds `hcope_low`, a one-sided bound of the
         value from the IS weights, and, where `clip` bounds the weights, the empirical Bernstein
         interval of (clipped) IS; both on the rows of "is".
-      treatment: what to do about flawed input.
+      input_policy: what to do about flawed input.
       limits: where trust ends.
 
     Returns:
@@ -85,7 +85,7 @@ def evaluate(
         )
     if any(not 0 < level <= 1 for level in tail_levels):
         raise InputError(f"tail_levels: got {tuple(tail_levels)}, expected shares in (0, 1]")
-    found = inspect(data, target_probs, treatment)
+    found = inspect(data, target_probs, input_policy)
     if fitted is not None and found.counts["stays_dropped"]:
         raise InputError("fitted: stays were dropped; fit on the data that `check` returns")
     order = _order(found.stays(found.kept))

@@ -15,7 +15,7 @@ from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import Values
 from worldmodel import observation, schema
 from worldmodel.episodes import Episodes
-from worldmodel.observation import views
+from worldmodel.observation import observations
 from worldmodel.scaling import Scaler
 
 
@@ -27,7 +27,9 @@ def state_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Arra
       scaler: fitted on `episodes` when not given.
     """
     scaler = scaler or Scaler.fit(episodes, split=None)
-    return jnp.where(episodes.valid[..., None], observation.state_features(views(episodes), scaler), 0)
+    return jnp.where(
+        episodes.valid[..., None], observation.state_features(observations(episodes), scaler), 0
+    )
 
 
 _KEY_COLUMNS = (

@@ -50,7 +50,7 @@ def simulated_value(
       world_model: to play in; sample s runs in ensemble member s mod E.
       key: of the noise; the same key gives every policy the same noise.
       episodes: whose first rows are the starts.
-      policy: `(key, view) -> [25]`, traced into the rollout.
+      policy: `(key, observation) -> [25]`, traced into the rollout.
       horizon: steps; the model has no end of its own, the terminal reward is asked at the last.
       samples: futures per patient, a multiple of the ensemble size.
       block: patients per call; bounds the memory, changes no number.

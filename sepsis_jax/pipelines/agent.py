@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay, treat_all
-from policy.agent.env_pool import Ward, admit
+from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.records import RECORDS_FILE, Records, last_attempts, to_record
@@ -189,11 +189,11 @@ class _Unit:
     stays: np.ndarray | None  # [N] indices of recorded stays
     real: dict[int, dict[str, Any]]  # recorded courses by patient
 
-    def ward(self, forecaster: Forecaster | None, beds: np.ndarray) -> Ward:
+    def pool(self, forecaster: Forecaster | None, slots: np.ndarray) -> EnvPool:
         """Some of the patients, at the start."""
-        stays = None if self.stays is None else self.stays[beds]
-        admission = admit(self.env, self.keys[beds], self.patients[beds], stays=stays)
-        return Ward(self.env, admission, forecaster)
+        stays = None if self.stays is None else self.stays[slots]
+        admission = reset_batch(self.env, self.keys[slots], self.patients[slots], stays=stays)
+        return EnvPool(self.env, admission, forecaster)
 
 
 def run_agent(
@@ -292,22 +292,22 @@ async def _treat(
 
     try:
         for round_ in range(options.attempts):
-            beds = np.array(
+            slots = np.array(
                 [
-                    bed
-                    for bed, patient in enumerate(unit.patients.tolist())
+                    slot
+                    for slot, patient in enumerate(unit.patients.tolist())
                     if patient not in records.completed
                     and records.attempts.get(patient, 0) - begun[patient] == round_
                 ],
                 np.int32,
             )
-            if not len(beds):
+            if not len(slots):
                 break
-            ward = unit.ward(forecaster, beds)
-            chosen = unit.patients[beds].tolist()
+            pool = unit.pool(forecaster, slots)
+            chosen = unit.patients[slots].tolist()
             try:
                 await treat_all(
-                    chosen, backend, ward, prompts, options.dialogue,
+                    chosen, backend, pool, prompts, options.dialogue,
                     seeds=[
                         options.seed + 1_000_003 * records.attempts.get(patient, 0)
                         for patient in chosen
@@ -317,7 +317,7 @@ async def _treat(
                     scorer=scorer,
                 )  # fmt: skip
             finally:
-                ward.close()
+                pool.close()
     finally:
         await backend.close()
 

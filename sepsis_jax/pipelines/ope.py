@@ -120,7 +120,7 @@ def evaluate_policies(
     if taken is not None:
         episodes = replace(episodes, behavior_prob=jax.numpy.asarray(taken[chosen]))
     data = ope.from_episodes(episodes, behavior_probs=full, features=ope.state_features(episodes))
-    treatment = ope.Treatment(
+    treatment = ope.InputPolicy(
         zero_behavior=options.zero_behavior,
         row_sums=options.row_sums,
         missing_reward=options.missing_reward,

@@ -20,10 +20,10 @@ from sepsis_jax.pipelines.sweep_request import Sweep, SweepOptions, load_sweep
 from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
-from worldmodel.observation import as_pytree, view_at
+from worldmodel.observation import as_pytree, observation_at
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import plans_from
-from worldmodel.simulate.sharded import Player, branch_mesh, play_block, task_shape
+from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
 from worldmodel.simulate.statistics import first_actions, group_statistics, support
 from worldmodel.simulate.sweep import Block, padded
 
@@ -78,9 +78,9 @@ def run_sweep(
     todo = folder.begin(sweep.manifest, shard or Shard(), resume=resume)
     total = sum(map(sweep.grid.branch_steps, todo))
     told = _Teller(progress, len(todo), total)
-    players = _Players(sweep)
+    sharded_rollouts = _ShardedRollouts(sweep)
     for block in todo:
-        folder.write(block, block_table(sweep, players, block))
+        folder.write(block, block_table(sweep, sharded_rollouts, block))
         told.block(sweep.grid.branch_steps(block))
     seconds = told.seconds()
     missing = folder.missing()
@@ -92,17 +92,17 @@ def run_sweep(
     return SweepResult(summary, len(todo), missing, total, seconds, sweep.manifest["groups"])
 
 
-class _Players:
+class _ShardedRollouts:
     """The program of each section, compiled when it is first needed."""
 
     def __init__(self, sweep: Sweep):
         self._sweep = sweep
         self._mesh = branch_mesh()
-        self._found: dict[Any, Player] = {}
+        self._found: dict[Any, ShardedRollout] = {}
 
-    def of(self, number: int) -> Player:
+    def of(self, number: int) -> ShardedRollout:
         sweep, section = self._sweep, self._sweep.grid.sections[number]
-        plans = len(sweep.regimens.names)
+        plans = len(sweep.plan_set.names)
         policy = None
         if section.plans[0] >= plans:
             policy = list(sweep.policies.values())[section.plans[0] - plans]
@@ -115,11 +115,13 @@ class _Players:
         )
         key = (shape, id(policy))
         if key not in self._found:
-            self._found[key] = Player(sweep.world_model, self._mesh, shape, sweep.settings, policy)
+            self._found[key] = ShardedRollout(
+                sweep.world_model, self._mesh, shape, sweep.settings, policy
+            )
         return self._found[key]
 
 
-def block_table(sweep: Sweep, players: _Players, block: Block) -> pa.Table:
+def block_table(sweep: Sweep, sharded_rollouts: _ShardedRollouts, block: Block) -> pa.Table:
     """Plays a block: one row per group, start by start."""
     options, world_model = sweep.options, sweep.world_model
     section = sweep.grid.sections[block.section]
@@ -130,12 +132,16 @@ def block_table(sweep: Sweep, players: _Players, block: Block) -> pa.Table:
     start = start_history(world_model, chosen, step, recorded_sofa=options.mode == "reference")
     plans: jax.Array | None = None
     within = np.full((len(rows), 1), np.nan)
-    if section.plans[0] < len(sweep.regimens.names):
-        actions = sweep.regimens.actions[padded(np.array(section.plans), section.width)]
+    if section.plans[0] < len(sweep.plan_set.names):
+        actions = sweep.plan_set.actions[padded(np.array(section.plans), section.width)]
         filled, within = plans_from(actions, chosen, own, step)
         plans = jnp.asarray(filled)
-    summary = play_block(
-        players.of(block.section), jax.random.key(options.seed), start, plans, options.samples
+    summary = rollout_block(
+        sharded_rollouts.of(block.section),
+        jax.random.key(options.seed),
+        start,
+        plans,
+        options.samples,
     )
     size, width = block.size, len(section.plans)
     summary = jax.tree.map(lambda leaf: leaf[:size, :width], summary)
@@ -194,7 +200,9 @@ def _probs(policy: Policy, episodes: Episodes, step: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="past")
 def _jitted_probs(policy: Any, episodes: Episodes, step: jax.Array, *, past: int) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), step.shape[0])
-    return jax.vmap(policy)(keys, view_at(episodes, jnp.arange(step.shape[0]), step, past=past))
+    return jax.vmap(policy)(
+        keys, observation_at(episodes, jnp.arange(step.shape[0]), step, past=past)
+    )
 
 
 class _Teller:

@@ -24,7 +24,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.plans import CONSTANT, Regimens, read_regimens
+from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE, Settings
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
@@ -39,7 +39,7 @@ class SweepOptions:
     """Settings of a sweep.
 
     Attributes:
-      plans: as `worldmodel.simulate.plans.read_regimens` takes them; "constant" where neither
+      plans: as `worldmodel.simulate.plans.read_plan_set` takes them; "constant" where neither
         plans nor policies are given.
       policies: built-in names, folders of policies, or NAME=FOLDER.
       then: "V,F" that follows the first action of "deviations"; "" for what was really given.
@@ -100,7 +100,7 @@ class Sweep:
       world_model: to play in.
       episodes: the stays asked for; NumPy leaves.
       grid: the work.
-      regimens: the K plans.
+      plan_set: the K plans.
       policies: by name; their groups are numbered after the plans.
       behavior: the behaviour policy of the support flag.
       task: branches that a device plays at a time.
@@ -111,7 +111,7 @@ class Sweep:
     world_model: WorldModel
     episodes: Episodes
     grid: Grid
-    regimens: Regimens
+    plan_set: PlanSet
     policies: dict[str, Policy]
     behavior: Policy | None
     task: int
@@ -128,12 +128,12 @@ class Sweep:
     @property
     def names(self) -> tuple[str, ...]:
         """Of plans and policies, in the order of their numbers."""
-        return (*self.regimens.names, *self.policies)
+        return (*self.plan_set.names, *self.policies)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Likewise."""
-        return (*self.regimens.kinds, *(POLICY for _ in self.policies))
+        return (*self.plan_set.kinds, *(POLICY for _ in self.policies))
 
 
 def load_sweep(
@@ -150,8 +150,8 @@ def load_sweep(
         raise InputError(f"samples: got {options.samples}, expected a multiple of {members} "
                          "(members of the ensemble)")  # fmt: skip
     texts = options.plans or (() if options.policies else (CONSTANT,))
-    regimens = read_regimens(texts, horizon=options.horizon, then=options.then)
-    policies = _load_policies(options.policies, regimens.names)
+    plan_set = read_plan_set(texts, horizon=options.horizon, then=options.then)
+    policies = _load_policies(options.policies, plan_set.names)
     clinician = load_policy(behavior) if behavior else None
     episodes = jax.tree.map(
         np.asarray,
@@ -162,7 +162,7 @@ def load_sweep(
     task = options.task or BRANCHES_PER_DEVICE.get(platform, BRANCHES_PER_DEVICE["cpu"])
     grid = make_grid(
         find_starts(episodes.length, options.steps, options.every),
-        plans=len(regimens.names),
+        plans=len(plan_set.names),
         policies=[_cost(policy) for policy in policies.values()],
         samples=options.samples,
         horizon=options.horizon,
@@ -190,7 +190,7 @@ def load_sweep(
             "skipped_starts": grid.starts.skipped,
             "plans": [
                 {"name": name, "kind": kind, "actions": _readable(actions)}
-                for name, kind, actions in zip(*regimens, strict=True)
+                for name, kind, actions in zip(*plan_set, strict=True)
             ],
             "blocks": len(grid.blocks),
             "branch_steps": sum(map(grid.branch_steps, grid.blocks)),
@@ -204,7 +204,7 @@ def load_sweep(
         "revision": made["revision"],
     }  # fmt: skip
     return Sweep(
-        options, world_model, episodes, grid, regimens, policies, clinician, task, manifest
+        options, world_model, episodes, grid, plan_set, policies, clinician, task, manifest
     )
 
 

@@ -141,11 +141,11 @@ def accuracy_figure(
     # The middle distance over sizes, the largest size over distances.
     distances = sorted(scores["distance"].unique())
     middle, largest = distances[len(distances) // 2], scores["size"].max()
-    views = (
+    panels = (
         ("size", scores[scores["distance"] == middle], f"distance {middle:g}"),
         ("distance", scores[scores["size"] == largest], f"{largest} stays"),
     )
-    for column, (axis_name, rows, heading) in enumerate(views):
+    for column, (axis_name, rows, heading) in enumerate(panels):
         for i, name in enumerate(estimators):
             line = rows[rows["estimator"] == name].sort_values(axis_name)
             style = {"color": COLORS[i % len(COLORS)], "ls": "-" if i < len(COLORS) else "--"}

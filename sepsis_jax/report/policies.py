@@ -60,7 +60,8 @@ def write_comparison(
 def _text(manifest: dict[str, Any]) -> tuple[str, ...]:
     if manifest["truth"]:
         start = (
-            "Every policy treats the same patients with the same luck, so differences are paired. "
+            "Every policy treats the same patients with the same random numbers, so differences "
+            "are paired. "
             "Rules are judged on what the policy gave in the stays it made."
         )
     else:

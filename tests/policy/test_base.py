@@ -8,7 +8,7 @@ from flax import struct
 from policy.base import Policy
 from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.observation import as_pytree, view_at
+from worldmodel.observation import as_pytree, observation_at
 
 
 @struct.dataclass
@@ -18,15 +18,15 @@ class Linear(Policy):
     weight: jax.Array  # [39, 25]
     past = 3
 
-    def __call__(self, key, view):
+    def __call__(self, key, observation):
         scale = jnp.asarray(schema.HIGH)
-        seen = view.dynamic / scale + view.past.dynamic[0] / scale
-        return jax.nn.softmax(seen @ self.weight + view.past.fluid.sum())
+        seen = observation.dynamic / scale + observation.past.dynamic[0] / scale
+        return jax.nn.softmax(seen @ self.weight + observation.past.fluid.sum())
 
 
 @struct.dataclass
 class Noisy(Policy):
-    def __call__(self, key, view):
+    def __call__(self, key, observation):
         return jax.random.dirichlet(key, jnp.ones(schema.NUM_ACTIONS))
 
 
@@ -38,8 +38,8 @@ def test_action_probs_are_the_policy_at_every_row():
     episodes, policy = toy_episodes(30, 8), linear()
     probs = policy.action_probs(episodes, block=16)  # the last block is not full
     for stay, step in ((0, 0), (0, 7), (11, 1), (29, int(episodes.length[29]) - 1)):
-        view = view_at(episodes, jnp.int32(stay), jnp.int32(step), past=3)
-        np.testing.assert_allclose(probs[stay, step], policy(None, view), rtol=1e-5)
+        observation = observation_at(episodes, jnp.int32(stay), jnp.int32(step), past=3)
+        np.testing.assert_allclose(probs[stay, step], policy(None, observation), rtol=1e-5)
     valid = np.asarray(episodes.valid)
     np.testing.assert_array_equal(probs[~valid], np.float32(1 / 25))
     np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-5)
@@ -64,11 +64,13 @@ def test_a_policy_that_draws_gets_its_own_key_in_every_row():
 
 def test_drawn_actions_follow_the_probabilities():
     episodes, policy = toy_episodes(5, 4), linear()
-    view = view_at(episodes, jnp.int32(0), jnp.int32(3), past=3)
-    drawn = jax.vmap(policy.act, (0, None))(jax.random.split(jax.random.key(0), 20_000), view)
+    observation = observation_at(episodes, jnp.int32(0), jnp.int32(3), past=3)
+    drawn = jax.vmap(policy.act, (0, None))(
+        jax.random.split(jax.random.key(0), 20_000), observation
+    )
     assert drawn.dtype == jnp.int32
     found = np.bincount(drawn, minlength=25) / len(drawn)
-    want = np.asarray(policy(None, view))
+    want = np.asarray(policy(None, observation))
     assert np.abs(found - want).max() < 4 * np.sqrt(want.max() / len(drawn))
 
 
@@ -76,12 +78,12 @@ def test_new_arrays_need_no_new_compilation():
     traces = 0
 
     @jax.jit
-    def ask(policy, view):
+    def ask(policy, observation):
         nonlocal traces
         traces += 1
-        return policy(jax.random.key(0), view)
+        return policy(jax.random.key(0), observation)
 
-    view = view_at(toy_episodes(5, 4), jnp.int32(0), jnp.int32(3), past=3)
-    ask(as_pytree(linear()), view)
-    ask(as_pytree(linear().replace(weight=jnp.ones((39, 25)))), view)
+    observation = observation_at(toy_episodes(5, 4), jnp.int32(0), jnp.int32(3), past=3)
+    ask(as_pytree(linear()), observation)
+    ask(as_pytree(linear().replace(weight=jnp.ones((39, 25)))), observation)
     assert traces == 1

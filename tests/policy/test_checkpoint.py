@@ -109,4 +109,4 @@ def test_damage_is_named(tmp_path):
 
 def test_strangers_are_refused(tmp_path):
     with pytest.raises(InputError, match="cannot be saved"):
-        save_policy(lambda key, view: None, tmp_path / "policy")
+        save_policy(lambda key, observation: None, tmp_path / "policy")

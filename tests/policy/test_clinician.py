@@ -12,7 +12,7 @@ from policy.clinician_models import GRU
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.observation import as_pytree, view_at
+from worldmodel.observation import as_pytree, observation_at
 from worldmodel.scaling import Scaler
 
 QUICK = BehaviorConfig(hidden=24, epochs=5, updates=400, batch=192)
@@ -89,8 +89,8 @@ def test_every_model_is_a_policy_that_gives_the_probabilities_it_reports():
     for fit in (fits[name] for name in ("mlp", "gru", "clusters")):
         np.testing.assert_allclose(fit.probs.sum(-1), 1, atol=1e-5)
         np.testing.assert_array_equal(fit.probs[~valid], np.float32(1 / 25))
-        view = view_at(episodes, jnp.int32(0), jnp.int32(7), past=fit.policy.past)
-        alone = jax.jit(as_pytree(fit.policy))(jax.random.key(0), view)
+        observation = observation_at(episodes, jnp.int32(0), jnp.int32(7), past=fit.policy.past)
+        alone = jax.jit(as_pytree(fit.policy))(jax.random.key(0), observation)
         np.testing.assert_allclose(alone, fit.probs[0, 7], rtol=1e-4, atol=1e-7)
 
 
@@ -112,12 +112,14 @@ def test_a_gru_looks_back_on_six_rows_and_on_no_padding():
     assert np.abs(changed(slice(6, 7))[0, 11] - probs[0, 11]).max() > 1e-5
     assert np.abs(changed(slice(5, 6))[0, 10] - probs[0, 10]).max() > 1e-5
 
-    view = view_at(episodes, jnp.int32(0), jnp.int32(2), past=6)
-    garbage = view.past.dynamic.at[:3].set(1e6)
-    odd = view.replace(past=view.past.replace(dynamic=garbage, fluid=view.past.fluid.at[:3].set(4)))
+    observation = observation_at(episodes, jnp.int32(0), jnp.int32(2), past=6)
+    garbage = observation.past.dynamic.at[:3].set(1e6)
+    odd = observation.replace(
+        past=observation.past.replace(dynamic=garbage, fluid=observation.past.fluid.at[:3].set(4))
+    )
     ask = jax.jit(as_pytree(policy))
-    np.testing.assert_array_equal(ask(None, odd), ask(None, view))
-    np.testing.assert_allclose(ask(None, view), probs[0, 2], rtol=1e-4)
+    np.testing.assert_array_equal(ask(None, odd), ask(None, observation))
+    np.testing.assert_allclose(ask(None, observation), probs[0, 2], rtol=1e-4)
 
 
 def test_bad_input_is_refused():

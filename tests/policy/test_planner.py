@@ -28,9 +28,9 @@ from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import init_world_model
-from worldmodel.observation import view_at
+from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
-from worldmodel.simulate.history import history_of, start_history, view_of
+from worldmodel.simulate.history import history_from_observation, observe, start_history
 
 EPISODES = toy_episodes(60, 14)
 SCALER = Scaler.fit(EPISODES, split=None)
@@ -51,8 +51,8 @@ def stay():
 
 
 @pytest.fixture(scope="module")
-def view(stay):
-    return jax.tree.map(lambda leaf: leaf[0], view_at(stay, jnp.array([0]), STEP, past=12))
+def observation(stay):
+    return jax.tree.map(lambda leaf: leaf[0], observation_at(stay, jnp.array([0]), STEP, past=12))
 
 
 def made(config=None, clinician=None, **advantage) -> Planner:
@@ -114,9 +114,9 @@ def test_effects_by_hand():
     np.testing.assert_allclose(got[:, 3], [1.5, -0.5])
 
 
-def test_moderators_by_hand(view):
-    row = np.asarray(view.dynamic)
-    got = np.asarray(moderators(view, SCALER))
+def test_moderators_by_hand(observation):
+    row = np.asarray(observation.dynamic)
+    got = np.asarray(moderators(observation, SCALER))
     pressure = row[schema.INDEX["meanbp"]]
     ratio = 100 * row[schema.INDEX["pao2"]] / row[schema.INDEX["fio2"]]
     np.testing.assert_allclose(got[:2], [1, (pressure - 70) / 10], rtol=1e-5)
@@ -124,7 +124,13 @@ def test_moderators_by_hand(view):
     np.testing.assert_allclose(got[10], np.log(np.clip(ratio, 30, 700) / 200), rtol=1e-4)
     np.testing.assert_allclose(
         got[11:],
-        [np.exp(-STEP / 3), STEP / 20, view.vasopressor / 4, view.fluid / 4, view.ventilated],
+        [
+            np.exp(-STEP / 3),
+            STEP / 20,
+            observation.vasopressor / 4,
+            observation.fluid / 4,
+            observation.ventilated,
+        ],
         rtol=1e-5,
     )
 
@@ -136,15 +142,15 @@ def test_the_view_leads_back_to_the_history(stay):
     for step in (0, 3, 12):
         longest = EPISODES.select(np.argmax(np.asarray(EPISODES.length))[None])
         history = start_history(WORLD, longest, step)
-        seen = jax.tree.map(lambda leaf: leaf[0], view_of(WORLD, history, past=12))
-        again = replace(history_of(WORLD, seen), patient=history.patient)
+        seen = jax.tree.map(lambda leaf: leaf[0], observe(WORLD, history, past=12))
+        again = replace(history_from_observation(WORLD, seen), patient=history.patient)
         for want, got in zip(jax.tree.leaves(history), jax.tree.leaves(again), strict=True):
             np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-3)
 
 
-def by_hand(planner, stay, view):
+def by_hand(planner, stay, observation):
     """J [25] of the one-step search, action by action."""
-    habit = np.asarray(planner.clinician(KEY, view))
+    habit = np.asarray(planner.clinician(KEY, observation))
     advantage = planner.advantage
     mu = []
     for action in range(25):
@@ -154,7 +160,7 @@ def by_hand(planner, stay, view):
             np.asarray(WORLD.transitions(window.obs, window.observed, window.static, rows).mu)
         )
     mu = np.stack(mu, 1)[:, :, 0]  # [E, 25, 39]
-    moderator = np.asarray(moderators(view, SCALER))
+    moderator = np.asarray(moderators(observation, SCALER))
     doses = dose_basis() @ (moderator @ np.asarray(advantage.doses))
     doses = doses - habit @ doses
     features = np.asarray(
@@ -168,47 +174,51 @@ def by_hand(planner, stay, view):
     return total.mean(0) - config.risk * total.std(0) + config.prior_weight * np.log(habit)
 
 
-def test_one_step_by_hand(stay, view):
+def test_one_step_by_hand(stay, observation):
     planner = made(PlannerConfig(prior_weight=0.7, risk=1.3, support=0.0))
-    want = by_hand(planner, stay, view)
-    np.testing.assert_allclose(planner.action_values(KEY, view), want, rtol=1e-3, atol=5e-3)
-    chosen = np.asarray(planner(KEY, view))
+    want = by_hand(planner, stay, observation)
+    np.testing.assert_allclose(planner.action_values(KEY, observation), want, rtol=1e-3, atol=5e-3)
+    chosen = np.asarray(planner(KEY, observation))
     assert chosen.argmax() == want.argmax() and chosen.sum() == 1
 
 
-def test_the_price_of_disagreement(stay, view):
+def test_the_price_of_disagreement(stay, observation):
     bold, careful = (
-        made(PlannerConfig(risk=risk, support=0.0)).action_values(KEY, view) for risk in (0, 2.0)
+        made(PlannerConfig(risk=risk, support=0.0)).action_values(KEY, observation)
+        for risk in (0, 2.0)
     )
     assert (np.asarray(bold - careful) > 0).all()
 
 
-def test_one_step_is_a_sequence_of_one(view):
+def test_one_step_is_a_sequence_of_one(observation):
     planner = made(PlannerConfig(risk=0.5, support=0.0))
     sequences = jnp.arange(25)[:, None]
-    got = play(planner, KEY, view, sequences, 0)
-    np.testing.assert_allclose(got, planner.action_values(KEY, view), rtol=1e-3, atol=5e-3)
+    got = play(planner, KEY, observation, sequences, 0)
+    np.testing.assert_allclose(got, planner.action_values(KEY, observation), rtol=1e-3, atol=5e-3)
 
 
-def test_a_rare_action_is_never_chosen(view):
+def test_a_rare_action_is_never_chosen(observation):
     class Timid(Policy):
-        def __call__(self, key, view):
+        def __call__(self, key, observation):
             return jnp.full(25, 1e-4).at[6].set(1 - 24e-4)
 
     config = PlannerConfig(prior_weight=0.0)
     free = made(replace(config, support=0.0), Timid(), **towards(24))
     bound = made(replace(config, support=0.01), Timid(), **towards(24))
-    assert free(KEY, view).argmax() == 24
-    assert bound(KEY, view).argmax() == 6
+    assert free(KEY, observation).argmax() == 24
+    assert bound(KEY, observation).argmax() == 6
     # The price of leaving the habit does the same without a bound.
-    assert made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, view).argmax() == 6
+    assert (
+        made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax()
+        == 6
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_what_the_clinician_rules_out_is_no_number_lost(view, weight):
+def test_what_the_clinician_rules_out_is_no_number_lost(observation, weight):
     planner = made(PlannerConfig(prior_weight=weight), Constant(6), **towards(24))
-    assert np.isfinite(planner.action_values(KEY, view)).all()
-    assert planner(KEY, view).argmax() == 6
+    assert np.isfinite(planner.action_values(KEY, observation)).all()
+    assert planner(KEY, observation).argmax() == 6
 
 
 # Sequences
@@ -229,31 +239,33 @@ def test_what_the_clinician_rules_out_is_no_number_lost(view, weight):
     ],
     ids=lambda config: config.search,
 )  # fmt: skip
-def test_every_search_finds_the_best(view, config, best):
+def test_every_search_finds_the_best(observation, config, best):
     planner = made(config, RandomPolicy(), **towards(best))
-    probs = jax.jit(lambda planner, key, view: planner(key, view))(planner, KEY, view)
+    probs = jax.jit(lambda planner, key, observation: planner(key, observation))(
+        planner, KEY, observation
+    )
     assert probs.argmax() == best
-    soft = replace(planner, config=replace(config, temperature=1.0))(KEY, view)
+    soft = replace(planner, config=replace(config, temperature=1.0))(KEY, observation)
     assert float(soft.sum()) == pytest.approx(1.0, abs=1e-5) and soft.argmax() == best
 
 
-def test_sequences_meet_the_same_noise_and_add_up(view):
+def test_sequences_meet_the_same_noise_and_add_up(observation):
     planner = made(PlannerConfig(search="cross-entropy", horizon=3, prior_weight=0.2))
     sequences = jnp.array([[3, 7, 7], [3, 7, 7], [4, 7, 7]])
-    noisy = np.asarray(play(planner, KEY, view, sequences, 4))
+    noisy = np.asarray(play(planner, KEY, observation, sequences, 4))
     assert noisy[0] == pytest.approx(noisy[1], abs=1e-4) and abs(noisy[0] - noisy[2]) > 1e-3
-    short = np.asarray(play(planner, KEY, view, sequences[:, :1], 0))
-    longer = np.asarray(play(planner, KEY, view, sequences[:, :2], 0))
+    short = np.asarray(play(planner, KEY, observation, sequences[:, :1], 0))
+    longer = np.asarray(play(planner, KEY, observation, sequences[:, :2], 0))
     # Nothing that comes later is worth anything at a discount of 0.
     blind = replace(planner, config=replace(planner.config, gamma=0.0))
-    np.testing.assert_allclose(play(blind, KEY, view, sequences[:, :2], 0), short, atol=1e-3)
+    np.testing.assert_allclose(play(blind, KEY, observation, sequences[:, :2], 0), short, atol=1e-3)
     assert np.abs(longer - short).max() > 1e-3
 
 
-def test_minus_one_is_what_the_clinician_would_do(view):
+def test_minus_one_is_what_the_clinician_would_do(observation):
     planner = made(PlannerConfig(prior_weight=0.3))
-    usual = int(planner.habit(view).argmax())
-    both = play(planner, KEY, view, jnp.array([[-1], [usual]]), 0)
+    usual = int(planner.habit(observation).argmax())
+    both = play(planner, KEY, observation, jnp.array([[-1], [usual]]), 0)
     assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-5)
 
 

@@ -12,14 +12,14 @@ from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.clinical import rules
 from worldmodel.clinical.safety import assess_episodes
-from worldmodel.observation import view_at
+from worldmodel.observation import observation_at
 from worldmodel.synthetic import generate
 
 ALL = (RandomPolicy(), NoTreatment(), MaximumTreatment(), Constant(7), GuidelineRules())
-ROW = view_at(toy_episodes(2, 3), jnp.int32(0), jnp.int32(0))
+ROW = observation_at(toy_episodes(2, 3), jnp.int32(0), jnp.int32(0))
 
 
-def view(meanbp=70.0, lactate=1.5, vasopressor=0, step=3, pf=400.0):
+def observation(meanbp=70.0, lactate=1.5, vasopressor=0, step=3, pf=400.0):
     dynamic = ROW.dynamic
     for name, value in (("meanbp", meanbp), ("lactate", lactate), ("pao2", pf), ("fio2", 100.0)):
         dynamic = dynamic.at[schema.INDEX[name]].set(value)
@@ -32,7 +32,7 @@ def levels_of(policy, seen):
 
 
 def levels(policy, **seen):
-    vasopressor, fluid = levels_of(policy, view(**seen))
+    vasopressor, fluid = levels_of(policy, observation(**seen))
     return int(vasopressor), int(fluid)
 
 
@@ -52,7 +52,7 @@ def test_constant_policies_by_hand():
         Constant(7): np.eye(25)[7],
     }
     for policy, want in at.items():
-        np.testing.assert_allclose(policy(jax.random.key(0), view()), want, rtol=1e-6)
+        np.testing.assert_allclose(policy(jax.random.key(0), observation()), want, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_simulation_writes_what_it_says(run, model, cohort, tmp_path):
     starts = table[table["hour"] == table["hour"].min()]
     assert (starts["q05"] == starts["q95"]).all()
     again = run(*small_simulation(model, cohort, out), *plans, "--json")
-    assert again.last_json == result.last_json  # also: an older simulation is replaced
+    assert again.last_json == result.last_json  # also: an older simulation is elsewhere
 
 
 def test_the_default_stay_suits_the_clinicians_plan(run, model, cohort, tmp_path):
@@ -201,7 +201,8 @@ def test_something_in_the_way_is_found_before_training(run, cohort, tmp_path, mo
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").touch()
     monkeypatch.setattr(
-        "sepsis_jax.pipelines.world_model.train_world_model", lambda *_, **__: pytest.fail("trained")
+        "sepsis_jax.pipelines.world_model.train_world_model",
+        lambda *_, **__: pytest.fail("trained"),
     )
     result = run("world-model", "train", "--episodes", cohort, "--out", tmp_path / "home")
     refuse(result, "home: exists")

@@ -27,22 +27,22 @@ sft:
     {row_length: 512, rows: 4, learner: {steps: 4, warm_up: 0, report_every: 2, save_every: 2}}
 bc:
   patients: 2
-  clinic: &clinic
+  runner: &runner
     {max_steps: 2, templates: compact, concurrency: 4, forecast: {samples: 2}, dialogue:
       {memory: decision, max_invalid: 1,
        sampling: {temperature: 1.0, top_p: 1.0, max_new_tokens: 64}}}
   replay: {count: 6, charts: compact}
   training: *training
 rl:
-  clinic: *clinic
+  runner: *runner
   samples: 1
   agentic: {iterations: 3, patients: 4, updates: 1, row_length: 1024, rows: 4}
   learner: {learning_rate: 0.001, warm_up: 0}
   judge_every: 2
   judge_patients: 4
-rivals: [episode]
+baselines: [episode]
 rival_replicas: 2
-exam: {patients: 4, questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
+evaluation: {patients: 4, questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
 """
 
 
@@ -63,7 +63,7 @@ def lines(folder):
 
 
 def test_all_stages(inputs, tmp_path, capsys):
-    """Every stage leaves a model, the next begins with it, and each sits an exam."""
+    """Every stage leaves a model, the next begins with it, and each sits an evaluation."""
     out = tmp_path / "stages"
     given = ("--model", inputs / "model", "--episodes", inputs / "episodes")
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
@@ -128,8 +128,8 @@ def test_bad_requests_end_with_one_line(inputs, taught, tmp_path, capsys):
     folder, _ = taught
     for number, (more, word) in enumerate(
         (
-            (("--set", "rl.clinic.dialogue.sampling.top_p=0.9"), "top_p"),
-            (("--set", "rl.agentic.credit.kind=step"), "replicas"),
+            (("--set", "rl.runner.dialogue.sampling.top_p=0.9"), "top_p"),
+            (("--set", "rl.agentic.advantages.kind=step"), "replicas"),
             (("--backend", "openai", "--url", "http://127.0.0.1:9/v1"), "embedded or vllm"),
         )
     ):

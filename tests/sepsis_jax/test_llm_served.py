@@ -9,7 +9,7 @@ from policy.serving.vllm import ServerOptions, VLLMServer
 from policy.train.loop.learner import LearnerConfig
 from sepsis_jax.pipelines.agent import BackendOptions
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
-from sepsis_jax.pipelines.llm.setup import ClinicOptions, ModelOptions
+from sepsis_jax.pipelines.llm.setup import ModelOptions, RunnerOptions
 from tests.policy.serving.real import NEEDS_VLLM
 from worldmodel.configuration import from_mapping
 from worldmodel.models.checkpoint import save_world_model
@@ -25,14 +25,14 @@ RANK = 8
 
 
 def options(publish="weights", **agentic):
-    clinic = {
+    runner = {
         "templates": "compact", "max_steps": 2, "concurrency": PATIENTS, "forecast": {"samples": 2},
         "dialogue": {"memory": "decision", "max_invalid": 1,
                      "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64}},
     }  # fmt: skip
     values = {"iterations": ITERATIONS, "patients": PATIENTS, "row_length": 1024, "rows": 4}
     return RLOptions(
-        clinic=from_mapping(ClinicOptions, clinic, source="test"),
+        runner=from_mapping(RunnerOptions, runner, source="test"),
         agentic=from_mapping(type(RLOptions().agentic), values | agentic, source="test"),
         learner=LearnerConfig(learning_rate=5e-3 if publish == "weights" else 0.05, warm_up=0),
         model=ModelOptions(lora_rank=0 if publish == "weights" else RANK),

@@ -181,11 +181,13 @@ def test_all_blocks_of_a_section_are_one_program(cohort, ensemble, clone):
     options = SweepOptions(plans=("constant",), steps=(0,), samples=4, horizon=3, patients=5,
                            block=200, task=50)  # fmt: skip
     sweep = load_sweep(cohort, ensemble, options, clone)
-    players = pipeline._Players(sweep)
-    sizes = [pipeline.block_table(sweep, players, block).num_rows for block in sweep.grid.blocks]
+    sharded_rollouts = pipeline._ShardedRollouts(sweep)
+    sizes = [
+        pipeline.block_table(sweep, sharded_rollouts, block).num_rows for block in sweep.grid.blocks
+    ]
     assert sizes == [50, 50, 25]
-    (player,) = players._found.values()
-    assert player.call._cache_size() == 1
+    (sharded_rollout,) = sharded_rollouts._found.values()
+    assert sharded_rollout.call._cache_size() == 1
     assert pipeline._jitted_probs._cache_size() >= 1
 
 
@@ -279,7 +281,7 @@ def test_what_is_there_is_not_done_again_unless_damaged(
 ):
     out = shutil.copytree(swept, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "play_block", lambda *_: pytest.fail("played"))
+        patch.setattr(pipeline, "rollout_block", lambda *_: pytest.fail("played"))
         result = run(*arguments, "--out", out, "--resume", "--json")
     assert result.status == 0 and result.last_json["blocks"] == 0
     part = out / "parts" / "part-00001.parquet"

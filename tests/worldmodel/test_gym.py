@@ -144,7 +144,7 @@ def test_bad_settings(envs):
     with pytest.raises(InputError, match="autoreset_mode"):
         SepsisVectorEnv(envs["synthetic"], 2, autoreset_mode=AutoresetMode.DISABLED)
     with pytest.raises(InputError, match="give both or neither"):
-        SepsisGymEnv(envs["synthetic"], features=lambda view: view.sofa[None])
+        SepsisGymEnv(envs["synthetic"], features=lambda observation: observation.sofa[None])
     vector = SepsisVectorEnv(envs["icu_sepsis"], 2)
     with pytest.raises(InputError, match="got 3 seeds for 2"):
         vector.reset(seed=[1, 2, 3])
@@ -153,7 +153,9 @@ def test_bad_settings(envs):
 def test_own_features(envs):
     space = gymnasium.spaces.Box(0, 24, (1,))
     env = SepsisGymEnv(
-        envs["learned"], features=lambda view: view.sofa[None], observation_space=space
+        envs["learned"],
+        features=lambda observation: observation.sofa[None],
+        observation_space=space,
     )
     observation, info = env.reset(seed=0)
     assert observation == [info["sofa"]] and env.observation_space is space

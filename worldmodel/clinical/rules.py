@@ -1,4 +1,4 @@
-"""Guideline and safety rules and SIRS, as vectorised functions of the state before the treatment."""
+"""Guideline and safety rules and SIRS, vectorised over states before the treatment."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward
-from worldmodel.observation import PolicyFn, View
+from worldmodel.observation import Observation, PolicyFn
 
 REWARD_TERMS = ("unchanged_sofa", "sofa_change", "lactate_change", "terminal")
 
@@ -79,7 +79,9 @@ def first_timestep(
     return Timestep(observation, zero, jnp.bool_(False), jnp.bool_(False), info)
 
 
-def reward_terms(before: View, after: View, terminated: jax.Array, final: jax.Array) -> jax.Array:
+def reward_terms(
+    before: Observation, after: Observation, terminated: jax.Array, final: jax.Array
+) -> jax.Array:
     """[4] terms of a step between two rows; one that ends the episode earns `final` alone."""
     shaping = reward.step_terms(
         before.sofa, after.sofa, before.dynamic[_LACTATE], after.dynamic[_LACTATE]
@@ -89,7 +91,7 @@ def reward_terms(before: View, after: View, terminated: jax.Array, final: jax.Ar
 
 
 def action_probability(
-    behavior: PolicyFn | None, key: jax.Array, view: View, action: jax.Array
+    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: jax.Array
 ) -> jax.Array:
     """[] probability of an action under a policy; NaN without one."""
-    return jnp.full((), jnp.nan) if behavior is None else behavior(key, view)[action]
+    return jnp.full((), jnp.nan) if behavior is None else behavior(key, observation)[action]

@@ -87,8 +87,8 @@ class SepsisEnv:
           outcome: how the terminal reward follows from the mortality m: "expected",
             15 (1 - 2 m); "threshold", death above one half; or "sampled". Default: "expected" in
             corrected, "threshold" in reference mode.
-          past: rows of `View.past`, at most 12.
-          behavior: `(key, view) -> [25]`, for `Info.support`.
+          past: rows of `Observation.past`, at most 12.
+          behavior: `(key, observation) -> [25]`, for `Info.support`.
           mortality_each_step: ask the Outcome Model in every step, which takes two thirds of the
             time; otherwise only in steps in which an episode of the batch ends, and
             `Info.mortality` is NaN elsewhere.
@@ -126,8 +126,9 @@ class SepsisEnv:
         """Patients of the synthetic world.
 
         Args:
-          params, config: the world; `config.past` rows of `View.past`.
-          behavior: `(key, view) -> [25]`, for `Info.support`; the recorded clinician by default.
+          params, config: the world; `config.past` rows of `Observation.past`.
+          behavior: `(key, observation) -> [25]`, for `Info.support`; by default the
+            recorded clinician.
           max_steps: truncates longer episodes.
 
         Raises:
@@ -185,7 +186,7 @@ class SepsisEnv:
         )
         return after, after.last
 
-    def with_luck(self, state: EnvState, key: jax.Array) -> EnvState:
+    def with_key(self, state: EnvState, key: jax.Array) -> EnvState:
         """The same patient as it is now, with other luck from here on.
 
         Args:

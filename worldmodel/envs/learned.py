@@ -28,9 +28,9 @@ from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.windows import Sequences, Window, to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import PolicyFn, View, as_pytree
+from worldmodel.observation import Observation, PolicyFn, as_pytree
 from worldmodel.scaling import Scaler
-from worldmodel.simulate.history import History, history_at, view_of
+from worldmodel.simulate.history import History, history_at, observe
 from worldmodel.simulate.randomness import branch_key, outcome_chance, policy_key, state_noise
 from worldmodel.simulate.step import MODES, follow
 
@@ -109,12 +109,14 @@ class LearnedDynamics:
             stay=jnp.asarray(stay, jnp.int32),
             on_record=jnp.bool_(self.follow_record),
         )
-        view = self._view(history)
-        return state, first_timestep(view, sofa=view.sofa, ventilation=state.ventilation)
+        observation = self._observation(history)
+        return state, first_timestep(
+            observation, sofa=observation.sofa, ventilation=state.ventilation
+        )
 
     def step(self, state: LearnedState, action: jax.Array) -> tuple[LearnedState, Timestep]:
         """Four hours, or the end."""
-        before = self._view(state.history)
+        before = self._observation(state.history)
         key = branch_key(state.key, state.history.patient[0], before.step, state.member)
         chosen = state.history.choose(action[None])
         members = self.world_model.transitions(*chosen.window(schema.STATE_WINDOW))
@@ -141,7 +143,7 @@ class LearnedDynamics:
             died = self.episodes.died_90d[state.stay].astype(jnp.float32)
             mortality = jnp.where(on_record & terminated, died, mortality)
         history, ventilation = _choose(terminated, (state.history, state.ventilation), next_row)
-        after = self._view(history)
+        after = self._observation(history)
         died = {
             "expected": mortality,
             "threshold": mortality > 0.5,
@@ -189,9 +191,9 @@ class LearnedDynamics:
             needed | self.mortality_each_step, jax.nn.sigmoid(logits[member, 0]), jnp.nan
         )
 
-    def _view(self, history: History) -> View:
+    def _observation(self, history: History) -> Observation:
         return jax.tree.map(
-            lambda leaf: leaf[0], view_of(self.world_model, history, past=self.past)
+            lambda leaf: leaf[0], observe(self.world_model, history, past=self.past)
         )
 
 

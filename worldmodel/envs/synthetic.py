@@ -47,18 +47,18 @@ class SyntheticDynamics:
         With `patient_key(world_key, i)` it is patient i of `generate(world_key, ...)`.
         """
         start = world.reset(key, self.params, config=self.config)
-        view = start.view
-        ventilation = view.ventilated.astype(jnp.float32)
-        timestep = first_timestep(view, sofa=view.sofa, ventilation=ventilation)
+        observation = start.observation
+        ventilation = observation.ventilated.astype(jnp.float32)
+        timestep = first_timestep(observation, sofa=observation.sofa, ventilation=ventilation)
         return SyntheticState(start, key), timestep
 
     def step(self, state: SyntheticState, action: jax.Array) -> tuple[SyntheticState, Timestep]:
         """Four hours."""
-        before = state.world.view
+        before = state.world.observation
         moved, transition = world.step(
             state.key, state.world, action, self.params, config=self.config
         )
-        after, ended = moved.view, transition.done
+        after, ended = moved.observation, transition.done
         terms = reward_terms(before, after, ended, reward.terminal_reward(transition.died_90d))
         start = first_timestep(
             after, sofa=after.sofa, ventilation=after.ventilated.astype(jnp.float32)
@@ -74,7 +74,7 @@ class SyntheticDynamics:
         return SyntheticState(moved, state.key), timestep
 
     def _probabilities(self, state: SyntheticState) -> jax.Array:
-        seen = state.world.view
+        seen = state.world.observation
         if self.behavior is None:
             frailty = state.world.traits.frailty
             return clinician.probabilities(seen, frailty, self.params.clinician)

@@ -81,12 +81,10 @@ def evaluate_world_model(
         "stays": test.episodes.num_stays,
         "transitions": len(index),
         "state": {
-            name: state_metrics(prediction, rows)
-            for name, prediction in predictions.items()
+            name: state_metrics(prediction, rows) for name, prediction in predictions.items()
         },
         "features": {
-            name: feature_metrics(prediction, rows)
-            for name, prediction in predictions.items()
+            name: feature_metrics(prediction, rows) for name, prediction in predictions.items()
         },
         "outcome": outcomes["last"],
         "outcome_every_step": outcomes["every"],

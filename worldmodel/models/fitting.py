@@ -1,4 +1,4 @@
-"""Training losses of both models, and one training loop: ensembles, early stopping, exact resume."""
+"""Losses of both models, and one training loop: ensembles, early stopping, exact resume."""
 
 from __future__ import annotations
 

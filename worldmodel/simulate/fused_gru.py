@@ -3,10 +3,10 @@
 Both models look at a window and start every look from h = 0 on its oldest row. Playing forward,
 consecutive windows share all rows but one, so instead of running whole windows
 
-- every window that a row belongs to is kept in flight as a chain of hidden states, and a new row
-  moves each chain on by one step: its projection is made once and serves all of them;
-- the first step of a chain needs no recurrent product, as h = 0;
-- chains that would end after the horizon are not started;
+- every window that a row belongs to keeps its own hidden state, and a new row moves each of them
+  on by one step: its projection is computed once and serves all of them;
+- the first step of a window needs no recurrent product, as h = 0;
+- hidden_states that would end after the horizon are not started;
 - what branches have in common is computed once: hidden states before the first treatment have
   the shape [P, 1, 1, H] of their patients, after it [P, K, 1, H] of their plans, and broadcast
   to [P, K, S, H] where the futures part;
@@ -40,7 +40,7 @@ from worldmodel.models.clinical_model import (
 )
 from worldmodel.models.gru import gates
 
-Hidden = tuple[jax.Array, ...]  # a chain: one [..., H] per layer
+Hidden = tuple[jax.Array, ...]  # a hidden_state: one [..., H] per layer
 
 
 class Row(NamedTuple):
@@ -52,64 +52,69 @@ class Row(NamedTuple):
     action: jax.Array  # [..., 10] one-hot pairs
 
 
-class Flow(NamedTuple):
+class Carry(NamedTuple):
     """Branches in flight between two steps of the State Model."""
 
-    chains: tuple[Hidden, ...]  # windows that have begun, the one that ends next first
-    ahead: tuple[jax.Array, ...]  # [..., 39] what past rows add to the next changes, nearest first
+    hidden_states: tuple[Hidden, ...]  # windows that have begun, the one that ends next first
+    lag_terms: tuple[
+        jax.Array, ...
+    ]  # [..., 39] what past rows add to the next changes, nearest first
 
 
-def begin(kernel: StateKernel, past: Row, *, horizon: int) -> Flow:
+def init_carry(kernel: StateKernel, past: Row, *, horizon: int) -> Carry:
     """Chains of the windows that have begun before the newest row.
 
     Args:
       kernel: packed State Model.
       past: [R, ...] the rows before the newest, oldest first; the last five are read.
-      horizon: steps that will be played; no more chains than that are kept.
+      horizon: steps that will be played; no more hidden_states than that are kept.
     """
     count = schema.STATE_WINDOW - 1
     projected, terms = _project(kernel, jax.tree.map(lambda leaf: leaf[-count:], past))
     kept = min(horizon, count)
     ids = jnp.arange(kept).reshape(kept, *(1,) * (projected.ndim - 1))
 
-    def step(chains: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
+    def step(hidden_states: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
         index, read = row
         # Chain i starts with row i; until then its h stays 0.
-        moved = _advance(kernel.trunk, chains, read[None])
+        moved = _advance(kernel.trunk, hidden_states, read[None])
         return tuple(jnp.where(ids <= index, h, 0.0) for h in moved), None
 
     width = kernel.trunk.gates_width // 3
     zeros = jnp.zeros((kept, *projected.shape[1:-1], width), projected.dtype)
-    chains, _ = jax.lax.scan(
+    hidden_states, _ = jax.lax.scan(
         step, (zeros,) * len(kernel.trunk.layers), (jnp.arange(count), projected)
     )
     lags = kernel.linear_rows
-    ahead = tuple(
+    lag_terms = tuple(
         sum((terms[lag][due - lag] for lag in range(due + 2, lags)), terms[due + 1][-1])
         for due in range(lags - 1)
     )
-    return Flow(tuple(tuple(h[i] for h in chains) for i in range(kept)), ahead)
+    return Carry(tuple(tuple(h[i] for h in hidden_states) for i in range(kept)), lag_terms)
 
 
-def predict(
-    kernel: StateKernel, flow: Flow, row: Row, *, more: bool = True
-) -> tuple[Flow, Prediction]:
+def step(
+    kernel: StateKernel, carry: Carry, row: Row, *, more: bool = True
+) -> tuple[Carry, Prediction]:
     """Moves every window on by the newest row, whose treatment is chosen.
 
     Args:
       kernel: packed State Model.
-      flow: from `begin` or the step before.
+      carry: from `begin` or the step before.
       row: the newest row.
       more: whether a window that starts with this row will be asked for; it ends in five steps.
 
     Returns:
-      The flow after the row, and the prediction of the window that ends with it.
+      The carry after the row, and the prediction of the window that ends with it.
     """
     projected, terms = _project(kernel, row)
     started = (None,) if more else ()
-    done, *going = (_advance(kernel.trunk, chain, projected) for chain in (*flow.chains, *started))
-    change, ahead = _pass_on(terms, flow.ahead)
-    return Flow(tuple(going), ahead), _heads(kernel, done[-1], row.obs, change)
+    done, *going = (
+        _advance(kernel.trunk, hidden_state, projected)
+        for hidden_state in (*carry.hidden_states, *started)
+    )
+    change, lag_terms = _pass_on(terms, carry.lag_terms)
+    return Carry(tuple(going), lag_terms), _heads(kernel, done[-1], row.obs, change)
 
 
 def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
@@ -121,18 +126,20 @@ def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
         are alike; those of a later group may be wider.
     """
 
-    def step(chain: Hidden | None, row: Row) -> tuple[Hidden, None]:
-        return _advance(kernel.trunk, chain, _read(kernel.trunk, row)), None
+    def step(hidden_state: Hidden | None, row: Row) -> tuple[Hidden, None]:
+        return _advance(kernel.trunk, hidden_state, _read(kernel.trunk, row)), None
 
-    chain: Hidden | None = None
+    hidden_state: Hidden | None = None
     for rows in groups:
-        chain, _ = step(chain, jax.tree.map(lambda leaf: leaf[0], rows))
+        hidden_state, _ = step(hidden_state, jax.tree.map(lambda leaf: leaf[0], rows))
         if rows.obs.shape[0] > 1:
-            chain, _ = jax.lax.scan(step, chain, jax.tree.map(lambda leaf: leaf[1:], rows))
-    assert chain is not None
+            hidden_state, _ = jax.lax.scan(
+                step, hidden_state, jax.tree.map(lambda leaf: leaf[1:], rows)
+            )
+    assert hidden_state is not None
     dot = _dot_of(kernel.trunk.precision)
     with jax.named_scope("heads"):
-        hidden = jax.nn.relu(dot(chain[-1], kernel.hidden) + kernel.hidden_bias)
+        hidden = jax.nn.relu(dot(hidden_state[-1], kernel.hidden) + kernel.hidden_bias)
         return (hidden * kernel.out).sum(-1) + kernel.out_bias
 
 
@@ -171,29 +178,29 @@ def _project(kernel: StateKernel, row: Row) -> tuple[jax.Array, list[jax.Array]]
 
 
 def _pass_on(
-    terms: list[jax.Array], ahead: tuple[jax.Array, ...]
+    terms: list[jax.Array], lag_terms: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
     """The linear change due now, and what the rows so far add to later ones."""
     if not terms:
         return None, ()
     *due, last = terms
-    now, *later = *(term + earlier for term, earlier in zip(due, ahead, strict=True)), last
+    now, *later = *(term + earlier for term, earlier in zip(due, lag_terms, strict=True)), last
     return now, tuple(later)
 
 
 @jax.named_scope("recurrence")
-def _advance(trunk: Trunk, chain: Hidden | None, projected: jax.Array) -> Hidden:
-    """One row further in every layer; a chain of None starts here, from h = 0."""
+def _advance(trunk: Trunk, hidden_state: Hidden | None, projected: jax.Array) -> Hidden:
+    """One row further in every layer; a hidden_state of None starts here, from h = 0."""
     dot = _dot_of(trunk.precision)
     moved: list[jax.Array] = []
     for index, layer in enumerate(trunk.layers):
         if layer.weight_input is not None and layer.bias_input is not None:
             projected = dot(moved[-1], layer.weight_input) + layer.bias_input
-        if chain is None:
+        if hidden_state is None:
             h = jnp.zeros((*projected.shape[:-1], trunk.gates_width // 3), projected.dtype)
             recurrent = jnp.broadcast_to(layer.bias_hidden, projected.shape)
         else:
-            h = chain[index]
+            h = hidden_state[index]
             recurrent = dot(h, layer.weight_hidden) + layer.bias_hidden
         with jax.named_scope("gates"):
             moved.append(gates(projected, recurrent, h))

@@ -15,7 +15,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import Past, View, recent
+from worldmodel.observation import Observation, ObservationHistory, recent
 
 
 @struct.dataclass
@@ -80,20 +80,20 @@ def urine_per_day(total: jax.Array, step: jax.Array, window: int) -> jax.Array:
     return total * (window / jnp.minimum(step + 1, window))
 
 
-def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View:
+def observe(world_model: WorldModel, history: History, *, past: int = 0) -> Observation:
     """What a policy sees of B patients in a world model, leaves [B, ...].
 
     Args:
       world_model: whose scaler is used.
       history: where they stand; the newest row awaits its treatment.
-      past: rows of `View.past`, at most 12.
+      past: rows of `Observation.past`, at most 12.
     """
     scaler = world_model.scaler
     vasopressor, fluid = schema.action_levels(jnp.maximum(history.action, 0))
     dynamic = scaler.denormalize(history.obs[..., -max(past, 1) :, :])
     rows = slice(-past, None)
     valid = history.step[..., None] + jnp.arange(1 - past, 1) >= 0
-    return View(
+    return Observation(
         dynamic=dynamic[..., -1, :],
         measured=history.observed[..., -1, :] > 0,
         static=scaler.denormalize_static(history.static),
@@ -103,7 +103,7 @@ def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View
         vasopressor=vasopressor[..., -2],
         fluid=fluid[..., -2],
         step=history.step,
-        past=Past(
+        past=ObservationHistory(
             dynamic=jnp.where(valid[..., None], dynamic, 0.0),
             measured=history.observed[..., rows, :] > 0,
             vasopressor=vasopressor[..., rows],
@@ -115,19 +115,19 @@ def view_of(world_model: WorldModel, history: History, *, past: int = 0) -> View
     )
 
 
-def history_of(world_model: WorldModel, view: View) -> History:
-    """The inverse of `view_of`: where one patient stands, as a batch of one.
+def history_from_observation(world_model: WorldModel, observation: Observation) -> History:
+    """The inverse of `observe`: where one patient stands, as a batch of one.
 
     Args:
       world_model: whose scaler is used.
-      view: of one patient, with at least 12 rows of `View.past`.
+      observation: of one patient, with at least 12 rows of `Observation.past`.
 
     Raises:
-      InputError: the view does not look back far enough.
+      InputError: the observation does not look back far enough.
     """
     steps = _urine_steps(world_model)
     rows = max(schema.OUTCOME_WINDOW, steps)
-    past = recent(view, rows).past
+    past = recent(observation, rows).past
     assert past is not None
     valid, scaler = past.valid, world_model.scaler
     window = slice(-schema.OUTCOME_WINDOW, None)
@@ -137,11 +137,11 @@ def history_of(world_model: WorldModel, view: View) -> History:
         obs=jnp.where(valid[:, None], scaler.normalize(past.dynamic), 0.0)[window],
         observed=(past.measured & valid[:, None]).astype(jnp.float32)[window],
         action=action.at[-1].set(-1)[window],
-        static=scaler.normalize_static(view.static),
+        static=scaler.normalize_static(observation.static),
         urine=urine[-steps:],
-        sofa=view.sofa,
-        ventilated=view.ventilated,
-        step=view.step,
+        sofa=observation.sofa,
+        ventilated=observation.ventilated,
+        step=observation.step,
         patient=jnp.int32(0),
     )
     return jax.tree.map(lambda leaf: leaf[None], history)

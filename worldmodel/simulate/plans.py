@@ -91,7 +91,7 @@ RECORDED = -1  # in a plan: what was really given
 CONSTANT, DEVIATIONS = "constant", "deviations"  # sets of 25 plans
 
 
-class Regimens(NamedTuple):
+class PlanSet(NamedTuple):
     """K named plans, to be followed from any start."""
 
     names: tuple[str, ...]
@@ -99,7 +99,7 @@ class Regimens(NamedTuple):
     actions: np.ndarray  # [K, H] int32 joint actions, or RECORDED
 
 
-def read_regimens(texts: Sequence[str], *, horizon: int, then: str = "") -> Regimens:
+def read_plan_set(texts: Sequence[str], *, horizon: int, then: str = "") -> PlanSet:
     """Plans as people ask for them.
 
     Args:
@@ -136,7 +136,7 @@ def read_regimens(texts: Sequence[str], *, horizon: int, then: str = "") -> Regi
         if names.count(name) > 1:
             raise InputError(f"plan {name!r}: there are two of that name")
     table = np.array([plan for _, _, plan in found], np.int32).reshape(-1, horizon)
-    return Regimens(names, tuple(kind for _, kind, _ in found), table)
+    return PlanSet(names, tuple(kind for _, kind, _ in found), table)
 
 
 def _sequence(text: str, horizon: int) -> tuple[str, np.ndarray]:

@@ -15,8 +15,8 @@ from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, draw_action
-from worldmodel.simulate.history import History, view_of
-from worldmodel.simulate.unroll import Now, Shape
+from worldmodel.simulate.history import History, observe
+from worldmodel.simulate.unroll import Shape, StepState
 
 _NOISE_STREAM, _POLICY_STREAM, _OUTCOME_STREAM = 0, 1, 2
 
@@ -56,7 +56,7 @@ def outcome_chance(key: jax.Array) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(key, _OUTCOME_STREAM))
 
 
-Treat = Callable[[jax.Array, Now], jax.Array]
+Treat = Callable[[jax.Array, StepState], jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
 
 
@@ -77,21 +77,21 @@ def under_policy(
     """Treatment drawn from a policy, with a key per patient, step and sample.
 
     Args:
-      policy: `(key, view) -> [25]`.
-      world_model: whose scaler the view needs.
+      policy: `(key, observation) -> [25]`.
+      world_model: whose scaler the observation needs.
       key: of the whole simulation.
       start: P patients.
       samples: [S] sample numbers.
-      past: rows of `View.past` that the policy asks for.
+      past: rows of `Observation.past` that the policy asks for.
     """
     shape = (start.step.shape[0], 1, samples.shape[0])
 
     @jax.named_scope("policy")
-    def treat(h: jax.Array, now: Now) -> jax.Array:
+    def treat(h: jax.Array, now: StepState) -> jax.Array:
         assert now.history is not None
-        view = view_of(world_model, now.history, past=past)
+        observation = observe(world_model, now.history, past=past)
         keys = _branch_keys(key, start, h, jnp.zeros(1, jnp.int32), samples).reshape(-1)
-        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), view)
+        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), observation)
         return action.reshape(shape)
 
     return treat

@@ -26,7 +26,7 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.step import MODES
-from worldmodel.simulate.unroll import Job, Step, play
+from worldmodel.simulate.unroll import RolloutSpec, Step, unroll
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
@@ -100,8 +100,8 @@ def rollout(
       key: not consumed by position: branch noise is folded in from patient, step and sample.
       start: P patients, from `start_history`.
       plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H]; or a policy
-        `(key, view) -> [25]` traced into the rollout (K = 1), with a key per branch and step. Its
-        attribute `past`, where it has one, asks for so many rows of `View.past`.
+        `(key, observation) -> [25]` traced into the rollout (K = 1), with a key per branch and
+        step. Its attribute `past`, where it has one, asks for so many rows of `Observation.past`.
       horizon: steps H; needed for a policy, otherwise the plans' length.
       samples: noise samples S per patient and plan; a multiple of the ensemble size.
       features: names to return.
@@ -288,10 +288,10 @@ def _simulate(
             "action": step.action,
         }
 
-    played = play(
+    played = unroll(
         world_model,
         start,
-        Job(
+        RolloutSpec(
             shape=shape,
             horizon=settings.horizon,
             treat=treat,

@@ -30,7 +30,7 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
-from worldmodel.simulate.unroll import Job, Shape, play
+from worldmodel.simulate.unroll import RolloutSpec, Shape, unroll
 
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
@@ -92,7 +92,7 @@ def branch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices or jax.local_devices()), (AXIS,))
 
 
-class Player:
+class ShardedRollout:
     """Plays tasks of one shape, as many at a time as the mesh has devices.
 
     Args:
@@ -100,7 +100,7 @@ class Player:
       mesh: from `branch_mesh`.
       shape: branches p, K, c of a task; K = 1 for a policy.
       settings: what to play.
-      policy: `(key, view) -> [25]`; None where plans are given.
+      policy: `(key, observation) -> [25]`; None where plans are given.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Player:
 
 
 def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0) -> Any:
-    """The jitted function behind a `Player`, for those who compile ahead of time.
+    """The jitted function behind a `ShardedRollout`, for those who compile ahead of time.
 
     Returns:
       `f(world_model, policy or None, key, start, plans or None, tasks) -> BranchSummary`, the
@@ -158,10 +158,10 @@ def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0)
             outcome_model=_pick(world_model.outcome_model, task.member),
         )
         starts, own_plans = jax.tree.map(lambda leaf: leaf[task.patients], (start, plans))
-        played = play(
+        played = unroll(
             member,
             starts,
-            Job(
+            RolloutSpec(
                 shape=shape,
                 horizon=settings.horizon,
                 treat=under_plans(own_plans)
@@ -212,23 +212,27 @@ def task_shape(patients: int, plans: int, samples: int, members: int, *, branche
     return min(max(branches // (plans * size), 1), patients), plans, size
 
 
-def play_block(
-    player: Player, key: jax.Array, start: History, plans: jax.Array | None, samples: int
+def rollout_block(
+    sharded_rollout: ShardedRollout,
+    key: jax.Array,
+    start: History,
+    plans: jax.Array | None,
+    samples: int,
 ) -> BranchSummary:
     """Every sample of every patient: numpy leaves [P, K, S, ...].
 
     Args:
-      player: whose tasks cover the block.
+      sharded_rollout: whose tasks cover the block.
       key: of the whole job.
       start: P patients.
       plans: [P, K, H] joint actions; None for a policy.
       samples: S, a multiple of the ensemble size E; sample s is played by member s mod E.
     """
-    world_model, _ = player._constant
-    num_plans = player.shape[1]
+    world_model, _ = sharded_rollout._constant
+    num_plans = sharded_rollout.shape[1]
     count = start.step.shape[0]
-    tasks = list(_tasks(count, samples, world_model.num_members, player.shape))
-    devices = player.mesh.devices.size
+    tasks = list(_tasks(count, samples, world_model.num_members, sharded_rollout.shape))
+    devices = sharded_rollout.mesh.devices.size
     whole: BranchSummary | None = None
 
     def write(found: BranchSummary, group: list[Task]) -> None:
@@ -249,7 +253,7 @@ def play_block(
         group = tasks[first : first + devices]
         # A device without a task of its own repeats the last one; nobody reads that.
         padded = group + group[-1:] * (devices - len(group))
-        queue.append((player(key, start, plans, _together(padded)), group))
+        queue.append((sharded_rollout(key, start, plans, _together(padded)), group))
         if len(queue) > _IN_FLIGHT:
             write(*queue.popleft())
     while queue:

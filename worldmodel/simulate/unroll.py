@@ -34,7 +34,7 @@ class Step(NamedTuple):
     projected: jax.Array  # [...] int32 entries moved into range
 
 
-class Now(NamedTuple):
+class StepState(NamedTuple):
     """Where the branches stand before a treatment; leading axes broadcast to [P, K, S]."""
 
     obs: jax.Array  # [..., 39] the newest row
@@ -44,7 +44,7 @@ class Now(NamedTuple):
     history: History | None  # [P K S]; for policies, which look back
 
 
-class Played(NamedTuple):
+class RolloutResult(NamedTuple):
     """Branches [P, K, S] played to the end."""
 
     folded: Any
@@ -53,7 +53,7 @@ class Played(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Job:
+class RolloutSpec:
     """What to play, and what to keep of it.
 
     Attributes:
@@ -72,7 +72,7 @@ class Job:
 
     shape: Shape
     horizon: int
-    treat: Callable[[jax.Array, Now], jax.Array]
+    treat: Callable[[jax.Array, StepState], jax.Array]
     noise: Callable[[jax.Array], jax.Array]
     collect: Callable[[Step], Any] = lambda step: ()
     fold: Callable[[Any, Step], Any] = lambda folded, step: folded
@@ -83,31 +83,31 @@ class Job:
     precision: str | None = None
 
 
-class _Carry(NamedTuple):
-    flow: fused_gru.Flow
-    now: Now
+class _ScanCarry(NamedTuple):
+    recurrent: fused_gru.Carry
+    now: StepState
     folded: Any
 
 
-def play(world_model: WorldModel, start: History, job: Job) -> Played:
+def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> RolloutResult:
     """Plays a world model of one member; works on traced values.
 
     Args:
       world_model: of ensemble size 1.
       start: P patients, about to be treated.
-      job: what to play.
+      spec: what to play.
     """
     member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
-    kernel = pack_state(member, job.precision)
+    kernel = pack_state(member, spec.precision)
     past = _past_rows(start)
     constant = _constant_row(start)
 
-    def step(carry: _Carry, h: jax.Array, *, more: bool) -> tuple[_Carry, Any]:
+    def step(carry: _ScanCarry, h: jax.Array, *, more: bool) -> tuple[_ScanCarry, Any]:
         now = carry.now
-        action = job.treat(h, now)
+        action = spec.treat(h, now)
         row = constant._replace(obs=now.obs, action=encode_action(action))
-        flow, prediction = fused_gru.predict(kernel, carry.flow, row, more=more)
-        drawn = next_row(world_model, prediction, job.noise(h), mode=job.mode)
+        recurrent, prediction = fused_gru.step(kernel, carry.recurrent, row, more=more)
+        drawn = next_row(world_model, prediction, spec.noise(h), mode=spec.mode)
         urine = (*now.urine[1:], drawn.dynamic[..., schema.URINE])
         sofa = score_row(
             world_model,
@@ -117,7 +117,7 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
             urine_24h=urine_per_day(
                 sum(urine[1:], urine[0]), start.step[:, None, None] + h + 1, len(urine)
             ),
-            mode=job.mode,
+            mode=spec.mode,
         )
         lactate = drawn.dynamic[..., LACTATE]
         with jax.named_scope("scoring"):
@@ -133,28 +133,28 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
         )
         history = now.history
         if history is not None:
-            history = _append(history, brought, job.shape)
+            history = _append(history, brought, spec.shape)
         with jax.named_scope("output"):
-            folded = job.fold(carry.folded, brought)
-        moved = _Carry(flow, Now(drawn.obs, lactate, sofa, urine, history), folded)
-        trail = (now.obs, action) if job.mortality else ()
+            folded = spec.fold(carry.folded, brought)
+        moved = _ScanCarry(recurrent, StepState(drawn.obs, lactate, sofa, urine, history), folded)
+        trail = (now.obs, action) if spec.mortality else ()
         with jax.named_scope("output"):
-            return moved, (job.collect(brought), trail)
+            return moved, (spec.collect(brought), trail)
 
-    carry = _Carry(
-        fused_gru.begin(kernel, past, horizon=job.horizon),
-        _start(world_model, start, job),
-        job.folded,
+    carry = _ScanCarry(
+        fused_gru.init_carry(kernel, past, horizon=spec.horizon),
+        _start(world_model, start, spec),
+        spec.folded,
     )
     parts: list[Any] = []
     whole = schema.STATE_WINDOW - 1  # a window that starts now ends after so many more steps
-    last_whole = job.horizon - whole
+    last_whole = spec.horizon - whole
     h = 0
-    while h < job.horizon:
+    while h < spec.horizon:
         if h == _PREFIX and last_whole - h > 1:
             carry, kept = jax.lax.scan(
                 lambda c, i: step(c, i, more=True),
-                _spread(carry, job.shape),
+                _spread(carry, spec.shape),
                 jnp.arange(h, last_whole),
             )
             parts.append(kept)
@@ -163,12 +163,12 @@ def play(world_model: WorldModel, start: History, job: Job) -> Played:
             carry, kept = step(carry, jnp.int32(h), more=h < last_whole)
             parts.append(jax.tree.map(lambda leaf: leaf[None], kept))
             h += 1
-    collected = _stack([kept for kept, _ in parts], job.shape)
+    collected = _stack([kept for kept, _ in parts], spec.shape)
     mortality = None
-    if job.mortality:
+    if spec.mortality:
         trail = [rows for _, rows in parts]
-        mortality = _mortality(world_model, start, job, trail, carry.now.obs)
-    return Played(carry.folded, collected, mortality)
+        mortality = _mortality(world_model, start, spec, trail, carry.now.obs)
+    return RolloutResult(carry.folded, collected, mortality)
 
 
 def _past_rows(start: History) -> fused_gru.Row:
@@ -197,15 +197,15 @@ def _constant_row(start: History) -> fused_gru.Row:
     )
 
 
-def _start(world_model: WorldModel, start: History, job: Job) -> Now:
+def _start(world_model: WorldModel, start: History, spec: RolloutSpec) -> StepState:
     newest = start.obs[:, None, None, -1]
     history = None
-    if job.looks_back:
+    if spec.looks_back:
         history = jax.tree.map(
-            lambda leaf: _flat(leaf[:, None, None], job.shape),
+            lambda leaf: _flat(leaf[:, None, None], spec.shape),
             start,
         )
-    return Now(
+    return StepState(
         obs=newest,
         lactate=world_model.scaler.denormalize(newest)[..., LACTATE],
         sofa=start.sofa[:, None, None],
@@ -229,15 +229,15 @@ def _flat(leaf: jax.Array, shape: Shape) -> jax.Array:
     return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
 
 
-def _spread(carry: _Carry, shape: Shape) -> _Carry:
+def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
     """Every leaf with its full axes [P, K, S, ...]; a history is flat and stays so."""
 
     def full(leaf: jax.Array) -> jax.Array:
         return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
 
     now = carry.now._replace(history=None)
-    flow, now = jax.tree.map(full, (carry.flow, now))
-    return _Carry(flow, now._replace(history=carry.now.history), carry.folded)
+    recurrent, now = jax.tree.map(full, (carry.recurrent, now))
+    return _ScanCarry(recurrent, now._replace(history=carry.now.history), carry.folded)
 
 
 @jax.named_scope("output")
@@ -257,7 +257,7 @@ def _stack(parts: list[Any], shape: Shape) -> Any:
 def _mortality(
     world_model: WorldModel,
     start: History,
-    job: Job,
+    spec: RolloutSpec,
     trail: list[tuple[jax.Array, jax.Array]],
     newest: jax.Array,
 ) -> jax.Array:
@@ -266,22 +266,22 @@ def _mortality(
     Args:
       world_model: of ensemble size 1.
       start: P patients.
-      job: what was played.
+      spec: what was played.
       trail: rows [n, ...] that were treated, and their actions; the first part is the start.
       newest: [..., 39] the row after the last treatment.
     """
     model = jax.tree.map(lambda leaf: leaf[0], world_model.outcome_model)
-    kernel = pack_outcome(model, job.precision)
+    kernel = pack_outcome(model, spec.precision)
     _, last_action = trail[-1]
     simulated = [*trail[1:], (newest[None], last_action[-1:])]
-    simulated_rows = min(job.horizon, schema.OUTCOME_WINDOW)
+    simulated_rows = min(spec.horizon, schema.OUTCOME_WINDOW)
 
     def spread(leaf: jax.Array, full: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(leaf, (leaf.shape[0], *full, *leaf.shape[4:]))
 
     # Actions keep their own, perhaps narrower shape.
     narrow = last_action.shape[1:]
-    obs = jnp.concatenate([spread(rows, job.shape) for rows, _ in simulated])[-simulated_rows:]
+    obs = jnp.concatenate([spread(rows, spec.shape) for rows, _ in simulated])[-simulated_rows:]
     action = jnp.concatenate([spread(acts, narrow) for _, acts in simulated])[-simulated_rows:]
     constant = _constant_row(start)
 
@@ -301,4 +301,4 @@ def _mortality(
         past = _past_rows(start)
         groups.insert(0, jax.tree.map(lambda leaf: leaf[1 - missing :], past))
     logit = fused_gru.mortality_logit(kernel, groups)
-    return jnp.broadcast_to(jax.nn.sigmoid(logit), job.shape)
+    return jnp.broadcast_to(jax.nn.sigmoid(logit), spec.shape)

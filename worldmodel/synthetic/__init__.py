@@ -8,7 +8,7 @@
 Research software, not a validated physiological model and never for clinical use.
 """
 
-from worldmodel.observation import Past, PolicyFn, View
+from worldmodel.observation import Observation, ObservationHistory, PolicyFn
 from worldmodel.synthetic.clinician import (
     maximum_treatment,
     no_treatment,
@@ -31,14 +31,14 @@ __all__ = [
     "FOLLOW_POLICY",
     "ActionEffects",
     "Config",
+    "Observation",
+    "ObservationHistory",
     "Params",
-    "Past",
     "PolicyFn",
     "PolicyValue",
     "State",
     "Transition",
     "Truth",
-    "View",
     "counterfactual",
     "generate",
     "marginals",

@@ -1,4 +1,4 @@
-"""The recorded clinician, whose action probabilities are known, and simple policies for comparison."""
+"""The recorded clinician, whose action probabilities are known, and simple policies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.observation import View
+from worldmodel.observation import Observation
 
 _LEVELS = tuple(range(schema.NUM_LEVELS))
 
@@ -37,18 +37,20 @@ class ClinicianParams:
     confounding: float = 0.0  # levels wanted more per SD of the unrecorded frailty
 
 
-def probabilities(view: View, frailty: jax.Array, params: ClinicianParams) -> jax.Array:
+def probabilities(
+    observation: Observation, frailty: jax.Array, params: ClinicianParams
+) -> jax.Array:
     """[25] probabilities of the joint actions.
 
     Args:
-      view: what the clinician sees.
+      observation: what the clinician sees.
       frailty: [] unrecorded severity, seen only where `params.confounding` is not 0.
       params: habits.
     """
     p = params
-    pressure = view.dynamic[schema.INDEX["meanbp"]]
-    lactate = view.dynamic[schema.INDEX["lactate"]]
-    before = view.vasopressor.astype(jnp.float32)
+    pressure = observation.dynamic[schema.INDEX["meanbp"]]
+    lactate = observation.dynamic[schema.INDEX["lactate"]]
+    before = observation.vasopressor.astype(jnp.float32)
     hidden = p.confounding * frailty
 
     lacking = jnp.clip(p.vasopressor_target - pressure, -30.0, 30.0)
@@ -58,18 +60,22 @@ def probabilities(view: View, frailty: jax.Array, params: ClinicianParams) -> ja
     reluctance = p.vasopressor_reluctance - p.vasopressor_start * jnp.clip(
         67.0 - pressure, 0.0, 30.0
     )
-    stay = jnp.where(view.vasopressor == 0, jnp.maximum(reluctance, 0.0), 0.0)
+    stay = jnp.where(observation.vasopressor == 0, jnp.maximum(reluctance, 0.0), 0.0)
     vasopressor = _softmax(wanted, p.vasopressor_width, stay)
 
-    oxygen = view.dynamic[schema.INDEX["pao2"]] / view.dynamic[schema.INDEX["fio2"]] * 100.0
-    early = jnp.exp(-view.step / p.fluid_fade)
+    oxygen = (
+        observation.dynamic[schema.INDEX["pao2"]]
+        / observation.dynamic[schema.INDEX["fio2"]]
+        * 100.0
+    )
+    early = jnp.exp(-observation.step / p.fluid_fade)
     wanted = (
         p.fluid_base
-        + p.fluid_inertia * (view.fluid - 1.5) * (view.step > 0)
+        + p.fluid_inertia * (observation.fluid - 1.5) * (observation.step > 0)
         + p.fluid_early * early
         + p.fluid_hypotension * jax.nn.sigmoid((66.0 - pressure) / 3.0)
         + p.fluid_lactate * jnp.clip(lactate - 2.0, 0.0, 4.0)
-        + p.fluid_oliguria * jax.nn.sigmoid((120.0 - view.dynamic[schema.URINE]) / 40.0)
+        + p.fluid_oliguria * jax.nn.sigmoid((120.0 - observation.dynamic[schema.URINE]) / 40.0)
         + p.fluid_hypoxaemia * jax.nn.sigmoid((180.0 - oxygen) / 30.0)
         + hidden
     )
@@ -88,39 +94,41 @@ def _softmax(wanted: jax.Array, width: float, stay: jax.Array) -> jax.Array:
 _AT = schema.INDEX
 
 
-def random_policy(key: jax.Array, view: View) -> jax.Array:
+def random_policy(key: jax.Array, observation: Observation) -> jax.Array:
     """All 25 actions alike."""
-    del key, view
+    del key, observation
     return jnp.full(schema.NUM_ACTIONS, 1.0 / schema.NUM_ACTIONS)
 
 
-def no_treatment(key: jax.Array, view: View) -> jax.Array:
+def no_treatment(key: jax.Array, observation: Observation) -> jax.Array:
     """Neither drug, ever."""
-    del key, view
+    del key, observation
     return jax.nn.one_hot(0, schema.NUM_ACTIONS)
 
 
-def maximum_treatment(key: jax.Array, view: View) -> jax.Array:
+def maximum_treatment(key: jax.Array, observation: Observation) -> jax.Array:
     """The highest level of both drugs, always."""
-    del key, view
+    del key, observation
     return jax.nn.one_hot(schema.NUM_ACTIONS - 1, schema.NUM_ACTIONS)
 
 
-def titration(key: jax.Array, view: View) -> jax.Array:
+def titration(key: jax.Array, observation: Observation) -> jax.Array:
     """Early fluid, then vasopressor titrated to a MAP of 65 to 78 mmHg and weaned at once."""
     del key
-    pressure, lactate = view.dynamic[_AT["meanbp"]], view.dynamic[_AT["lactate"]]
-    urine = view.dynamic[_AT["output_4hourly"]]
+    pressure, lactate = observation.dynamic[_AT["meanbp"]], observation.dynamic[_AT["lactate"]]
+    urine = observation.dynamic[_AT["output_4hourly"]]
     change = (
         (pressure < 68).astype(jnp.int32)
         + (pressure < 58)
         - (pressure > 80)
         - (pressure > 92)
     )  # fmt: skip
-    vasopressor = jnp.clip(view.vasopressor + change, 0, 3)
+    vasopressor = jnp.clip(observation.vasopressor + change, 0, 3)
     needs = (pressure < 65) | (lactate > 2.2) | (urine < 100)
-    dry = view.dynamic[_AT["heart_rate"]] > 88
+    dry = observation.dynamic[_AT["heart_rate"]] > 88
     early = jnp.where(needs, 4, 3)
     late = jnp.where(needs & dry, 2, 1)
-    fluid = jnp.where(view.step < 2, early, jnp.where(view.step < 4, jnp.where(needs, 3, 2), late))
+    fluid = jnp.where(
+        observation.step < 2, early, jnp.where(observation.step < 4, jnp.where(needs, 3, 2), late)
+    )
     return jax.nn.one_hot(schema.action_index(vasopressor, fluid), schema.NUM_ACTIONS)

@@ -12,8 +12,6 @@ Skewed slow variables are on the log scale (`patients.LOG_SLOW`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,9 +19,6 @@ from flax import struct
 
 from worldmodel.synthetic.noise import SLOW_NAMES, Noise
 from worldmodel.synthetic.patients import LOG_SLOW, Traits
-
-if TYPE_CHECKING:
-    from worldmodel.synthetic.latent import Latent
 
 # name: rate per step, stationary SD of the noise, then the change of the level at full
 # inflammation, liver injury and kidney injury and per litre of oedema and excess volume.

@@ -2,7 +2,7 @@
 
 The noise of a step depends on the patient's key and the step alone: never on the action, on
 the position in a batch or on the batch size. Two runs that differ in their treatment
-therefore meet the same luck (common random numbers).
+therefore meet the same random numbers (common random numbers).
 """
 
 from __future__ import annotations

@@ -74,19 +74,21 @@ class Stays:
 def clinician_actor(key: jax.Array, state: State, params: Params) -> jax.Array:
     """The recorded clinician as an actor."""
     del key
-    return clinician.probabilities(state.view, state.traits.frailty, params.clinician)
+    return clinician.probabilities(state.observation, state.traits.frailty, params.clinician)
 
 
 def actor_of(policy: PolicyFn | None) -> Any:
-    """A PyTree that acts for a policy on views; None is the recorded clinician."""
+    """A PyTree that acts for a policy on observations; None is the recorded clinician."""
     if policy is None:
         return jax.tree_util.Partial(clinician_actor)
-    return jax.tree_util.Partial(_act_on_view, as_pytree(policy))
+    return jax.tree_util.Partial(_act_on_observation, as_pytree(policy))
 
 
-def _act_on_view(policy: PolicyFn, key: jax.Array, state: State, params: Params) -> jax.Array:
+def _act_on_observation(
+    policy: PolicyFn, key: jax.Array, state: State, params: Params
+) -> jax.Array:
     del params
-    return policy(key, state.view)
+    return policy(key, state.observation)
 
 
 def simulate_block(
@@ -127,7 +129,7 @@ def simulate_block(
     def one(
         k: jax.Array, state: State, noise: Noise, planned: jax.Array
     ) -> tuple[State, Transition, Rows | None]:
-        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), state.view.step)
+        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), state.observation.step)
         probabilities = actor(policy_key, state, params)
         chosen = sample_action(probabilities, noise)
         action = jnp.where(planned == FOLLOW_POLICY, chosen, planned)
@@ -135,11 +137,11 @@ def simulate_block(
         if not collect:
             return after, transition, None
         rows = Rows(
-            dynamic=state.view.dynamic,
-            measured=state.view.measured,
-            ventilated=state.view.ventilated,
-            sofa=state.view.sofa,
-            urine_24h=state.view.urine_24h,
+            dynamic=state.observation.dynamic,
+            measured=state.observation.measured,
+            ventilated=state.observation.ventilated,
+            sofa=state.observation.sofa,
+            urine_24h=state.observation.urine_24h,
             action=action,
             probabilities=probabilities,
             vasopressor_dose=transition.vasopressor_dose,

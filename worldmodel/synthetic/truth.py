@@ -1,6 +1,6 @@
 """Questions only a world that is known can answer exactly.
 
-- `counterfactual`: the same patients, with the same luck, under other treatments;
+- `counterfactual`: the same patients, with the same random numbers, under other treatments;
 - `true_value`: what a policy is worth, with its Monte Carlo error;
 - `true_action_effects`: what each of the 25 actions does to MAP and lactate in 4 hours.
 """
@@ -85,7 +85,7 @@ def true_value(
 
     Args:
       key: of the world.
-      policy: in-graph `(key, view) -> [25]`; None for the clinician.
+      policy: in-graph `(key, observation) -> [25]`; None for the clinician.
       num_patients: number of stays; the error falls with its square root.
       discount: per step, of the discounted value.
       config, params: the world.

@@ -15,10 +15,12 @@ from flax import struct
 
 from worldmodel import schema
 from worldmodel.clinical import reward, sofa
-from worldmodel.observation import Past, View
-from worldmodel.synthetic import clinician, latent, observation, outcome, physiology
+from worldmodel.observation import Observation, ObservationHistory
+from worldmodel.synthetic import clinician, outcome, physiology, recording
+from worldmodel.synthetic.latent import Latent, PhysiologyParams
 from worldmodel.synthetic.noise import Noise, draw
 from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
+from worldmodel.synthetic.physiology import Support, SupportParams
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Config:
 
     Attributes:
       horizon: most steps of a stay.
-      past: rows that `View.past` holds; 0 leaves it out.
+      past: rows that `Observation.past` holds; 0 leaves it out.
       dose_edges: edges of the dose levels.
     """
 
@@ -41,10 +43,10 @@ class Params:
     """Every coefficient of the world; a PyTree, so that worlds can be mapped over."""
 
     patient: PatientParams = struct.field(default_factory=PatientParams)
-    physiology: latent.PhysiologyParams = struct.field(default_factory=latent.PhysiologyParams)
-    support: physiology.SupportParams = struct.field(default_factory=physiology.SupportParams)
-    observation: observation.ObservationParams = struct.field(
-        default_factory=observation.ObservationParams
+    physiology: PhysiologyParams = struct.field(default_factory=PhysiologyParams)
+    support: SupportParams = struct.field(default_factory=SupportParams)
+    observation: recording.ObservationParams = struct.field(
+        default_factory=recording.ObservationParams
     )
     clinician: clinician.ClinicianParams = struct.field(default_factory=clinician.ClinicianParams)
     outcome: outcome.OutcomeParams = struct.field(default_factory=outcome.OutcomeParams)
@@ -56,10 +58,10 @@ class State:
     """One patient at the start of a step."""
 
     traits: Traits
-    latent: latent.Latent
-    support: physiology.Support
-    record: observation.Record
-    view: View
+    latent: Latent
+    support: Support
+    record: recording.Record
+    observation: Observation
     done: jax.Array  # [] bool, the stay has ended; further steps change nothing of value
 
 
@@ -87,12 +89,12 @@ def reset(key: jax.Array, params: Params, *, config: Config) -> State:
     traits = draw_traits(key, params.patient)
     latent = physiology.start(traits, noise, params.physiology)
     care = physiology.update_support(None, latent, traits, noise, params.support, params.physiology)
-    record = observation.observe(
+    record = recording.record_step(
         None, latent, care, traits, noise, params.observation, params.physiology
     )
     step = jnp.int32(0)
-    view = _view(record, care, traits, step, step, jnp.zeros(()), step, None, config)
-    return State(traits, latent, care, record, view, done=jnp.bool_(False))
+    observation = _observation(record, care, traits, step, step, jnp.zeros(()), step, None, config)
+    return State(traits, latent, care, record, observation, done=jnp.bool_(False))
 
 
 def step(
@@ -107,7 +109,9 @@ def step(
       params: coefficients.
       config: static settings.
     """
-    return step_with_noise(draw(key, state.view.step + 1), state, action, params, config=config)
+    return step_with_noise(
+        draw(key, state.observation.step + 1), state, action, params, config=config
+    )
 
 
 def step_with_noise(
@@ -116,17 +120,17 @@ def step_with_noise(
     """`step` with its noise given."""
     vasopressor, fluid = schema.action_levels(action)
     dose = doses(vasopressor, fluid, noise, params, config)
-    before, count = state.view, state.view.step + 1
+    before, count = state.observation, state.observation.step + 1
     latent = physiology.advance(
         state.latent, *dose, before.step, state.traits, noise, params.physiology
     )
     care = physiology.update_support(
         state.support, latent, state.traits, noise, params.support, params.physiology
     )
-    record = observation.observe(
+    record = recording.record_step(
         state.record, latent, care, state.traits, noise, params.observation, params.physiology
     )
-    view = _view(
+    observation = _observation(
         record, care, state.traits, vasopressor, fluid, dose[0], count, before.past, config
     )
     ending = outcome.end(
@@ -134,7 +138,7 @@ def step_with_noise(
     )
     ended = ending.died_icu | ending.released | (count >= config.horizon)
     shaping = reward.step_reward(
-        before.sofa, view.sofa, before.dynamic[_LACTATE], view.dynamic[_LACTATE]
+        before.sofa, observation.sofa, before.dynamic[_LACTATE], observation.dynamic[_LACTATE]
     )
     earned = jnp.where(ended, reward.terminal_reward(ending.died_90d), shaping)
     transition = Transition(
@@ -146,7 +150,7 @@ def step_with_noise(
         vasopressor_dose=dose[0],
         fluid_dose=dose[1],
     )
-    return State(state.traits, latent, care, record, view, transition.done), transition
+    return State(state.traits, latent, care, record, observation, transition.done), transition
 
 
 def sample_action(probabilities: jax.Array, noise: Noise) -> jax.Array:
@@ -184,24 +188,24 @@ def _pick(table: tuple[float, ...], level: jax.Array) -> jax.Array:
 _LACTATE = schema.INDEX["lactate"]
 
 
-def _view(
-    record: observation.Record,
+def _observation(
+    record: recording.Record,
     care: physiology.Support,
     traits: Traits,
     vasopressor: jax.Array,
     fluid: jax.Array,
     dose: jax.Array,
     step: jax.Array,
-    past: Past | None,
+    past: ObservationHistory | None,
     config: Config,
-) -> View:
+) -> Observation:
     """The row after a step, whose levels and vasopressor dose are given."""
-    urine = observation.urine_24h(record.urine, step)
+    urine = recording.urine_24h(record.urine, step)
     score = sofa.standard(
         record.filled, ventilated=care.ventilated, vasopressor_dose=dose, urine_24h=urine
     )
     measured = record.measured[: schema.NUM_MASKED]
-    return View(
+    return Observation(
         dynamic=record.filled,
         measured=measured,
         static=traits.static,
@@ -216,18 +220,18 @@ def _view(
 
 
 def _remember(
-    past: Past | None,
+    past: ObservationHistory | None,
     dynamic: jax.Array,
     measured: jax.Array,
     vasopressor: jax.Array,
     fluid: jax.Array,
     config: Config,
-) -> Past | None:
+) -> ObservationHistory | None:
     if not config.past:
         return None
     if past is None:
         rows = config.past
-        past = Past(
+        past = ObservationHistory(
             dynamic=jnp.zeros((rows, schema.NUM_FEATURES)),
             measured=jnp.zeros((rows, schema.NUM_MASKED), bool),
             vasopressor=jnp.zeros(rows, jnp.int32),
@@ -241,5 +245,5 @@ def _remember(
             vasopressor=past.vasopressor.at[-1].set(vasopressor),
             fluid=past.fluid.at[-1].set(fluid),
         )
-    newest = Past(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
+    newest = ObservationHistory(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
     return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), past, newest)

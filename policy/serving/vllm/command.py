@@ -15,7 +15,7 @@ from worldmodel.errors import InputError
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable that holds the key of servers started here, and of their clients."""
 
-INSIDE = Path(__file__).with_name("inside")
+INSIDE = Path(__file__).with_name("plugins")
 
 
 @dataclass(frozen=True)

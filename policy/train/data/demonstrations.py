@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat
-from policy.agent.env_pool import CAPACITY, Admission, Observer, Ward
+from policy.agent.env_pool import CAPACITY, EnvBatch, EnvPool, StateScorer
 from policy.agent.forecast import Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.scripted import Script, ScriptedBackend, simulating
@@ -25,11 +25,11 @@ from worldmodel.observation import PolicyFn, as_pytree, recent
 from worldmodel.simulate.randomness import policy_key
 
 
-def probabilities(policy: PolicyFn, key: jax.Array) -> Observer:
-    """An observer that notes a policy's probabilities.
+def probabilities(policy: PolicyFn, key: jax.Array) -> StateScorer:
+    """A state scorer that notes a policy's probabilities.
 
     Args:
-      policy: any; it may look back as far as the ward's environment does.
+      policy: any; it may look back as far as the pool's environment does.
       key: of policies that draw.
     """
     return partial(
@@ -37,15 +37,15 @@ def probabilities(policy: PolicyFn, key: jax.Array) -> Observer:
     )
 
 
-def following(ward: Ward, bed: int) -> Script:
-    """The script of a patient whose ward has an observer of `probabilities`.
+def following(pool: EnvPool, slot: int) -> Script:
+    """The script of a patient whose pool has a state scorer of `probabilities`.
 
     Simulates an action drawn from them, by the seed of the reply, with two of its neighbours,
     and prescribes it.
     """
 
     def choose(seed: int) -> tuple[int, ...]:
-        values = ward.values(bed)
+        values = pool.values(slot)
         assert values is not None
         draw = np.random.default_rng(seed)
         shares = np.asarray(values, np.float64)
@@ -74,7 +74,7 @@ def neighbours(action: int) -> list[int]:
 def demonstrate(
     policy: PolicyFn,
     env: SepsisEnv,
-    admission: Admission,
+    admission: EnvBatch,
     forecaster: Forecaster | None,
     prompts: Prompts,
     config: DialogueConfig | None = None,
@@ -82,11 +82,11 @@ def demonstrate(
     seed: int,
     capacity: int = CAPACITY,
 ) -> list[Stay]:
-    """Lets a policy treat everybody who is admitted, written out as dialogues.
+    """Lets a policy treat all patients of a batch, written out as dialogues.
 
     Args:
       policy: such as `GuidelineRules()` or a planner.
-      env, admission, forecaster, capacity: as for `policy.agent.env_pool.Ward`.
+      env, admission, forecaster, capacity: as for `policy.agent.env_pool.EnvPool`.
       prompts, config, seed: as for `policy.agent.dialogue.treat`.
 
     Returns:
@@ -95,12 +95,12 @@ def demonstrate(
     Raises:
       InputError: the policy looks back on more rows than the environment shows, or failed a stay.
     """
-    observer = probabilities(policy, jax.random.key(seed))
-    ward = Ward(env, admission, forecaster, capacity=capacity, observer=observer)
+    state_scorer = probabilities(policy, jax.random.key(seed))
+    pool = EnvPool(env, admission, forecaster, capacity=capacity, state_scorer=state_scorer)
     try:
-        stays = asyncio.run(_demonstrate(ward, admission, prompts, config, seed=seed))
+        stays = asyncio.run(_demonstrate(pool, admission, prompts, config, seed=seed))
     finally:
-        ward.close()
+        pool.close()
     for stay in stays:
         if stay.status != COMPLETED:
             raise InputError(f"teacher: failed stay {stay.patient} ({stay.detail})")
@@ -108,29 +108,29 @@ def demonstrate(
 
 
 async def _demonstrate(
-    ward: Ward,
-    admission: Admission,
+    pool: EnvPool,
+    admission: EnvBatch,
     prompts: Prompts,
     config: DialogueConfig | None,
     *,
     seed: int,
 ) -> list[Stay]:
-    async def stay(bed: int, patient: int) -> Stay:
-        backend = ScriptedBackend(following(ward, bed))
+    async def stay(slot: int, patient: int) -> Stay:
+        backend = ScriptedBackend(following(pool, slot))
         return await treat(
-            bed, patient, backend, ward, prompts, config or DialogueConfig(), seed=seed
+            slot, patient, backend, pool, prompts, config or DialogueConfig(), seed=seed
         )
 
     return await asyncio.gather(
-        *(stay(bed, patient) for bed, patient in enumerate(admission.patients.tolist()))
+        *(stay(slot, patient) for slot, patient in enumerate(admission.patients.tolist()))
     )
 
 
 @partial(jax.jit, static_argnames="past")
 def _probabilities(policy: PolicyFn, key: jax.Array, states: EnvState, *, past: int) -> jax.Array:
-    views = recent(states.last.observation, past)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, views.step)
-    return jax.vmap(policy)(keys, views)
+    observations = recent(states.last.observation, past)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, observations.step)
+    return jax.vmap(policy)(keys, observations)
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,19 @@ from policy.agent.prompts import OWN_SETS, Chart, Treatment
 from policy.serving.backend import Message
 from policy.serving.tokens import ChatTokens
 from policy.train.data.packing import Dialogue
-from policy.train.data.qa_sampling import OPTIONS, WINDOW, Cases, Records, draw_cases, states_after
+from policy.train.data.qa_sampling import (
+    OPTIONS,
+    WINDOW,
+    Candidates,
+    Records,
+    draw_candidates,
+    states_after,
+)
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.envs.base import Timestep
 from worldmodel.episodes import Episodes
-from worldmodel.observation import View
+from worldmodel.observation import Observation
 
 
 @dataclass(frozen=True)
@@ -76,13 +83,13 @@ def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Questi
         answer.
     """
     records = Records.of(episodes)
-    wording = Wording(config.charts, hours=schema.STEP_HOURS, window=WINDOW)
+    qa_prompts = QAPrompts(config.charts, hours=schema.STEP_HOURS, window=WINDOW)
     found: list[Question] = []
     for number, kind in enumerate(OPTIONS):
         if kind in config.kinds:
             draw = np.random.default_rng([seed, number])
-            cases = draw_cases(records, kind, config.count, draw, balanced=config.balanced)
-            found += _worded(kind, records, cases, wording)
+            cases = draw_candidates(records, kind, config.count, draw, balanced=config.balanced)
+            found += _worded(kind, records, cases, qa_prompts)
     return found
 
 
@@ -94,7 +101,9 @@ def as_dialogue(question: Question, tokens: ChatTokens) -> Dialogue:
     return Dialogue(np.array([*told, *said], np.int32), own)
 
 
-def _worded(kind: str, records: Records, cases: Cases, wording: Wording) -> Iterator[Question]:
+def _worded(
+    kind: str, records: Records, cases: Candidates, qa_prompts: QAPrompts
+) -> Iterator[Question]:
     """Stay by stay, so that each chart is written once, and then in the order of the cases."""
     found: list[Question | None] = [None] * len(cases.stay)
     order = np.lexsort((cases.step, cases.stay))
@@ -107,11 +116,13 @@ def _worded(kind: str, records: Records, cases: Cases, wording: Wording) -> Iter
                 )
                 step += 1
                 chart.add(int(action), _timestep(records.episodes, stay, step))
-            found[place] = _one(kind, records, cases.take(place), chart, wording)
+            found[place] = _one(kind, records, cases.take(place), chart, qa_prompts)
     return (question for question in found if question is not None)
 
 
-def _one(kind: str, records: Records, case: Cases, chart: Chart, wording: Wording) -> Question:
+def _one(
+    kind: str, records: Records, case: Candidates, chart: Chart, qa_prompts: QAPrompts
+) -> Question:
     here = int(case.stay), int(case.step)
     episodes, options = records.episodes, OPTIONS[kind]
     context: dict[str, Any] = {}
@@ -127,18 +138,18 @@ def _one(kind: str, records: Records, case: Cases, chart: Chart, wording: Wordin
     if kind == "effect":
         states = states_after(records, here, tuple(case.donor))
         context["states"] = states[::-1] if case.label else states
-    messages = wording.messages(kind, chart, options=options, **context)
+    messages = qa_prompts.messages(kind, chart, options=options, **context)
     return Question(kind, messages, answer, options, int(episodes.stay_id[here[0]]), here[1])
 
 
 def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
-    """A recorded row as an environment shows it; `worldmodel.observation.view_at` in NumPy."""
+    """A recorded row as an environment shows it; `observation_at` in NumPy."""
     row = stay, step
     before = (stay, step - 1)
     nothing: Any = np.int32(0)
     over: Any = np.bool_(False)
     info: Any = None
-    view = View(
+    observation = Observation(
         dynamic=episodes.dynamic[row],
         measured=episodes.measured[row],
         static=episodes.static[stay],
@@ -149,7 +160,7 @@ def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
         fluid=episodes.fluid[before] if step else nothing,
         step=nothing + step,
     )
-    return Timestep(view, nothing, over, over, info)
+    return Timestep(observation, nothing, over, over, info)
 
 
 class Asked(NamedTuple):
@@ -179,7 +190,7 @@ _COLUMNS = [schema.INDEX[asked.name] for asked in ASKED]
 _DECIMALS = [schema.FEATURES[i].decimals for i in _COLUMNS]
 
 
-class Wording:
+class QAPrompts:
     """Messages of questions.
 
     Args:

@@ -30,7 +30,7 @@ WINDOW = 6
 """Steps in which a vasopressor counts, all of which must be in the record."""
 
 
-class Cases(NamedTuple):
+class Candidates(NamedTuple):
     """Places to ask at."""
 
     stay: np.ndarray  # [M] row of the episodes
@@ -39,8 +39,8 @@ class Cases(NamedTuple):
     feature: np.ndarray  # [M] index into `ASKED`, of a trend; 0 otherwise
     donor: np.ndarray  # [M, 2] stay and step whose change makes the other state of an effect
 
-    def take(self, index: np.ndarray) -> Cases:
-        return Cases(*(leaf[index] for leaf in self))
+    def take(self, index: np.ndarray) -> Candidates:
+        return Candidates(*(leaf[index] for leaf in self))
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ class Records:
         return self.value[stay, step + 1]
 
 
-def draw_cases(
+def draw_candidates(
     records: Records, kind: str, count: int, draw: np.random.Generator, *, balanced: bool
-) -> Cases:
+) -> Candidates:
     """Places to ask a kind of question at, in random order.
 
     Args:
@@ -96,25 +96,25 @@ def states_after(records: Records, here: Any, donor: Any) -> tuple[str, str]:
     return short_state(true, both), short_state(other, both)
 
 
-def _cases(where: np.ndarray, label: np.ndarray | int = 0) -> Cases:
+def _cases(where: np.ndarray, label: np.ndarray | int = 0) -> Candidates:
     """All places [N, T] or [N, T, F] that are true."""
     stay, step, *rest = np.nonzero(where)
     none = np.zeros(len(stay), np.int64)
     labels = np.broadcast_to(label, where.shape)[where].astype(np.int64)
-    return Cases(stay, step, labels, rest[0] if rest else none, np.stack([none, none], -1))
+    return Candidates(stay, step, labels, rest[0] if rest else none, np.stack([none, none], -1))
 
 
-def _next_states(records: Records, draw: np.random.Generator) -> Cases:
+def _next_states(records: Records, draw: np.random.Generator) -> Candidates:
     return _cases(records.known.sum(-1) >= 2)
 
 
-def _trends(records: Records, draw: np.random.Generator) -> Cases:
+def _trends(records: Records, draw: np.random.Generator) -> Candidates:
     change = np.roll(records.value, -1, axis=1) - records.value
     steady = np.array([asked.steady for asked in ASKED])
     return _cases(records.known, 1 + np.sign(change) * (np.abs(change) >= steady))
 
 
-def _effects(records: Records, draw: np.random.Generator) -> Cases:
+def _effects(records: Records, draw: np.random.Generator) -> Candidates:
     cases = _next_states(records, draw)
     cases = cases.take(draw.permutation(len(cases.stay)))
     action = records.episodes.vasopressor, records.episodes.fluid
@@ -137,12 +137,12 @@ def _effects(records: Records, draw: np.random.Generator) -> Cases:
     return cases._replace(label=label, donor=np.array(donors, np.int64).reshape(-1, 2))
 
 
-def _deaths(records: Records, draw: np.random.Generator) -> Cases:
+def _deaths(records: Records, draw: np.random.Generator) -> Candidates:
     died = records.episodes.died_in_hospital[:, None].astype(np.int64)
     return _cases(records.valid, died)
 
 
-def _vasopressors(records: Records, draw: np.random.Generator) -> Cases:
+def _vasopressors(records: Records, draw: np.random.Generator) -> Candidates:
     given = (records.episodes.vasopressor > 0) & records.valid
     steps = given.shape[1]
     before = np.pad(given, ((0, 0), (1, 0)))[:, :steps]
@@ -161,7 +161,7 @@ _FINDERS = {
 }
 
 
-def _require_answers(kind: str, cases: Cases, balanced: bool) -> None:
+def _require_answers(kind: str, cases: Candidates, balanced: bool) -> None:
     if not len(cases.stay):
         raise InputError(f"episodes: hold no question of the kind {kind}")
     missing = set(range(len(OPTIONS[kind]))) - set(cases.label.tolist())
@@ -173,7 +173,7 @@ def _require_answers(kind: str, cases: Cases, balanced: bool) -> None:
         )
 
 
-def _drawn(cases: Cases, options: int, count: int, draw: np.random.Generator) -> Cases:
+def _drawn(cases: Candidates, options: int, count: int, draw: np.random.Generator) -> Candidates:
     """At most `count` cases in random order, with equally many of each answer if options > 0."""
     order = draw.permutation(len(cases.stay))
     if options > 1:

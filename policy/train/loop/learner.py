@@ -1,4 +1,4 @@
-"""Settings and the training loop of every stage: a loss, an optimizer and the trainable parameters."""
+"""Settings and training loop of every stage: a loss, an optimizer, trainable parameters."""
 
 from __future__ import annotations
 

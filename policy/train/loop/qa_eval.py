@@ -1,7 +1,7 @@
 """What a language model knows of patients without a simulator: its answers, graded.
 
-The two exams of SepsisAgent (arXiv 2605.14723) are the questions "mortality" (death in hospital)
-and "vasopressor" (within the next 24 hours), by their AUROC and AUPRC. A model is not asked to
+The two evaluations of SepsisAgent (arXiv 2605.14723) are the questions "mortality" (death in
+hospital) and "vasopressor" (within the next 24 hours), by their AUROC and AUPRC. A model is not asked to
 speak: the probabilities of the possible answers are compared.
 """
 

@@ -196,7 +196,7 @@ EPISODE, STEP, COUNTERFACTUAL = KINDS = ("episode", "step", "counterfactual")
 
 
 @dataclass(frozen=True)
-class CreditConfig:
+class AdvantageConfig:
     """Who deserves what.
 
     Attributes:
@@ -230,26 +230,26 @@ class CreditConfig:
             require(self, "above 0", lambda x: x > 0, "bound")
 
 
-class Credits(NamedTuple):
+class Advantages(NamedTuple):
     """Advantages by stay, and whom there is something to learn from."""
 
     of_decisions: list[np.ndarray]  # [decisions (+ 1 of a failed stay)] float32 each
     kept: np.ndarray  # [stays] bool; not where all of a group earned the same
 
 
-def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
+def assign_advantages(stays: Sequence[Stay], config: AdvantageConfig) -> Advantages:
     """Advantages of all decisions of a batch of stays.
 
     Args:
-      stays: those of the same patient form a group, and had the same luck.
+      stays: those of the same patient form a group, and had the same random numbers.
       config: settings.
 
     Raises:
-      InputError: counterfactual credit, but the ward had no observer.
+      InputError: counterfactual advantages, but the pool had no state scorer.
     """
     if config.kind == COUNTERFACTUAL:
         found = _counterfactual(stays, config)
-        return Credits(_bounded(found, config), np.array([len(one) > 0 for one in found]))
+        return Advantages(_bounded(found, config), np.array([len(one) > 0 for one in found]))
     earned = [rewards(stay, config) for stay in stays]
     groups = [stay.patient for stay in stays]
     totals = np.array([one.sum() for one in earned])
@@ -263,28 +263,28 @@ def credits(stays: Sequence[Stay], config: CreditConfig) -> Credits:
             weight=config.step_weight, scale=config.scale,
         )  # fmt: skip
     found = np.split(flat, np.cumsum([len(one) for one in earned])[:-1])
-    return Credits(_bounded(found, config), informative(totals, groups))
+    return Advantages(_bounded(found, config), informative(totals, groups))
 
 
-def _bounded(found: list[np.ndarray], config: CreditConfig) -> list[np.ndarray]:
+def _bounded(found: list[np.ndarray], config: AdvantageConfig) -> list[np.ndarray]:
     if config.bound is None:
         return found
     return [np.clip(one, -config.bound, config.bound) for one in found]
 
 
-def rewards(stay: Stay, config: CreditConfig) -> np.ndarray:
+def rewards(stay: Stay, config: AdvantageConfig) -> np.ndarray:
     """[decisions (+ 1)] what each decision earned; a failed stay ends with one that was not made.
 
     Args:
       stay: completed or failed; refused calls and replies are priced at the decision that they
         came before.
-      config: prices.
+      config: penalties.
     """
-    earned = [decision.reward for decision in stay.decisions] + prices(stay.decisions, config)
+    earned = [decision.reward for decision in stay.decisions] + penalties(stay.decisions, config)
     return np.append(earned, _of_failure(stay, config)).astype(np.float32)
 
 
-def prices(decisions: Sequence[Decision], config: CreditConfig) -> np.ndarray:
+def penalties(decisions: Sequence[Decision], config: AdvantageConfig) -> np.ndarray:
     """[decisions] what refusals and broken rules cost."""
     refused = np.array([decision.invalid for decision in decisions])
     return config.refusal * refused + config.violation * breaks_rules(decisions)
@@ -303,23 +303,25 @@ def breaks_rules(decisions: Sequence[Decision]) -> np.ndarray:
     return np.asarray(g1 | g2)
 
 
-def _of_failure(stay: Stay, config: CreditConfig) -> list[float]:
+def _of_failure(stay: Stay, config: AdvantageConfig) -> list[float]:
     if stay.status == COMPLETED:
         return []
     refused = sum(stay.invalid.values()) - sum(decision.invalid for decision in stay.decisions)
     return [config.failure + config.refusal * refused]
 
 
-def _counterfactual(stays: Sequence[Stay], config: CreditConfig) -> list[np.ndarray]:
-    """An action's advantage and its price; of a failure, its price."""
+def _counterfactual(stays: Sequence[Stay], config: AdvantageConfig) -> list[np.ndarray]:
+    """An action's advantage and its penalty; of a failure, its penalty."""
     found = []
     for stay in stays:
         gains = []
         for decision in stay.decisions:
             if decision.values is None:
-                raise InputError("credit: counterfactual needs a ward with an observer of values")
+                raise InputError(
+                    "advantages: counterfactual needs a pool with a state scorer of values"
+                )
             gains.append(decision.values[decision.action])
-        one = np.append(gains + prices(stay.decisions, config), _of_failure(stay, config))
+        one = np.append(gains + penalties(stay.decisions, config), _of_failure(stay, config))
         found.append(one.astype(np.float32))
     if config.scale:
         flat = np.concatenate(found)

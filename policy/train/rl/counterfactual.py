@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from policy.agent.env_pool import Observer
+from policy.agent.env_pool import StateScorer
 from worldmodel import schema
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
@@ -38,13 +38,13 @@ def counterfactual(
     samples: int,
     horizon: int | None = None,
     smooth: bool = False,
-) -> Observer:
-    """An observer that notes the advantages [25] of all actions over a policy.
+) -> StateScorer:
+    """A state scorer that notes the advantages [25] of all actions over a policy.
 
     Args:
       env: the world, with as many rows of the past as the policy looks back on.
       policy: how it goes on after the action.
-      samples: futures per action; the same luck for all actions of a state.
+      samples: futures per action; the same random numbers for all actions of a state.
       horizon: steps that are played on after the action; to the end of the episode if not given.
       smooth: take for Q its least-squares fit by a polynomial of degree two in both levels, which
         has a fourth of the noise where the noise of actions is independent, and a bias where Q is
@@ -86,7 +86,7 @@ def _advantages(
     keys = jax.vmap(_keys, (0, None))(states, samples)  # [B, S]
 
     def begin(state: EnvState, key: jax.Array, action: jax.Array) -> tuple[EnvState, jax.Array]:
-        state, timestep = env.step(env.with_luck(state, key), action)
+        state, timestep = env.step(env.with_key(state, key), action)
         return state, timestep.reward
 
     of_actions = jax.vmap(begin, (None, None, 0))
@@ -94,8 +94,8 @@ def _advantages(
     futures = jax.vmap(of_samples, (0, 0, None))(states, keys, jnp.arange(schema.NUM_ACTIONS))
 
     def go_on(state: EnvState, key: jax.Array, step: jax.Array) -> tuple[EnvState, jax.Array]:
-        view = recent(state.last.observation, past)
-        action = draw_action(policy, jax.random.fold_in(key, step), view)
+        observation = recent(state.last.observation, past)
+        action = draw_action(policy, jax.random.fold_in(key, step), observation)
         state, timestep = env.step(state, action)
         return state, timestep.reward
 
@@ -114,8 +114,8 @@ def _advantages(
     worth = returns.mean(1)  # [B, 25]
     if smooth:
         worth = worth @ jnp.asarray(smoothing(), jnp.float32)
-    views = recent(states.last.observation, past)
-    habit = jax.vmap(policy)(keys[:, 0], views)
+    observations = recent(states.last.observation, past)
+    habit = jax.vmap(policy)(keys[:, 0], observations)
     gain = worth - jnp.sum(habit * worth, -1, keepdims=True)
     return jnp.where(states.last.done[:, None], 0.0, gain)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from policy.agent.dialogue import DialogueConfig, Stay, treat_all
-from policy.agent.env_pool import Admission, Observer, Ward, admit
+from policy.agent.env_pool import EnvBatch, EnvPool, StateScorer, reset_batch
 from policy.agent.forecast import Forecaster
 from policy.agent.prompts import Prompts
 from policy.serving.backend import Backend
@@ -21,7 +21,7 @@ from worldmodel.synthetic import patient_keys
 
 
 @dataclass(frozen=True)
-class Clinic:
+class EpisodeRunner:
     """A world with patients without end, each of a luck of their own.
 
     Attributes:
@@ -40,15 +40,16 @@ class Clinic:
     seed: int = 0
     concurrency: int = 64
 
-    def admit(self, patients: Sequence[int] | np.ndarray) -> Admission:
-        """Patients by number; the same number is the same patient with the same luck."""
+    def reset_batch(self, patients: Sequence[int] | np.ndarray) -> EnvBatch:
+        """Patients by number; the same number is the same patient with the same random numbers."""
         numbers = np.asarray(patients, np.int32)
-        return admit(self.env, patient_keys(jax.random.key(self.seed), numbers), numbers)
+        return reset_batch(self.env, patient_keys(jax.random.key(self.seed), numbers), numbers)
 
     def demonstrate(self, policy: PolicyFn, patients: Sequence[int] | np.ndarray) -> list[Stay]:
         """Stays under a policy, as `policy.train.data.demonstrations.demonstrate`."""
         return demonstrate(
-            policy, self.env, self.admit(patients), self.forecaster, self.prompts, self.dialogue,
+            policy, self.env, self.reset_batch(patients), self.forecaster, self.prompts,
+            self.dialogue,
             seed=self.seed, capacity=self.concurrency,
         )  # fmt: skip
 
@@ -58,7 +59,7 @@ class Clinic:
         patients: Sequence[int] | np.ndarray,
         *,
         seeds: Sequence[int],
-        observer: Observer | None = None,
+        state_scorer: StateScorer | None = None,
         lockstep: Lockstep | None = None,
     ) -> list[Stay]:
         """Stays under a language model, in the order of the patients.
@@ -67,21 +68,21 @@ class Clinic:
           backend: the model.
           patients: [N] numbers; one may come several times.
           seeds: [N] of the replies; a patient who comes again needs another.
-          observer, lockstep: as for `policy.agent.env_pool.Ward`.
+          state_scorer, lockstep: as for `policy.agent.env_pool.EnvPool`.
         """
-        ward = Ward(
-            self.env, self.admit(patients), self.forecaster, capacity=self.concurrency,
-            observer=observer, lockstep=lockstep,
+        pool = EnvPool(
+            self.env, self.reset_batch(patients), self.forecaster, capacity=self.concurrency,
+            state_scorer=state_scorer, lockstep=lockstep,
         )  # fmt: skip
         try:
             return await treat_all(
-                np.asarray(patients).tolist(), backend, ward, self.prompts, self.dialogue,
+                np.asarray(patients).tolist(), backend, pool, self.prompts, self.dialogue,
                 seeds=seeds, concurrency=self.concurrency,
             )  # fmt: skip
         finally:
-            ward.close()
+            pool.close()
 
-    def elsewhere(self, *, env: SepsisEnv | None = None, seed: int | None = None) -> Clinic:
+    def replace(self, *, env: SepsisEnv | None = None, seed: int | None = None) -> EpisodeRunner:
         """The same with other patients, or in another world."""
         return replace(
             self, env=self.env if env is None else env, seed=self.seed if seed is None else seed

@@ -24,7 +24,7 @@ class Trajectory:
     """A conversation of T tokens as it was drawn."""
 
     dialogue: Dialogue
-    behavior: np.ndarray  # [T] float32 log-probability when drawn; 0 on what was told
+    sampler_logprobs: np.ndarray  # [T] float32 log-probability when drawn; 0 on what was told
     advantage: np.ndarray  # [T] float32
 
     def __len__(self) -> int:
@@ -37,33 +37,33 @@ def decision_of_turns(stay: Stay) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(stay.turns)))
 
 
-def trajectories(stay: Stay, credit: Sequence[float] | np.ndarray) -> list[Trajectory]:
-    """The conversations of a stay with the credit of its decisions.
+def trajectories(stay: Stay, advantages: Sequence[float] | np.ndarray) -> list[Trajectory]:
+    """The conversations of a stay with the advantages of its decisions.
 
     Args:
       stay: with ids and log-probabilities of its replies.
-      credit: [decisions], and one more for what was said after the last.
+      advantages: [decisions], and one more for what was said after the last.
 
     Raises:
       InputError: a reply came without its ids.
     """
-    of_turns = np.append(credit, 0.0)[decision_of_turns(stay)]
+    of_turns = np.append(advantages, 0.0)[decision_of_turns(stay)]
     turns = list(zip(stay.turns, of_turns.tolist(), strict=True))
     found = []
     for dialogue in as_read(stay):
-        behavior = np.zeros(len(dialogue), np.float32)
+        sampler_logprobs = np.zeros(len(dialogue), np.float32)
         advantage = np.zeros(len(dialogue), np.float32)
         for end in dialogue.ends().tolist():
             turn, value = turns.pop(0)
             spoken = slice(end - len(turn.reply.token_ids or ()), end)
-            behavior[spoken] = turn.reply.logprobs
+            sampler_logprobs[spoken] = turn.reply.logprobs
             advantage[spoken] = value
-        found.append(Trajectory(dialogue, behavior, advantage))
+        found.append(Trajectory(dialogue, sampler_logprobs, advantage))
     return found
 
 
 def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) -> RolloutRows:
-    """Rows [R, length]; `proximal` is `behavior` and `reference` zero until they are computed.
+    """Rows [R, length]; until computed, `old_logprobs` is `sampler_logprobs`, `reference` zero.
 
     Args:
       members: of at most `length` tokens each.
@@ -83,12 +83,12 @@ def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) 
         rows.positions[here] = np.arange(len(member))
         rows.segments[here] = place.number
         rows.mask[here] = member.dialogue.own
-        rows.behavior[here] = rows.proximal[here] = member.behavior
+        rows.sampler_logprobs[here] = rows.old_logprobs[here] = member.sampler_logprobs
         rows.advantage[here] = member.advantage
     return rows
 
 
-class Updates:
+class MinibatchUpdate:
     """Learns from one batch after the other.
 
     Args:
@@ -130,12 +130,12 @@ class Updates:
         """
         learner = self._learner
         rows = pack_trajectories(members, self._row_length, seed=seed)
-        rows = rows._replace(proximal=self._logprobs_of(learner.model(), rows))
+        rows = rows._replace(old_logprobs=self._logprobs_of(learner.model(), rows))
         if self._reference is not None:
             rows = rows._replace(reference=self._logprobs_of(self._reference, rows))
         figures = {
             f"mismatch_{name}": value
-            for name, value in mismatch(rows.behavior, rows.proximal, rows.mask).items()
+            for name, value in mismatch(rows.sampler_logprobs, rows.old_logprobs, rows.mask).items()
         }
         found = []
         for part in _parts(rows, self._count, seed=seed):

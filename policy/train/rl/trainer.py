@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from policy.agent.dialogue import NO_BACKEND, Stay
-from policy.agent.env_pool import Observer
+from policy.agent.env_pool import StateScorer
 from policy.qwen3.model import Qwen3
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
@@ -27,9 +27,9 @@ from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.publishing import Publisher
 from policy.train.losses import PRESETS, Objective, policy_loss
-from policy.train.rl.advantages import EPISODE, STEP, CreditConfig, credits
-from policy.train.rl.episode_runner import Clinic
-from policy.train.rl.minibatch_update import Updates, trajectories
+from policy.train.rl.advantages import EPISODE, STEP, AdvantageConfig, assign_advantages
+from policy.train.rl.episode_runner import EpisodeRunner
+from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -47,7 +47,7 @@ class AgenticConfig:
       rows: per micro-batch.
       staleness: versions that the generator may be behind the learner.
       remat: as for `qwen3.logprobs.token_logprobs`.
-      credit: who deserves what.
+      advantages: who deserves what.
       objective: what is made small.
     """
 
@@ -59,17 +59,17 @@ class AgenticConfig:
     rows: int = 8
     staleness: int = 0
     remat: str = "none"
-    credit: CreditConfig = field(default_factory=CreditConfig)
+    advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: Objective = PRESETS["DAPO"]
 
     def __post_init__(self) -> None:
         counts = ("iterations", "patients", "replicas", "updates", "row_length", "rows")
         require(self, "at least 1", lambda n: n >= 1, *counts)
         require(self, "0 or more", lambda n: n >= 0, "staleness")
-        if self.credit.kind in (EPISODE, STEP) and self.replicas < 2:
+        if self.advantages.kind in (EPISODE, STEP) and self.replicas < 2:
             raise InputError(
-                f"replicas: got {self.replicas}, but {self.credit.kind!r} credit compares stays of "
-                "the same patient; expected at least 2"
+                f"replicas: got {self.replicas}, but {self.advantages.kind!r} advantages compare "
+                "stays of the same patient; expected at least 2"
             )
 
 
@@ -85,34 +85,34 @@ class AgenticTrainer:
 
     Args:
       learner: with `agentic_loss`; its updates are `config.updates` per iteration.
-      clinic: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
+      runner: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
         would otherwise speak of different distributions.
       backend: the model as the dialogues see it.
       publisher: gives it new weights.
       config: settings.
       reference: model that the objective's divergence is from; needed where its weight is not 0.
-      observer: of the ward, for counterfactual credit.
-      lockstep: as for `Clinic.treat`; with the embedded generator equal runs are then equal.
+      state_scorer: of the pool, for counterfactual advantages.
+      lockstep: as for `EpisodeRunner.treat`; with the embedded generator equal runs are then equal.
       dtype: of the weights that are published.
 
     Raises:
-      InputError: `top_p` is not 1, or a reference or an observer is missing.
+      InputError: `top_p` is not 1, or a reference or a state scorer is missing.
     """
 
     def __init__(
         self,
         learner: Learner,
-        clinic: Clinic,
+        runner: EpisodeRunner,
         backend: Backend,
         publisher: Publisher,
         config: AgenticConfig,
         *,
         reference: Qwen3 | None = None,
-        observer: Observer | None = None,
+        state_scorer: StateScorer | None = None,
         lockstep: Lockstep | None = None,
         dtype: Any = "float32",
     ):
-        sampling = clinic.dialogue.sampling
+        sampling = runner.dialogue.sampling
         if sampling.top_p != 1.0 or sampling.temperature <= 0:
             raise InputError(
                 f"sampling: got top_p {sampling.top_p} and temperature {sampling.temperature}; "
@@ -120,10 +120,10 @@ class AgenticTrainer:
             )
         if config.objective.kl_weight and reference is None:
             raise InputError("objective: kl_weight needs a reference model")
-        self.learner, self.clinic, self.config = learner, clinic, config
+        self.learner, self.runner, self.config = learner, runner, config
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
-        self._observer, self._dtype = observer, dtype
-        self._updates = Updates(
+        self._state_scorer, self._dtype = state_scorer, dtype
+        self._updates = MinibatchUpdate(
             learner,
             count=config.updates,
             row_length=config.row_length,
@@ -228,11 +228,11 @@ class AgenticTrainer:
         first = number * config.patients
         patients = np.repeat(np.arange(first, first + config.patients), config.replicas)
         replicas = np.tile(np.arange(config.replicas), config.patients)
-        return await self.clinic.treat(
+        return await self.runner.treat(
             self._backend,
             patients,
             seeds=(1_000_003 * number + replicas).tolist(),
-            observer=self._observer,
+            state_scorer=self._state_scorer,
             lockstep=self._lockstep,
         )
 
@@ -249,17 +249,19 @@ class AgenticTrainer:
         """All updates of a batch."""
         config = self.config
         held = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
-        credit = credits(held, config.credit)
+        advantages = assign_advantages(held, config.advantages)
         members = [
             one
-            for stay, advantage, kept in zip(held, credit.of_decisions, credit.kept, strict=True)
+            for stay, advantage, kept in zip(
+                held, advantages.of_decisions, advantages.kept, strict=True
+            )
             if kept
             for one in trajectories(stay, advantage)
         ]
         fitting = [one for one in members if len(one) <= config.row_length]
         figures = {
             "lost_stays": float(len(stays) - len(held)),
-            "uninformative_stays": float((~credit.kept).sum()),
+            "uninformative_stays": float((~advantages.kept).sum()),
             "too_long": float(len(members) - len(fitting)),
             **_gain(held),
         }

@@ -14,7 +14,7 @@ from policy.agent.summary import summarize
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
 from policy.train.rl.advantages import breaks_rules
-from policy.train.rl.episode_runner import Clinic
+from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0
@@ -86,17 +86,17 @@ def judged(stays: Sequence[Stay]) -> Evaluation:
 
 
 async def evaluate(
-    clinic: Clinic, backend: Backend, patients: int, *, lockstep: Lockstep | None = None
+    runner: EpisodeRunner, backend: Backend, patients: int, *, lockstep: Lockstep | None = None
 ) -> Evaluation:
-    """The first patients of a clinic under a model."""
-    stays = await clinic.treat(
+    """The first patients of a runner under a model."""
+    stays = await runner.treat(
         backend, np.arange(patients), seeds=[0] * patients, lockstep=lockstep
     )
     return judged(stays)
 
 
 def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What the same patients in the same luck have of another model, with 95% intervals.
+    """What the same patients in the same random numbers have of another model, with 95% intervals.
 
     Args:
       before, after: what is kept of every stay, by the names of `OF_STAYS`.

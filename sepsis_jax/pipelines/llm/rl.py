@@ -30,13 +30,13 @@ from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
 from sepsis_jax.pipelines.llm.setup import (
     CHECKPOINTS,
     METRICS,
-    ClinicOptions,
     ModelOptions,
-    Pupil,
+    RunnerOptions,
+    TrainableModel,
     judging,
-    open_clinic,
     open_generator,
     open_policy,
+    open_runner,
 )
 from sepsis_jax.runs import Progress, begin_run, plain, silent
 from worldmodel.configuration import require
@@ -51,13 +51,13 @@ class RLOptions:
     """Stage III.
 
     Attributes:
-      clinic: where patients are treated.
+      runner: where patients are treated.
       agentic: what is played, and how it is learned.
       learner: how the weights change; `steps` is set to what `agentic` takes.
       model: what is trained.
       publish: what travels to a vLLM server: "weights", with adapters merged, or "adapters", for
         one that was started with their rank.
-      continuation: policy that goes on after each of the 25 actions, for counterfactual credit:
+      continuation: policy that goes on after each of the 25 actions, for counterfactual advantages:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
       horizon: steps that are played on; to the end of the stay if not given.
@@ -70,7 +70,7 @@ class RLOptions:
       seed: of adapters and rounding.
     """
 
-    clinic: ClinicOptions = field(default_factory=ClinicOptions)
+    runner: RunnerOptions = field(default_factory=RunnerOptions)
     agentic: AgenticConfig = field(default_factory=AgenticConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -145,31 +145,32 @@ async def _run(
     progress: Progress,
 ) -> dict[str, float]:
     config = options.agentic
-    clinic = open_clinic(options.clinic, model, episodes)
-    pupil = Pupil.load(llm, options.model, seed=options.seed)
+    runner = open_runner(options.runner, model, episodes)
+    trainable = TrainableModel.load(llm, options.model, seed=options.seed)
     steps = config.iterations * config.updates
-    temperature = options.clinic.dialogue.sampling.temperature
-    learner = pupil.learner(
+    temperature = options.runner.dialogue.sampling.temperature
+    learner = trainable.learner(
         agentic_loss(config, temperature),
         replace(options.learner, steps=steps, warm_up=min(options.learner.warm_up, steps)),
     )
-    observer = None
-    if config.credit.kind == COUNTERFACTUAL:
-        observer = counterfactual(
-            clinic.env,
+    state_scorer = None
+    if config.advantages.kind == COUNTERFACTUAL:
+        state_scorer = counterfactual(
+            runner.env,
             open_policy(options.continuation, episodes),
             samples=options.samples,
             horizon=options.horizon,
             smooth=options.smooth,
         )
-    served = _Served(backend, pupil, out, options)
+    served = _Served(backend, trainable, out, options)
     trainer = AgenticTrainer(
-        learner, clinic, served.backend, served.publisher, config,
-        reference=pupil.model, observer=observer, lockstep=served.lockstep, dtype=pupil.dtype,
+        learner, runner, served.backend, served.publisher, config,
+        reference=trainable.model, state_scorer=state_scorer, lockstep=served.lockstep,
+        dtype=trainable.dtype,
     )  # fmt: skip
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     trainer.resume(checkpoints)
-    judge = judging(clinic, options.clinic, seed=options.judge_seed)
+    judge = judging(runner, options.runner, seed=options.judge_seed)
     last: dict[str, float] = {}
 
     async def report(number: int, figures: dict[str, float], stays: Sequence[Stay]) -> None:
@@ -191,33 +192,37 @@ async def _run(
     finally:
         await served.close()
         checkpoints.close()
-    pupil.save(learner, out)
+    trainable.save(learner, out)
     return last
 
 
 class _Served:
     """Who generates, and how new weights reach it."""
 
-    def __init__(self, backend: BackendOptions, pupil: Pupil, out: Path, options: RLOptions):
-        tokens = ChatTokens.load(pupil.folder)
+    def __init__(
+        self, backend: BackendOptions, trainable: TrainableModel, out: Path, options: RLOptions
+    ):
+        tokens = ChatTokens.load(trainable.folder)
         self.lockstep: Lockstep | None = None
         self._control: WeightControl | None = None
         self.publisher: Publisher
         if backend.kind == EMBEDDED:
             self.lockstep = Lockstep()
-            generator = open_generator(pupil.model, pupil.folder, options.clinic, self.lockstep)
+            generator = open_generator(
+                trainable.model, trainable.folder, options.runner, self.lockstep
+            )
             self.backend = TokenBackend(generator, tokens)
             self.publisher = EmbeddedPublisher(generator)
         elif backend.kind == VLLM:
             server = endpoint(backend)
             speaker, versions = VLLMGenerator(server), out / VERSIONS
             self.backend = TokenBackend(speaker, tokens)
-            self._control = control = WeightControl(server, pupil.folder)
+            self._control = control = WeightControl(server, trainable.folder)
             if options.publish == ADAPTERS:
-                self.publisher = AdapterPublisher(control, speaker, versions, base=pupil.folder)
+                self.publisher = AdapterPublisher(control, speaker, versions, base=trainable.folder)
             else:
                 self.publisher = ServerPublisher(
-                    control, versions, source=pupil.folder, dtype=pupil.dtype
+                    control, versions, source=trainable.folder, dtype=trainable.dtype
                 )
         else:
             raise InputError(

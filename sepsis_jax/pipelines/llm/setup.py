@@ -32,7 +32,7 @@ from policy.train.loop.distributed import is_first, wait, whole
 from policy.train.loop.learner import Learner, LearnerConfig, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import Clinic
+from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
@@ -83,7 +83,7 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class Pupil:
+class TrainableModel:
     """A model to train."""
 
     model: Qwen3
@@ -93,7 +93,7 @@ class Pupil:
     options: ModelOptions
 
     @classmethod
-    def load(cls, folder: Path, options: ModelOptions, *, seed: int) -> Pupil:
+    def load(cls, folder: Path, options: ModelOptions, *, seed: int) -> TrainableModel:
         """A model of a Hugging Face folder, with adapters where they are wanted.
 
         Raises:
@@ -171,14 +171,14 @@ def learn(
     Raises:
       InputError: as `Learner.run`, `Checkpoints` and `cut`.
     """
-    pupil = Pupil.load(llm, options.model, seed=seed)
-    learner = pupil.learner(partial(cross_entropy, remat=options.model.remat), options.learner)
+    trainable = TrainableModel.load(llm, options.model, seed=seed)
+    learner = trainable.learner(partial(cross_entropy, remat=options.model.remat), options.learner)
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     learner.resume(checkpoints)
     parts = [part for one in dialogues for part in cut(one, options.row_length)]
     rows = pack(parts, options.row_length, seed=seed)
     todo = islice(batches(rows, options.rows, seed=seed), learner.consumed, None)
-    throughput = pupil.throughput(options.row_length)
+    throughput = trainable.throughput(options.row_length)
     with MetricsLog(out / METRICS, resume_at=learner.step, throughput=throughput) as log:
         reports = learner.run(
             todo,
@@ -186,7 +186,7 @@ def learn(
             checkpoints=checkpoints,
         )
     checkpoints.close()
-    pupil.save(learner, out)
+    trainable.save(learner, out)
     return reports
 
 
@@ -208,8 +208,8 @@ _FORECASTS = 0x0F0D  # sets the simulator's noise apart from the patients'
 
 
 @dataclass(frozen=True)
-class ClinicOptions:
-    """A clinic.
+class RunnerOptions:
+    """A runner.
 
     Attributes:
       world: where patients live: "synthetic", or "learned", which is in the world model, from
@@ -237,8 +237,8 @@ class ClinicOptions:
         require(self, "at least 1", lambda n: n >= 1, "concurrency")
 
 
-def open_clinic(options: ClinicOptions, model: Path, episodes: Path | None) -> Clinic:
-    """A clinic with a world model to ask.
+def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
+    """A runner with a world model to ask.
 
     Args:
       options: settings.
@@ -259,7 +259,7 @@ def open_clinic(options: ClinicOptions, model: Path, episodes: Path | None) -> C
             world_model, load_episodes(episodes).of_split("train"), past=Forecaster.past,
             mortality_each_step=False, max_steps=options.max_steps,
         )  # fmt: skip
-    return Clinic(
+    return EpisodeRunner(
         env=env,
         forecaster=Forecaster(world_model, key, options.forecast),
         prompts=Prompts(
@@ -275,9 +275,9 @@ def open_clinic(options: ClinicOptions, model: Path, episodes: Path | None) -> C
 
 
 def open_generator(
-    model: Qwen3, folder: Path, options: ClinicOptions, lockstep: Lockstep
+    model: Qwen3, folder: Path, options: RunnerOptions, lockstep: Lockstep
 ) -> EmbeddedGenerator:
-    """The sampler of this process, for all dialogues that a clinic holds at a time.
+    """The sampler of this process, for all dialogues that a runner holds at a time.
 
     Batches are filled up to an eighth of these, not to all: near the end of a batch of stays few
     dialogues are left, and an idle row costs as much as a busy one.
@@ -285,8 +285,8 @@ def open_generator(
     Args:
       model: the model.
       folder: that it came from, and whose stop tokens are its.
-      options: of the clinic.
-      lockstep: shared with the ward.
+      options: of the runner.
+      lockstep: shared with the pool.
     """
     rows = bucket(options.concurrency)
     return EmbeddedGenerator(
@@ -295,10 +295,10 @@ def open_generator(
     )  # fmt: skip
 
 
-def judging(clinic: Clinic, options: ClinicOptions, *, seed: int) -> Clinic:
-    """The same clinic with fresh patients of the synthetic world, whose outcomes are the truth."""
+def judging(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
+    """The same runner with fresh patients of the synthetic world, whose outcomes are the truth."""
     env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
-    return replace(clinic, env=env, seed=seed)
+    return replace(runner, env=env, seed=seed)
 
 
 def open_policy(name: str, episodes: Path | None = None) -> Policy:

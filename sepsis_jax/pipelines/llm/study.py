@@ -15,10 +15,10 @@ import pandas as pd
 from policy.qwen3.weights import load
 from policy.serving.batching import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
-from policy.testing.taught_qwen3 import TinyOptions, make_pupil
+from policy.testing.taught_qwen3 import TinyOptions, make_trainable
 from policy.train.data.qa_prompts import QuestionConfig, ask
 from policy.train.loop.qa_eval import answer, grade
-from policy.train.rl.advantages import CreditConfig
+from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
@@ -28,9 +28,9 @@ from sepsis_jax.pipelines.llm.setup import (
     METRICS,
     MODEL,
     judging,
-    open_clinic,
     open_generator,
     open_policy,
+    open_runner,
 )
 from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
 from sepsis_jax.report.figures import reward_figure
@@ -44,7 +44,7 @@ TABLE, CURVES = "stages.csv", "curves.png"
 
 
 @dataclass(frozen=True)
-class ExamOptions:
+class EvaluationOptions:
     """How each stage is judged.
 
     Attributes:
@@ -69,10 +69,10 @@ class StudyOptions:
     Attributes:
       patients: synthetic ones to learn a world from, where no episodes are given.
       tiny: the model to begin with, where none is given.
-      sft, bc, rl: the stages; all are held in the clinic of `rl`.
-      rivals: kinds of credit beside that of `rl`, to compare at the same number of stays.
+      sft, bc, rl: the stages; all are held in the runner of `rl`.
+      baselines: kinds of advantages beside that of `rl`, to compare at the same number of stays.
       rival_replicas: stays of a patient for these.
-      exam: how stages are judged.
+      evaluation: how stages are judged.
     """
 
     patients: int = 4000
@@ -80,9 +80,9 @@ class StudyOptions:
     sft: SFTOptions = field(default_factory=SFTOptions)
     bc: BCOptions = field(default_factory=BCOptions)
     rl: RLOptions = field(default_factory=RLOptions)
-    rivals: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
     rival_replicas: int = 8
-    exam: ExamOptions = field(default_factory=ExamOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
 def run_study(
@@ -126,10 +126,10 @@ def run_study(
     sft, bc = out / "sft", out / "bc"
     common: dict[str, Any] = {"episodes": episodes, "resume": True}
 
-    def rl(credit: CreditConfig, replicas: int) -> Callable[[Path], Any]:
+    def rl(advantages: AdvantageConfig, replicas: int) -> Callable[[Path], Any]:
         batch = options.rl.agentic.patients * options.rl.agentic.replicas
         agentic = replace(
-            options.rl.agentic, credit=credit, patients=batch // replicas, replicas=replicas
+            options.rl.agentic, advantages=advantages, patients=batch // replicas, replicas=replicas
         )
         chosen = replace(options.rl, agentic=agentic)
         return lambda to: run_rl(
@@ -147,20 +147,22 @@ def run_study(
             **common,
         ),
     )  # fmt: skip
-    main = options.rl.agentic.credit
+    main = options.rl.agentic.advantages
     runs["rl"] = (out / "rl", rl(main, options.rl.agentic.replicas))
-    for kind in options.rivals:
+    for kind in options.baselines:
         name = f"rl_{kind}"
         runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
     rows = []
-    exams: dict[str, dict[str, np.ndarray]] = {}
+    evaluations: dict[str, dict[str, np.ndarray]] = {}
     for name, (folder, run) in runs.items():
         if not (folder / MODEL / "config.json").exists():
             run(folder)
-        found = _exam(folder, name, options, model, episodes, progress)
-        before = exams.get("sft" if name == "bc" else "bc")
-        exams[name] = {one: np.array(found.pop(one)) for one in OF_STAYS}
-        rows.append({"stage": name, **found, **(gains(before, exams[name]) if before else {})})
+        found = _evaluate_stage(folder, name, options, model, episodes, progress)
+        before = evaluations.get("sft" if name == "bc" else "bc")
+        evaluations[name] = {one: np.array(found.pop(one)) for one in OF_STAYS}
+        rows.append(
+            {"stage": name, **found, **(gains(before, evaluations[name]) if before else {})}
+        )
         table = pd.DataFrame(rows)
         table.to_csv(out / TABLE, index=False)
     courses = {
@@ -173,7 +175,7 @@ def run_study(
     return table
 
 
-def _exam(
+def _evaluate_stage(
     folder: Path,
     name: str,
     options: StudyOptions,
@@ -182,28 +184,30 @@ def _exam(
     progress: Progress,
 ) -> dict[str, Any]:
     """What a stage's model can do; kept in its folder."""
-    file = folder / "exam.json"
+    file = folder / "evaluation.json"
     if not file.exists():
-        progress(f"{name}: exam", 0.0)
-        clinic = open_clinic(options.rl.clinic, model, episodes)
-        judge = judging(clinic, options.rl.clinic, seed=options.exam.seed)
+        progress(f"{name}: evaluation", 0.0)
+        runner = open_runner(options.rl.runner, model, episodes)
+        judge = judging(runner, options.rl.runner, seed=options.evaluation.seed)
         questions = ask(
-            load_episodes(episodes).of_split("test"), options.exam.questions, seed=options.exam.seed
+            load_episodes(episodes).of_split("test"),
+            options.evaluation.questions,
+            seed=options.evaluation.seed,
         )
         lockstep = Lockstep()
         generator = open_generator(
-            load(folder / MODEL), folder / MODEL, options.rl.clinic, lockstep
+            load(folder / MODEL), folder / MODEL, options.rl.runner, lockstep
         )
         tokens = ChatTokens.load(folder / MODEL)
         backend = TokenBackend(generator, tokens)
 
-        async def sit() -> tuple[Any, Any]:
-            treated = await evaluate(judge, backend, options.exam.patients, lockstep=lockstep)
+        async def run() -> tuple[Any, Any]:
+            treated = await evaluate(judge, backend, options.evaluation.patients, lockstep=lockstep)
             answers = await answer(generator, tokens, questions)
             await backend.close()
             return treated, answers
 
-        treated, answers = asyncio.run(sit())
+        treated, answers = asyncio.run(run())
         found: dict[str, Any] = treated.figures()
         found |= {name: getattr(treated, name).tolist() for name in OF_STAYS}
         for kind, of_kind in grade(questions, answers).items():
@@ -240,11 +244,11 @@ def _tiny(
 ) -> Path:
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
-        clinic = open_clinic(options.bc.clinic, model, episodes)
-        stays = clinic.demonstrate(open_policy(options.bc.teacher, episodes), range(32))
+        runner = open_runner(options.bc.runner, model, episodes)
+        stays = runner.demonstrate(open_policy(options.bc.teacher, episodes), range(32))
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
-        make_pupil(folder, options.tiny, stays, ask(recorded, few, seed=0))
+        make_trainable(folder, options.tiny, stays, ask(recorded, few, seed=0))
     return folder
 
 

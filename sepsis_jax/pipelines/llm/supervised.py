@@ -16,11 +16,11 @@ from policy.train.data.packing import Dialogue, written
 from policy.train.data.qa_prompts import QuestionConfig, as_dialogue, ask
 from policy.train.loop.metrics import Report
 from sepsis_jax.pipelines.llm.setup import (
-    ClinicOptions,
+    RunnerOptions,
     SupervisedOptions,
     learn,
-    open_clinic,
     open_policy,
+    open_runner,
 )
 from sepsis_jax.runs import Progress, begin_run, plain, silent
 from worldmodel.configuration import require
@@ -112,7 +112,7 @@ class BCOptions:
       teacher: whose treatment is written out as dialogues: guideline, clinician (cloned from the
         episodes), random, or the folder of a policy, such as a planner.
       patients: that the teacher treats.
-      clinic: where.
+      runner: where.
       rejection: which stays of recorded dialogues are good enough, where these are the teacher.
       replay: questions of stage I that are learned again beside the dialogues, so that they are
         not forgotten; none without episodes.
@@ -122,7 +122,7 @@ class BCOptions:
 
     teacher: str = "guideline"
     patients: int = 256
-    clinic: ClinicOptions = field(default_factory=ClinicOptions)
+    runner: RunnerOptions = field(default_factory=RunnerOptions)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     replay: QuestionConfig = field(default_factory=QuestionConfig)
     training: SupervisedOptions = field(default_factory=SupervisedOptions)
@@ -179,9 +179,9 @@ def run_bc(
             stays = accepted([from_record(record) for record in found], options.rejection)
         else:
             assert model is not None
-            clinic = open_clinic(options.clinic, model, episodes)
+            runner = open_runner(options.runner, model, episodes)
             teacher = open_policy(options.teacher, episodes)
-            stays = clinic.demonstrate(teacher, np.arange(options.patients))
+            stays = runner.demonstrate(teacher, np.arange(options.patients))
         return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
 
     source = records / RECORDS_FILE if records is not None else None

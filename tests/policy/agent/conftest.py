@@ -1,10 +1,10 @@
-"""A small ward: synthetic patients, and a small untrained world model that answers."""
+"""A small pool: synthetic patients, and a small untrained world model that answers."""
 
 import jax
 import numpy as np
 import pytest
 
-from policy.agent.env_pool import Ward, admit
+from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
@@ -34,13 +34,13 @@ def forecaster(world_model):
 
 @pytest.fixture(scope="session")
 def make_ward(env, forecaster):
-    """`make_ward()`: the same eight patients in the same luck, in some order of beds."""
+    """`make_ward()`: the same eight patients in the same random numbers, in some order of slots."""
 
     def make(order=range(PATIENTS), *, capacity=4, simulator=True):
         patients = np.asarray(order, np.int32)
         assert len(patients) == PATIENTS  # other numbers need other programs
         keys = patient_keys(jax.random.key(3), patients)
-        admission = admit(env, keys, patients)
-        return Ward(env, admission, forecaster if simulator else None, capacity=capacity)
+        admission = reset_batch(env, keys, patients)
+        return EnvPool(env, admission, forecaster if simulator else None, capacity=capacity)
 
     return make

@@ -53,12 +53,12 @@ def holds(make_ward, script, *, config=None, simulator=True, templates="compact"
             raise found
         return found
 
-    ward = make_ward(simulator=simulator)
+    pool = make_ward(simulator=simulator)
     stay = asyncio.run(
-        treat(PATIENT, PATIENT, ScriptedBackend(reply), ward, Prompts(templates),
+        treat(PATIENT, PATIENT, ScriptedBackend(reply), pool, Prompts(templates),
               config or DialogueConfig(), seed=0)
     )  # fmt: skip
-    ward.close()
+    pool.close()
     return stay, heard
 
 
@@ -78,9 +78,9 @@ def test_propose_simulate_refine_prescribe(make_ward):
 
 def test_rewards_are_the_environments(env, make_ward):
     stay, _ = holds(make_ward, [prescribes(6)] * STEPS)
-    ward = make_ward()
+    pool = make_ward()
     for decision in stay.decisions:
-        moved = asyncio.run(ward.prescribe(PATIENT, 6))
+        moved = asyncio.run(pool.prescribe(PATIENT, 6))
         assert decision.reward == pytest.approx(float(moved.reward))
     assert stay.total_reward == pytest.approx(sum(d.reward for d in stay.decisions))
 
@@ -159,12 +159,12 @@ def test_results_cannot_speak_for_the_model(make_ward):
 def test_seeds_differ_by_patient_and_turn_only(make_ward):
     async def run(seed, patients):
         stays = []
-        ward = make_ward(patients)
+        pool = make_ward(patients)
         await treat_all(
-            patients, ScriptedBackend(simulate_and_prescribe), ward, Prompts("compact"),
+            patients, ScriptedBackend(simulate_and_prescribe), pool, Prompts("compact"),
             DialogueConfig(), seeds=[seed] * 8, concurrency=3, finished=stays.append,
         )  # fmt: skip
-        ward.close()
+        pool.close()
         assert len(stays) == 8
         return {stay.patient: stay for stay in stays}
 

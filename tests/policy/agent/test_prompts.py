@@ -11,7 +11,7 @@ from worldmodel.errors import InputError
 
 @pytest.fixture(scope="module")
 def chart(make_ward):
-    return Chart.of(make_ward().admitted(0))
+    return Chart.of(make_ward().initial(0))
 
 
 def forecast(support):

@@ -212,12 +212,12 @@ def run(make_ward, url, seen, *, attempts=30):
 
     async def go():
         backend = OpenAIBackend(endpoint)
-        ward = make_ward()
+        pool = make_ward()
         await treat_all(
-            range(PATIENTS), backend, ward, Prompts("compact"), DialogueConfig(),
+            range(PATIENTS), backend, pool, Prompts("compact"), DialogueConfig(),
             seeds=[0] * PATIENTS, concurrency=5, finished=seen.append,
         )  # fmt: skip
-        ward.close()
+        pool.close()
         await backend.close()
 
     asyncio.run(go())

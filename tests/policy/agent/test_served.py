@@ -80,13 +80,13 @@ def treated(make_ward, backend, meanwhile=None, scored=False, patients=PATIENTS)
     async def go():
         over = asyncio.Event()
         side = asyncio.create_task(meanwhile(over)) if meanwhile else None
-        ward = make_ward()
+        pool = make_ward()
         await treat_all(
-            range(patients), backend, ward, Prompts("compact"), CONFIG, seeds=[5] * patients,
+            range(patients), backend, pool, Prompts("compact"), CONFIG, seeds=[5] * patients,
             concurrency=patients, finished=stays.append,
             scorer=ActionScorer(backend) if scored else None,
         )  # fmt: skip
-        ward.close()
+        pool.close()
         over.set()
         if side is not None:
             await side

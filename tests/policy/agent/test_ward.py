@@ -1,4 +1,4 @@
-"""The ward gives what the world model and the environment give, however questions arrive."""
+"""The pool gives what the world model and the environment give, however questions arrive."""
 
 import asyncio
 from functools import partial
@@ -12,7 +12,7 @@ from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.simple import GuidelineRules
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.simulate.history import history_of
+from worldmodel.simulate.history import history_from_observation
 from worldmodel.simulate.rollout import rollout
 from worldmodel.synthetic import patient_key
 
@@ -24,11 +24,11 @@ step = jax.jit(lambda env, state, action: env.step(state, action))
 
 
 def seen(env, patient):
-    """The first view of a synthetic patient."""
+    """The first observation of a synthetic patient."""
     return reset(env, patient_key(jax.random.key(3), patient))
 
 
-def ask(ward, *questions):
+def ask(pool, *questions):
     async def together():
         return await asyncio.gather(*questions)
 
@@ -36,9 +36,9 @@ def ask(ward, *questions):
 
 
 def test_a_forecast_is_the_statistics_of_a_rollout(env, forecaster, world_model, make_ward):
-    (found,) = ask(ward := make_ward(), ward.simulate(5, ACTIONS))
+    (found,) = ask(pool := make_ward(), pool.simulate(5, ACTIONS))
     _, first = seen(env, 5)
-    history = history_of(world_model, first.observation)
+    history = history_from_observation(world_model, first.observation)
     history = history.replace(patient=jnp.array([5]))
     played = rollout(
         world_model, jax.random.key(2), history, np.array(ACTIONS)[:, None], samples=8,
@@ -57,57 +57,57 @@ def test_a_forecast_is_the_statistics_of_a_rollout(env, forecaster, world_model,
 
 
 def test_answers_do_not_depend_on_who_else_asks(make_ward):
-    ward = make_ward(np.roll(np.arange(8), 3))
-    alone = [ask(ward, ward.simulate((p + 3) % 8, ACTIONS[: 1 + p % 3]))[0] for p in range(7)]
-    ward = make_ward()
-    asked = [ward.simulate(bed, ACTIONS[: 1 + bed % 3]) for bed in reversed(range(7))]
-    together = ask(ward, *asked)[::-1]
+    pool = make_ward(np.roll(np.arange(8), 3))
+    alone = [ask(pool, pool.simulate((p + 3) % 8, ACTIONS[: 1 + p % 3]))[0] for p in range(7)]
+    pool = make_ward()
+    asked = [pool.simulate(slot, ACTIONS[: 1 + slot % 3]) for slot in reversed(range(7))]
+    together = ask(pool, *asked)[::-1]
     for one, other in zip(alone, together, strict=True):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), one, other)
 
 
 def test_prescriptions_are_steps_of_the_environment(env, make_ward):
-    ward = make_ward()
+    pool = make_ward()
     state, first = seen(env, 4)
-    np.testing.assert_array_equal(ward.admitted(4).observation.dynamic, first.observation.dynamic)
+    np.testing.assert_array_equal(pool.initial(4).observation.dynamic, first.observation.dynamic)
     for action in (3, 0, 12, 24):
-        orders = [ward.prescribe(bed, action if bed == 4 else 6) for bed in range(6)]
-        moved = ask(ward, *orders)[4]
+        orders = [pool.prescribe(slot, action if slot == 4 else 6) for slot in range(6)]
+        moved = ask(pool, *orders)[4]
         state, want = step(env, state, action)
         np.testing.assert_allclose(moved.observation.dynamic, want.observation.dynamic, rtol=1e-5)
         np.testing.assert_allclose(moved.reward, want.reward, rtol=1e-5)
         assert bool(moved.done) == bool(want.done)
         if want.done:
             break
-        (asked,) = ask(ward, ward.simulate(4, (action,)))
+        (asked,) = ask(pool, pool.simulate(4, (action,)))
         assert np.isfinite(asked.mean).all()
     assert want.done
 
 
 def test_a_prescription_moves_nobody_else(make_ward):
-    ward, still = make_ward(), make_ward()
-    ask(ward, ward.prescribe(5, 24), ward.prescribe(0, 24))
-    for bed in range(1, 5):
-        one, other = (ask(w, w.simulate(bed, (6,)))[0] for w in (ward, still))
+    pool, still = make_ward(), make_ward()
+    ask(pool, pool.prescribe(5, 24), pool.prescribe(0, 24))
+    for slot in range(1, 5):
+        one, other = (ask(w, w.simulate(slot, (6,)))[0] for w in (pool, still))
         np.testing.assert_allclose(one.mean, other.mean, rtol=1e-5)
 
 
 def test_support_is_the_clinicians_probability(env, world_model):
-    views = [seen(env, patient)[1].observation for patient in range(3)]
-    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *views)
+    observations = [seen(env, patient)[1].observation for patient in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *observations)
     policy = GuidelineRules()
     forecaster = Forecaster(
         world_model, jax.random.key(0), ForecastConfig(samples=2), behavior=policy
     )
     found = forecaster(batch, np.arange(3), np.tile(np.arange(3), (3, 1)))
-    want = [policy(jax.random.key(0), view)[:3] for view in views]
+    want = [policy(jax.random.key(0), observation)[:3] for observation in observations]
     np.testing.assert_allclose(found.support, want)
 
 
 def test_reference_mode_tells_one_noisy_future(env, world_model):
-    views = jax.tree.map(lambda leaf: leaf[None], seen(env, 0)[1].observation)
+    observations = jax.tree.map(lambda leaf: leaf[None], seen(env, 0)[1].observation)
     forecaster = Forecaster(world_model, jax.random.key(0), ForecastConfig(mode="reference"))
-    found = forecaster(views, np.zeros(1, np.int32), np.array([[6, 6]]))
+    found = forecaster(observations, np.zeros(1, np.int32), np.array([[6, 6]]))
     np.testing.assert_array_equal(found.mean, found.low)
     np.testing.assert_array_equal(found.mean, found.high)
     assert (found.mean[0, 0] != found.mean[0, 1]).any()  # independent noise
@@ -121,6 +121,6 @@ def test_samples_that_do_not_fit_the_ensemble(world_model):
 
 
 def test_an_error_reaches_everybody_who_waits(make_ward):
-    ward = make_ward()
+    pool = make_ward()
     with pytest.raises(IndexError):
-        ask(ward, ward.simulate(0, (6,)), ward.simulate(9, (6,)))
+        ask(pool, pool.simulate(0, (6,)), pool.simulate(9, (6,)))

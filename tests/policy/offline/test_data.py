@@ -11,7 +11,7 @@ from policy.offline.training import OfflineConfig, draw_batch
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.clinical.reward import trajectory_rewards
-from worldmodel.observation import NUM_STATE_FEATURES, state_features, view_at
+from worldmodel.observation import NUM_STATE_FEATURES, observation_at, state_features
 
 BLOCK = schema.NUM_FEATURES + 3  # of one earlier row: changes, two levels, whether it is
 EPISODES = toy_episodes(25, 8)
@@ -27,13 +27,13 @@ def scores(stay, step):
 
 
 def features_at(step, past, scaler, stay=0):
-    return decision_features(view_at(EPISODES, stay, step, past=past), scaler)
+    return decision_features(observation_at(EPISODES, stay, step, past=past), scaler)
 
 
 def test_features_are_the_state_then_the_earlier_rows(unit_scaler):
     got = np.asarray(features_at(5, 3, unit_scaler))
     assert got.shape == (NUM_STATE_FEATURES + 2 * BLOCK,)
-    state = state_features(view_at(EPISODES, 0, 5), unit_scaler)
+    state = state_features(observation_at(EPISODES, 0, 5), unit_scaler)
     np.testing.assert_array_equal(got[:NUM_STATE_FEATURES], state)
     for number, step in enumerate((3, 4)):
         block = got[NUM_STATE_FEATURES:].reshape(2, BLOCK)[number]
@@ -63,7 +63,7 @@ def test_the_treatment_of_the_row_itself_is_not_seen(past, unit_scaler):
     given = EPISODES.replace(
         vasopressor=EPISODES.vasopressor.at[0, 5].add(1), fluid=EPISODES.fluid.at[0, 5].add(1)
     )
-    after = decision_features(view_at(given, 0, 5, past=past), unit_scaler)
+    after = decision_features(observation_at(given, 0, 5, past=past), unit_scaler)
     np.testing.assert_array_equal(after, features_at(5, past, unit_scaler))
 
 

@@ -12,7 +12,7 @@ from policy.offline.data import Transitions, transitions
 from policy.offline.training import RECORDS, OfflineConfig, seed_keys, train_all, train_offline
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
-from worldmodel.observation import view_at
+from worldmodel.observation import observation_at
 from worldmodel.scaling import published_scaler
 
 STATES, ACTIONS, GAMMA = 6, 25, 0.5
@@ -199,12 +199,12 @@ def test_policies_of_records(name):
     policy = train_offline(data, SCALER, config).policy
     assert isinstance(policy, OfflinePolicy)
     assert (policy.past, policy.num_seeds, policy.member(1).num_seeds) == (3, 2, 1)
-    view = view_at(episodes, 2, 1, past=5)  # looks back further than asked for
-    greedy = policy(jax.random.key(0), view)
+    observation = observation_at(episodes, 2, 1, past=5)  # looks back further than asked for
+    greedy = policy(jax.random.key(0), observation)
     assert sorted(np.unique(greedy)) == [0, 1] and greedy.sum() == 1
-    mean = np.mean([policy.member(i).scores(view)[0] for i in range(2)], 0)
+    mean = np.mean([policy.member(i).scores(observation)[0] for i in range(2)], 0)
     assert greedy.argmax() == mean.argmax()
-    soft = policy.replace(temperature=0.5)(jax.random.key(0), view)
+    soft = policy.replace(temperature=0.5)(jax.random.key(0), observation)
     np.testing.assert_allclose(soft, jax.nn.softmax(mean / 0.5), rtol=1e-4, atol=1e-7)
 
 

@@ -26,7 +26,7 @@ from policy.online.ppo import (
 from worldmodel import SepsisEnv, schema
 from worldmodel.envs.base import first_timestep
 from worldmodel.errors import InputError
-from worldmodel.observation import NUM_STATE_FEATURES, View
+from worldmodel.observation import NUM_STATE_FEATURES, Observation
 from worldmodel.scaling import published_scaler
 from worldmodel.synthetic import Config
 
@@ -37,33 +37,33 @@ LENGTHS = 4  # rows 0-3: episodes of 1 to 4 steps
 class Toy(NamedTuple):
     key: jax.Array
     length: jax.Array
-    view: View
+    observation: Observation
 
 
 @struct.dataclass
 class ToyDynamics:
     """A reward of 1 for action 7, another for the last step; the row's number is its SOFA."""
 
-    seen: View
+    seen: Observation
 
     def reset(self, key: jax.Array) -> tuple[Any, Any]:
         length = jax.random.randint(key, (), 1, LENGTHS + 1)
         return Toy(key, length, self.seen), first_timestep(self.seen, sofa=self.seen.sofa)
 
     def step(self, state: Toy, action: jax.Array) -> tuple[Any, Any]:
-        number = state.view.step + 1
-        view = replace(state.view, step=number, sofa=number.astype(jnp.float32))
+        number = state.observation.step + 1
+        observation = replace(state.observation, step=number, sofa=number.astype(jnp.float32))
         over = number >= state.length
         timestep = replace(
-            first_timestep(view, sofa=view.sofa),
+            first_timestep(observation, sofa=observation.sofa),
             reward=jnp.where(action == 7, 1.0, 0.0) + jnp.where(over, 10.0, 0.0),
             terminated=over,
         )
-        return Toy(state.key, state.length, view), timestep
+        return Toy(state.key, state.length, observation), timestep
 
 
 def toy_env(max_steps=None):
-    view = View(
+    observation = Observation(
         dynamic=SCALER.mean,
         measured=jnp.ones(schema.NUM_MASKED, bool),
         static=SCALER.static_mean,
@@ -74,7 +74,7 @@ def toy_env(max_steps=None):
         fluid=jnp.int32(0),
         step=jnp.int32(0),
     )
-    return SepsisEnv(ToyDynamics(view), max_steps)
+    return SepsisEnv(ToyDynamics(observation), max_steps)
 
 
 SMALL = PPOConfig(
@@ -245,10 +245,10 @@ def test_it_learns_in_the_synthetic_world():
 
 
 def test_it_starts_from_the_first_seed_of_iql():
-    start, view = iql_policy(), toy_env().dynamics.seen
+    start, observation = iql_policy(), toy_env().dynamics.seen
     still = replace(SMALL, iterations=1, learning_rate=1e-9)
     policy, _ = train_ppo(jax.random.key(0), toy_env(), SCALER, still, start=start)
-    mine, theirs = jax.nn.log_softmax(policy.logits(view)), start.scores(view)
+    mine, theirs = jax.nn.log_softmax(policy.logits(observation)), start.scores(observation)
     np.testing.assert_allclose(mine, theirs[0], atol=1e-4)
     assert np.abs(mine - theirs[1]).max() > 1e-3
 
@@ -285,7 +285,7 @@ def test_environments_it_cannot_play():
             return state, replace(timestep, observation=timestep.observation.step)
 
     env = toy_env()
-    with pytest.raises(InputError, match="must show views"):
+    with pytest.raises(InputError, match="must show observations"):
         train_ppo(jax.random.key(0), env.replace(dynamics=Blind(env.dynamics.seen)), SCALER, SMALL)
 
 

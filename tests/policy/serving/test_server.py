@@ -14,7 +14,7 @@ import pytest
 
 from policy.serving.vllm import ServerError, ServerOptions, VLLMServer, find_environment
 from policy.serving.vllm.command import KEY_VARIABLE, VARIABLE, command, variables
-from policy.serving.vllm.inside.sepsis_jax_key import KeyOnEveryPath
+from policy.serving.vllm.plugins.sepsis_jax_key import KeyOnEveryPath
 from tests.policy.serving.fake import free_port
 from worldmodel.errors import InputError
 

@@ -16,12 +16,12 @@ from policy.serving.batching import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
-from policy.testing.taught_qwen3 import tiny_clinic
+from policy.testing.taught_qwen3 import tiny_runner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, LearnerConfig
 from policy.train.loop.publishing import EmbeddedPublisher
 from policy.train.losses import Objective
-from policy.train.rl.advantages import CreditConfig
+from policy.train.rl.advantages import AdvantageConfig
 from policy.train.rl.counterfactual import counterfactual
 from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from worldmodel.errors import InputError
@@ -30,8 +30,8 @@ PATIENTS, DECISIONS, ROWS = 4, 2, 4
 
 
 @pytest.fixture(scope="module")
-def clinic():
-    tiny = tiny_clinic(max_steps=DECISIONS)
+def runner():
+    tiny = tiny_runner(max_steps=DECISIONS)
     sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64)
     dialogue = DialogueConfig(memory="decision", max_invalid=1, sampling=sampling)
     return replace(tiny, dialogue=dialogue, concurrency=PATIENTS)
@@ -44,7 +44,7 @@ class StoppedError(Exception):
 class Loop:
     """A trainer with all it needs, begun anew."""
 
-    def __init__(self, clinic, folder, *, kind="counterfactual", reference=False, **settings):
+    def __init__(self, runner, folder, *, kind="counterfactual", reference=False, **settings):
         model = load(folder)
         lockstep = Lockstep()
         self.generator = EmbeddedGenerator(
@@ -54,16 +54,16 @@ class Loop:
         objective = Objective(kl_weight=0.1) if reference else Objective()
         config = AgenticConfig(
             patients=PATIENTS // replicas, replicas=replicas, updates=2, row_length=1024, rows=ROWS,
-            credit=CreditConfig(kind=kind), objective=objective, **settings,
+            advantages=AdvantageConfig(kind=kind), objective=objective, **settings,
         )  # fmt: skip
         learner = Learner(
             model, agentic_loss(config, 1.0), LearnerConfig(steps=20, warm_up=0, learning_rate=1e-3)
         )
-        observer = counterfactual(clinic.env, GuidelineRules(), samples=1)
+        state_scorer = counterfactual(runner.env, GuidelineRules(), samples=1)
         self.trainer = AgenticTrainer(
-            learner, clinic, TokenBackend(self.generator, ChatTokens.load(folder)),
+            learner, runner, TokenBackend(self.generator, ChatTokens.load(folder)),
             EmbeddedPublisher(self.generator), config, reference=model if reference else None,
-            observer=observer if kind == "counterfactual" else None, lockstep=lockstep,
+            state_scorer=state_scorer if kind == "counterfactual" else None, lockstep=lockstep,
         )  # fmt: skip
         self.reports = []
 
@@ -92,14 +92,14 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_resumed_run_ends_where_an_unbroken_one_does(clinic, taught, tmp_path, staleness):
+def test_a_resumed_run_ends_where_an_unbroken_one_does(runner, taught, tmp_path, staleness):
     folder, _ = taught
     settings = {"iterations": 4, "staleness": staleness}
-    whole = Loop(clinic, folder, **settings).run()
-    stopped = Loop(clinic, folder, **settings)
+    whole = Loop(runner, folder, **settings).run()
+    stopped = Loop(runner, folder, **settings)
     with pytest.raises(StoppedError):
         stopped.run(Checkpoints(tmp_path / "run"), until=3)
-    again = Loop(clinic, folder, **settings)
+    again = Loop(runner, folder, **settings)
     assert again.trainer.resume(Checkpoints(tmp_path / "run"))
     assert again.trainer.iteration == 2  # the third was not saved
     again.run(Checkpoints(tmp_path / "run"))
@@ -113,13 +113,13 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(clinic, taught, tmp_path,
         assert figures["staleness"] == min(number - 1, staleness)
         if not figures["staleness"]:
             assert figures["mismatch_max"] < 1e-4
-    assert not equal(whole, Loop(clinic, folder, **settings))  # something was learned
+    assert not equal(whole, Loop(runner, folder, **settings))  # something was learned
 
 
 @pytest.mark.parametrize("kind", ["episode", "step"])
-def test_credit_of_groups_and_a_reference(clinic, taught, kind):
+def test_credit_of_groups_and_a_reference(runner, taught, kind):
     folder, _ = taught
-    loop = Loop(clinic, folder, kind=kind, reference=True, iterations=2).run()
+    loop = Loop(runner, folder, kind=kind, reference=True, iterations=2).run()
     for _, figures, _, said in loop.reports:
         assert "kl_reference" in figures or figures["uninformative_stays"] == PATIENTS
         assert len(set(said)) > PATIENTS // 2  # replicas of a patient speak differently
@@ -127,9 +127,9 @@ def test_credit_of_groups_and_a_reference(clinic, taught, kind):
     assert all(np.isfinite(leaf).all() for leaf in moved)
 
 
-def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(clinic, taught, tmp_path):
+def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(runner, taught, tmp_path):
     folder, _ = taught
-    loop = Loop(clinic, folder, iterations=4)
+    loop = Loop(runner, folder, iterations=4)
     generate, calls = loop.generator.generate, []
 
     async def breaks(*arguments, **settings):
@@ -143,15 +143,15 @@ def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(clinic, tau
     with pytest.raises(InputError, match=r"iteration 3: .* 4 of 4 stays .connection refused"):
         loop.run(checkpoints)
     assert checkpoints.latest() == 2
-    again = Loop(clinic, folder, iterations=4)
+    again = Loop(runner, folder, iterations=4)
     assert again.trainer.resume(Checkpoints(tmp_path / "run"))
-    assert equal(Loop(clinic, folder, iterations=4).run(), again.run())
+    assert equal(Loop(runner, folder, iterations=4).run(), again.run())
 
 
-def test_what_does_not_fit_is_refused(clinic, taught):
+def test_what_does_not_fit_is_refused(runner, taught):
     folder, _ = taught
     with pytest.raises(InputError, match="at least 2"):
-        AgenticConfig(credit=CreditConfig(kind="episode"), replicas=1)
+        AgenticConfig(advantages=AdvantageConfig(kind="episode"), replicas=1)
     nucleus = DialogueConfig(sampling=Sampling(top_p=0.9))
     with pytest.raises(InputError, match="top_p 1"):
-        Loop(replace(clinic, dialogue=nucleus), folder)
+        Loop(replace(runner, dialogue=nucleus), folder)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.agent.env_pool import admit
+from policy.agent.env_pool import reset_batch
 from policy.simple import GuidelineRules, RandomPolicy
 from policy.train.rl.counterfactual import _LUCK, counterfactual, smoothing
 from worldmodel.envs.env import SepsisEnv
@@ -25,7 +25,7 @@ def env():
 def states(env):
     patients = np.arange(PATIENTS, dtype=np.int32)
     keys = patient_keys(jax.random.key(5), patients)
-    return admit(env, keys, patients).states
+    return reset_batch(env, keys, patients).states
 
 
 def played(env, policy, state, sample, action, horizon):
@@ -33,7 +33,7 @@ def played(env, policy, state, sample, action, horizon):
     own = jax.random.fold_in(state.dynamics.key, _LUCK + state.taken.astype(jnp.uint32))
     key = jax.random.fold_in(own, sample)
     step = jax.jit(env.step)
-    state, timestep = step(env.with_luck(state, key), action)
+    state, timestep = step(env.with_key(state, key), action)
     total = float(timestep.reward)
     for number in range(horizon):
         if bool(state.last.done):
@@ -82,9 +82,9 @@ def test_futures_are_not_the_real_one(env, states):
     one = jax.tree.map(lambda leaf: leaf[0], states)
     real = env.step(one, jnp.int32(6))[0].last.observation.dynamic
     own = jax.random.fold_in(one.dynamics.key, _LUCK)
-    other = env.step(env.with_luck(one, own), jnp.int32(6))[0].last.observation.dynamic
+    other = env.step(env.with_key(one, own), jnp.int32(6))[0].last.observation.dynamic
     assert float(jnp.abs(real - other).max()) > 0
-    same = env.step(env.with_luck(one, one.dynamics.key), jnp.int32(6))[0]
+    same = env.step(env.with_key(one, one.dynamics.key), jnp.int32(6))[0]
     np.testing.assert_array_equal(same.last.observation.dynamic, real)
 
 

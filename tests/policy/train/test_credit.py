@@ -7,7 +7,7 @@ import pytest
 
 from policy.agent.dialogue import COMPLETED, FAILED, TOO_MANY_INVALID, Decision, Stay, Turn
 from policy.serving.backend import Reply
-from policy.train.rl.advantages import CreditConfig, credits, prices, rewards
+from policy.train.rl.advantages import AdvantageConfig, assign_advantages, penalties, rewards
 from policy.train.rl.minibatch_update import decision_of_turns, pack_trajectories, trajectories
 from worldmodel.errors import InputError
 
@@ -44,7 +44,7 @@ def test_rewards_of_a_failed_stay_end_with_its_price():
     one = stay(0, [(3, 1.0), (4, -2.0)], failed=True)
     one.invalid.update(no_call=3)
     one.decisions[0] = decision(3, 1.0, 1, invalid=1)
-    found = rewards(one, CreditConfig(failure=-15.0, refusal=-0.5))
+    found = rewards(one, AdvantageConfig(failure=-15.0, refusal=-0.5))
     assert found.tolist() == [0.5, -2.0, -16.0]  # the two refusals after the last decision too
     assert decision_of_turns(one).tolist() == [0, 0, 1, 1, 2]
 
@@ -57,8 +57,8 @@ def test_broken_rules_have_a_price():
         replace(decision(10, 0.0, 3), previous_vasopressor=1, step=0),
         replace(decision(1, 0.0, 3), meanbp=60.0, step=4),
     ]
-    assert prices(broken, CreditConfig(violation=-2.0)).tolist() == [-2.0, -2.0, 0.0, 0.0]
-    assert prices([], CreditConfig(violation=-2.0)).shape == (0,)
+    assert penalties(broken, AdvantageConfig(violation=-2.0)).tolist() == [-2.0, -2.0, 0.0, 0.0]
+    assert penalties([], AdvantageConfig(violation=-2.0)).shape == (0,)
 
 
 def test_episode_credit_by_hand():
@@ -66,10 +66,10 @@ def test_episode_credit_by_hand():
     stays = [
         stay(1, [(0, 1.0)]), stay(1, [(1, 1.0), (2, 2.0)]), stay(2, [(0, 5.0)]), stay(2, [(9, 5.0)])
     ]  # fmt: skip
-    found = credits(stays, CreditConfig(kind="episode", scale=False))
+    found = assign_advantages(stays, AdvantageConfig(kind="episode", scale=False))
     assert [one.tolist() for one in found.of_decisions] == [[-1.0], [1.0, 1.0], [0.0], [0.0]]
     assert found.kept.tolist() == [True, True, False, False]
-    scaled = credits(stays, CreditConfig(kind="episode")).of_decisions
+    scaled = assign_advantages(stays, AdvantageConfig(kind="episode")).of_decisions
     np.testing.assert_allclose(scaled[1], 1 / np.sqrt(2), rtol=1e-3)
 
 
@@ -82,7 +82,7 @@ def test_step_credit_meets_where_the_actions_so_far_are_equal():
     stays = [
         stay(1, [(4, 1.0), (5, 5.0)]), stay(1, [(4, 1.0), (6, 1.0)]), stay(1, [(8, 0.0), (5, 1.0)])
     ]  # fmt: skip
-    found = credits(stays, CreditConfig(kind="step", scale=False, step_weight=0.5))
+    found = assign_advantages(stays, AdvantageConfig(kind="step", scale=False, step_weight=0.5))
     expected = [[3 + 1.5, 3 + 1.0], [-1 - 0.5, -1 - 1.0], [-2 - 1.0, -2 + 0.0]]
     for one, by_hand in zip(found.of_decisions, expected, strict=True):
         np.testing.assert_allclose(one, by_hand, atol=1e-5)
@@ -92,24 +92,28 @@ def test_counterfactual_credit_is_the_value_of_the_action():
     values = tuple(float(action) - 12.0 for action in range(25))
     stays = [stay(1, [(4, 1.0), (20, 5.0)], values=values), stay(2, [(12, 0.0)], values=values)]
     stays[1].decisions[0] = decision(12, 0.0, 1, invalid=2, values=values)
-    config = CreditConfig(kind="counterfactual", scale=False, refusal=-1.0)
-    found = credits(stays, config)
+    config = AdvantageConfig(kind="counterfactual", scale=False, refusal=-1.0)
+    found = assign_advantages(stays, config)
     assert [one.tolist() for one in found.of_decisions] == [[-8.0, 8.0], [-2.0]]
     assert found.kept.all()
     center, spread = -2.0 / 3.0, np.std([-8.0, 8.0, -2.0])
-    scaled = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0)).of_decisions
+    scaled = assign_advantages(
+        stays, AdvantageConfig(kind="counterfactual", refusal=-1.0)
+    ).of_decisions
     np.testing.assert_allclose(scaled[0], (np.array([-8.0, 8.0]) - center) / spread, rtol=1e-5)
-    bounded = credits(stays, CreditConfig(kind="counterfactual", refusal=-1.0, bound=0.5))
+    bounded = assign_advantages(
+        stays, AdvantageConfig(kind="counterfactual", refusal=-1.0, bound=0.5)
+    )
     last = (-2.0 - center) / spread  # -0.2, which is within the bound
     assert [one.tolist() for one in bounded.of_decisions] == [[-0.5, 0.5], [pytest.approx(last)]]
-    with pytest.raises(InputError, match="observer"):
-        credits([stay(1, [(0, 1.0)])], CreditConfig())
+    with pytest.raises(InputError, match="state_scorer"):
+        assign_advantages([stay(1, [(0, 1.0)])], AdvantageConfig())
 
 
 def test_a_batch_in_which_all_failed_alike_is_not_blown_up():
     """Nothing to tell apart: a division by their spread of nearly 0 would make the loss huge."""
     stays = [stay(patient, [], failed=True) for patient in range(3)]
-    scaled = credits(stays, CreditConfig(kind="counterfactual")).of_decisions
+    scaled = assign_advantages(stays, AdvantageConfig(kind="counterfactual")).of_decisions
     assert all(np.abs(one).max() < 1.0 for one in scaled)
 
 

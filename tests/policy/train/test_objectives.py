@@ -22,7 +22,7 @@ LN2 = float(np.log(2.0))
 PLAIN = Objective(correction="none")
 
 
-def rows_of(proximal, advantage, *, behavior=None, reference=None, mask=None):
+def rows_of(old_logprobs, advantage, *, sampler_logprobs=None, reference=None, mask=None):
     """Two dialogues of three own tokens each, one told token before them, in rows of 5."""
     shape = (2, 5)
 
@@ -33,14 +33,16 @@ def rows_of(proximal, advantage, *, behavior=None, reference=None, mask=None):
 
     own = np.zeros(shape, bool)
     own[:, 1:4] = True if mask is None else mask
-    proximal = np.asarray(proximal, np.float32)
+    old_logprobs = np.asarray(old_logprobs, np.float32)
     return RolloutRows(
         ids=np.zeros(shape, np.int32),
         positions=np.tile(np.arange(5, dtype=np.int32), (2, 1)),
         segments=np.array([[1, 1, 1, 1, 0]] * 2, np.int32),
         mask=own,
-        behavior=padded(proximal if behavior is None else behavior, np.nan),
-        proximal=padded(proximal, -np.inf),
+        sampler_logprobs=padded(
+            old_logprobs if sampler_logprobs is None else sampler_logprobs, np.nan
+        ),
+        old_logprobs=padded(old_logprobs, -np.inf),
         reference=padded(0.0 if reference is None else reference, np.inf),
         advantage=padded(advantage, np.nan),
     )
@@ -62,7 +64,7 @@ def solved(rows, logprob, objective, entropy=None):
     return float(loss), np.asarray(gradient), metrics
 
 
-# Now against proximal: token ratios 1, 2, 1/2 in the first dialogue, 2, 1/2, 1 in the second,
+# Now against old_logprobs: token ratios 1, 2, 1/2 in the first dialogue, 2, 1/2, 1 in the second,
 # whose last token is masked below (so it has two).
 PROXIMAL = np.full((2, 3), -1.0)
 NOW = PROXIMAL + np.array([[0.0, LN2, -LN2], [LN2, -LN2, 0.0]])
@@ -87,7 +89,7 @@ def test_clip_with_a_mean_over_all_tokens():
 
 def test_a_mean_of_means_and_the_reference():
     # GRPO clips at 0.8 and 1.2: gains 1, 1.2, 0.5, mean 0.9; -2, -0.8, mean -1.4. Loss 0.25.
-    # Reference = proximal, so d = 0, -ln 2, ln 2 and -ln 2, ln 2; k3 = exp(d) - d - 1 is 0,
+    # Reference = old_logprobs, so d = 0, -ln 2, ln 2 and -ln 2, ln 2; k3 = exp(d) - d - 1 is 0,
     # ln 2 - 1/2, 1 - ln 2: means 1/6 and 1/4, together 5/24. Gradient of k3: 1 - exp(d).
     rows = rows_of(PROXIMAL, ADVANTAGE, reference=PROXIMAL, mask=MASK)
     objective = replace(PRESETS["GRPO"], correction="none")
@@ -174,7 +176,7 @@ def test_a_second_bound_where_the_advantage_is_negative():
 @pytest.mark.parametrize(
     ("settings", "weights"),
     [
-        # q = exp(proximal - behavior): 1, 4, 1/4 and 2, 2, (masked)
+        # q = exp(old_logprobs - sampler_logprobs): 1, 4, 1/4 and 2, 2, (masked)
         ({"correction": "none"}, [[1, 1, 1], [1, 1, 0]]),
         ({"correction": "truncate", "correction_cap": 3.0}, [[1, 3, 0.25], [2, 2, 0]]),
         (
@@ -201,8 +203,8 @@ def test_a_second_bound_where_the_advantage_is_negative():
     ],
 )
 def test_weights_of_the_sampler(settings, weights):
-    behavior = PROXIMAL - LN2 * np.array([[0, 2, -2], [1, 1, 7]])
-    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=behavior, mask=MASK)
+    sampler_logprobs = PROXIMAL - LN2 * np.array([[0, 2, -2], [1, 1, 7]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, sampler_logprobs=sampler_logprobs, mask=MASK)
     objective = Objective(**settings)
     loss, gradient, metrics = solved(rows, PROXIMAL, objective)
     weights = np.array(weights, np.float64)
@@ -214,8 +216,8 @@ def test_weights_of_the_sampler(settings, weights):
 
 
 def test_masked_tokens_keep_their_place_in_the_divisor_and_the_reference():
-    behavior = PROXIMAL - LN2 * np.array([[0, 2, 0], [0, 0, 0]])
-    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=behavior, reference=PROXIMAL + LN2)
+    sampler_logprobs = PROXIMAL - LN2 * np.array([[0, 2, 0], [0, 0, 0]])
+    rows = rows_of(PROXIMAL, ADVANTAGE, sampler_logprobs=sampler_logprobs, reference=PROXIMAL + LN2)
     objective = Objective(correction="mask", kl_weight=1.0)
     loss, gradient, _ = solved(rows, PROXIMAL, objective)
     # The surrogates -1, 0 (masked), -1 and 1, 1, 1; k3 of d = ln 2 is 1 - ln 2 everywhere.
@@ -226,7 +228,7 @@ def test_masked_tokens_keep_their_place_in_the_divisor_and_the_reference():
 @pytest.mark.parametrize("name", PRESETS)
 def test_extremes_stay_finite(name):
     far = np.array([[500.0, -500.0, 0.0], [1.0, -2.0, 3.0]])
-    rows = rows_of(PROXIMAL, ADVANTAGE, behavior=PROXIMAL + far, reference=PROXIMAL - far)
+    rows = rows_of(PROXIMAL, ADVANTAGE, sampler_logprobs=PROXIMAL + far, reference=PROXIMAL - far)
     loss, gradient, metrics = solved(rows, PROXIMAL - far, replace(PRESETS[name], kl_weight=0.1))
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert np.isfinite(list(metrics.values())).all()
@@ -255,8 +257,8 @@ def some_rows(seed):
         positions=np.where(inside, np.arange(shape[1]), 0).astype(np.int32),
         segments=inside.astype(np.int32),
         mask=mask,
-        behavior=leaf(-6, 0.3, np.nan),
-        proximal=leaf(-6, 0.3, -np.inf),
+        sampler_logprobs=leaf(-6, 0.3, np.nan),
+        old_logprobs=leaf(-6, 0.3, -np.inf),
         reference=leaf(-6, 0.3, np.nan),
         advantage=leaf(0, 1, np.inf),
     )
@@ -269,7 +271,7 @@ def packed(leaf, extra=0):
 
 
 def packed_rows(rows):
-    floats = {"behavior", "proximal", "reference", "advantage"}
+    floats = {"sampler_logprobs", "old_logprobs", "reference", "advantage"}
     leaves = rows._replace(segments=rows.segments * np.array([[1], [2], [3]], np.int32))._asdict()
     return RolloutRows(**{n: packed(x, np.nan if n in floats else 0) for n, x in leaves.items()})
 

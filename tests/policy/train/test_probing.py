@@ -135,16 +135,16 @@ def test_what_the_chart_shows_is_learned(tmp_path):
     episodes = replace(episodes, died_in_hospital=episodes.static[:, 1] > 0.5)
     config = QuestionConfig(("mortality",), count=240, charts="compact")
     lessons = ask(episodes.select(np.arange(120)), config, seed=0)
-    exam = ask(episodes.select(np.arange(120, 200)), replace(config, count=40), seed=1)
-    assert not {q.stay for q in lessons} & {q.stay for q in exam}
+    evaluation = ask(episodes.select(np.arange(120, 200)), replace(config, count=40), seed=1)
+    assert not {q.stay for q in lessons} & {q.stay for q in evaluation}
 
     async def graded(model):
         generator = EmbeddedGenerator(model, stop_ids=(tokens.end_id,))
         try:
-            found = await answer(generator, tokens, exam)
+            found = await answer(generator, tokens, evaluation)
         finally:
             await generator.close()
-        return grade(exam, found, resamples=50)["mortality"].auroc
+        return grade(evaluation, found, resamples=50)["mortality"].auroc
 
     dialogues = [as_dialogue(question, tokens) for question in lessons]
     rows = pack(dialogues, 2 * max(map(len, dialogues)), seed=0)

@@ -10,14 +10,14 @@ import pytest
 from flax import struct
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
-from policy.agent.env_pool import Ward
+from policy.agent.env_pool import EnvPool
 from policy.agent.prompts import Prompts
 from policy.agent.tools import SCHEMAS, Prescribe, Simulate, read_call
 from policy.serving.backend import Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.testing.taught_qwen3 import TEMPLATES, tiny_clinic
+from policy.testing.taught_qwen3 import TEMPLATES, tiny_runner
 from policy.train.data.demonstrations import demonstrate, neighbours
 from policy.train.data.packing import as_read, written
 from worldmodel import schema
@@ -27,14 +27,14 @@ DECISIONS, PATIENTS = 3, 8
 
 
 @pytest.fixture(scope="module")
-def clinic():
-    return tiny_clinic(max_steps=DECISIONS)
+def runner():
+    return tiny_runner(max_steps=DECISIONS)
 
 
-def treated(clinic, folder, temperature):
+def treated(runner, folder, temperature):
     """Stays of fresh patients under a model in this process."""
-    admission = clinic.elsewhere(seed=1234).admit(range(PATIENTS))
-    ward = Ward(clinic.env, admission, clinic.forecaster)
+    admission = runner.replace(seed=1234).reset_batch(range(PATIENTS))
+    pool = EnvPool(runner.env, admission, runner.forecaster)
     backend = TokenBackend(EmbeddedGenerator.from_folder(folder), ChatTokens.load(folder))
     sampling = Sampling(temperature=temperature, max_new_tokens=64)
     stays = []
@@ -43,7 +43,7 @@ def treated(clinic, folder, temperature):
         await treat_all(
             admission.patients.tolist(),
             backend,
-            ward,
+            pool,
             Prompts(TEMPLATES),
             DialogueConfig(sampling=sampling),
             seeds=[7] * PATIENTS,
@@ -53,14 +53,14 @@ def treated(clinic, folder, temperature):
         await backend.close()
 
     asyncio.run(run())
-    ward.close()
+    pool.close()
     return stays
 
 
-def test_taught_replies_are_valid_calls(clinic, taught):
+def test_taught_replies_are_valid_calls(runner, taught):
     path, reports = taught
     assert reports[-1].loss < 0.25 < 3 < reports[0].loss
-    stays = treated(clinic, path, temperature=0.7)
+    stays = treated(runner, path, temperature=0.7)
     assert [stay.status for stay in stays] == [COMPLETED] * PATIENTS
     turns = sum(len(stay.turns) for stay in stays)
     invalid = sum(sum(stay.invalid.values()) for stay in stays)
@@ -73,12 +73,12 @@ def test_taught_replies_are_valid_calls(clinic, taught):
         assert len(dialogue.ends()) == len(stay.turns)
 
 
-def test_a_teacher_follows_its_policy(clinic):
+def test_a_teacher_follows_its_policy(runner):
     policy = GuidelineRules()
-    stays = clinic.elsewhere(seed=1).demonstrate(policy, range(PATIENTS))
-    admission = clinic.elsewhere(seed=1).admit(range(PATIENTS))
-    views = admission.states.last.observation
-    first = jax.vmap(policy, (None, 0))(jax.random.key(0), views).argmax(-1)
+    stays = runner.replace(seed=1).demonstrate(policy, range(PATIENTS))
+    admission = runner.replace(seed=1).reset_batch(range(PATIENTS))
+    observations = admission.states.last.observation
+    first = jax.vmap(policy, (None, 0))(jax.random.key(0), observations).argmax(-1)
     assert [stay.decisions[0].action for stay in stays] == first.tolist()
     for stay in stays:
         assert not stay.invalid
@@ -90,9 +90,9 @@ def test_a_teacher_follows_its_policy(clinic):
             assert set(asked.actions[1:]) <= set(neighbours(given.action))
 
 
-def test_later_decisions_follow_the_newest_view(clinic):
+def test_later_decisions_follow_the_newest_view(runner):
     """Where MAP was low under the rules, the vasopressor went up one level at the next row."""
-    stays = clinic.elsewhere(seed=1).demonstrate(GuidelineRules(), range(PATIENTS))
+    stays = runner.replace(seed=1).demonstrate(GuidelineRules(), range(PATIENTS))
     for stay in stays:
         for decision in stay.decisions[1:]:
             raised = decision.action // schema.NUM_LEVELS - decision.previous_vasopressor
@@ -101,8 +101,8 @@ def test_later_decisions_follow_the_newest_view(clinic):
                               if decision.meanbp > 75 else 0)  # fmt: skip
 
 
-def test_equal_seeds_equal_stays(clinic):
-    others = clinic.elsewhere(seed=3)
+def test_equal_seeds_equal_stays(runner):
+    others = runner.replace(seed=3)
     one, two = (others.demonstrate(RandomPolicy(), range(PATIENTS)) for _ in range(2))
     said = [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in one]
     assert said == [[turn.reply.tool_calls[0].arguments for turn in stay.turns] for stay in two]
@@ -122,33 +122,33 @@ class Backwards(GuidelineRules):
 
     past = 3
 
-    def __call__(self, key, view):
-        assert view.past.vasopressor.shape == (3,)
-        action = schema.action_index(view.past.vasopressor[0], view.past.fluid[0])
-        return jax.nn.one_hot(jnp.where(view.step == 0, 7, action), 25)
+    def __call__(self, key, observation):
+        assert observation.past.vasopressor.shape == (3,)
+        action = schema.action_index(observation.past.vasopressor[0], observation.past.fluid[0])
+        return jax.nn.one_hot(jnp.where(observation.step == 0, 7, action), 25)
 
 
-def test_a_teacher_may_look_back(clinic):
-    for stay in clinic.elsewhere(seed=1).demonstrate(Backwards(), range(PATIENTS)):
+def test_a_teacher_may_look_back(runner):
+    for stay in runner.replace(seed=1).demonstrate(Backwards(), range(PATIENTS)):
         assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
 
 
-def test_a_teacher_cannot_look_farther_than_the_world(clinic):
+def test_a_teacher_cannot_look_farther_than_the_world(runner):
     class Farther(Backwards):
         past = 13
 
     with pytest.raises(InputError, match="looks back on 13 rows"):
-        clinic.elsewhere(seed=1).demonstrate(Farther(), range(PATIENTS))
+        runner.replace(seed=1).demonstrate(Farther(), range(PATIENTS))
 
 
-def test_conversations_of_a_decision_begin_with_the_chart(clinic, tokens):
+def test_conversations_of_a_decision_begin_with_the_chart(runner, tokens):
     """With the memory of a decision nothing said before is in the context."""
     short, whole = (
         demonstrate(
             GuidelineRules(),
-            clinic.env,
-            clinic.elsewhere(seed=1).admit(range(PATIENTS)),
-            clinic.forecaster,
+            runner.env,
+            runner.replace(seed=1).reset_batch(range(PATIENTS)),
+            runner.forecaster,
             Prompts(TEMPLATES),
             DialogueConfig(memory=memory),
             seed=1,

@@ -32,7 +32,7 @@ class Samples:
     prompts: list
     completions: list
     own: list
-    behavior: list
+    sampler_logprobs: list
     rewards: list
 
 
@@ -42,8 +42,10 @@ def samples():
     prompts = [[5, 6, 7, 8]] * GROUP + [[9, 10]] * GROUP
     completions = [draw.integers(11, 600, length).tolist() for length in LENGTHS]
     own = [(draw.random(length) < 0.8).astype(int).tolist() for length in LENGTHS]
-    behavior = [draw.normal(-6.46, 0.3, length).tolist() for length in LENGTHS]
-    return Samples(prompts, completions, own, behavior, draw.normal(size=len(LENGTHS)).tolist())
+    sampler_logprobs = [draw.normal(-6.46, 0.3, length).tolist() for length in LENGTHS]
+    return Samples(
+        prompts, completions, own, sampler_logprobs, draw.normal(size=len(LENGTHS)).tolist()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def folders(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
     return {
         name: make_tiny(path / name, seed=seed, layers=1)
-        for seed, name in enumerate(("proximal", "now", "reference"))
+        for seed, name in enumerate(("old_logprobs", "now", "reference"))
     }
 
 
@@ -63,12 +65,12 @@ def ours(samples, folders):
     lengths = np.array([len(one) for one in ids])
     shape = (len(ids), int(lengths.max()))
     own, inside = np.zeros(shape, bool), np.arange(shape[1]) < lengths[:, None]
-    tokens, behavior = np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32)
+    tokens, sampler_logprobs = np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32)
     for row, one in enumerate(ids):
         tokens[row, : len(one)] = one
         start = len(samples.prompts[row])
         own[row, start : len(one)] = samples.own[row]
-        behavior[row, start : len(one)] = samples.behavior[row]
+        sampler_logprobs[row, start : len(one)] = samples.sampler_logprobs[row]
     positions = np.where(inside, np.arange(shape[1]), 0).astype(np.int32)
 
     @jax.jit
@@ -82,13 +84,15 @@ def ours(samples, folders):
         )
 
     models = {name: qwen3.load(folder) for name, folder in folders.items()}
-    old = {name: np.asarray(logprobs(models[name]).logprob) for name in ("proximal", "reference")}
+    old = {
+        name: np.asarray(logprobs(models[name]).logprob) for name in ("old_logprobs", "reference")
+    }
     rows = RolloutRows(
         ids=tokens,
         positions=positions,
         segments=inside.astype(np.int32),
         mask=own,
-        behavior=behavior,
+        sampler_logprobs=sampler_logprobs,
         advantage=np.zeros(shape, np.float32),
         **old,
     )
@@ -116,7 +120,7 @@ def of_trl(samples, folders, tmp_path, *, corrected=False, **settings):
         **settings,
     )
     trainer = trl.GRPOTrainer(
-        model=str(folders["proximal"]),
+        model=str(folders["old_logprobs"]),
         reward_funcs=lambda completions, **_: samples.rewards,
         args=config,
         train_dataset=Dataset.from_list([{"prompt": "unused"}]),
@@ -128,7 +132,7 @@ def of_trl(samples, folders, tmp_path, *, corrected=False, **settings):
         samples.completions,
         samples.own,
         ["unused"] * len(LENGTHS),
-        samples.behavior,
+        samples.sampler_logprobs,
         {},
         None,
         None,

@@ -53,11 +53,11 @@ def test_the_same_numbers_over_24_steps(episodes, variant, unrolled):
                    features=schema.FEATURE_NAMES)  # fmt: skip
 
     torch = load_torch("highest")
-    player = TorchRollout(torch, world, "cpu", compiled=False)
-    for trunk in (player.models.state, player.models.outcome):
+    sharded_rollout = TorchRollout(torch, world, "cpu", compiled=False)
+    for trunk in (sharded_rollout.models.state, sharded_rollout.models.outcome):
         trunk.unrolled = unrolled
-    theirs = player.play(
-        player.start(start),
+    theirs = sharded_rollout.play(
+        sharded_rollout.start(start),
         torch.tensor(np.broadcast_to(plans, (3, HORIZON)).copy()),
         torch.tensor(np.array(noise[:, 0])),
     )

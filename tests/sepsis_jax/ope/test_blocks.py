@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepsis_jax.ope import Clip, Treatment, check, diagnose, evaluate, weigh
+from sepsis_jax.ope import Clip, InputPolicy, check, diagnose, evaluate, weigh
 from sepsis_jax.ope.bootstrap import draw_counts, generator, join, resample
 from sepsis_jax.ope.data import BLOCK, inspect
 from sepsis_jax.ope.distribution import tail
@@ -94,7 +94,7 @@ def test_dropped_stays_leave_no_trace(case):
     flawed = data.replace(reward=jnp.asarray(reward))
 
     options = {"key": jax.random.key(0), "n_bootstrap": 0, "interval": "delta"}
-    table = evaluate(flawed, probs, treatment=Treatment(missing_reward="drop"), **options)
+    table = evaluate(flawed, probs, treatment=InputPolicy(missing_reward="drop"), **options)
     keep = np.arange(STAYS) != 5
     expected = evaluate(data.select(keep), probs_of(probs, keep), **options)
     assert np.allclose(table["estimate"], expected["estimate"], atol=1e-6)

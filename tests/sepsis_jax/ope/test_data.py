@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepsis_jax.ope import OPEData, Treatment, check, evaluate, from_episodes, rewards
+from sepsis_jax.ope import InputPolicy, OPEData, check, evaluate, from_episodes, rewards
 from tests.sepsis_jax.ope.samples import random_case
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
@@ -48,12 +48,12 @@ def test_rows_that_do_not_sum_to_one(case):
     probs["policy 0"][0, 0] *= 0.5
     with pytest.raises(InputError, match="not summing to 1"):
         check(data, probs)
-    _, kept, counts = check(data, probs, Treatment(row_sums="normalize"))
+    _, kept, counts = check(data, probs, InputPolicy(row_sums="normalize"))
     assert counts["rows_normalized"] == 1
     assert float(kept["policy 0"][0, 0].sum()) == pytest.approx(1.0)
     probs["policy 0"][0, 0] = 0.0
     with pytest.raises(InputError, match="not summing to 1"):
-        check(data, probs, Treatment(row_sums="normalize"))
+        check(data, probs, InputPolicy(row_sums="normalize"))
 
 
 def test_zero_behavior_probability_of_a_recorded_action(case):
@@ -61,10 +61,10 @@ def test_zero_behavior_probability_of_a_recorded_action(case):
     data = changed(data, "behavior_prob", (2, 0), 0.0)
     with pytest.raises(InputError, match="0 for a recorded action"):
         check(data, probs)
-    cleaned, kept, counts = check(data, probs, Treatment(zero_behavior="drop"))
+    cleaned, kept, counts = check(data, probs, InputPolicy(zero_behavior="drop"))
     assert cleaned.num_stays == 11 and counts["stays_dropped"] == 1
     assert len(kept["policy 0"]) == 11
-    cleaned, _, counts = check(data, probs, Treatment(zero_behavior="floor", floor=1e-4))
+    cleaned, _, counts = check(data, probs, InputPolicy(zero_behavior="floor", floor=1e-4))
     assert cleaned.num_stays == 12 and counts["behavior_floored"] == 1
     assert float(cleaned.behavior_prob[2, 0]) == pytest.approx(1e-4)
 
@@ -75,7 +75,7 @@ def test_missing_reward(case, value):
     data = changed(data, "reward", (3, 0), value)
     with pytest.raises(InputError, match=r"reward.*\(3, 0\)"):
         check(data, probs)
-    cleaned, _, counts = check(data, probs, Treatment(missing_reward="drop"))
+    cleaned, _, counts = check(data, probs, InputPolicy(missing_reward="drop"))
     assert counts["stays_dropped"] == 1 and np.isfinite(cleaned.reward).all()
 
 

@@ -15,8 +15,8 @@ from worldmodel.simulate.rollout import rollout
 CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
 
 
-def fluids_only(key, view):
-    del key, view
+def fluids_only(key, observation):
+    del key, observation
     return jax.nn.one_hot(3, 25)
 
 

@@ -12,7 +12,7 @@ from tests.worldmodel.envs.playing import keys_of, play, play_all
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError
-from worldmodel.observation import views
+from worldmodel.observation import observations
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
 
@@ -72,7 +72,7 @@ def worlds_and_mode(request, world, ensemble):
 
 def test_first_observation_is_the_recorded_row(world, episodes):
     env = SepsisEnv.learned(world, episodes, start_step="random", past=3)
-    recorded = views(episodes, past=3)
+    recorded = observations(episodes, past=3)
     rows = set()
     for key in keys_of(KEY, 12):
         state, timestep = env.reset(key)
@@ -223,8 +223,8 @@ def test_members_take_turns_and_disagree(ensemble, world, episodes):
 
 
 def test_support_is_the_behaviour_policys(world, episodes):
-    def behaviour(key, view):
-        raised = jnp.zeros(25).at[7].set(1.0 + view.step)
+    def behaviour(key, observation):
+        raised = jnp.zeros(25).at[7].set(1.0 + observation.step)
         return jax.nn.softmax(raised)
 
     env = SepsisEnv.learned(world, longest(episodes), behavior=behaviour)

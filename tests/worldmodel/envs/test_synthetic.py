@@ -71,8 +71,8 @@ def test_truncation(recorded):
 
 
 def test_own_behaviour_and_past(recorded):
-    def flat(key, view):
-        assert view.past.dynamic.shape == (4, 39)
+    def flat(key, observation):
+        assert observation.past.dynamic.shape == (4, 39)
         return jnp.full(25, 0.04)
 
     env = SepsisEnv.synthetic(config=Config(past=4), behavior=flat)

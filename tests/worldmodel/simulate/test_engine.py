@@ -12,7 +12,7 @@ from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.step import advance
-from worldmodel.simulate.unroll import Job, play
+from worldmodel.simulate.unroll import RolloutSpec, unroll
 
 HORIZON = 24
 SMALL = {"hidden": 16, "embed": 4, "head": 8, "dropout": 0.0}
@@ -90,8 +90,8 @@ def whole_windows(world, start, plans, eps, mode):
     return {**kept, "mortality": np.asarray(mortality)}
 
 
-def played(world, start, plans, eps, mode, precision=None):
-    job = Job(
+def unrolled(world, start, plans, eps, mode, precision=None):
+    spec = RolloutSpec(
         shape=(*plans.shape[:2], eps.shape[2]),
         horizon=plans.shape[2],
         treat=lambda h, now: plans[:, :, h][..., None],
@@ -100,7 +100,7 @@ def played(world, start, plans, eps, mode, precision=None):
         mode=mode,
         precision=precision,
     )
-    found = jax.jit(lambda w, s: play(w, s, job)[1:])(world, start)
+    found = jax.jit(lambda w, s: unroll(w, s, spec)[1:])(world, start)
     return {**found[0], "mortality": found[1]}
 
 
@@ -128,7 +128,7 @@ def assert_equal(got, want, atol=1e-6):
 def test_24_closed_loop_steps_equal_whole_windows(episodes, start_rows, name, mode):
     world = shaken(CONFIGS[name], Scaler.fit(episodes, split=None))
     given = inputs(start_rows, world, HORIZON, mode=mode)
-    assert_equal(played(world, *given, mode), whole_windows(world, *given, mode))
+    assert_equal(unrolled(world, *given, mode), whole_windows(world, *given, mode))
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 5, 6, 7, 8, 9, 13])
@@ -136,14 +136,14 @@ def test_every_horizon_equals_whole_windows(episodes, start_rows, horizon):
     """Where chains are dropped, where the scan begins, where the outcome looks into the past."""
     world = shaken(CONFIGS["one layer"], Scaler.fit(episodes, split=None))
     given = inputs(start_rows, world, horizon, plans=3, samples=1)
-    assert_equal(played(world, *given, "corrected"), whole_windows(world, *given, "corrected"))
+    assert_equal(unrolled(world, *given, "corrected"), whole_windows(world, *given, "corrected"))
 
 
 def test_bfloat16_rounds_products_alone(episodes, start_rows):
     world = shaken(CONFIGS["residual"], Scaler.fit(episodes, split=None))
     given = inputs(start_rows, world, HORIZON)
-    exact = played(world, *given, "corrected")
-    rounded = played(world, *given, "corrected", precision="bfloat16")
+    exact = unrolled(world, *given, "corrected")
+    rounded = unrolled(world, *given, "corrected", precision="bfloat16")
     drift = np.abs(np.asarray(rounded["obs"]) - np.asarray(exact["obs"]))
     assert 1e-5 < drift.max() < 0.05
     assert np.abs(np.asarray(rounded["mortality"] - exact["mortality"])).max() < 0.01

@@ -211,15 +211,17 @@ def test_members_disagree(ensemble, patients):
 
 def test_a_constant_policy_is_a_constant_plan(world, start):
     plan = np.full((1, 3), 12)
-    got = rollout(world, KEY, start, lambda key, view: jax.nn.one_hot(12, 25), horizon=3, samples=2)
+    got = rollout(
+        world, KEY, start, lambda key, observation: jax.nn.one_hot(12, 25), horizon=3, samples=2
+    )
     assert_same(all_of(got), all_of(rollout(world, KEY, start, plan, samples=2)))
 
 
 def test_a_policy_sees_the_branch_and_its_own_keys(world, start):
-    def policy(key, view):
-        assert key.shape == view.step.shape == () and view.past is None
+    def policy(key, observation):
+        assert key.shape == observation.step.shape == () and observation.past is None
         level = jnp.arange(25) % 5 == 0
-        return jnp.where(view.step % 2 == 0, level, jnp.arange(25) < 5) / 5.0
+        return jnp.where(observation.step % 2 == 0, level, jnp.arange(25) < 5) / 5.0
 
     got = rollout(world, KEY, start, policy, horizon=3, samples=2)
     action = np.asarray(got.action)[:, 0]  # [P, S, H]; patients start in rows 0 and 8
@@ -232,7 +234,7 @@ def test_a_policy_sees_the_branch_and_its_own_keys(world, start):
 def test_policy_randomness_is_apart_from_the_patients(world, start):
     """A random policy that happens to choose as a plan does meets that plan's noise."""
 
-    def policy(key, view):
+    def policy(key, observation):
         return jax.nn.one_hot(3, 25) + 0 * jax.random.normal(key)
 
     got = rollout(world, KEY, start, policy, horizon=3, samples=2)
@@ -288,8 +290,8 @@ def test_abduction_needs_one_model(ensemble, patients):
         ([[0]], {"mode": "Reference"}, "mode: got 'Reference'"),
         ([[0]], {"samples": 0}, "samples: got 0"),
         ([[0]], {"noise": np.zeros((2, 1, 2, 39))}, r"noise: got shape \(2, 1, 2, 39\)"),
-        (lambda key, view: key, {}, "horizon: got None, expected at least 1"),
-        (lambda key, view: key, {"horizon": 0}, "horizon: got 0, expected at least 1"),
+        (lambda key, observation: key, {}, "horizon: got None, expected at least 1"),
+        (lambda key, observation: key, {"horizon": 0}, "horizon: got 0, expected at least 1"),
     ],
 )
 def test_bad_requests_are_named(world, start, plans, settings, message):
@@ -306,7 +308,7 @@ def test_samples_must_fill_the_ensemble(ensemble, patients):
 def test_equal_shapes_compile_once(world, start, patients):
     traces = []
 
-    def policy(key, view):
+    def policy(key, observation):
         traces.append(1)
         return jax.nn.one_hot(0, 25)
 

@@ -10,11 +10,17 @@ import numpy as np
 import pytest
 
 from worldmodel import schema
-from worldmodel.observation import View
+from worldmodel.observation import Observation
 from worldmodel.simulate import sharded
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block, task_shape
+from worldmodel.simulate.sharded import (
+    Settings,
+    ShardedRollout,
+    branch_mesh,
+    rollout_block,
+    task_shape,
+)
 
 KEY = jax.random.key(5)
 FEATURES = ("meanbp", "lactate", "creatinine")
@@ -36,8 +42,8 @@ def block(world, start, plans, *, branches, samples=6, settings=None, policy=Non
     settings = settings or Settings(horizon=4, features=FEATURES)
     num_plans = 1 if plans is None else plans.shape[1]
     shape = task_shape(len(start.step), num_plans, samples, world.num_members, branches=branches)
-    player = Player(world, branch_mesh(), shape, settings, policy)
-    return play_block(player, KEY, start, plans, samples)
+    sharded_rollout = ShardedRollout(world, branch_mesh(), shape, settings, policy)
+    return rollout_block(sharded_rollout, KEY, start, plans, samples)
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +80,8 @@ def test_the_cut_into_tasks_changes_no_number(ensemble, start, plans, whole, bra
 
 
 def test_a_policy_is_played_as_in_rollouts(ensemble, start):
-    def follows_lactate(key: jax.Array, view: View) -> jax.Array:
-        return jax.nn.softmax(jnp.arange(25.0) * (view.dynamic[schema.INDEX["lactate"]] - 2))
+    def follows_lactate(key: jax.Array, observation: Observation) -> jax.Array:
+        return jax.nn.softmax(jnp.arange(25.0) * (observation.dynamic[schema.INDEX["lactate"]] - 2))
 
     got = block(ensemble, start, None, branches=8, policy=follows_lactate)
     want = rollout(ensemble, KEY, start, follows_lactate, horizon=4, samples=6, features=FEATURES)
@@ -119,15 +125,15 @@ from tests.worldmodel.simulate.conftest import CONFIG
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block
+from worldmodel.simulate.sharded import ShardedRollout, Settings, branch_mesh, rollout_block
 episodes = toy_episodes(12, 14)
 world = init_world_model(jax.random.key(4), Scaler.fit(episodes, split=None), CONFIG, members=2)
 start = start_history(world, episodes, 0)
 plans = jnp.broadcast_to(jnp.arange(25)[:, None], (12, 25, 3))
 assert len(jax.devices()) == int(sys.argv[1])
 devices = jax.devices()[:: int(sys.argv[2])]
-player = Player(world, branch_mesh(devices), (5, 25, 2), Settings(horizon=3))
-block = play_block(player, jax.random.key(5), start, plans, 6)
+sharded_rollout = ShardedRollout(world, branch_mesh(devices), (5, 25, 2), Settings(horizon=3))
+block = rollout_block(sharded_rollout, jax.random.key(5), start, plans, 6)
 np.savez(sys.argv[3], *jax.tree.leaves(block))
 """
 

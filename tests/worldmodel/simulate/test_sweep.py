@@ -7,9 +7,15 @@ import pytest
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.plans import RECORDED, plans_from, read_regimens
+from worldmodel.simulate.plans import RECORDED, plans_from, read_plan_set
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import Player, Settings, branch_mesh, play_block, task_shape
+from worldmodel.simulate.sharded import (
+    Settings,
+    ShardedRollout,
+    branch_mesh,
+    rollout_block,
+    task_shape,
+)
 from worldmodel.simulate.statistics import (
     disagreement,
     first_actions,
@@ -79,7 +85,7 @@ def test_padding_repeats_the_last():
 
 
 def test_sets_of_plans():
-    found = read_regimens(["constant", "deviations", "clinician", "early=2,1;0,0"], horizon=3)
+    found = read_plan_set(["constant", "deviations", "clinician", "early=2,1;0,0"], horizon=3)
     assert len(found.names) == 52 and found.names[7] == "constant 1,2"
     assert found.actions[7].tolist() == [7, 7, 7]
     assert found.actions[25 + 7].tolist() == [7, RECORDED, RECORDED]
@@ -89,7 +95,7 @@ def test_sets_of_plans():
 
 
 def test_deviations_may_be_followed_by_one_action():
-    found = read_regimens(["deviations"], horizon=3, then="1,0")
+    found = read_plan_set(["deviations"], horizon=3, then="1,0")
     assert found.actions[24].tolist() == [24, 5, 5]
 
 
@@ -105,11 +111,11 @@ def test_deviations_may_be_followed_by_one_action():
 )
 def test_bad_plans_are_refused(texts, then, words):
     with pytest.raises(InputError, match=words):
-        read_regimens(texts, horizon=2, then=then)
+        read_plan_set(texts, horizon=2, then=then)
 
 
 def test_the_record_is_filled_in_and_its_last_treatment_goes_on(episodes):
-    actions = read_regimens(["clinician", "deviations", "a=0,1"], horizon=6).actions
+    actions = read_plan_set(["clinician", "deviations", "a=0,1"], horizon=6).actions
     length = np.asarray(episodes.length)
     stay = np.array([0, 1, 2])
     step = np.array([0, length[1] - 1, length[2] - 4])
@@ -141,8 +147,8 @@ def start(ensemble, episodes):
 def summary(ensemble, start):
     plans = np.broadcast_to(PLANS, (2, *PLANS.shape)).astype(np.int32)
     shape = task_shape(2, 2, 8, 2, branches=100)
-    player = Player(ensemble, branch_mesh(), shape, Settings(3, FEATURES))
-    return play_block(player, KEY, start, plans, 8)
+    sharded_rollout = ShardedRollout(ensemble, branch_mesh(), shape, Settings(3, FEATURES))
+    return rollout_block(sharded_rollout, KEY, start, plans, 8)
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import numpy as np
 
 from tests.worldmodel.synthetic.conftest import WORLD
 from worldmodel import schema
-from worldmodel.observation import View
+from worldmodel.observation import Observation
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.clinician import ClinicianParams, probabilities
 
 
-def view(meanbp=75.0, lactate=1.5, vasopressor=0, step=3):
+def observation(meanbp=75.0, lactate=1.5, vasopressor=0, step=3):
     fill = jnp.asarray(Params().observation.fill)
     fill = fill.at[schema.INDEX["meanbp"]].set(meanbp).at[schema.INDEX["lactate"]].set(lactate)
-    return View(
+    return Observation(
         dynamic=fill,
         measured=jnp.ones(schema.NUM_MASKED, bool),
         static=jnp.array([64.0, 1.0, 5.0]),
@@ -64,10 +64,10 @@ def test_frequencies_match_the_stated_probabilities(world):
 
 
 def test_habits_are_sensible():
-    assert mean_levels(view(meanbp=52))[0] > mean_levels(view(meanbp=75))[0] + 0.5
-    assert mean_levels(view(lactate=4))[1] > mean_levels(view(lactate=1))[1]
-    assert mean_levels(view(step=0))[1] > mean_levels(view(step=12))[1]
-    weaned = mean_levels(view(meanbp=85, vasopressor=3))[0]
+    assert mean_levels(observation(meanbp=52))[0] > mean_levels(observation(meanbp=75))[0] + 0.5
+    assert mean_levels(observation(lactate=4))[1] > mean_levels(observation(lactate=1))[1]
+    assert mean_levels(observation(step=0))[1] > mean_levels(observation(step=12))[1]
+    weaned = mean_levels(observation(meanbp=85, vasopressor=3))[0]
     assert 2.0 < weaned < 2.9
 
 

@@ -30,18 +30,18 @@ from worldmodel.synthetic import (
 from worldmodel.synthetic.clinician import ClinicianParams, probabilities
 
 
-def clinician(key, view):
+def clinician(key, observation):
     """The recorded clinician, who ignores frailty unless confounding is dialled in."""
     del key
-    return probabilities(view, jnp.float32(0), Params().clinician)
+    return probabilities(observation, jnp.float32(0), Params().clinician)
 
 
 POLICIES = (no_treatment, random_policy, maximum_treatment, titration, clinician)
 
 
-def choose(which, key, view):
+def choose(which, key, observation):
     """One of POLICIES, picked inside the graph: one compilation for all."""
-    return jnp.stack([policy(key, view) for policy in POLICIES])[which]
+    return jnp.stack([policy(key, observation) for policy in POLICIES])[which]
 
 
 def value(policy, count=4000, **kwargs):
@@ -214,11 +214,11 @@ def test_reset_and_step_play_the_recorded_stays(world):
     for t in range(4):
         alive = np.asarray(episodes.valid)[:16, t]
         np.testing.assert_allclose(
-            state.view.dynamic[alive], episodes.dynamic[:16, t][alive], atol=1e-3
+            state.observation.dynamic[alive], episodes.dynamic[:16, t][alive], atol=1e-3
         )
         state, transition = play(keys, state, episodes.action[:16, t])
         np.testing.assert_allclose(transition.reward, truth.reward[:16, t], atol=1e-3)
-    history = state.view.past
+    history = state.observation.past
     lasting = np.asarray(episodes.length)[:16] > 4
     np.testing.assert_array_equal(
         history.vasopressor[lasting, :2], episodes.vasopressor[:16][lasting, 2:4]

@@ -204,7 +204,7 @@ def _saturation(pao2: jax.Array) -> jax.Array:
     return 1.0 / (1.0 + 23400.0 / (pao2 * (pao2 * pao2 + 150.0)))
 
 
-def observe(
+def record_step(
     previous: Record | None,
     latent: Latent,
     support: Support,
