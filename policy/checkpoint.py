@@ -21,8 +21,13 @@ from policy.clinician_models import (
     Logistic,
     uncalibrated,
 )
-from policy.offline.algorithms import ALGORITHMS, OfflinePolicy, Perceptron, make_networks
-from policy.offline.training import OfflineConfig
+from policy.offline.algorithms import (
+    ALGORITHMS,
+    OfflineConfig,
+    OfflinePolicy,
+    Perceptron,
+    make_networks,
+)
 from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner.advantage import untrained_advantage
 from policy.planner.search import Planner, PlannerConfig

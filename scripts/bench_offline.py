@@ -25,8 +25,8 @@ import optax
 from bench_env import processor
 
 from policy.offline import training
+from policy.offline.algorithms import NAMES, OfflineConfig
 from policy.offline.data import transitions
-from policy.offline.training import NAMES, OfflineConfig
 from worldmodel import load_episodes
 from worldmodel.scaling import Scaler
 from worldmodel.synthetic import Config, generate, true_value

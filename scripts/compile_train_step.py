@@ -38,9 +38,8 @@ from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import abstract, batch_sharding, check_divisible, make_mesh, shardings
 from policy.train.data.packing import Rows
-from policy.train.loop.learner import LearnerConfig
 from policy.train.loop.metrics import flops_per_token, peak_flops
-from policy.train.loop.optimizer import initial_state, update
+from policy.train.loop.optimizer import LearnerConfig, initial_state, update
 from policy.train.losses import cross_entropy
 
 GIB = 2**30

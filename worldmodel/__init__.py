@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worldmodel.envs.env import SepsisEnv
-    from worldmodel.episodes import Episodes, load_episodes, save_episodes
+    from worldmodel.episode_files import load_episodes, save_episodes
+    from worldmodel.episodes import Episodes
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model, save_world_model
     from worldmodel.models.training import TrainConfig, train_world_model
@@ -29,10 +30,10 @@ _HOMES = {
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
     "abduct_noise": "worldmodel.simulate.randomness",
-    "load_episodes": "worldmodel.episodes",
+    "load_episodes": "worldmodel.episode_files",
     "load_world_model": "worldmodel.models.checkpoint",
     "rollout": "worldmodel.simulate.rollout",
-    "save_episodes": "worldmodel.episodes",
+    "save_episodes": "worldmodel.episode_files",
     "save_world_model": "worldmodel.models.checkpoint",
     "start_history": "worldmodel.simulate.history",
     "train_world_model": "worldmodel.models.training",

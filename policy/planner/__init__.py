@@ -1,6 +1,5 @@
 """Search over the world model before every prescription."""
 
-from policy.planner.advantage import fit_planner
-from policy.planner.search import Planner, PlannerConfig
+from policy.planner.search import Planner, PlannerConfig, fit_planner
 
 __all__ = ["Planner", "PlannerConfig", "fit_planner"]

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from policy.qwen3.config import Qwen3Config
-from policy.qwen3.logprobs import map_chunks
 from policy.qwen3.sharding import constrain
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -369,3 +368,29 @@ def _attend(
     scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
+
+
+def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+    """f applied to pieces of the second axis, one after another, and put together again.
+
+    Args:
+      f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one
+        another. Its inner values are not kept for the backward pass but computed again.
+      arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
+      size: columns of a piece.
+
+    Returns:
+      PyTree of arrays [B, T, ...].
+    """
+    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
+    size = min(size, length)
+    count = -(-length // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
+
+    return jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))

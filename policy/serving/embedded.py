@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from policy.qwen3.config import load_stop_ids
-from policy.qwen3.logprobs import Question, score
 from policy.qwen3.model import Qwen3
-from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, bucket, generate
+from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, bucket, generate, score
 from policy.qwen3.weights import load
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
 from policy.serving.batching import Batcher, Lockstep

@@ -23,8 +23,9 @@ from policy.serving.tokens import ChatTokens
 from policy.simple import GuidelineRules
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, batches, cut, pack, written
-from policy.train.data.qa_prompts import Question, as_dialogue
-from policy.train.loop.learner import Learner, LearnerConfig, Report, cast
+from policy.train.data.qa_sampling import Question, as_dialogue
+from policy.train.loop.learner import Learner, Report, cast
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
 from worldmodel.envs.env import SepsisEnv

@@ -22,7 +22,8 @@ from sepsis_jax.cohort.source import attach_source, describe_files
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
 from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
-from worldmodel.episodes import Episodes, save_episodes
+from worldmodel.episode_files import save_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
 from worldmodel.imputation import impute, training_medians

@@ -53,7 +53,7 @@ def simulate(
 ) -> None:
     """Draw one patient's simulated futures under several plans: a fan chart and tables."""
     from sepsis_jax.pipelines.simulation import simulate_patient
-    from worldmodel.episodes import load_episodes
+    from worldmodel.episode_files import load_episodes
     from worldmodel.models.checkpoint import load_world_model
 
     world_model = load_world_model(model)
@@ -156,7 +156,7 @@ def sweep(
 
     use_every_core()
     from sepsis_jax.pipelines.sweep import run_sweep
-    from sepsis_jax.pipelines.sweep_output import Shard
+    from sepsis_jax.pipelines.sweep_folder import Shard
     from sepsis_jax.pipelines.sweep_request import SweepOptions
     from worldmodel.configuration import resolve_config
 

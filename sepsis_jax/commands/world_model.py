@@ -68,7 +68,7 @@ def evaluate(
     """Judge a world model on episodes, beside two baselines fitted on their training split."""
     from sepsis_jax.pipelines.world_model import summary
     from worldmodel import schema
-    from worldmodel.episodes import load_episodes
+    from worldmodel.episode_files import load_episodes
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model
     from worldmodel.models.evaluation import evaluate_world_model

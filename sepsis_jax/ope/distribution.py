@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from sepsis_jax.ope.weights import fresh, numbers, take
+
 
 def tail(
     returns: jax.Array, weights: jax.Array, counts: jax.Array, levels: Sequence[float]
@@ -32,14 +34,14 @@ def tail(
     """
     stays, policies = returns.shape[0], weights.shape[0]
     size = max(int(stays**0.5), 1)
-    numbers = numbers(stays, size)
+    slices = numbers(stays, size)
     both = jnp.concatenate([weights, weights * returns])
 
     def sums(which: jax.Array) -> jax.Array:
         drawn = take(counts, which, size) * fresh(stays, which, size)
         return drawn @ take(both, which, size).T
 
-    running = jax.lax.map(sums, numbers).cumsum(0)  # [slices, B, 2 K]
+    running = jax.lax.map(sums, slices).cumsum(0)  # [slices, B, 2 K]
     mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
     total = mass[..., -1]
 
@@ -52,7 +54,7 @@ def tail(
 
     def at(level: float) -> tuple[jax.Array, jax.Array]:
         goal = level * total  # [B, K]
-        which = jnp.minimum((mass < goal[..., None]).sum(-1), len(numbers) - 1)
+        which = jnp.minimum((mass < goal[..., None]).sum(-1), len(slices) - 1)
         before_mass, before_gain = _before(mass, which), _before(gain, which)
         g, weight = every(which, counts, weights)  # [B, K, n]
         passed = before_mass[..., None] + weight.cumsum(-1)

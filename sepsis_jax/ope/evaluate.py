@@ -12,7 +12,7 @@ import pandas as pd
 from sepsis_jax.ope.data import InputPolicy, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
 from sepsis_jax.ope.doubly_robust import with_magic
-from sepsis_jax.ope.estimation import estimate_all, with_bounds
+from sepsis_jax.ope.estimation import estimate_all, prepare, with_bounds
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
     Batch,
@@ -20,7 +20,7 @@ from sepsis_jax.ope.estimators import (
     check_names,
 )
 from sepsis_jax.ope.fitted import Fitted
-from sepsis_jax.ope.weights import Clip, prepare
+from sepsis_jax.ope.weights import Clip
 from worldmodel.errors import InputError
 
 TAIL_LEVELS = (0.1, 0.25)

@@ -26,7 +26,8 @@ from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episodes import Episodes, load_episodes
+from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model

@@ -27,7 +27,8 @@ from sepsis_jax.report.html import (
     write_page,
 )
 from worldmodel import schema
-from worldmodel.episodes import Episodes, load_episodes
+from worldmodel.episode_files import load_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.fitting import FitConfig

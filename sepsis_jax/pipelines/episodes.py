@@ -12,7 +12,8 @@ import numpy as np
 from policy.offline.data import write_d3rlpy, write_minari
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.episodes import Episodes, load_episodes, load_scaler, save_episodes
+from worldmodel.episode_files import load_episodes, load_scaler, save_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, generate
 

@@ -27,7 +27,8 @@ from sepsis_jax.pipelines.policies import CLINICIAN, patients_per_call
 from sepsis_jax.pipelines.policy_values import typical_horizon
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.runs import Progress, provenance, silent
-from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
 from worldmodel.models.checkpoint import load_world_model

@@ -15,10 +15,10 @@ import pandas as pd
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
-from policy.offline.algorithms import OfflinePolicy
+from policy.offline.algorithms import NAMES as OFFLINE
+from policy.offline.algorithms import OfflineConfig, OfflinePolicy
 from policy.offline.data import transitions
-from policy.offline.training import NAMES as OFFLINE
-from policy.offline.training import OfflineConfig, train_offline
+from policy.offline.training import train_offline
 from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
 from sepsis_jax.ope.policies import SIMPLE

@@ -12,8 +12,8 @@ import pandas as pd
 
 from policy.base import Policy
 from policy.checkpoint import load_policy
-from policy.offline.training import NAMES as OFFLINE
-from policy.offline.training import OfflineConfig
+from policy.offline.algorithms import NAMES as OFFLINE
+from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
@@ -42,14 +42,14 @@ from sepsis_jax.pipelines.policy_values import (
 from sepsis_jax.report.policies import write_comparison
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episodes import (
+from worldmodel.episode_files import (
     EPISODES_FILE,
-    Episodes,
     load_dose_edges,
     load_episodes,
     load_manifest,
     load_scaler,
 )
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file
 from worldmodel.models.checkpoint import load_world_model

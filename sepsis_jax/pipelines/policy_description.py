@@ -19,13 +19,8 @@ from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.episodes import (
-    EPISODES_FILE,
-    Episodes,
-    load_dose_edges,
-    load_episodes,
-    load_manifest,
-)
+from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
+from worldmodel.episodes import Episodes
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
 
 MARKER = "description.csv"

@@ -10,7 +10,7 @@ import numpy as np
 
 from policy.base import Policy
 from policy.checkpoint import MARKER, load_policy, save_policy
-from policy.offline.training import NAMES as OFFLINE
+from policy.offline.algorithms import NAMES as OFFLINE
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.policies import (
     CLINICIAN,
@@ -36,7 +36,8 @@ from sepsis_jax.report.policies import (
 )
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes, load_scaler
+from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
 from worldmodel.models.checkpoint import load_world_model

@@ -15,11 +15,12 @@ from policy.checkpoint import load_policy
 from policy.planner import Planner
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder, find_policies
-from sepsis_jax.pipelines.sweep_output import KIND
+from sepsis_jax.pipelines.sweep_folder import KIND
 from sepsis_jax.runs import provenance
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.episodes import EPISODES_FILE, Episodes, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model

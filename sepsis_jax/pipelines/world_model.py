@@ -17,7 +17,7 @@ from sepsis_jax.report.figures import effects_figure
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
-from worldmodel.episodes import (
+from worldmodel.episode_files import (
     EPISODES_FILE,
     load_dose_edges,
     load_episodes,

@@ -243,7 +243,7 @@ def sweep_figure(summary: pd.DataFrame, title: str, path: Path) -> None:
     difference to no treatment; other plans and policies become dots.
 
     Args:
-      summary: a row per plan, as `sepsis_jax.pipelines.sweep_output.summarise` gives it.
+      summary: a row per plan, as `sepsis_jax.pipelines.sweep_folder.summarise` gives it.
       title: of the figure.
       path: PNG to write.
     """

@@ -11,9 +11,9 @@ from flax import nnx
 from policy.base import feature_width
 from policy.checkpoint import MARKER, load_policy, save_policy
 from policy.clinician_models import GRU, MLP, Clusters, Logistic, uncalibrated
-from policy.offline.algorithms import Perceptron
+from policy.offline.algorithms import NAMES, OfflineConfig, Perceptron
 from policy.offline.data import transitions
-from policy.offline.training import NAMES, OfflineConfig, train_offline
+from policy.offline.training import train_offline
 from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner import Planner, PlannerConfig
 from policy.planner.advantage import untrained_advantage

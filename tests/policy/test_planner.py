@@ -9,8 +9,9 @@ import pytest
 
 from policy.base import Policy
 from policy.clinician_models import MLP
+from policy.offline.algorithms import OfflineConfig
 from policy.offline.data import transitions
-from policy.offline.training import OfflineConfig, train_offline
+from policy.offline.training import train_offline
 from policy.planner import Planner, PlannerConfig, fit_planner
 from policy.planner.advantage import (
     PAST,

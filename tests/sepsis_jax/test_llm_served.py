@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from policy.serving.vllm import ServerOptions, VLLMServer
-from policy.train.loop.learner import LearnerConfig
+from policy.train.loop.optimizer import LearnerConfig
 from sepsis_jax.pipelines.agent import BackendOptions
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.setup import ModelOptions, RunnerOptions

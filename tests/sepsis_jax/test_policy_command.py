@@ -22,7 +22,7 @@ from sepsis_jax.pipelines.policy_values import (
 )
 from tests.sepsis_jax.command_line import call, finish, leftovers, refuse
 from worldmodel import schema
-from worldmodel.episodes import load_episodes
+from worldmodel.episode_files import load_episodes
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import true_value
 

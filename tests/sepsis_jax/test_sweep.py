@@ -17,11 +17,11 @@ import pytest
 from policy.checkpoint import load_policy, save_policy
 from policy.clinician_models import MLP
 from sepsis_jax.pipelines import sweep as pipeline
-from sepsis_jax.pipelines.sweep_output import SweepFolder
+from sepsis_jax.pipelines.sweep_folder import SweepFolder
 from sepsis_jax.pipelines.sweep_request import SweepOptions, load_sweep
 from tests.sepsis_jax.command_line import call, finish, leftovers, refuse
 from worldmodel import schema
-from worldmodel.episodes import load_episodes, load_scaler
+from worldmodel.episode_files import load_episodes, load_scaler
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model

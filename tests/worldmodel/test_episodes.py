@@ -10,8 +10,7 @@ import pytest
 
 from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.episodes import (
-    COLUMNS,
+from worldmodel.episode_files import (
     from_table,
     load_dose_edges,
     load_episodes,
@@ -20,6 +19,7 @@ from worldmodel.episodes import (
     save_episodes,
     to_table,
 )
+from worldmodel.episodes import COLUMNS
 from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
-from worldmodel.episodes import dose_edges_of, dose_edges_to_dict
+from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
 from worldmodel.models.clinical_model import ModelConfig

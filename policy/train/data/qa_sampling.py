@@ -6,16 +6,25 @@ a vasopressor only where the whole window is on record, for either answer.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from policy.train.data.qa_prompts import ASKED, short_state
+from policy.agent.prompts import OWN_SETS, Chart, Treatment
+from policy.serving.backend import Message
+from policy.serving.tokens import ChatTokens
+from policy.train.data.packing import Dialogue
+from policy.train.data.qa_prompts import ASKED, QAPrompts, short_state
 from worldmodel import schema
+from worldmodel.configuration import require
+from worldmodel.envs.base import Timestep
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.observation import Observation
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "next_state": (),
@@ -181,3 +190,137 @@ def _drawn(cases: Candidates, options: int, count: int, draw: np.random.Generato
         each = min(count // options, *map(len, by_label))
         order = draw.permutation(np.concatenate([part[:each] for part in by_label]))
     return cases.take(order[:count])
+
+
+@dataclass(frozen=True)
+class QuestionConfig:
+    """Which questions to ask.
+
+    Attributes:
+      kinds: of `OPTIONS`.
+      count: questions per kind, at most; fewer where the records hold fewer.
+      balanced: ask equally often for every answer; otherwise answers are as frequent as in
+        the records, as estimates of calibration and precision need them.
+      charts: how the patient is shown, a set of the agent's templates: "full" or "compact".
+    """
+
+    kinds: tuple[str, ...] = tuple(OPTIONS)
+    count: int = 1000
+    balanced: bool = True
+    charts: str = "full"
+
+    def __post_init__(self) -> None:
+        known = ", ".join(OPTIONS)
+        require(self, f"some of {known}", lambda x: x and set(x) <= set(OPTIONS), "kinds")
+        require(self, "at least 1", lambda n: n >= 1, "count")
+        require(self, f"one of {', '.join(OWN_SETS)}", OWN_SETS.__contains__, "charts")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one patient at the beginning of a step."""
+
+    kind: str
+    messages: tuple[Message, ...]  # system and user
+    answer: str
+    options: tuple[str, ...]  # answers to choose from; none where the answer is free
+    stay: int  # stay_id
+    step: int
+
+    @property
+    def label(self) -> int:
+        """The index of the answer in the options; -1 where it is free."""
+        return self.options.index(self.answer) if self.options else -1
+
+
+def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Question]:
+    """Questions about recorded stays, kind by kind, in an order of their own.
+
+    Args:
+      episodes: the stays, of one split.
+      config: settings.
+      seed: equal seeds, equal questions; each kind's are independent of the other kinds.
+
+    Raises:
+      InputError: the records hold no question of some kind or, to be balanced, no case of an
+        answer.
+    """
+    records = Records.of(episodes)
+    qa_prompts = QAPrompts(config.charts, hours=schema.STEP_HOURS, window=WINDOW)
+    found: list[Question] = []
+    for number, kind in enumerate(OPTIONS):
+        if kind in config.kinds:
+            draw = np.random.default_rng([seed, number])
+            cases = draw_candidates(records, kind, config.count, draw, balanced=config.balanced)
+            found += _worded(kind, records, cases, qa_prompts)
+    return found
+
+
+def as_dialogue(question: Question, tokens: ChatTokens) -> Dialogue:
+    """A question as a training sequence: the answer and its end token are learned."""
+    told = tokens.first(question.messages, ())
+    said = [*tokens.encode(question.answer), tokens.end_id]
+    own = np.arange(len(told) + len(said)) >= len(told)
+    return Dialogue(np.array([*told, *said], np.int32), own)
+
+
+def _worded(
+    kind: str, records: Records, cases: Candidates, qa_prompts: QAPrompts
+) -> Iterator[Question]:
+    """Stay by stay, so that each chart is written once, and then in the order of the cases."""
+    found: list[Question | None] = [None] * len(cases.stay)
+    order = np.lexsort((cases.step, cases.stay))
+    for stay, places in groupby(order, key=lambda place: int(cases.stay[place])):
+        chart, step = Chart.of(_timestep(records.episodes, stay, 0)), 0
+        for place in places:
+            while step < cases.step[place]:
+                action = schema.action_index(
+                    records.episodes.vasopressor[stay, step], records.episodes.fluid[stay, step]
+                )
+                step += 1
+                chart.add(int(action), _timestep(records.episodes, stay, step))
+            found[place] = _one(kind, records, cases.take(place), chart, qa_prompts)
+    return (question for question in found if question is not None)
+
+
+def _one(
+    kind: str, records: Records, case: Candidates, chart: Chart, qa_prompts: QAPrompts
+) -> Question:
+    here = int(case.stay), int(case.step)
+    episodes, options = records.episodes, OPTIONS[kind]
+    context: dict[str, Any] = {}
+    answer = options[int(case.label)] if options else ""
+    if kind in ("next_state", "trend", "effect"):
+        context["given"] = Treatment(int(episodes.vasopressor[here]), int(episodes.fluid[here]))
+    if kind == "next_state":
+        known = np.flatnonzero(records.known[here])
+        context["features"] = [ASKED[i] for i in known]
+        answer = short_state(records.next(*here), known)
+    if kind == "trend":
+        context["feature"] = ASKED[int(case.feature)]
+    if kind == "effect":
+        states = states_after(records, here, tuple(case.donor))
+        context["states"] = states[::-1] if case.label else states
+    messages = qa_prompts.messages(kind, chart, options=options, **context)
+    return Question(kind, messages, answer, options, int(episodes.stay_id[here[0]]), here[1])
+
+
+def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
+    """A recorded row as an environment shows it; `observation_at` in NumPy."""
+    row = stay, step
+    before = (stay, step - 1)
+    nothing: Any = np.int32(0)
+    over: Any = np.bool_(False)
+    info: Any = None
+    observation = Observation(
+        dynamic=episodes.dynamic[row],
+        measured=episodes.measured[row],
+        static=episodes.static[stay],
+        ventilated=episodes.ventilated[row],
+        sofa=episodes.sofa[row],
+        urine_24h=episodes.urine_24h[row],
+        vasopressor=episodes.vasopressor[before] if step else nothing,
+        fluid=episodes.fluid[before] if step else nothing,
+        step=nothing + step,
+    )
+    return Timestep(observation, nothing, over, over, info)

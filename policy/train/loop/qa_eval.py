@@ -1,8 +1,8 @@
 """What a language model knows of patients without a simulator: its answers, graded.
 
-The two evaluations of SepsisAgent (arXiv 2605.14723) are the questions "mortality" (death in
-hospital) and "vasopressor" (within the next 24 hours), by their AUROC and AUPRC. A model is not asked to
-speak: the probabilities of the possible answers are compared.
+SepsisAgent (arXiv 2605.14723) is evaluated on two questions, "mortality" (death in hospital) and
+"vasopressor" (within the next 24 hours), by AUROC and AUPRC. The model generates nothing: the
+probabilities of the possible answers are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from policy.serving.backend import Generator
 from policy.serving.tokens import ChatTokens
-from policy.train.data.qa_prompts import Question
+from policy.train.data.qa_sampling import Question
 from worldmodel.errors import InputError
 
 Metric = Callable[[np.ndarray, np.ndarray, np.ndarray], float]

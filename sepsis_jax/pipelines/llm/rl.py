@@ -14,8 +14,8 @@ from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.train.loop.checkpoints import Checkpoints
-from policy.train.loop.learner import LearnerConfig
 from policy.train.loop.metrics import MetricsLog
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.loop.publishing import (
     AdapterPublisher,
     EmbeddedPublisher,

@@ -29,8 +29,9 @@ from policy.serving.embedded import EmbeddedGenerator
 from policy.train.data.packing import Dialogue, batches, cut, pack
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.distributed import is_first, wait, whole
-from policy.train.loop.learner import Learner, LearnerConfig, cast
+from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.policies import SIMPLE
@@ -38,7 +39,7 @@ from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episodes import load_episodes
+from worldmodel.episode_files import load_episodes
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import Config

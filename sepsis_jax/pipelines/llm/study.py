@@ -16,7 +16,7 @@ from policy.qwen3.weights import load
 from policy.serving.batching import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.testing.taught_qwen3 import TinyOptions, make_trainable
-from policy.train.data.qa_prompts import QuestionConfig, ask
+from policy.train.data.qa_sampling import QuestionConfig, ask
 from policy.train.loop.qa_eval import answer, grade
 from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
@@ -35,7 +35,7 @@ from sepsis_jax.pipelines.llm.setup import (
 from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
 from sepsis_jax.report.figures import reward_figure
 from sepsis_jax.runs import Progress, begin_run, plain, silent
-from worldmodel.episodes import EPISODES_FILE, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import PARAMS
 

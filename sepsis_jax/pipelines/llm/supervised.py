@@ -13,7 +13,7 @@ from policy.serving.tokens import ChatTokens
 from policy.train.data.cache import cached
 from policy.train.data.demonstrations import RejectionConfig, accepted
 from policy.train.data.packing import Dialogue, written
-from policy.train.data.qa_prompts import QuestionConfig, as_dialogue, ask
+from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
 from policy.train.loop.metrics import Report
 from sepsis_jax.pipelines.llm.setup import (
     RunnerOptions,
@@ -24,7 +24,7 @@ from sepsis_jax.pipelines.llm.setup import (
 )
 from sepsis_jax.runs import Progress, begin_run, plain, silent
 from worldmodel.configuration import require
-from worldmodel.episodes import EPISODES_FILE, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from policy.base import decision_features
+from policy.offline.algorithms import OfflineConfig
 from policy.offline.data import Transitions, transitions
-from policy.offline.training import OfflineConfig, draw_batch
+from policy.offline.training import draw_batch
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.clinical.reward import trajectory_rewards

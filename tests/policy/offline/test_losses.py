@@ -8,7 +8,9 @@ from flax import nnx, struct
 
 from policy.offline.algorithms import (
     ALGORITHMS,
+    NAMES,
     Batch,
+    OfflineConfig,
     allowed_actions,
     bcq_loss,
     cql_loss,
@@ -19,7 +21,6 @@ from policy.offline.algorithms import (
     wd3qne_loss,
     wd3qne_value,
 )
-from policy.offline.training import NAMES, OfflineConfig
 
 STATES, ACTIONS, ROWS = 9, 25, 40
 

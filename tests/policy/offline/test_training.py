@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.offline.algorithms import ALGORITHMS, OfflinePolicy
+from policy.offline.algorithms import ALGORITHMS, OfflineConfig, OfflinePolicy
 from policy.offline.data import Transitions, transitions
-from policy.offline.training import RECORDS, OfflineConfig, seed_keys, train_all, train_offline
+from policy.offline.training import RECORDS, seed_keys, train_all, train_offline
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import observation_at

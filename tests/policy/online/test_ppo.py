@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx, struct
 
-from policy.offline.algorithms import ALGORITHMS, OfflinePolicy, Perceptron, make_networks
-from policy.offline.training import OfflineConfig
+from policy.offline.algorithms import (
+    ALGORITHMS,
+    OfflineConfig,
+    OfflinePolicy,
+    Perceptron,
+    make_networks,
+)
 from policy.online.ppo import (
     Networks,
     OnlinePolicy,

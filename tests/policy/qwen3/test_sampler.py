@@ -7,8 +7,7 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3 import sampler
-from policy.qwen3.logprobs import score
-from policy.qwen3.sampler import Draw, bucket, draw_token, generate, nucleus
+from policy.qwen3.sampler import Draw, bucket, draw_token, generate, nucleus, score
 from worldmodel.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -154,7 +153,7 @@ def test_scores_are_sums_of_logprobs(model, drawn, monkeypatch):
     for reply, row in zip(drawn, found, strict=True):
         own = np.cumsum((0.0, *reply.model_logprobs))
         np.testing.assert_allclose(row, own[[NEW, 3, 0]], atol=1e-3)
-    monkeypatch.setattr("policy.qwen3.logprobs.TOKENS_PER_ROW", 13)
+    monkeypatch.setattr("policy.qwen3.sampler.TOKENS_PER_ROW", 13)
     np.testing.assert_allclose(score(model, questions), found, atol=1e-3)
     assert score(model, [((5,), [])]) == [[]]
 

@@ -8,7 +8,7 @@ import pytest
 from policy.train.data import cache
 from policy.train.data.cache import CachedDialogues, cached
 from policy.train.data.packing import Dialogue, pack
-from policy.train.data.qa_prompts import QuestionConfig
+from policy.train.data.qa_sampling import QuestionConfig
 from worldmodel.errors import InputError
 
 CONFIG = QuestionConfig()

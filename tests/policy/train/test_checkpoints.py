@@ -110,7 +110,8 @@ from pathlib import Path
 from itertools import count, islice
 from policy import qwen3
 from policy.train.loop.checkpoints import Checkpoints
-from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Summed
 from policy.train.loop.metrics import MetricsLog
 

@@ -13,8 +13,8 @@ from policy import qwen3
 from policy.qwen3.lora import add_adapters
 from policy.train.data.packing import Dialogue, batches, pack
 from policy.train.loop.checkpoints import Checkpoints
-from policy.train.loop.learner import Learner, LearnerConfig, cast
-from policy.train.loop.optimizer import schedule
+from policy.train.loop.learner import Learner, cast
+from policy.train.loop.optimizer import LearnerConfig, schedule
 from policy.train.losses import Summed, cross_entropy
 from worldmodel.errors import InputError
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from policy import qwen3
-from policy.train.loop.learner import Learner, LearnerConfig
-from policy.train.loop.optimizer import round_stochastically, store, widen
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import LearnerConfig, round_stochastically, store, widen
 from policy.train.losses import Summed
 
 

@@ -23,7 +23,8 @@ from policy.qwen3 import lora
 from policy.qwen3.sharding import make_mesh
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.data.packing import Rows
-from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Summed, cross_entropy
 
 config = LearnerConfig(steps=2, learning_rate=1e-4, warm_up=0, accumulate=2, report_every=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sepsis_jax.cohort import CohortOptions, build_cohort
-from worldmodel.episodes import load_episodes
+from worldmodel.episode_files import load_episodes
 from worldmodel.schema import INDEX
 
 CHECKOUT = Path(__file__).parents[3]

@@ -9,7 +9,7 @@ from sepsis_jax.cohort import CohortOptions, build_cohort, parity_options
 from sepsis_jax.cohort.build import split_of
 from tests.sepsis_jax.cohort.tiny import ADMITTED, Tiny
 from worldmodel import schema
-from worldmodel.episodes import load_episodes
+from worldmodel.episode_files import load_episodes
 from worldmodel.errors import InputError
 
 

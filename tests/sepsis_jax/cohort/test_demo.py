@@ -9,7 +9,7 @@ from sepsis_jax.cohort import CohortOptions, build_cohort
 from tests.sepsis_jax.cohort.conftest import CHECKOUT
 from tests.sepsis_jax.cohort.tiny import Tiny
 from worldmodel import schema
-from worldmodel.episodes import load_dose_edges, load_episodes
+from worldmodel.episode_files import load_dose_edges, load_episodes
 
 
 @pytest.mark.demo_data

@@ -15,7 +15,7 @@ import pytest
 from sepsis_jax.cohort import build_cohort, parity_options
 from sepsis_jax.cohort.charlson import WEIGHTS
 from sepsis_jax.cohort.source import TABLES
-from worldmodel.episodes import load_episodes
+from worldmodel.episode_files import load_episodes
 
 pytestmark = [pytest.mark.parity, pytest.mark.demo_data]
 

@@ -9,8 +9,9 @@ from sepsis_jax.ope import Clip, InputPolicy, check, diagnose, evaluate, weigh
 from sepsis_jax.ope.bootstrap import draw_counts, generator, join, resample
 from sepsis_jax.ope.data import BLOCK, inspect
 from sepsis_jax.ope.distribution import tail
+from sepsis_jax.ope.estimation import prepare
 from sepsis_jax.ope.estimators import estimate
-from sepsis_jax.ope.weights import SIZE, drug_weights, prepare
+from sepsis_jax.ope.weights import SIZE, drug_weights
 from tests.sepsis_jax.ope.samples import random_case
 from tests.sepsis_jax.ope.test_estimators import batch_of
 from worldmodel.errors import InputError

@@ -15,7 +15,7 @@ from sepsis_jax.ope.policies import read_probabilities, soften, write_probabilit
 from sepsis_jax.ope.simulated import simulated_value
 from sepsis_jax.pipelines.ope import latex
 from tests.toy import toy_episodes
-from worldmodel.episodes import save_episodes
+from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig

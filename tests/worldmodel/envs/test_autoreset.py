@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worldmodel.envs.playing import play
+from tests.worldmodel.envs.unrolling import play
 from worldmodel import SepsisEnv
 from worldmodel.envs.env import AutoReset, episode_key
 from worldmodel.errors import InputError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worldmodel.envs.playing import keys_of, play_all, play_table
+from tests.worldmodel.envs.unrolling import keys_of, play_all, play_table
 from worldmodel import SepsisEnv
 from worldmodel.mdp import best_policy, icu_sepsis
 

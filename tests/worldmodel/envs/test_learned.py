@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.worldmodel.envs.conftest import world_of
-from tests.worldmodel.envs.playing import keys_of, play, play_all
+from tests.worldmodel.envs.unrolling import keys_of, play, play_all
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worldmodel.envs.playing import play_all
+from tests.worldmodel.envs.unrolling import play_all
 from worldmodel import SepsisEnv
 from worldmodel.synthetic import Config, generate, patient_key
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worldmodel.simulate.slow import play
+from tests.worldmodel.simulate.plain_rollout import play
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.simulate.history import start_history

@@ -7,7 +7,7 @@ import pytest
 from tests.worldmodel.synthetic.conftest import WORLD, assert_same
 from worldmodel import imputation, schema
 from worldmodel.clinical import reward, sofa
-from worldmodel.episodes import from_table, to_table
+from worldmodel.episode_files import from_table, to_table
 from worldmodel.errors import InputError
 from worldmodel.synthetic import generate, marginals
 from worldmodel.synthetic.generate import EXEMPT

@@ -18,7 +18,8 @@ from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
 from policy.testing.taught_qwen3 import tiny_runner
 from policy.train.loop.checkpoints import Checkpoints
-from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.loop.publishing import EmbeddedPublisher
 from policy.train.losses import Objective
 from policy.train.rl.advantages import AdvantageConfig

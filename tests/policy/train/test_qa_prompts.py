@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from policy.train.data.qa_prompts import ASKED, QuestionConfig, as_dialogue, ask
-from policy.train.data.qa_sampling import OPTIONS, WINDOW
+from policy.train.data.qa_prompts import ASKED
+from policy.train.data.qa_sampling import OPTIONS, WINDOW, QuestionConfig, as_dialogue, ask
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError

@@ -13,9 +13,9 @@ from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, Rows, batches, pack
-from policy.train.data.qa_prompts import Question, QuestionConfig, as_dialogue, ask
-from policy.train.data.qa_sampling import OPTIONS
-from policy.train.loop.learner import Learner, LearnerConfig
+from policy.train.data.qa_sampling import OPTIONS, Question, QuestionConfig, as_dialogue, ask
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import LearnerConfig
 from policy.train.loop.qa_eval import answer, grade
 from policy.train.losses import cross_entropy
 from tests.toy import toy_episodes
