@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from worldmodel.errors import InputError
 
@@ -114,6 +112,8 @@ def digest_file(path: Path) -> str:
 
 def save_arrays(folder: Path, tree: Any) -> None:
     """Writes the leaves of a PyTree under the names of their paths; the folder must be new."""
+    import orbax.checkpoint as ocp  # slow to import; the command line imports this module
+
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder, _named(tree))
 
@@ -128,6 +128,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
     Raises:
       InputError: the folder is missing or damaged, or holds other leaves or shapes.
     """
+    import jax
+
     abstract = _named(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; the checkpoint is incomplete")
@@ -141,6 +143,8 @@ def load_arrays(folder: Path, like: Any) -> Any:
 
 
 def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(folder)
         found = {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
@@ -156,5 +160,7 @@ def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
 
 def _named(tree: Any) -> dict[str, Any]:
     """Leaves by their path, such as `0.gru.cells.1.weight_hidden.value`."""
+    import jax
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
