@@ -36,12 +36,12 @@ from worldmodel.simulate.history import start_history
 from worldmodel.simulate.sharded import (
     AXIS,
     BRANCHES_PER_DEVICE,
-    Settings,
     Task,
     branch_mesh,
     sharded_call,
     task_shape,
 )
+from worldmodel.simulate.unroll import RolloutConfig
 from worldmodel.synthetic import generate
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -86,7 +86,9 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     mesh = branch_mesh(topology.devices)
     # Many samples per patient and plan, as in a sweep; a chip gets one task of one member.
     shape = task_shape(PATIENTS, PLANS, 10**6, 1, branches=arguments.branches)
-    call = sharded_call(mesh, shape, Settings(arguments.horizon, precision=arguments.precision))
+    call = sharded_call(
+        mesh, shape, RolloutConfig(arguments.horizon, precision=arguments.precision)
+    )
     start = time.perf_counter()
     program = call.lower(*abstract(mesh, shape, arguments)).compile()
     seconds = time.perf_counter() - start

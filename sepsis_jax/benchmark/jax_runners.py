@@ -19,13 +19,13 @@ from worldmodel.simulate.history import History
 from worldmodel.simulate.rollout import CHART_FEATURES, rollout
 from worldmodel.simulate.sharded import (
     BRANCHES_PER_DEVICE,
-    Settings,
     ShardedRollout,
     branch_mesh,
     rollout_block,
     task_shape,
 )
 from worldmodel.simulate.step import advance
+from worldmodel.simulate.unroll import RolloutConfig
 
 
 def checksum(found: Any) -> float:
@@ -116,7 +116,7 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     most = BRANCHES_PER_DEVICE.get(jax.default_backend(), 65_536)
     per_device = min(most, -(-job.shape.branches // mesh.devices.size))
     shape = task_shape(*job.shape, 1, branches=per_device)
-    settings = Settings(horizon=job.horizon, features=CHART_FEATURES, precision=precision)
+    settings = RolloutConfig(horizon=job.horizon, features=CHART_FEATURES, precision=precision)
     sharded_rollout = ShardedRollout(job.world_model, mesh, shape, settings)
     plans = jnp.asarray(job.plans)
 

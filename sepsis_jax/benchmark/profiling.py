@@ -18,13 +18,8 @@ from sepsis_jax.benchmark.timing import seconds_of
 from sepsis_jax.runs import Progress, silent
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.simulate.rollout import CHART_FEATURES
-from worldmodel.simulate.sharded import (
-    BRANCHES_PER_DEVICE,
-    Settings,
-    ShardedRollout,
-    Task,
-    branch_mesh,
-)
+from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE, ShardedRollout, Task, branch_mesh
+from worldmodel.simulate.unroll import RolloutConfig
 
 RESULT = "profile.json"
 _RUNS = 3  # timed and traced
@@ -64,7 +59,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     """
     mesh = branch_mesh()
     devices = mesh.devices.size
-    settings = Settings(job.horizon, CHART_FEATURES)
+    settings = RolloutConfig(job.horizon, CHART_FEATURES)
     sharded_rollout = ShardedRollout(job.world_model, mesh, job.shape, settings)
     patients = np.arange(job.shape.patients, dtype=np.int32)
     samples = np.arange(job.shape.samples, dtype=np.int32)

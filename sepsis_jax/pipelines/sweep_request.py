@@ -26,9 +26,10 @@ from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
-from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE, Settings
+from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
+from worldmodel.simulate.unroll import RolloutConfig
 
 POLICY = "policy"  # kind of a group, beside those of the plans
 _BLOCK = {"cpu": 65_536}  # branches: seconds of work, and little memory
@@ -37,7 +38,7 @@ _BLOCK_ACCELERATOR = 1_048_576
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Settings of a sweep.
+    """RolloutConfig of a sweep.
 
     Attributes:
       plans: as `worldmodel.simulate.plans.read_plan_set` takes them; "constant" where neither
@@ -119,10 +120,10 @@ class Sweep:
     manifest: dict[str, Any]
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> RolloutConfig:
         """What is compiled."""
         options = self.options
-        return Settings(
+        return RolloutConfig(
             options.horizon, options.features, options.mode, precision=options.precision or None
         )
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.envs.base import Dynamics, Timestep
 from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
 from worldmodel.envs.learned import LearnedDynamics, learned_dynamics
@@ -30,8 +30,6 @@ from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.synthetic.world import Config, Params
-
-_EPISODES = 0x5E951500  # sets the keys of numbered episodes apart from all others
 
 
 @struct.dataclass
@@ -198,7 +196,7 @@ class SepsisEnv:
 
 def episode_key(key: jax.Array, number: jax.Array | int) -> jax.Array:
     """The key of one of the episodes that follow each other, counted from 0."""
-    return jax.random.fold_in(jax.random.fold_in(key, _EPISODES), number)
+    return jax.random.fold_in(jax.random.fold_in(key, keys.EPISODES), number)
 
 
 def _rest(last: Timestep) -> Timestep:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from worldmodel import keys
 from worldmodel.envs.base import Timestep, first_timestep
 from worldmodel.mdp import icu_sepsis
 
@@ -42,7 +43,7 @@ class TableDynamics:
 
     def reset(self, key: jax.Array) -> tuple[TableState, Timestep]:
         """A start state is drawn."""
-        number = _draw(self.start, jax.random.fold_in(key, 0))
+        number = _draw(self.start, jax.random.fold_in(key, keys.START_STATE))
         state = TableState(number, jnp.int32(0), key)
         return state, first_timestep(number, sofa=self.sofa[number])
 

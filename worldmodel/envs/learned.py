@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.clinical import reward
 from worldmodel.envs.base import (
     Timestep,
@@ -36,8 +36,6 @@ from worldmodel.simulate.step import MODES, follow
 
 OUTCOMES = ("expected", "threshold", "sampled")
 RANDOM_ROW = "random"
-
-_START = np.uint32(2**32 - 1)  # apart from all stay ids, which noise is folded in by
 
 
 @struct.dataclass
@@ -198,7 +196,7 @@ class LearnedDynamics:
 
 
 def _start_draws(key: jax.Array) -> jax.Array:
-    return jax.random.split(jax.random.fold_in(key, _START), 3)
+    return jax.random.split(jax.random.fold_in(key, keys.START), 3)
 
 
 def _choose(first: jax.Array, one: Any, other: Any) -> Any:

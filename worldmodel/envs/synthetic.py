@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from worldmodel import keys
 from worldmodel.clinical import reward
 from worldmodel.envs.base import Timestep, first_timestep, reward_terms
 from worldmodel.observation import PolicyFn
@@ -74,11 +75,11 @@ class SyntheticDynamics:
         return SyntheticState(moved, state.key), timestep
 
     def _probabilities(self, state: SyntheticState) -> jax.Array:
-        seen = state.world.observation
+        observation = state.world.observation
         if self.behavior is None:
             frailty = state.world.traits.frailty
-            return clinician.probabilities(seen, frailty, self.params.clinician)
-        return self.behavior(jax.random.fold_in(state.key, _POLICY_TAG + seen.step), seen)
-
-
-_POLICY_TAG = 1 << 22  # outside the range of steps, which noise is folded in by
+            return clinician.probabilities(observation, frailty, self.params.clinician)
+        return self.behavior(
+            jax.random.fold_in(state.key, keys.BEHAVIOR + observation.step.astype(jnp.uint32)),
+            observation,
+        )

@@ -44,11 +44,11 @@ def parse_plan(text: str, *, horizon: int, stay: Episodes, step: int) -> Plan:
     if is_clinician(text):
         recorded = int(stay.length[0]) - step
         if recorded < 1:
-            raise InputError(f"plan clinician: the stay has no step {step}; use an earlier --step")
+            raise InputError(f"plan clinician: the stay has no step {step}; start earlier")
         if recorded < horizon:
             raise InputError(
                 f"plan clinician: the stay has {recorded} steps from step {step} on, the horizon "
-                f"is {horizon}; use --horizon {recorded} or an earlier --step"
+                f"is {horizon}; use a horizon of {recorded} or start earlier"
             )
         return Plan(CLINICIAN, np.asarray(stay.action[0, step : step + horizon]))
     return parse_sequence(text, horizon=horizon)

@@ -11,14 +11,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, draw_action
 from worldmodel.simulate.history import History, observe
 from worldmodel.simulate.unroll import Shape, StepState
-
-_NOISE_STREAM, _POLICY_STREAM, _OUTCOME_STREAM = 0, 1, 2
 
 
 def branch_key(
@@ -43,17 +41,17 @@ def branch_key(
 
 def state_noise(key: jax.Array) -> jax.Array:
     """[39] standard normals of a branch's step."""
-    return jax.random.normal(jax.random.fold_in(key, _NOISE_STREAM), (schema.NUM_FEATURES,))
+    return jax.random.normal(jax.random.fold_in(key, keys.NOISE), (schema.NUM_FEATURES,))
 
 
 def policy_key(key: jax.Array) -> jax.Array:
     """The key that a policy gets in a branch's step."""
-    return jax.random.fold_in(key, _POLICY_STREAM)
+    return jax.random.fold_in(key, keys.POLICY_CHOICE)
 
 
 def outcome_chance(key: jax.Array) -> jax.Array:
     """[] uniform in [0, 1), the luck of an outcome that is drawn."""
-    return jax.random.uniform(jax.random.fold_in(key, _OUTCOME_STREAM))
+    return jax.random.uniform(jax.random.fold_in(key, keys.OUTCOME))
 
 
 Treat = Callable[[jax.Array, StepState], jax.Array]
@@ -90,8 +88,8 @@ def under_policy(
     def treat(h: jax.Array, now: StepState) -> jax.Array:
         assert now.history is not None
         observation = observe(world_model, now.history, past=past)
-        keys = _branch_keys(key, start, h, jnp.zeros(1, jnp.int32), samples).reshape(-1)
-        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(keys), observation)
+        own_keys = _branch_keys(key, start, h, jnp.zeros(1, jnp.int32), samples).reshape(-1)
+        action = jax.vmap(partial(draw_action, policy))(jax.vmap(policy_key)(own_keys), observation)
         return action.reshape(shape)
 
     return treat
@@ -111,8 +109,8 @@ def drawn_noise(
 
     @jax.named_scope("sampling")
     def draw(h: jax.Array) -> jax.Array:
-        keys = _branch_keys(key, start, h, plan_ids, samples)
-        return jax.vmap(state_noise)(keys.reshape(-1)).reshape(*keys.shape, -1)
+        own_keys = _branch_keys(key, start, h, plan_ids, samples)
+        return jax.vmap(state_noise)(own_keys.reshape(-1)).reshape(*own_keys.shape, -1)
 
     # Drawn by a loop of their own, and one of at least two turns: otherwise XLA would draw them
     # again under every plan and for everything that reads them.

@@ -8,7 +8,7 @@ numbers), which removes noise from comparisons between plans.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.step import MODES
-from worldmodel.simulate.unroll import RolloutSpec, Step, unroll
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step, unroll
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
@@ -60,19 +60,6 @@ class Rollouts:
     def feature(self, name: str) -> jax.Array:
         """[P, K, S, H] one of the collected features, in physical units."""
         return self.values[..., self.features.index(name)]
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """What is compiled into a rollout."""
-
-    past: int  # rows that the policy looks back on
-    horizon: int
-    features: tuple[str, ...]
-    common_noise: bool
-    mode: str
-    mortality: bool
-    precision: str | None
 
 
 def rollout(
@@ -140,8 +127,8 @@ def rollout(
     if max_branches is None:
         max_branches = _suitable_branches(horizon)
     inputs = (world_model, key, start, plans, policy and as_pytree(policy), noise)
-    settings = _Settings(
-        past=getattr(policy, "past", 0),
+    past = getattr(policy, "past", 0)
+    config = RolloutConfig(
         horizon=horizon,
         features=tuple(features),
         common_noise=common_noise,
@@ -154,8 +141,8 @@ def rollout(
     # Sample s belongs to member s mod E.
     blocks = _Blocks(rows, ids[None] * members + np.arange(members)[:, None, None])
     if being_traced():
-        return _rollout(*inputs, blocks, samples, settings)
-    return _jitted(precision)(*inputs, blocks, samples, settings)
+        return _rollout(*inputs, blocks, samples, config, past)
+    return _jitted(precision)(*inputs, blocks, samples, config, past)
 
 
 def _resolve(
@@ -205,7 +192,7 @@ def _in_equal_parts(count: int, most: int) -> np.ndarray:
 
 @cache
 def _jitted(precision: str | None) -> Any:
-    return jax.jit(_rollout, static_argnums=(7, 8), compiler_options=compiler_options(precision))
+    return jax.jit(_rollout, static_argnums=(7, 8, 9), compiler_options=compiler_options(precision))
 
 
 def _rollout(
@@ -217,7 +204,8 @@ def _rollout(
     noise: jax.Array | None,
     blocks: _Blocks,
     samples: int,
-    settings: _Settings,
+    config: RolloutConfig,
+    past: int,
 ) -> Rollouts:
     """Patients block by block, in each the members, and in each their samples block by block."""
 
@@ -233,7 +221,15 @@ def _rollout(
                 outcome_model=add_axis(outcome_model),
             )
             simulate = partial(
-                _simulate, member, key, starts, own_plans, policy, own_noise, settings=settings
+                _simulate,
+                member,
+                key,
+                starts,
+                own_plans,
+                policy,
+                own_noise,
+                config=config,
+                past=past,
             )
             return jax.lax.map(simulate, sample_blocks)
 
@@ -248,7 +244,7 @@ def _rollout(
         leaf = leaf.reshape(math.prod(patients), plans, math.prod(sets), *leaf.shape[6:])
         return leaf[: start.step.shape[0], :, :samples]
 
-    return Rollouts(**jax.tree.map(merge, results), features=settings.features, mode=settings.mode)
+    return Rollouts(**jax.tree.map(merge, results), features=config.features, mode=config.mode)
 
 
 def _simulate(
@@ -260,19 +256,20 @@ def _simulate(
     noise: jax.Array | None,
     samples: jax.Array,
     *,
-    settings: _Settings,
+    config: RolloutConfig,
+    past: int,
 ) -> dict[str, jax.Array]:
     """One member's branches [P, K, C] for the samples [C]."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
-    columns = np.array([schema.INDEX[name] for name in settings.features], np.int32)
+    columns = np.array([schema.INDEX[name] for name in config.features], np.int32)
     treat = (
         under_plans(plans)
         if plans is not None
-        else under_policy(policy, world_model, key, start, samples, past=settings.past)
+        else under_policy(policy, world_model, key, start, samples, past=past)
     )
     if noise is None:
-        common = settings.common_noise
-        eps = drawn_noise(key, start, samples, shape, settings.horizon, common=common)
+        common = config.common_noise
+        eps = drawn_noise(key, start, samples, shape, config.horizon, common=common)
     else:
         given = noise[:, None, samples]
 
@@ -292,17 +289,14 @@ def _simulate(
         world_model,
         start,
         RolloutSpec(
+            config=config,
             shape=shape,
-            horizon=settings.horizon,
             treat=treat,
             noise=eps,
             collect=collect,
             fold=lambda projected, step: projected + step.projected,
             folded=jnp.zeros(shape, jnp.int32),
-            mode=settings.mode,
             looks_back=plans is None,
-            mortality=settings.mortality,
-            precision=settings.precision,
         ),
     )
     mortality = jnp.full(shape, jnp.nan) if played.mortality is None else played.mortality

@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
-from worldmodel.simulate.unroll import RolloutSpec, Shape, unroll
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape, unroll
 
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
@@ -38,27 +38,6 @@ _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
 
 # Branches that a device plays at a time: what fits a core's cache, or fills an accelerator.
 BRANCHES_PER_DEVICE = {"cpu": 512, "gpu": 131_072, "tpu": 65_536}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is compiled into a job.
-
-    Attributes:
-      horizon: steps H.
-      features: names whose last values are kept.
-      mode: "corrected" or "reference".
-      common_noise: the same noise under every plan.
-      mortality: ask the Outcome Model at the end.
-      precision: of matrix products; None for the model's own.
-    """
-
-    horizon: int
-    features: tuple[str, ...] = ("meanbp", "lactate")
-    mode: str = "corrected"
-    common_noise: bool = True
-    mortality: bool = True
-    precision: str | None = None
 
 
 class Task(NamedTuple):
@@ -99,7 +78,7 @@ class ShardedRollout:
       world_model: to play in, copied to every device.
       mesh: from `branch_mesh`.
       shape: branches p, K, c of a task; K = 1 for a policy.
-      settings: what to play.
+      config: what is compiled.
       policy: `(key, observation) -> [25]`; None where plans are given.
     """
 
@@ -108,14 +87,14 @@ class ShardedRollout:
         world_model: WorldModel,
         mesh: Mesh,
         shape: Shape,
-        settings: Settings,
+        config: RolloutConfig,
         policy: PolicyFn | None = None,
     ):
-        self.mesh, self.shape, self.settings = mesh, shape, settings
+        self.mesh, self.shape, self.config = mesh, shape, config
         past = getattr(policy, "past", 0)
         everywhere = NamedSharding(mesh, PartitionSpec())
         self._constant = jax.device_put((world_model, policy and as_pytree(policy)), everywhere)
-        self.call = sharded_call(mesh, shape, settings, past=past)
+        self.call = sharded_call(mesh, shape, config, past=past)
 
     def __call__(
         self, key: jax.Array, start: History, plans: jax.Array | None, tasks: Task
@@ -135,7 +114,7 @@ class ShardedRollout:
         return self.call(world_model, policy, key, start, plans, tasks)
 
 
-def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0) -> Any:
+def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0) -> Any:
     """The jitted function behind a `ShardedRollout`, for those who compile ahead of time.
 
     Returns:
@@ -162,8 +141,8 @@ def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0)
             member,
             starts,
             RolloutSpec(
+                config=config,
                 shape=shape,
-                horizon=settings.horizon,
                 treat=under_plans(own_plans)
                 if own_plans is not None
                 else under_policy(policy, member, key, starts, task.samples, past=past),
@@ -172,18 +151,15 @@ def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0)
                     starts,
                     task.samples,
                     shape,
-                    settings.horizon,
-                    common=settings.common_noise,
+                    config.horizon,
+                    common=config.common_noise,
                 ),
-                fold=partial(fold_step, features=settings.features),
-                folded=empty_summary(shape, settings.features),
-                mode=settings.mode,
+                fold=partial(fold_step, features=config.features),
+                folded=empty_summary(shape, config.features),
                 looks_back=own_plans is None,
-                mortality=settings.mortality,
-                precision=settings.precision,
             ),
         )
-        summary = finish_summary(played.folded, played.mortality, settings.horizon)
+        summary = finish_summary(played.folded, played.mortality, config.horizon)
         return jax.tree.map(lambda leaf: leaf[None], summary)
 
     same, split = PartitionSpec(), PartitionSpec(AXIS)
@@ -195,7 +171,7 @@ def sharded_call(mesh: Mesh, shape: Shape, settings: Settings, *, past: int = 0)
             out_specs=split,
             check_vma=False,  # devices exchange nothing
         ),
-        compiler_options=compiler_options(settings.precision, mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(config.precision, mesh.devices.flat[0].platform),
     )
 
 

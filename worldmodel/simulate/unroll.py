@@ -53,34 +53,49 @@ class RolloutResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class RolloutSpec:
-    """What to play, and what to keep of it.
+class RolloutConfig:
+    """What is compiled into a rollout.
 
     Attributes:
-      shape: branches P, K, S.
       horizon: steps H.
+      features: names whose values are returned.
+      mode: "corrected" or "reference".
+      common_noise: the same noise under every plan; otherwise each plan draws its own.
+      mortality: evaluate the Outcome Model at the end.
+      precision: of matrix products; None for the model's own.
+    """
+
+    horizon: int
+    features: tuple[str, ...] = ("meanbp", "lactate")
+    mode: str = "corrected"
+    common_noise: bool = True
+    mortality: bool = True
+    precision: str | None = None
+
+
+@dataclass(frozen=True)
+class RolloutSpec:
+    """A rollout of one block of branches: who is treated how, and what is kept.
+
+    Attributes:
+      config: horizon, mode, precision and whether the Outcome Model is evaluated.
+      shape: branches P, K, S.
       treat: `(h, now) -> action`, joint actions that broadcast to [P, K, S].
       noise: `h -> eps`, standard normals that broadcast to [P, K, S, 39].
       collect: `step -> tree`, kept of every step; leaves broadcast to [P, K, S, ...].
       fold: `(folded, step) -> folded`, a running summary with leaves [P, K, S, ...].
-      folded: where the summary starts.
-      mode: "corrected" or "reference".
-      looks_back: keep a `History` for the policy.
-      mortality: ask the Outcome Model at the end.
-      precision: of matrix products; None for the model's own.
+      folded: initial value of the summary.
+      looks_back: keep a `History` for a policy.
     """
 
+    config: RolloutConfig
     shape: Shape
-    horizon: int
     treat: Callable[[jax.Array, StepState], jax.Array]
     noise: Callable[[jax.Array], jax.Array]
     collect: Callable[[Step], Any] = lambda step: ()
     fold: Callable[[Any, Step], Any] = lambda folded, step: folded
     folded: Any = ()
-    mode: str = "corrected"
     looks_back: bool = False
-    mortality: bool = True
-    precision: str | None = None
 
 
 class _ScanCarry(NamedTuple):
@@ -98,7 +113,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
       spec: what to play.
     """
     member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
-    kernel = pack_state(member, spec.precision)
+    kernel = pack_state(member, spec.config.precision)
     past = _past_rows(start)
     constant = _constant_row(start)
 
@@ -107,7 +122,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         action = spec.treat(h, now)
         row = constant._replace(obs=now.obs, action=encode_action(action))
         recurrent, prediction = fused_gru.step(kernel, carry.recurrent, row, more=more)
-        drawn = next_row(world_model, prediction, spec.noise(h), mode=spec.mode)
+        drawn = next_row(world_model, prediction, spec.noise(h), mode=spec.config.mode)
         urine = (*now.urine[1:], drawn.dynamic[..., schema.URINE])
         sofa = score_row(
             world_model,
@@ -117,7 +132,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
             urine_24h=urine_per_day(
                 sum(urine[1:], urine[0]), start.step[:, None, None] + h + 1, len(urine)
             ),
-            mode=spec.mode,
+            mode=spec.config.mode,
         )
         lactate = drawn.dynamic[..., LACTATE]
         with jax.named_scope("scoring"):
@@ -137,20 +152,20 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         with jax.named_scope("output"):
             folded = spec.fold(carry.folded, brought)
         moved = _ScanCarry(recurrent, StepState(drawn.obs, lactate, sofa, urine, history), folded)
-        trail = (now.obs, action) if spec.mortality else ()
+        trail = (now.obs, action) if spec.config.mortality else ()
         with jax.named_scope("output"):
             return moved, (spec.collect(brought), trail)
 
     carry = _ScanCarry(
-        fused_gru.init_carry(kernel, past, horizon=spec.horizon),
+        fused_gru.init_carry(kernel, past, horizon=spec.config.horizon),
         _start(world_model, start, spec),
         spec.folded,
     )
     parts: list[Any] = []
     whole = schema.STATE_WINDOW - 1  # a window that starts now ends after so many more steps
-    last_whole = spec.horizon - whole
+    last_whole = spec.config.horizon - whole
     h = 0
-    while h < spec.horizon:
+    while h < spec.config.horizon:
         if h == _PREFIX and last_whole - h > 1:
             carry, kept = jax.lax.scan(
                 lambda c, i: step(c, i, more=True),
@@ -165,7 +180,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
             h += 1
     collected = _stack([kept for kept, _ in parts], spec.shape)
     mortality = None
-    if spec.mortality:
+    if spec.config.mortality:
         trail = [rows for _, rows in parts]
         mortality = _mortality(world_model, start, spec, trail, carry.now.obs)
     return RolloutResult(carry.folded, collected, mortality)
@@ -271,10 +286,10 @@ def _mortality(
       newest: [..., 39] the row after the last treatment.
     """
     model = jax.tree.map(lambda leaf: leaf[0], world_model.outcome_model)
-    kernel = pack_outcome(model, spec.precision)
+    kernel = pack_outcome(model, spec.config.precision)
     _, last_action = trail[-1]
     simulated = [*trail[1:], (newest[None], last_action[-1:])]
-    simulated_rows = min(spec.horizon, schema.OUTCOME_WINDOW)
+    simulated_rows = min(spec.config.horizon, schema.OUTCOME_WINDOW)
 
     def spread(leaf: jax.Array, full: tuple[int, ...]) -> jax.Array:
         return jnp.broadcast_to(leaf, (leaf.shape[0], *full, *leaf.shape[4:]))

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from flax import struct
 
-from worldmodel import scaling, schema
+from worldmodel import keys, scaling, schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
@@ -17,7 +17,6 @@ from worldmodel.synthetic.noise import patient_key
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.world import Config, Params
 
-_SPLIT_TAG = 1 << 22  # outside the range of steps
 _SPLIT_SHARES = (0.70, 0.15, 0.15)
 
 
@@ -139,7 +138,7 @@ def _splits(key: jax.Array, patients: jax.Array) -> jax.Array:
     """[N] int32 index into schema.SPLITS, by the patient's key alone."""
 
     def one(patient: jax.Array) -> jax.Array:
-        return jax.random.uniform(jax.random.fold_in(patient_key(key, patient), _SPLIT_TAG))
+        return jax.random.uniform(jax.random.fold_in(patient_key(key, patient), keys.SPLIT))
 
     limits = jnp.asarray(np.cumsum(_SPLIT_SHARES)[:-1], jnp.float32)
     return jnp.searchsorted(limits, jax.vmap(one)(patients), side="right").astype(jnp.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.typing import ArrayLike
 
@@ -48,7 +49,7 @@ class Noise:
 
 
 def patient_key(key: jax.Array, patient: jax.Array) -> jax.Array:
-    """The key of one patient: the whole of that patient's luck."""
+    """The key of one patient: all random numbers of the patient come from it."""
     return jax.random.fold_in(key, patient)
 
 
@@ -81,7 +82,7 @@ def draw(key: jax.Array, step: jax.Array) -> Noise:
 
 
 def middle_noise() -> Noise:
-    """No luck at all: normals 0, uniforms one half."""
+    """Noise without randomness: normals are 0, uniforms one half."""
     half = jnp.full((), 0.5)
     return Noise(
         process={name: jnp.zeros(()) for name in PROCESS_NAMES},
@@ -93,8 +94,8 @@ def middle_noise() -> Noise:
     )
 
 
-def draw_normals(key: jax.Array, tag: int, count: int) -> jax.Array:
-    """[count] standard normals of a patient; `tag` must lie outside the range of steps."""
+def draw_normals(key: jax.Array, tag: int | np.uint32, count: int) -> jax.Array:
+    """[count] standard normals of a patient; `tag` is one of `worldmodel.keys`."""
     return _normal(jax.random.bits(jax.random.fold_in(key, tag), (count,)))
 
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from worldmodel import keys
 from worldmodel.synthetic.noise import NUM_SLOW, SLOW_NAMES, draw_normals
 
-_TRAIT_TAG = 1 << 20  # outside the range of steps
 # name: (set-point, spread between patients, extra per SD beyond the first: a tail of chronic or
 # acute disease such as hepatitis or anticoagulation); exp() of LOG_SLOW is in schema units.
 _SETPOINTS: dict[str, tuple[float, float, float]] = {
@@ -101,7 +101,7 @@ _ALT, _AST = SLOW_NAMES.index("alt"), SLOW_NAMES.index("ast")
 
 def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
     """Traits of one patient from the patient's key."""
-    z = draw_normals(key, _TRAIT_TAG, _NUM_TRAITS + NUM_SLOW + _NUM_START)
+    z = draw_normals(key, keys.TRAITS, _NUM_TRAITS + NUM_SLOW + _NUM_START)
     age = jnp.clip(params.age_mean + params.age_std * z[0], 18.0, 95.0)
     share = params.charlson_age_share
     z_charlson = share * z[0] + jnp.sqrt(1.0 - share**2) * z[1]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.synthetic import clinician
@@ -34,7 +34,6 @@ from worldmodel.synthetic.world import (
 )
 
 FOLLOW_POLICY = -1  # in a plan: let the policy choose
-_POLICY_TAG = 1 << 21  # outside the range of steps: keys handed to policies
 BLOCK = 1024  # patients per call: fits the caches of a CPU core
 _WIDTH = 64  # blocks are a multiple of this, so that every patient runs in full vectors
 
@@ -119,17 +118,17 @@ def simulate_block(
     Returns:
       Sums and ends of the stays, and their rows where asked for.
     """
-    keys = patient_keys(key, patients)
-    start = jax.vmap(lambda k: reset(k, params, config=config))(keys)
+    own_keys = patient_keys(key, patients)
+    start = jax.vmap(lambda k: reset(k, params, config=config))(own_keys)
 
     # Drawn ahead of the scan: inside, XLA would fuse the draw into every use of it.
     numbers = jnp.arange(config.horizon)
-    noises = jax.vmap(lambda number: jax.vmap(draw, (0, None))(keys, number + 1))(numbers)
+    noises = jax.vmap(lambda number: jax.vmap(draw, (0, None))(own_keys, number + 1))(numbers)
 
     def one(
         k: jax.Array, state: State, noise: Noise, planned: jax.Array
     ) -> tuple[State, Transition, Rows | None]:
-        policy_key = jax.random.fold_in(jax.random.fold_in(k, _POLICY_TAG), state.observation.step)
+        policy_key = jax.random.fold_in(jax.random.fold_in(k, keys.POLICY), state.observation.step)
         probabilities = actor(policy_key, state, params)
         chosen = sample_action(probabilities, noise)
         action = jnp.where(planned == FOLLOW_POLICY, chosen, planned)
@@ -154,7 +153,7 @@ def simulate_block(
 
     def body(carry: Any, given: tuple[Noise, jax.Array]) -> tuple[Any, Rows | None]:
         state, sums, weight = carry
-        after, transition, rows = jax.vmap(one)(keys, state, *given)
+        after, transition, rows = jax.vmap(one)(own_keys, state, *given)
         ends = transition.done & ~state.done
         sums = replace(
             sums,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
@@ -171,12 +171,11 @@ def _effects(
 
         if not samples:
             return under(middle_noise())
-        fresh = jax.random.fold_in(own, _SAMPLE_TAG)
+        fresh = jax.random.fold_in(own, keys.EFFECT_SAMPLES)
         noises = jax.vmap(lambda i: draw(jax.random.fold_in(fresh, i), step))(jnp.arange(samples))
         return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(under)(noises))
 
     return jax.vmap(one)(patients, latent, steps)
 
 
-_SAMPLE_TAG = 1 << 23  # outside the range of steps
 _action_effects = jax.jit(_effects, static_argnames=("config", "samples"))

@@ -1,21 +1,23 @@
-"""Playing whole episodes in one compiled call."""
+"""Compiled `worldmodel.envs.unroll` under fixed actions, and under a policy of discrete states."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from worldmodel.envs import FollowActions, unroll
+
 
 def keys_of(key, count):
+    """[count] keys."""
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(count))
 
 
 @jax.jit
 def play(env, key, actions):
     """One episode under actions [T]: the first timestep and those that follow, leaves [T, ...]."""
-    state, first = env.reset(key)
-    state, rest = jax.lax.scan(env.step, state, actions)
-    return state, first, rest
+    state, trajectory = unroll(env, FollowActions(actions), key, num_steps=len(actions))
+    return state, trajectory.first, trajectory.timesteps
 
 
 @jax.jit
@@ -26,19 +28,10 @@ def play_all(env, keys, actions):
 
 @partial(jax.jit, static_argnames="steps")
 def play_table(env, keys, policy, steps):
-    """Episodes [N] of discrete states under a policy [S, A]: returns and lengths."""
+    """Episodes [N] of discrete states under a policy [S, A]: returns, lengths, whether done."""
 
     def one(key):
-        state, first = env.reset(key)
-
-        def step(carry, t):
-            state, observation = carry
-            draw = jax.random.fold_in(jax.random.fold_in(key, 1 << 20), t)
-            action = jax.random.categorical(draw, jnp.log(policy[observation]))
-            state, timestep = env.step(state, action)
-            return (state, timestep.observation), timestep.reward
-
-        (state, _), rewards = jax.lax.scan(step, (state, first.observation), jnp.arange(steps))
-        return rewards.sum(), state.taken, state.last.done
+        state, trajectory = unroll(env, lambda _, number: policy[number], key, num_steps=steps)
+        return trajectory.timesteps.reward.sum(), state.taken, state.last.done
 
     return jax.vmap(one)(keys)

@@ -207,7 +207,7 @@ def test_bad_plans_are_named(stay, text, message):
 
 def test_a_record_that_ends_early_is_named(stay):
     length = int(stay.length[0])
-    with pytest.raises(InputError, match=r"has 2 steps from step .* use --horizon 2"):
+    with pytest.raises(InputError, match=r"has 2 steps from step .* use a horizon of 2"):
         parsed("clinician", stay, step=length - 2)
     with pytest.raises(InputError, match=f"no step {length}"):
         parsed("clinician", stay, step=length)

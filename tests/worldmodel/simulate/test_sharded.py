@@ -14,13 +14,8 @@ from worldmodel.observation import Observation
 from worldmodel.simulate import sharded
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import (
-    Settings,
-    ShardedRollout,
-    branch_mesh,
-    rollout_block,
-    task_shape,
-)
+from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
+from worldmodel.simulate.unroll import RolloutConfig
 
 KEY = jax.random.key(5)
 FEATURES = ("meanbp", "lactate", "creatinine")
@@ -39,7 +34,7 @@ def plans(start):
 
 
 def block(world, start, plans, *, branches, samples=6, settings=None, policy=None):
-    settings = settings or Settings(horizon=4, features=FEATURES)
+    settings = settings or RolloutConfig(horizon=4, features=FEATURES)
     num_plans = 1 if plans is None else plans.shape[1]
     shape = task_shape(len(start.step), num_plans, samples, world.num_members, branches=branches)
     sharded_rollout = ShardedRollout(world, branch_mesh(), shape, settings, policy)
@@ -90,7 +85,7 @@ def test_a_policy_is_played_as_in_rollouts(ensemble, start):
 
 
 def test_the_outcome_may_be_left_out(ensemble, start, plans):
-    settings = Settings(horizon=4, features=FEATURES, mortality=False)
+    settings = RolloutConfig(horizon=4, features=FEATURES, mortality=False)
     assert np.isnan(block(ensemble, start, plans, branches=100, settings=settings).mortality).all()
 
 
@@ -125,14 +120,15 @@ from tests.worldmodel.simulate.conftest import CONFIG
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.sharded import ShardedRollout, Settings, branch_mesh, rollout_block
+from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block
+from worldmodel.simulate.unroll import RolloutConfig
 episodes = toy_episodes(12, 14)
 world = init_world_model(jax.random.key(4), Scaler.fit(episodes, split=None), CONFIG, members=2)
 start = start_history(world, episodes, 0)
 plans = jnp.broadcast_to(jnp.arange(25)[:, None], (12, 25, 3))
 assert len(jax.devices()) == int(sys.argv[1])
 devices = jax.devices()[:: int(sys.argv[2])]
-sharded_rollout = ShardedRollout(world, branch_mesh(devices), (5, 25, 2), Settings(horizon=3))
+sharded_rollout = ShardedRollout(world, branch_mesh(devices), (5, 25, 2), RolloutConfig(horizon=3))
 block = rollout_block(sharded_rollout, jax.random.key(5), start, plans, 6)
 np.savez(sys.argv[3], *jax.tree.leaves(block))
 """

@@ -9,13 +9,7 @@ from worldmodel.errors import InputError
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import RECORDED, plans_from, read_plan_set
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import (
-    Settings,
-    ShardedRollout,
-    branch_mesh,
-    rollout_block,
-    task_shape,
-)
+from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
 from worldmodel.simulate.statistics import (
     disagreement,
     first_actions,
@@ -24,6 +18,7 @@ from worldmodel.simulate.statistics import (
     support,
 )
 from worldmodel.simulate.sweep import find_starts, make_grid, padded
+from worldmodel.simulate.unroll import RolloutConfig
 
 # Where to start
 
@@ -147,7 +142,7 @@ def start(ensemble, episodes):
 def summary(ensemble, start):
     plans = np.broadcast_to(PLANS, (2, *PLANS.shape)).astype(np.int32)
     shape = task_shape(2, 2, 8, 2, branches=100)
-    sharded_rollout = ShardedRollout(ensemble, branch_mesh(), shape, Settings(3, FEATURES))
+    sharded_rollout = ShardedRollout(ensemble, branch_mesh(), shape, RolloutConfig(3, FEATURES))
     return rollout_block(sharded_rollout, KEY, start, plans, 8)
 
 
