@@ -1,4 +1,4 @@
-"""How does a patient evolve? Schema, episodes, clinical rules, models, rollouts.
+"""World model of patients with sepsis: schema, episodes, clinical rules, models, rollouts.
 
 The names below are imported on first use, so that `import worldmodel` costs nothing.
 """
@@ -6,7 +6,7 @@ The names below are imported on first use, so that `import worldmodel` costs not
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from worldmodel.envs.env import SepsisEnv
@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,7 +23,9 @@ _CPU_FLOAT32 = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 @cache
-def compiler_options(precision: str | None = None, platform: str | None = None) -> dict:
+def compiler_options(
+    precision: str | None = None, platform: str | None = None
+) -> dict[str, str | int]:
     """For `jax.jit(..., compiler_options=...)` of an outermost function.
 
     Args:

@@ -99,7 +99,8 @@ def from_table(table: pd.DataFrame, *, source: str = "table") -> Episodes:
         return out
 
     def block(names: tuple[str, ...], dtype: type) -> np.ndarray:
-        return table[list(names)].to_numpy(dtype)
+        result: np.ndarray = table[list(names)].to_numpy(dtype)
+        return result
 
     dtypes = {"vasopressor": np.int32, "fluid": np.int32, "ventilated": np.bool_}
     per_step = {

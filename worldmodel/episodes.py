@@ -1,8 +1,6 @@
-"""Episodes: what every part of the house shares."""
+"""Recorded or simulated ICU stays as one PyTree of arrays."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +38,7 @@ class Episodes:
 
     @property
     def num_stays(self) -> int:
+        """Number of stays N."""
         return self.length.shape[0]
 
     @property
@@ -55,11 +54,13 @@ class Episodes:
     @property
     def action(self) -> jax.Array:
         """[N, T] int32 joint action 0-24."""
-        return schema.action_index(self.vasopressor, self.fluid)
+        result: jax.Array = schema.action_index(self.vasopressor, self.fluid)
+        return result
 
-    def select(self, index: Any) -> Episodes:
+    def select(self, index: np.ndarray | jax.Array | slice) -> Episodes:
         """The stays picked by an index array or boolean mask [N]."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        result: Episodes = jax.tree.map(lambda leaf: leaf[index], self)
+        return result
 
     def of_split(self, name: str) -> Episodes:
         """The stays of one split: "train", "validation" or "test"."""

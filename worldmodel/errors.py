@@ -1,8 +1,8 @@
-"""The one exception that users are meant to see."""
+"""The exception for invalid input of users."""
 
 
 class InputError(ValueError):
-    """Bad input: says what is wrong, where, and how to mend it, in one line.
+    """Invalid input. The message says in one line what is wrong, where, and how to correct it.
 
     The command line prints the message and exits with status 2.
     """

@@ -155,7 +155,8 @@ def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}: {name} has shape {found.get(name)}, expected {wanted.get(name)}; "
                 "the checkpoint belongs to another model configuration"
             )
-        return checkpointer.restore(folder, abstract)
+        result: dict[str, Any] = checkpointer.restore(folder, abstract)
+        return result
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -41,7 +41,7 @@ _MODES = {AutoresetMode.NEXT_STEP: NEXT_STEP, AutoresetMode.SAME_STEP: SAME_STEP
 
 
 class _Encoder(NamedTuple):
-    """How observations become arrays, and the space they lie in."""
+    """Conversion of observations to arrays, and the space of these arrays."""
 
     features: Any  # PyTree that can be called
     space: spaces.Box | spaces.Discrete
@@ -54,13 +54,13 @@ class SepsisGymEnv(gymnasium.Env):
     those fields of `Info` that are known, the terms of the reward by name.
 
     Args:
-      env: any source of patients.
+      env: over any dynamics.
       features: from an `Observation` to a float32 vector; by default `state_features` with
         the world's scaler, 49 numbers, or the number of the state for ICU-Sepsis.
-      observation_space: of own features.
+      observation_space: of the values of `features`, where given.
 
     Raises:
-      InputError: own features come without their space.
+      InputError: `features` is given without `observation_space`.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
@@ -94,7 +94,7 @@ class SepsisGymEnv(gymnasium.Env):
         observation, timestep = jax.device_get(seen)
         return self._observation(observation), _info(timestep.info)
 
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(self, action: object) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """One step.
 
         Raises:
@@ -127,7 +127,7 @@ class SepsisVectorEnv(VectorEnv):
     that seed.
 
     Args:
-      env: any source of patients.
+      env: over any dynamics.
       num_envs: patients N.
       autoreset_mode: `AutoresetMode.NEXT_STEP` or `SAME_STEP`; see `envs.autoreset`.
       features, observation_space: as for `SepsisGymEnv`.
@@ -197,7 +197,7 @@ class SepsisVectorEnv(VectorEnv):
         return self._observations(observation), _infos(info)
 
     def step(
-        self, actions: Any
+        self, actions: object
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One step of every sub-environment, with actions [N].
 
@@ -298,7 +298,7 @@ def _shown(features: Any, timestep: Timestep) -> tuple[jax.Array, Timestep]:
 def _shown_to_all(
     features: Any, state: AutoResetState, timestep: Timestep
 ) -> tuple[jax.Array, jax.Array, Timestep, Info]:
-    """Observations, last ones, what the step brought, and the info of the running episodes."""
+    """Observations, last ones, the rest of the timestep, and the info of the running episodes."""
     observation, rest = jax.vmap(partial(_shown, features))(timestep)
     final = jax.vmap(features)(timestep.info.final_observation)
     return observation, final, rest, state.env.last.info
@@ -308,7 +308,7 @@ def _seed_key(seed: int | None, random: np.random.Generator) -> jax.Array:
     return jax.random.key(int(random.integers(_SEEDS)) if seed is None else seed)
 
 
-def _checked_actions(actions: Any, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_actions(actions: object, shape: tuple[int, ...]) -> np.ndarray:
     array = np.asarray(actions)
     if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
         raise InputError(

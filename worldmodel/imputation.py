@@ -1,7 +1,7 @@
 """Filling the gaps between measurements.
 
 A value is held for the feature's hold time (schema), then gives way to the training split's
-median, which is also what stands before the first measurement. `carry_forever` keeps the last
+median, which also fills rows before the first measurement. `carry_forever` keeps the last
 value instead, as the reference system's small standard deviations suggest it did.
 """
 
@@ -37,7 +37,7 @@ def impute(
 ) -> tuple[np.ndarray, ImputationCounts]:
     """Fills missing values by sample-and-hold, then by medians.
 
-    A measurement always stands for the step it was recorded in and at least the next one.
+    A measurement always fills the step it was recorded in and at least the next one.
 
     Args:
       values: [N, T, 39] physical units, NaN where nothing was recorded.

@@ -43,7 +43,7 @@ def icu_sepsis(*, exploration: float = 0.1) -> MDP:
     spec = find_spec("icu_sepsis")
     if spec is None or spec.origin is None:
         raise InputError(
-            "ICU-Sepsis: its tables are not there; get them with pip install --no-deps icu-sepsis"
+            "ICU-Sepsis: its tables are missing; install them with pip install --no-deps icu-sepsis"
         )
     folder = Path(spec.origin).parent / "envs" / "assets"
     with np.load(folder / "dynamics.npz", allow_pickle=False) as tables:
@@ -102,4 +102,5 @@ def best_policy(mdp: MDP, *, horizon: int = 200, gamma: float = 0.999) -> np.nda
     for _ in range(horizon):
         q = (gain + gamma * mdp.transition @ value) * ~mdp.terminal[:, None]
         value = q.max(-1)
-    return np.eye(q.shape[1])[q.argmax(-1)]
+    result: np.ndarray = np.eye(q.shape[1])[q.argmax(-1)]
+    return result

@@ -1,4 +1,4 @@
-"""What is known when a treatment is chosen: observations, and features computed from them.
+"""Observations, which are what policies see before a treatment, and features of them.
 
 An `Observation` is the contract between environments and policies.
 """
@@ -32,7 +32,7 @@ class ObservationHistory:
 
 @struct.dataclass
 class Observation:
-    """One row of one patient, as the episodes hold it, with what was given before."""
+    """One row of one patient, as in `Episodes`, with the treatment of the step before."""
 
     dynamic: jax.Array  # [39] physical units, gaps filled
     measured: jax.Array  # [38] bool
@@ -47,7 +47,7 @@ class Observation:
 
 
 PolicyFn = Callable[[jax.Array, Observation], jax.Array]
-"""`(key, observation) -> [25]` probabilities, for one patient; worlds map it over patients."""
+"""`(key, observation) -> [25]` probabilities, for one patient; environments map it over patients."""
 
 
 def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
@@ -83,8 +83,8 @@ def recent(observation: Observation, past: int) -> Observation:
     rows = 0 if observation.past is None else observation.past.valid.shape[-1]
     if rows < past:
         raise InputError(
-            f"a policy looks back on {past} rows, but sees {rows}; ask the environment for "
-            f"Observation.past (past={past})"
+            f"a policy looks back on {past} rows, but gets {rows}; make the environment with "
+            f"past={past}"
         )
     axis = observation.step.ndim
     newest = jax.tree.map(
@@ -133,7 +133,7 @@ def _observation_history_at(
 ) -> ObservationHistory:
     index = step[..., None] + jnp.arange(1 - rows, 1)
     valid = index >= 0
-    given = valid.at[..., -1].set(False)  # what the newest row is given is not known yet
+    given = valid.at[..., -1].set(False)  # the treatment of the newest row is not known yet
 
     def look_back(leaf: jax.Array, kept: jax.Array) -> jax.Array:
         picked = leaf[stay[..., None], jnp.maximum(index, 0)]

@@ -11,8 +11,12 @@ the other electrolytes (144 h in two public ports looks like a misprint).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import jax
 
 SCHEMA_VERSION = 1
 
@@ -128,13 +132,17 @@ class DoseEdges:
 DEFAULT_DOSE_EDGES = DoseEdges(vasopressor=(0.08, 0.22, 0.45), fluid=(50.0, 180.0, 530.0))
 
 
-def action_index(vasopressor, fluid):
-    """Joint action in 0..24 from two levels in 0..4: `5 * vasopressor + fluid`."""
-    return NUM_LEVELS * vasopressor + fluid
+LevelT = TypeVar("LevelT", int, np.ndarray, "jax.Array")
 
 
-def action_levels(action):
-    """Inverse of `action_index`: `(vasopressor, fluid)`."""
+def action_index(vasopressor: LevelT, fluid: LevelT) -> LevelT:
+    """Joint action 0-24 of two levels 0-4, `5 * vasopressor + fluid`; numbers or arrays."""
+    action: LevelT = NUM_LEVELS * vasopressor + fluid
+    return action
+
+
+def action_levels(action: LevelT) -> tuple[LevelT, LevelT]:
+    """Inverse of `action_index`: `(vasopressor, fluid)`, levels 0-4."""
     return action // NUM_LEVELS, action % NUM_LEVELS
 
 

@@ -1,4 +1,4 @@
-"""Views: the same sight of a patient in records, in the world model and in the synthetic world."""
+"""Observations of a patient are the same from records, world model and synthetic world."""
 
 import jax
 import jax.numpy as jnp

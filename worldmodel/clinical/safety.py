@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,10 +91,10 @@ class Prescriptions:
 
 @struct.dataclass
 class SafetyReport:
-    """Counts by rule over all prescriptions, and what each trajectory went through."""
+    """Counts by rule over all prescriptions, and measures of each trajectory."""
 
     broken: dict[str, jax.Array]  # [] int32 prescriptions that break the rule
-    exposed: dict[str, jax.Array]  # [] int32 prescriptions where the state puts it at stake
+    exposed: dict[str, jax.Array]  # [] int32 prescriptions whose state makes it applicable
     prescriptions: jax.Array  # [] int32
     adherence: jax.Array  # [] percent of prescriptions that break neither G1 nor G2
     hours_below_65: jax.Array  # [...] h; NaN where a trajectory has no prescription
@@ -145,7 +144,7 @@ def assess(
     step_hours: float | jax.Array = schema.STEP_HOURS,
     config: SafetyConfig | None = None,
 ) -> SafetyReport:
-    """Judges trajectories that start at admission, recorded or simulated.
+    """Assesses trajectories that start at admission, recorded or simulated.
 
     Args:
       dynamic: [..., T, 39] physical units, what was seen before each treatment.
@@ -184,9 +183,10 @@ def assess_episodes(
     config: SafetyConfig | None = None,
 ) -> SafetyReport:
     """`assess` on recorded stays: how the clinicians kept to the rules."""
-    return assess(
+    result: SafetyReport = assess(
         episodes.dynamic, episodes.action, episodes.fluid_dose, episodes.valid, step_hours, config
     )
+    return result
 
 
 def judge(
@@ -225,12 +225,12 @@ def judge(
 def _rules(
     given: Prescriptions, step_hours: float | jax.Array, config: SafetyConfig
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By rule, where it is broken and where the state puts it at stake."""
+    """By rule, where it is broken and whose state makes it applicable."""
     meanbp, lactate, step = given.meanbp, given.lactate, given.step
     vasopressor, previous, fluid = given.vasopressor, given.previous_vasopressor, given.fluid
     rate = given.fluid_dose / step_hours
     later = step > 0
-    early: dict[str, Any] = {"step_hours": step_hours, "within_hours": config.early_hours}
+    early: dict[str, float] = {"step_hours": step_hours, "within_hours": config.early_hours}
     limits = {"volume_above": config.overload_volume, "pf_below": config.overload_pf}
 
     def under(name: str) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""What an environment hands out, and what a source of dynamics must offer."""
+"""The timestep that an environment returns, and the protocol of its dynamics."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ _LACTATE = schema.INDEX["lactate"]
 
 @struct.dataclass
 class Info:
-    """What is known beside the observation; scalars but for the terms, NaN where unknown.
+    """Further results of a step; scalars except `reward_terms`, NaN where unknown.
 
-    SOFA and ventilation belong to the row observed; the rest to the treatment that led to it.
+    SOFA and ventilation are those of the observed row; the rest belongs to the treatment before.
     """
 
     sofa: jax.Array  # points
     reward_terms: jax.Array  # [4] in the order of REWARD_TERMS; they add up to the reward
-    ventilation: jax.Array  # probability; 0 or 1 where it is a fact
-    mortality: jax.Array  # probability of death within 90 days, were this the end
+    ventilation: jax.Array  # probability; 0 or 1 where it is known
+    mortality: jax.Array  # probability of death within 90 days if the episode ended here
     projected: jax.Array  # int32 entries moved into their physiologic range
     support: jax.Array  # probability of the action under the behaviour policy
     disagreement: jax.Array  # SD of the members' mean predictions, z-scores, mean over features
-    final_observation: Any = None  # with automatic reset only: what the episode ended with
+    final_observation: Any = None  # with automatic reset only: what the step led to
 
 
 @struct.dataclass
 class Timestep:
-    """What a decision maker gets; scalars but for observation and info."""
+    """What `reset` and `step` return; scalars except `observation` and `info`."""
 
     observation: Any
     reward: jax.Array  # float32
@@ -51,10 +51,10 @@ class Timestep:
 
 
 class Dynamics(Protocol):
-    """A source of patients, itself a PyTree; one patient at a time, pure and traceable."""
+    """A simulator of one patient at a time: a PyTree whose methods are pure and traceable."""
 
     def reset(self, key: jax.Array) -> tuple[Any, Timestep]:
-        """A patient at the start; the key holds the whole luck of the episode."""
+        """A patient at the start of an episode; the key is its only randomness."""
         ...
 
     def step(self, state: Any, action: jax.Array) -> tuple[Any, Timestep]:
@@ -65,7 +65,7 @@ class Dynamics(Protocol):
 def first_timestep(
     observation: Any, *, sofa: jax.Array, ventilation: jax.Array | float = jnp.nan
 ) -> Timestep:
-    """The timestep of a reset: nothing earned, nothing ended."""
+    """The timestep of a reset: reward 0, neither terminated nor truncated."""
     zero, unknown = jnp.zeros(()), jnp.full((), jnp.nan)
     info = Info(
         sofa=jnp.asarray(sofa, jnp.float32),
@@ -82,7 +82,7 @@ def first_timestep(
 def reward_terms(
     before: Observation, after: Observation, terminated: jax.Array, final: jax.Array
 ) -> jax.Array:
-    """[4] terms of a step between two rows; one that ends the episode earns `final` alone."""
+    """[4] terms of a step between two rows; a step that ends the episode earns `final` alone."""
     shaping = reward.step_terms(
         before.sofa, after.sofa, before.dynamic[_LACTATE], after.dynamic[_LACTATE]
     )

@@ -8,13 +8,13 @@ Everything is a PyTree and pure: map `reset` and `step` over patients with `jax.
 with `jax.lax.scan`, and jit at the outermost call, with the environment as an argument so that
 new weights need no new compilation.
 
-Episodes one after another, without a reset by the caller.
+`AutoReset` starts the next episode by itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +31,24 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.synthetic.world import Config, Params
 
+TreeT = TypeVar("TreeT")
+
 
 @struct.dataclass
 class EnvState:
-    """One patient, and what was last seen of it."""
+    """State of one patient's episode, and the last timestep."""
 
-    dynamics: Any
+    dynamics: Any  # every source of dynamics has a state of its own type
     last: Timestep
-    taken: jax.Array  # [] int32 steps of this episode
+    taken: jax.Array  # [] int32 steps taken in this episode
 
 
 @struct.dataclass
 class SepsisEnv:
     """An environment over any source of dynamics, for one patient.
 
-    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`); what others do is
-    undefined, since values cannot be checked inside jit. `worldmodel.gym` checks them.
+    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`); other numbers
+    have undefined results, since values cannot be checked inside jit. `worldmodel.gym` checks them.
     """
 
     dynamics: Dynamics
@@ -70,9 +72,10 @@ class SepsisEnv:
         follow_record: bool = False,
         max_steps: int | None = None,
     ) -> SepsisEnv:
-        """Patients of a learned world model.
+        """An environment over a learned world model.
 
-        An ensemble plays each episode with one member, drawn at reset (trajectory sampling).
+        With an ensemble, one member is drawn at reset for the whole episode (trajectory
+        sampling).
 
         Args:
           world_model: one model or an ensemble.
@@ -87,9 +90,9 @@ class SepsisEnv:
             corrected, "threshold" in reference mode.
           past: rows of `Observation.past`, at most 12.
           behavior: `(key, observation) -> [25]`, for `Info.support`.
-          mortality_each_step: ask the Outcome Model in every step, which takes two thirds of the
-            time; otherwise only in steps in which an episode of the batch ends, and
-            `Info.mortality` is NaN elsewhere.
+          mortality_each_step: evaluate the Outcome Model in every step, which takes two thirds of
+            the time; otherwise only in steps in which an episode of the batch ends, and
+            `Info.mortality` is NaN in all others.
           follow_record: as long as every treatment is the recorded one, the recorded rows follow
             and the recorded outcome counts; from the first difference on the model plays
             (SepsisAgent's protocol).
@@ -121,7 +124,7 @@ class SepsisEnv:
         behavior: PolicyFn | None = None,
         max_steps: int | None = None,
     ) -> SepsisEnv:
-        """Patients of the synthetic world.
+        """An environment over the synthetic world.
 
         Args:
           params, config: the world; `config.past` rows of `Observation.past`.
@@ -152,7 +155,7 @@ class SepsisEnv:
         """A patient at the start of an episode.
 
         Args:
-          key: [] the whole luck of the episode; equal keys and actions, equal episodes.
+          key: [] only randomness of the episode: equal keys and actions give equal episodes.
           stay: [] int32 index of the recorded stay to start from, with a learned world model
             only; drawn by default.
         """
@@ -161,11 +164,11 @@ class SepsisEnv:
         else:
             if not isinstance(self.dynamics, LearnedDynamics):
                 raise InputError("stay: only a learned world model starts from recorded stays")
-            dynamics, timestep = self.dynamics.admit(key, stay)
+            dynamics, timestep = self.dynamics.reset_to(key, stay)
         return EnvState(dynamics, timestep, jnp.int32(0)), timestep
 
     def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Timestep]:
-        """One step; after the end nothing changes and nothing is earned.
+        """One step; after the end of the episode the state stays as it is and the reward is 0.
 
         Args:
           state: from `reset` or `step`.
@@ -176,26 +179,26 @@ class SepsisEnv:
         if self.max_steps is not None:
             cut = ~timestep.terminated & (taken >= self.max_steps)
             timestep = replace(timestep, truncated=cut)
-        resting = replace(state, last=_rest(state.last))
+        stopped = replace(state, last=_rest(state.last))
         after = jax.tree.map(
-            lambda rest, move: jnp.where(state.last.done, rest, move),
-            resting,
+            lambda old, new: jnp.where(state.last.done, old, new),
+            stopped,
             EnvState(dynamics, timestep, taken),
         )
         return after, after.last
 
     def with_key(self, state: EnvState, key: jax.Array) -> EnvState:
-        """The same patient as it is now, with other luck from here on.
+        """The same patient in the same state, with another random key from here on.
 
         Args:
           state: from `reset` or `step`.
-          key: [] that takes the place of the one given to `reset`.
+          key: [] that replaces the one given to `reset`.
         """
         return replace(state, dynamics=replace(state.dynamics, key=key))
 
 
 def episode_key(key: jax.Array, number: jax.Array | int) -> jax.Array:
-    """The key of one of the episodes that follow each other, counted from 0."""
+    """The key of the episode of a given number, counted from 0."""
     return jax.random.fold_in(jax.random.fold_in(key, keys.EPISODES), number)
 
 
@@ -220,7 +223,7 @@ AUTORESETS = (NEXT_STEP, SAME_STEP)
 
 @struct.dataclass
 class AutoResetState:
-    """The running episode and how many there were before."""
+    """The running episode and its number."""
 
     env: EnvState
     key: jax.Array  # []
@@ -236,8 +239,8 @@ class AutoReset:
     - "same-step": the step that ends an episode already returns the first observation of the
       next one, beside the reward, flags and info of the step that ended.
 
-    Either way `info.final_observation` holds what the step itself led to. Episode n has the key
-    `episode_key(key, n)`.
+    In both modes `info.final_observation` is the observation that the step itself led to.
+    Episode n has the key `episode_key(key, n)`.
     """
 
     env: SepsisEnv
@@ -253,21 +256,22 @@ class AutoReset:
         return AutoResetState(state, key, jnp.int32(0)), _with_final(timestep, timestep)
 
     def next_episode(self, state: AutoResetState) -> tuple[AutoResetState, Timestep]:
-        """Breaks the running episode off and starts the next."""
+        """Ends the running episode and starts the next."""
         number = state.episode + 1
         fresh, timestep = self.env.reset(episode_key(state.key, number))
         return AutoResetState(fresh, state.key, number), _with_final(timestep, timestep)
 
     def step(self, state: AutoResetState, action: jax.Array) -> tuple[AutoResetState, Timestep]:
-        """One step under an action [] 0-24, or a reset; see the class."""
+        """One step under an action [] 0-24, or a reset; see the class docstring."""
         over = state.env.last.done
         moved, timestep = self.env.step(state.env, action)
         ends = timestep.done if self.mode == SAME_STEP else over
         number = state.episode + ends
         fresh, first = self.env.reset(episode_key(state.key, number))
 
-        def pick(old: Any, new: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(ends, b, a), old, new)
+        def pick(old: TreeT, new: TreeT) -> TreeT:
+            picked: TreeT = jax.tree.map(lambda a, b: jnp.where(ends, b, a), old, new)
+            return picked
 
         if self.mode == SAME_STEP:
             shown = replace(timestep, observation=pick(timestep.observation, first.observation))

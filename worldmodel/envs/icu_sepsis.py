@@ -18,7 +18,7 @@ MAX_STEPS = 500  # where the package `icu-sepsis` cuts episodes off
 
 @struct.dataclass
 class TableState:
-    """Where one patient stands."""
+    """State of one patient."""
 
     number: jax.Array  # [] int32 state
     step: jax.Array  # [] int32
@@ -29,20 +29,20 @@ class TableState:
 class TableDynamics:
     """Tables of S states and A actions; the observation is the number of the state."""
 
-    ahead: jax.Array  # [S, A, S] cumulative probabilities of the next state
+    next_state: jax.Array  # [S, A, S] cumulative probabilities of the next state
     reward: jax.Array  # [S, A, S]
     start: jax.Array  # [S] cumulative
     terminal: jax.Array  # [S] bool
-    admissible: jax.Array  # [S, A] 1 where the records support the action
+    admissible: jax.Array  # [S, A] 1 where the action occurs in the records
     sofa: jax.Array  # [S]
 
     @property
     def num_states(self) -> int:
-        """S."""
+        """Number of states S."""
         return self.terminal.shape[0]
 
     def reset(self, key: jax.Array) -> tuple[TableState, Timestep]:
-        """A start state is drawn."""
+        """Draws a start state."""
         number = _draw(self.start, jax.random.fold_in(key, keys.START_STATE))
         state = TableState(number, jnp.int32(0), key)
         return state, first_timestep(number, sofa=self.sofa[number])
@@ -50,7 +50,7 @@ class TableDynamics:
     def step(self, state: TableState, action: jax.Array) -> tuple[TableState, Timestep]:
         """One transition; the noise depends on the key and the step alone."""
         key = jax.random.fold_in(state.key, state.step + 1)
-        number = _draw(self.ahead[state.number, action], key)
+        number = _draw(self.next_state[state.number, action], key)
         earned = self.reward[state.number, action, number]
         ended = self.terminal[number]
         start = first_timestep(number, sofa=self.sofa[number])
@@ -72,7 +72,7 @@ def icu_sepsis_dynamics() -> TableDynamics:
     """
     mdp = icu_sepsis(exploration=0.0)
     return TableDynamics(
-        ahead=jnp.asarray(mdp.transition.cumsum(-1), jnp.float32),
+        next_state=jnp.asarray(mdp.transition.cumsum(-1), jnp.float32),
         reward=jnp.asarray(mdp.reward, jnp.float32),
         start=jnp.asarray(mdp.start.cumsum(), jnp.float32),
         terminal=jnp.asarray(mdp.terminal),

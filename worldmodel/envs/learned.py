@@ -1,14 +1,15 @@
 """Patients of a learned world model, started from recorded rows.
 
 The protocol is SepsisAgent's: the treatment of the last row ends the episode, and the Outcome
-Model says how, from that row and its treatment; no row is simulated beyond. A recorded stay of L
-rows started in row t thus takes L - t decisions, as `reward.trajectory_rewards` counts them.
+Model predicts mortality from that row and its treatment; no further row is simulated. A recorded
+stay of L rows that starts in row t thus takes L - t decisions, as in
+`reward.trajectory_rewards`.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ from worldmodel.simulate.history import History, history_at, observe
 from worldmodel.simulate.randomness import branch_key, outcome_chance, policy_key, state_noise
 from worldmodel.simulate.step import MODES, follow
 
+TreeT = TypeVar("TreeT")
+
 OUTCOMES = ("expected", "threshold", "sampled")
 RANDOM_ROW = "random"
 
@@ -45,7 +48,7 @@ class LearnedState:
     history: History  # B = 1
     ventilation: jax.Array  # [] probability in the newest row
     key: jax.Array  # [] of the episode
-    member: jax.Array  # [] int32 who plays the episode; also its sample number
+    member: jax.Array  # [] int32 ensemble member of the episode; also its sample number
     last_row: jax.Array  # [] int32, the row whose treatment ends the episode
     ended: jax.Array  # [] bool, that treatment was given
     stay: jax.Array  # [] int32 index of the recorded stay
@@ -70,25 +73,25 @@ class LearnedDynamics:
 
     @property
     def scaler(self) -> Scaler:
-        """Of the world model."""
+        """Scaler of the world model."""
         return self.world_model.scaler
 
     @property
     def last_step(self) -> int:
-        """No row has a higher number; on concrete values only."""
+        """Highest row number that an episode can reach; for concrete values only."""
         return self.episodes.num_steps - 1 + (0 if self.horizon is None else int(self.horizon))
 
     def reset(self, key: jax.Array) -> tuple[LearnedState, Timestep]:
-        """A stay, its row and a member of the ensemble are drawn.
+        """Draws a stay, its row and a member of the ensemble.
 
         The noise of a step depends on the key, the stay's id, the row and the member alone, as in
         `rollout`, whose sample number is the member here.
         """
         draw = _start_draws(key)[0]
-        return self.admit(key, jax.random.randint(draw, (), 0, self.episodes.num_stays))
+        return self.reset_to(key, jax.random.randint(draw, (), 0, self.episodes.num_stays))
 
-    def admit(self, key: jax.Array, stay: jax.Array) -> tuple[LearnedState, Timestep]:
-        """`reset` to the stay of an index [] that is given; its row and the member are drawn."""
+    def reset_to(self, key: jax.Array, stay: jax.Array) -> tuple[LearnedState, Timestep]:
+        """`reset` to the stay with a given index []; the row and the member are drawn."""
         draws = _start_draws(key)
         member = jax.random.randint(draws[1], (), 0, self.world_model.num_members)
         length = self.episodes.length[stay]
@@ -113,7 +116,7 @@ class LearnedDynamics:
         )
 
     def step(self, state: LearnedState, action: jax.Array) -> tuple[LearnedState, Timestep]:
-        """Four hours, or the end."""
+        """One step of four hours; the treatment of the last row ends the episode instead."""
         before = self._observation(state.history)
         key = branch_key(state.key, state.history.patient[0], before.step, state.member)
         chosen = state.history.choose(action[None])
@@ -179,7 +182,7 @@ class LearnedDynamics:
         )
 
     def _mortality(self, history: History, member: jax.Array, needed: jax.Array) -> jax.Array:
-        """[] of one member; unless asked in each step, NaN where it is not needed."""
+        """[] probability of death by one member; NaN where it was not computed."""
         window = history.window(schema.OUTCOME_WINDOW)
         if self.mortality_each_step:
             logits = self.world_model.mortality_logits(*window)
@@ -190,35 +193,42 @@ class LearnedDynamics:
         )
 
     def _observation(self, history: History) -> Observation:
-        return jax.tree.map(
+        result: Observation = jax.tree.map(
             lambda leaf: leaf[0], observe(self.world_model, history, past=self.past)
         )
+        return result
 
 
 def _start_draws(key: jax.Array) -> jax.Array:
     return jax.random.split(jax.random.fold_in(key, keys.START), 3)
 
 
-def _choose(first: jax.Array, one: Any, other: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
+def _choose(first: jax.Array, one: TreeT, other: TreeT) -> TreeT:
+    chosen: TreeT = jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
+    return chosen
 
 
 @jax.custom_batching.custom_vmap
 def _logits_where_needed(needed: jax.Array, world_model: WorldModel, window: Window) -> jax.Array:
     """[E, 1] every member's logit of death, or zeros if it is not needed."""
     members = (world_model.num_members, 1)
-    return jax.lax.cond(
+    result: jax.Array = jax.lax.cond(
         needed,
         lambda: world_model.mortality_logits(*window),
         lambda: jnp.zeros(members),
     )
+    return result
 
 
 @_logits_where_needed.def_vmap
 def _batched_logits(
-    axis_size: int, in_batched: Any, needed: jax.Array, world_model: WorldModel, window: Window
+    axis_size: int,
+    in_batched: list[object],
+    needed: jax.Array,
+    world_model: WorldModel,
+    window: Window,
 ) -> tuple[jax.Array, bool]:
-    """A plain vmap would turn the condition into a choice between two results, both computed."""
+    """Keeps the condition under vmap, which would otherwise compute both branches."""
     axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[1:])
     every = jax.vmap(
         lambda model, rows: model.mortality_logits(*rows), in_axes=axes, axis_size=axis_size
@@ -256,7 +266,7 @@ def learned_dynamics(
     if horizon is not None and horizon < 1:
         raise InputError(f"horizon: got {horizon}, expected at least 1 step, or None")
     if follow_record and horizon is not None:
-        raise InputError("follow_record: recorded stays have their own end; leave out horizon")
+        raise InputError("follow_record: recorded stays end with their last row; leave out horizon")
     if not episodes.num_stays:
         raise InputError("episodes: no stay to start from; pick a split that has some")
     return LearnedDynamics(
@@ -288,4 +298,5 @@ def _start_row(start_step: int | str, episodes: Episodes) -> jax.Array | None:
             f"start_step: stay {stay} has no row {start_step}; leave out stays of length "
             f"{start_step} and below with episodes.select"
         )
-    return jnp.int32(start_step)
+    result: jax.Array | None = jnp.int32(start_step)
+    return result

@@ -1,4 +1,4 @@
-"""Patients of the synthetic world, whose truth is known."""
+"""Dynamics of the synthetic world, whose true outcomes and probabilities are known."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class SyntheticDynamics:
 
     @property
     def scaler(self) -> Scaler:
-        """The published one: the world has no data of its own to fit one on."""
+        """The published scaler: the synthetic world has no training data to fit one on."""
         return published_scaler()
 
     @property
     def last_step(self) -> int:
-        """No row has a higher number."""
+        """Highest row number that an episode can reach."""
         return self.config.horizon
 
     def reset(self, key: jax.Array) -> tuple[SyntheticState, Timestep]:
@@ -54,7 +54,7 @@ class SyntheticDynamics:
         return SyntheticState(start, key), timestep
 
     def step(self, state: SyntheticState, action: jax.Array) -> tuple[SyntheticState, Timestep]:
-        """Four hours."""
+        """One step of four hours."""
         before = state.world.observation
         moved, transition = world.step(
             state.key, state.world, action, self.params, config=self.config

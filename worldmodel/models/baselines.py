@@ -1,4 +1,4 @@
-"""What every world model must beat: the last value stays, and a linear autoregression.
+"""Baselines of the world model: persistence of the last value, and a linear autoregression.
 
 For mortality: logistic regressions on the SOFA score and on the whole row.
 """
@@ -85,13 +85,17 @@ def logistic(inputs: np.ndarray, label: np.ndarray, test_inputs: np.ndarray) -> 
     if label.min() == label.max():
         return np.full(len(test_inputs), float(label.mean()))
     model = LogisticRegression(max_iter=500).fit(inputs, label)
-    return model.predict_proba(test_inputs)[:, 1]
+    result: np.ndarray = model.predict_proba(test_inputs)[:, 1]
+    return result
 
 
 def spread(error: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Root mean square error of each feature [39] over its measured entries [K, 39]."""
     total = np.maximum(measured.sum(0), 1)
-    return np.maximum(np.sqrt((np.square(error) * measured).sum(0) / total), _MIN_SIGMA)
+    result: np.ndarray = np.maximum(
+        np.sqrt((np.square(error) * measured).sum(0) / total), _MIN_SIGMA
+    )
+    return result
 
 
 def _repeated(sigma: np.ndarray, rows: Rows) -> np.ndarray:

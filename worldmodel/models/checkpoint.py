@@ -100,7 +100,7 @@ def save_world_model(
 
 
 def load_world_model(path: str | Path) -> WorldModel:
-    """A world model from our checkpoint folder, or from SepsisAgent's folder of `.pt` files.
+    """A world model from a checkpoint folder of this package, or from SepsisAgent's folder of `.pt` files.
 
     Raises:
       InputError: the folder is missing, is not a world model, or holds other shapes.

@@ -72,7 +72,7 @@ class ModelConfig:
 
 
 class Prediction(NamedTuple):
-    """What the State Model says of the next step, in z-space."""
+    """Prediction of the State Model for the next step, in z-space."""
 
     mu: jax.Array  # [B, 39]
     log_sigma: jax.Array  # [B, 39]
@@ -116,7 +116,7 @@ class _Trunk(nnx.Module):
 
 
 class StateModel(_Trunk):
-    """Next state and ventilation four hours ahead."""
+    """Predicts the state and the ventilation four hours later."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -186,7 +186,7 @@ class StateModel(_Trunk):
 
 
 class OutcomeModel(_Trunk):
-    """90-day mortality from the last rows of a trajectory."""
+    """Predicts 90-day mortality from the last rows of a trajectory."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -209,7 +209,8 @@ class OutcomeModel(_Trunk):
         h = jax.nn.relu(self.outcome_hidden(self.encode(obs, observed, static, action, key_gru)))
         if key_head is not None:
             h = self.dropout(h, deterministic=False, rngs=key_head)
-        return self.outcome_out(h)[..., 0]
+        result: jax.Array = self.outcome_out(h)[..., 0]
+        return result
 
 
 def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Any:

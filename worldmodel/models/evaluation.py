@@ -46,7 +46,8 @@ class _Side(NamedTuple):
 
     def died(self, rows: np.ndarray) -> np.ndarray:
         """[K] death within 90 days, 0 or 1."""
-        return np.asarray(self.episodes.died_90d)[rows[:, 0]].astype(float)
+        result: np.ndarray = np.asarray(self.episodes.died_90d)[rows[:, 0]].astype(float)
+        return result
 
 
 def evaluate_world_model(
@@ -106,12 +107,13 @@ def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) ->
 def predict_mortality(
     world_model: WorldModel, sequences: Sequences, index: np.ndarray
 ) -> np.ndarray:
-    """Probability [K] of death within 90 days, asked at the rows `index` [K, 2]."""
+    """Probability [K] of death within 90 days, at the rows `index` [K, 2]."""
     logit = _in_batches(
         lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
         index,
     )[0]
-    return 1 / (1 + np.exp(-logit.astype(np.float64)))
+    result: np.ndarray = 1 / (1 + np.exp(-logit.astype(np.float64)))
+    return result
 
 
 def predict_members(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> Any:
@@ -139,7 +141,7 @@ def _judge_outcome(
     test: _Side,
     rows_of: Callable[[Episodes], np.ndarray],
 ) -> dict[str, dict[str, float | None]]:
-    """Mortality asked at the rows `rows_of` picks, beside two logistic regressions."""
+    """Metrics of mortality at the rows that `rows_of` picks, beside two logistic regressions."""
     train_rows, rows = rows_of(train.episodes), rows_of(test.episodes)
     died = train.died(train_rows)
     scores = {
@@ -153,7 +155,8 @@ def _judge_outcome(
 def gaussian_crps(target: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """Continuous ranked probability score of a normal (Gneiting & Raftery 2007, eq. 21)."""
     z = (target - mu) / sigma
-    return sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+    result: np.ndarray = sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
+    return result
 
 
 def state_metrics(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,15 @@ from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import OutcomeModel, Prediction, StateModel
 from worldmodel.models.windows import Sequences, Target
 
+ModelT = TypeVar("ModelT")  # a PyTree of parameters
+TreeT = TypeVar("TreeT")
+# The model of a loss is any PyTree: State Models and Outcome Models share the training loop.
 Loss = Callable[[Any, Sequences, jax.Array, jax.Array | None], jax.Array]
 Progress = Callable[[int, int, dict[str, float]], None]
+
+
+# Any: PyTrees of parameters. model, best model, optimiser state, key, best loss, epochs since the best
+_MemberState = tuple[Any, Any, optax.OptState, jax.Array, jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class FitConfig:
 
 @struct.dataclass
 class FitState:
-    """Everything a resumed run needs; every leaf has a leading ensemble axis but `epoch`."""
+    """The whole state of a training run; all leaves but `epoch` have a leading ensemble axis."""
 
     model: Any
     best: Any
@@ -87,7 +94,7 @@ def make_optimizer(config: FitConfig, steps_per_epoch: int) -> optax.GradientTra
 
 def fit(
     key: jax.Array,
-    model: Any,
+    model: ModelT,
     loss: Loss,
     train: tuple[Sequences, np.ndarray],
     validation: tuple[Sequences, np.ndarray],
@@ -95,7 +102,7 @@ def fit(
     *,
     saver: Saver | None = None,
     progress: Progress | None = None,
-) -> tuple[Any, list[dict[str, float]]]:
+) -> tuple[ModelT, list[dict[str, float]]]:
     """Trains an ensemble and returns each member's best parameters.
 
     Args:
@@ -180,20 +187,21 @@ def _epoch(
     shape: tuple[int, int],
     patience: int,
 ) -> tuple[FitState, jax.Array, jax.Array]:
-    def member_epoch(carry):
+    def member_epoch(carry: _MemberState) -> tuple[_MemberState, jax.Array, jax.Array]:
         model, best, opt_state, key, best_loss, since_best = carry
         key_next, key_order, key_dropout = jax.random.split(key, 3)
         new_model, new_opt, train_loss = _updates(
             model, opt_state, key_order, key_dropout, train, loss, optimizer, shape
         )
         validation_loss = mean_loss(new_model, loss, *validation, batch=4 * shape[1])
-        running = since_best < patience  # a stopped member keeps what it has, for good
+        running = since_best < patience  # a stopped member no longer changes
         better = running & (validation_loss < best_loss)
 
-        def keep(new, old, when):
-            return jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+        def keep(new: TreeT, old: TreeT, when: jax.Array) -> TreeT:
+            kept: TreeT = jax.tree.map(lambda a, b: jnp.where(when, a, b), new, old)
+            return kept
 
-        carry = (
+        moved = (
             keep(new_model, model, running),
             keep(new_model, best, better),
             keep(new_opt, opt_state, running),
@@ -201,28 +209,40 @@ def _epoch(
             jnp.where(better, validation_loss, best_loss),
             jnp.where(better, 0, since_best + 1),
         )
-        return carry, train_loss, validation_loss
+        return moved, train_loss, validation_loss
 
     carry = (
         state.model, state.best, state.optimizer, state.key, state.best_loss, state.since_best,
     )  # fmt: skip
-    # Members in turn: a batched product over members is slower than several plain ones on CPU.
+    # Members are trained in turn: on a CPU, a batched product over members is slower.
     carry, train_loss, validation_loss = jax.lax.map(member_epoch, carry)
     model, best, opt, key, best_loss, since = carry
     state = FitState(model, best, opt, key, best_loss, since, state.epoch + 1)
     return state, train_loss, validation_loss
 
 
-def _updates(model, opt_state, key_order, key_dropout, train, loss, optimizer, shape):
+def _updates(
+    model: ModelT,
+    opt_state: optax.OptState,
+    key_order: jax.Array,
+    key_dropout: jax.Array,
+    train: tuple[Sequences, jax.Array],
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    shape: tuple[int, int],
+) -> tuple[ModelT, optax.OptState, jax.Array]:
+    """One epoch of one member: the model, the optimiser's state and the mean loss."""
     sequences, index = train
     order = jax.random.permutation(key_order, index.shape[0])[: shape[0] * shape[1]]
 
-    def update(carry, inputs):
+    def update(
+        carry: tuple[ModelT, optax.OptState], inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[tuple[ModelT, optax.OptState], jax.Array]:
         model, opt_state = carry
         rows, key = inputs
         value, gradient = jax.value_and_grad(loss)(model, sequences, index[rows], key)
-        updates, opt_state = optimizer.update(gradient, opt_state, model)
-        return (optax.apply_updates(model, updates), opt_state), value
+        changes, opt_state = optimizer.update(gradient, opt_state, model)
+        return (optax.apply_updates(model, changes), opt_state), value
 
     inputs = (order.reshape(shape), jax.random.split(key_dropout, shape[0]))
     (model, opt_state), values = jax.lax.scan(update, (model, opt_state), inputs)
@@ -244,7 +264,8 @@ def mean_loss(
     if count > whole * batch:
         rest = index[whole * batch :]
         total = total + loss(model, sequences, rest, None) * rest.shape[0]
-    return total / count
+    result: jax.Array = total / count
+    return result
 
 
 LOG_2PI = 1.8378770664093453
@@ -265,7 +286,7 @@ def state_loss(
       prediction: of the State Model, [B, ...].
       target: what was recorded.
       imputed_weight: weight of entries that were not measured in the step; measured ones
-        count 1. At 1 every entry counts alike, as in the reference system.
+        count 1. At 1 all entries have equal weight, as in the reference system.
       vent_weight: weight of the cross-entropy.
     """
     nll = gaussian_nll(target.obs, prediction.mu, prediction.log_sigma)
@@ -274,7 +295,8 @@ def state_loss(
         prediction.vent_logit, target.ventilated.astype(jnp.float32)
     )
     total = jnp.maximum(weight.sum(), 1e-6)  # 0 where nothing counts
-    return (nll * weight).sum() / total + vent_weight * cross_entropy.mean()
+    result: jax.Array = (nll * weight).sum() / total + vent_weight * cross_entropy.mean()
+    return result
 
 
 def state_model_loss(
@@ -307,4 +329,5 @@ def outcome_model_loss(
     """Cross-entropy of 90-day death at the rows `index` [B, 2] (stay, step)."""
     logit = model(*sequences.window(index, window), key=key)
     died = sequences.died_90d[index[:, 0]].astype(jnp.float32)
-    return optax.sigmoid_binary_cross_entropy(logit, died).mean()
+    result: jax.Array = optax.sigmoid_binary_cross_entropy(logit, died).mean()
+    return result

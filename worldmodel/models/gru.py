@@ -23,7 +23,7 @@ class GRUCell(nnx.Module):
     def __init__(self, in_features: int, hidden: int, *, rngs: nnx.Rngs, precision: str):
         bound = hidden**-0.5
 
-        def uniform(*shape: int) -> nnx.Param:
+        def uniform(*shape: int) -> nnx.Param[jax.Array]:
             return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
 
         self.weight_input = uniform(in_features, 3 * hidden)

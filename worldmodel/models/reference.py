@@ -44,7 +44,13 @@ _OUTCOME_LINEARS = {
     "outcome_out": "outcome_head.3",
 }
 _CONFIG = ModelConfig(variant="reference")
-_SHAPE = ("variant", "hidden", "layers", "embed", "head")  # what a folder's tensors depend on
+_SHAPE = (
+    "variant",
+    "hidden",
+    "layers",
+    "embed",
+    "head",
+)  # determine tensors' shapes
 
 
 def is_reference_folder(path: str | Path) -> bool:
@@ -125,14 +131,14 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
     return path
 
 
-Visit = Callable[[nnx.Param, str, bool], None]
+Visit = Callable[[nnx.Param[jax.Array], str, bool], None]
 
 
 def _walk(model: Any, linears: dict[str, str], visit: Visit) -> None:
     """Calls `visit(parameter, torch name, transposed)` for every parameter."""
-    for ours, theirs in linears.items():
-        visit(getattr(model, ours).kernel, f"{theirs}.weight", True)
-        visit(getattr(model, ours).bias, f"{theirs}.bias", False)
+    for name, torch_name in linears.items():
+        visit(getattr(model, name).kernel, f"{torch_name}.weight", True)
+        visit(getattr(model, name).bias, f"{torch_name}.bias", False)
     for layer, cell in enumerate(model.gru.cells):
         visit(cell.weight_input, f"gru.weight_ih_l{layer}", True)
         visit(cell.weight_hidden, f"gru.weight_hh_l{layer}", True)
@@ -147,7 +153,7 @@ def _blank(model_class: type) -> Any:
 def _fill(model: Any, linears: dict[str, str], path: Path) -> None:
     tensors = read_state_dict(path)
 
-    def put(parameter: nnx.Param, name: str, transposed: bool) -> None:
+    def put(parameter: nnx.Param[jax.Array], name: str, transposed: bool) -> None:
         if name not in tensors:
             raise InputError(f"{path}: tensor {name} is missing")
         value = tensors.pop(name)
@@ -166,7 +172,7 @@ def _fill(model: Any, linears: dict[str, str], path: Path) -> None:
 def _tensors(model: Any, linears: dict[str, str]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
 
-    def take(parameter: nnx.Param, name: str, transposed: bool) -> None:
+    def take(parameter: nnx.Param[jax.Array], name: str, transposed: bool) -> None:
         value = np.asarray(parameter[...])
         out[name] = value.T if transposed else value
 
@@ -185,24 +191,26 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 class _Storage:
-    """Stands for torch's storage classes in the pickle stream."""
+    """Replaces torch's storage classes when the pickle stream is read."""
 
     def __init__(self, name: str):
         self.dtype = _DTYPES[name]
 
 
-def _rebuild_tensor(storage: np.ndarray, offset: int, size: tuple, stride: tuple, *_: Any) -> Any:
-    """A copy of the strided view that torch describes."""
+def _rebuild_tensor(
+    storage: np.ndarray, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> np.ndarray:
+    """A copy of the strided array that torch describes."""
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True) if n)
     empty = any(n == 0 for n in size)
     if offset < 0 or min(stride, default=0) < 0 or (not empty and last >= storage.size):
         raise pickle.UnpicklingError("tensor lies outside its storage")
     strides = tuple(step * storage.itemsize for step in stride)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
-    return view.copy()
+    strided = np.lib.stride_tricks.as_strided(storage[offset:], size, strides, writeable=False)
+    return strided.copy()
 
 
-def _rebuild_parameter(tensor: np.ndarray, *_: Any) -> np.ndarray:
+def _rebuild_parameter(tensor: np.ndarray, *_: object) -> np.ndarray:
     return tensor
 
 
@@ -211,7 +219,7 @@ class _StateDictUnpickler(pickle.Unpickler):
         super().__init__(archive.open(f"{root}/data.pkl"))
         self._archive, self._root = archive, root
 
-    def find_class(self, module: str, name: str) -> Any:
+    def find_class(self, module: str, name: str) -> object:
         allowed = {
             ("collections", "OrderedDict"): OrderedDict,
             ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,

@@ -21,7 +21,14 @@ from worldmodel.models.baselines import Rows
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
 from worldmodel.models.evaluation import evaluate_world_model, predict_members
-from worldmodel.models.fitting import FitConfig, fit, outcome_model_loss, state_model_loss
+from worldmodel.models.fitting import (
+    FitConfig,
+    Loss,
+    ModelT,
+    fit,
+    outcome_model_loss,
+    state_model_loss,
+)
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
@@ -46,10 +53,10 @@ class TrainConfig:
       members: ensemble size.
       seed: of initialisation, minibatch order and dropout.
       imputed_weight: weight of imputed entries in the State Model's loss. None: 1 for the
-        reference variant (all entries alike), 0.1 for the residual variant.
+        reference variant (all entries have equal weight), 0.1 for the residual variant.
       vent_weight: weight of the ventilation loss.
       outcome_prefixes: train the Outcome Model on every row instead of last rows only, so
-        that it can be asked in mid-trajectory. None: only for the residual variant.
+        that it can be evaluated in mid-trajectory. None: only for the residual variant.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -68,19 +75,21 @@ class TrainConfig:
 
     @property
     def resolved_imputed_weight(self) -> float:
+        """Weight of imputed entries: as given, or the default of the variant."""
         if self.imputed_weight is not None:
             return self.imputed_weight
         return 1.0 if self.model.variant == "reference" else 0.1
 
     @property
     def resolved_prefixes(self) -> bool:
+        """Whether the Outcome Model is trained on all rows: as given, or by variant."""
         if self.outcome_prefixes is not None:
             return self.outcome_prefixes
         return self.model.variant != "reference"
 
 
 class Trained(NamedTuple):
-    """A trained world model and how it was judged."""
+    """A trained world model, its training history and its test metrics."""
 
     world_model: WorldModel
     metrics: dict[str, Any]
@@ -97,7 +106,7 @@ def train_world_model(
     state_folder: str | Path | None = None,
     progress: EpochProgress | None = None,
 ) -> Trained:
-    """Trains State and Outcome Model and judges them on the test split.
+    """Trains the State Model and the Outcome Model and evaluates them on the test split.
 
     Args:
       episodes: with training, validation and test stays.
@@ -132,7 +141,14 @@ def train_world_model(
     }
     fingerprint = {"config": asdict(config), "data": digest(jax.tree.leaves((episodes, scaler)))}
 
-    def run(name, key, model, loss, index, fit_config):
+    def run(
+        name: str,
+        key: jax.Array,
+        model: ModelT,
+        loss: Loss,
+        index: Callable[[Episodes], np.ndarray],
+        fit_config: FitConfig,
+    ) -> tuple[ModelT, list[dict[str, float]]]:
         saver = None
         if state_folder is not None:
             saver = Saver(Path(state_folder) / name, fingerprint)
@@ -203,7 +219,7 @@ def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.nda
     """Scales each feature's sigma to the validation errors, by maximum likelihood.
 
     For a fixed mu the best scale of sigma_j is the root mean square of error / sigma over the
-    measured entries; features measured fewer than 30 times keep theirs.
+    measured entries; features measured fewer than 30 times keep their sigma.
     """
     recorded = sequences.target(index)
     measured, target = np.asarray(recorded.measured), np.asarray(recorded.obs)

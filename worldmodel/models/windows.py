@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What the State Model should say of the row after the window."""
+    """Target of the State Model: the row after the window."""
 
     obs: jax.Array  # [B, 39] z-scores
     measured: jax.Array  # [B, 39] bool; urine counts where it is above 0 mL

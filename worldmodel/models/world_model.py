@@ -34,7 +34,8 @@ class WorldModel:
     @property
     def num_members(self) -> int:
         """Ensemble size E."""
-        return jax.tree.leaves(self.state_model)[0].shape[0]
+        result: int = jax.tree.leaves(self.state_model)[0].shape[0]
+        return result
 
     def member(self, index: int) -> WorldModel:
         """The world model of one ensemble member.
@@ -57,7 +58,10 @@ class WorldModel:
         self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
     ) -> Prediction:
         """Every member's prediction: arguments as `transition`, results [E, B, ...]."""
-        return jax.vmap(lambda model: model(obs, observed, static, action))(self.state_model)
+        result: Prediction = jax.vmap(lambda model: model(obs, observed, static, action))(
+            self.state_model
+        )
+        return result
 
     def transition(
         self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
@@ -96,7 +100,10 @@ class WorldModel:
         self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
     ) -> jax.Array:
         """Every member's logit [E, B] of death within 90 days; arguments as `mortality_logit`."""
-        return jax.vmap(lambda model: model(obs, observed, static, action))(self.outcome_model)
+        result: jax.Array = jax.vmap(lambda model: model(obs, observed, static, action))(
+            self.outcome_model
+        )
+        return result
 
 
 def init_world_model(

@@ -1,1 +1,1 @@
-"""Playing patients forward in the world model."""
+"""Rollouts of patients in the world model."""

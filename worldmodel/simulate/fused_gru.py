@@ -1,21 +1,22 @@
-"""The State Model and the Outcome Model reformulated for closed loops: the same numbers, sooner.
+"""The State Model and the Outcome Model reformulated for closed loops: faster, same numbers.
 
-Both models look at a window and start every look from h = 0 on its oldest row. Playing forward,
-consecutive windows share all rows but one, so instead of running whole windows
+Both models run a GRU over a window, from h = 0 on its oldest row. In a rollout, consecutive
+windows share all rows but one, so instead of running whole windows
 
-- every window that a row belongs to keeps its own hidden state, and a new row moves each of them
-  on by one step: its projection is computed once and serves all of them;
+- every unfinished window keeps its own hidden state, and a new row advances all of them by one
+  step: the projection of the row is computed once for all windows;
 - the first step of a window needs no recurrent product, as h = 0;
-- hidden_states that would end after the horizon are not started;
-- what branches have in common is computed once: hidden states before the first treatment have
-  the shape [P, 1, 1, H] of their patients, after it [P, K, 1, H] of their plans, and broadcast
-  to [P, K, S, H] where the futures part;
-- products with the same left side are one product; embeddings are folded into the projection.
+- windows that would end after the horizon are not started;
+- what branches have in common is computed once: hidden states have the shape [P, 1, 1, H]
+  before the first treatment and [P, K, 1, H] after it, and are broadcast to [P, K, S, H] only
+  where the samples begin to differ;
+- products with the same left operand are one product; embeddings are folded into the
+  projection.
 
 All functions take leading axes of any shape that broadcast against each other. Tested equal to
 `WorldModel.transition` and `mortality_logit` step by step.
 
-Both models' parameters packed for the engine: what is multiplied together lies together.
+`pack_state` and `pack_outcome` arrange the parameters of both models for this.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from worldmodel.models.clinical_model import (
 )
 from worldmodel.models.gru import gates
 
-Hidden = tuple[jax.Array, ...]  # a hidden_state: one [..., H] per layer
+Hidden = tuple[jax.Array, ...]  # one hidden state [..., H] per layer
 
 
 class Row(NamedTuple):
-    """What the models read of one step."""
+    """Inputs of the models from one step."""
 
     obs: jax.Array  # [..., 39] z-scores
     observed: jax.Array  # [..., 38] float32
@@ -53,21 +54,20 @@ class Row(NamedTuple):
 
 
 class Carry(NamedTuple):
-    """Branches in flight between two steps of the State Model."""
+    """State of the recurrence between two steps of the State Model."""
 
-    hidden_states: tuple[Hidden, ...]  # windows that have begun, the one that ends next first
-    lag_terms: tuple[
-        jax.Array, ...
-    ]  # [..., 39] what past rows add to the next changes, nearest first
+    hidden_states: tuple[Hidden, ...]  # of unfinished windows, the one that ends next first
+    # [..., 39] contributions of past rows to the next changes, nearest first
+    lag_terms: tuple[jax.Array, ...]
 
 
 def init_carry(kernel: StateKernel, past: Row, *, horizon: int) -> Carry:
-    """Chains of the windows that have begun before the newest row.
+    """Hidden states of the windows that begin before the newest row.
 
     Args:
       kernel: packed State Model.
       past: [R, ...] the rows before the newest, oldest first; the last five are read.
-      horizon: steps that will be played; no more hidden_states than that are kept.
+      horizon: steps H of the rollout; at most so many hidden states are kept.
     """
     count = schema.STATE_WINDOW - 1
     projected, terms = _project(kernel, jax.tree.map(lambda leaf: leaf[-count:], past))
@@ -76,7 +76,7 @@ def init_carry(kernel: StateKernel, past: Row, *, horizon: int) -> Carry:
 
     def step(hidden_states: Hidden, row: tuple[jax.Array, jax.Array]) -> tuple[Hidden, None]:
         index, read = row
-        # Chain i starts with row i; until then its h stays 0.
+        # Window i starts with row i; until then its h stays 0.
         moved = _advance(kernel.trunk, hidden_states, read[None])
         return tuple(jnp.where(ids <= index, h, 0.0) for h in moved), None
 
@@ -96,13 +96,13 @@ def init_carry(kernel: StateKernel, past: Row, *, horizon: int) -> Carry:
 def step(
     kernel: StateKernel, carry: Carry, row: Row, *, more: bool = True
 ) -> tuple[Carry, Prediction]:
-    """Moves every window on by the newest row, whose treatment is chosen.
+    """Advances every window by the newest row, whose treatment is chosen.
 
     Args:
       kernel: packed State Model.
-      carry: from `begin` or the step before.
+      carry: from `init_carry` or the step before.
       row: the newest row.
-      more: whether a window that starts with this row will be asked for; it ends in five steps.
+      more: whether a window starts with this row; it ends five steps later.
 
     Returns:
       The carry after the row, and the prediction of the window that ends with it.
@@ -122,8 +122,8 @@ def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
 
     Args:
       kernel: packed Outcome Model.
-      groups: [n, ...] the rows, oldest first, in groups of consecutive rows whose leading axes
-        are alike; those of a later group may be wider.
+      groups: [n, ...] the rows, oldest first, in groups of consecutive rows with equal leading
+        axes; those of a later group may be larger.
     """
 
     def step(hidden_state: Hidden | None, row: Row) -> tuple[Hidden, None]:
@@ -159,12 +159,15 @@ def _dot_of(precision: str) -> Any:
 
 @jax.named_scope("projection")
 def _read(trunk: Trunk, row: Row) -> jax.Array:
-    """[..., X] everything that is linear in a row."""
+    """[..., X] all linear functions of a row."""
     dot = _dot_of(trunk.precision)
     weights = trunk.rows
     # Measured before the sum: these parts vary by patient or plan only.
     known = dot(row.observed, weights.observed) + dot(row.static, weights.static)
-    return dot(row.obs, weights.obs) + (dot(row.action, weights.action) + (known + weights.bias))
+    result: jax.Array = dot(row.obs, weights.obs) + (
+        dot(row.action, weights.action) + (known + weights.bias)
+    )
+    return result
 
 
 def _project(kernel: StateKernel, row: Row) -> tuple[jax.Array, list[jax.Array]]:
@@ -180,7 +183,7 @@ def _project(kernel: StateKernel, row: Row) -> tuple[jax.Array, list[jax.Array]]
 def _pass_on(
     terms: list[jax.Array], lag_terms: tuple[jax.Array, ...]
 ) -> tuple[jax.Array | None, tuple[jax.Array, ...]]:
-    """The linear change due now, and what the rows so far add to later ones."""
+    """The linear change of this step, and the contributions of the rows so far to later steps."""
     if not terms:
         return None, ()
     *due, last = terms
@@ -190,7 +193,7 @@ def _pass_on(
 
 @jax.named_scope("recurrence")
 def _advance(trunk: Trunk, hidden_state: Hidden | None, projected: jax.Array) -> Hidden:
-    """One row further in every layer; a hidden_state of None starts here, from h = 0."""
+    """The hidden state after one more row; None starts a window, from h = 0."""
     dot = _dot_of(trunk.precision)
     moved: list[jax.Array] = []
     for index, layer in enumerate(trunk.layers):
@@ -228,7 +231,7 @@ def _heads(
 
 @struct.dataclass
 class Rows:
-    """Weights from a row to everything that reads it: layer 1 and the autoregression."""
+    """Weights of a row's inputs in layer 1 and in the autoregression."""
 
     obs: jax.Array  # [39, X]
     observed: jax.Array  # [38, X]
@@ -257,6 +260,7 @@ class Trunk:
 
     @property
     def gates_width(self) -> int:
+        """3H, the width of all gates together."""
         return self.layers[0].bias_hidden.shape[-1]
 
 
@@ -288,7 +292,7 @@ class OutcomeKernel:
 
 
 def pack_state(model: StateModel, precision: str | None = None) -> StateKernel:
-    """A State Model (no ensemble axis) for `begin` and `predict`.
+    """A State Model (no ensemble axis) for `init_carry` and `step`.
 
     Args:
       model: one member's parameters.
@@ -380,4 +384,5 @@ def _linear_terms(linear: Any, lags: int) -> Rows:
 
 
 def _beside(*parts: Rows) -> Rows:
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+    result: Rows = jax.tree.map(lambda *leaves: jnp.concatenate(leaves, axis=-1), *parts)
+    return result

@@ -1,4 +1,4 @@
-"""Where a patient stands: the window that the models see, and how it moves on."""
+"""Rolling history of a patient: the window of rows that the models read."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from worldmodel.observation import Observation, ObservationHistory, recent
 
 @struct.dataclass
 class History:
-    """The last rows of B patients (or branches); the newest row awaits its treatment.
+    """The last rows of B patients (or branches); the treatment of the newest row is not chosen yet.
 
     Rows before ICU admission are zero, with action -1.
     """
@@ -49,7 +49,7 @@ class History:
         return replace(self, action=self.action.at[..., -1].set(action))
 
     def append(self, obs: jax.Array, urine: jax.Array, ventilated: jax.Array) -> History:
-        """Moves on by one row, yet to be scored; measurements keep the last row's pattern."""
+        """Appends a row without its SOFA; the pattern of measured values is that of the last row."""
 
         def push(rows: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.concatenate([rows[:, 1:], row[:, None]], axis=1)
@@ -81,11 +81,11 @@ def urine_per_day(total: jax.Array, step: jax.Array, window: int) -> jax.Array:
 
 
 def observe(world_model: WorldModel, history: History, *, past: int = 0) -> Observation:
-    """What a policy sees of B patients in a world model, leaves [B, ...].
+    """The observations of B patients in a world model, leaves [B, ...].
 
     Args:
       world_model: whose scaler is used.
-      history: where they stand; the newest row awaits its treatment.
+      history: of the patients; the treatment of the newest row is not chosen yet.
       past: rows of `Observation.past`, at most 12.
     """
     scaler = world_model.scaler
@@ -116,7 +116,7 @@ def observe(world_model: WorldModel, history: History, *, past: int = 0) -> Obse
 
 
 def history_from_observation(world_model: WorldModel, observation: Observation) -> History:
-    """The inverse of `observe`: where one patient stands, as a batch of one.
+    """The inverse of `observe`: the history of one patient, as a batch of one.
 
     Args:
       world_model: whose scaler is used.
@@ -144,7 +144,8 @@ def history_from_observation(world_model: WorldModel, observation: Observation) 
         step=observation.step,
         patient=jnp.int32(0),
     )
-    return jax.tree.map(lambda leaf: leaf[None], history)
+    result: History = jax.tree.map(lambda leaf: leaf[None], history)
+    return result
 
 
 def _urine_steps(world_model: WorldModel) -> int:

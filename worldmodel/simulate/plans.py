@@ -22,7 +22,7 @@ class Plan(NamedTuple):
 
 
 def is_clinician(text: str) -> bool:
-    """Whether a plan asks for what was really given."""
+    """Whether a plan is the recorded treatment."""
     return text.strip().lower() == CLINICIAN
 
 
@@ -84,7 +84,8 @@ def _action(pair: str, text: str) -> int:
     for level in (vasopressor, fluid):
         if not 0 <= level < schema.NUM_LEVELS:
             raise InputError(f"plan {text!r}: level {level} is outside 0 to 4")
-    return schema.action_index(vasopressor, fluid)
+    result: int = schema.action_index(vasopressor, fluid)
+    return result
 
 
 RECORDED = -1  # in a plan: what was really given
@@ -100,7 +101,7 @@ class PlanSet(NamedTuple):
 
 
 def read_plan_set(texts: Sequence[str], *, horizon: int, then: str = "") -> PlanSet:
-    """Plans as people ask for them.
+    """Reads a set of plans.
 
     Args:
       texts: "constant" (each of the 25 actions held), "deviations" (each of the 25 actions once,
@@ -134,7 +135,7 @@ def read_plan_set(texts: Sequence[str], *, horizon: int, then: str = "") -> Plan
     names = tuple(name for name, _, _ in found)
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"plan {name!r}: there are two of that name")
+            raise InputError(f"plan {name!r}: two plans have this name")
     table = np.array([plan for _, _, plan in found], np.int32).reshape(-1, horizon)
     return PlanSet(names, tuple(kind for _, kind, _ in found), table)
 
@@ -154,7 +155,7 @@ def plans_from(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Plans at starts, with the record filled in.
 
-    Where the record ends before the plan, what was given last goes on.
+    Where the record ends before the plan, the last recorded treatment is repeated.
 
     Args:
       actions: [K, H] joint actions, or RECORDED.

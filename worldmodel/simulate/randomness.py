@@ -50,7 +50,7 @@ def policy_key(key: jax.Array) -> jax.Array:
 
 
 def outcome_chance(key: jax.Array) -> jax.Array:
-    """[] uniform in [0, 1), the luck of an outcome that is drawn."""
+    """[] uniform in [0, 1) that decides an outcome that is drawn."""
     return jax.random.uniform(jax.random.fold_in(key, keys.OUTCOME))
 
 
@@ -80,7 +80,7 @@ def under_policy(
       key: of the whole simulation.
       start: P patients.
       samples: [S] sample numbers.
-      past: rows of `Observation.past` that the policy asks for.
+      past: rows of `Observation.past` that the policy is given.
     """
     shape = (start.step.shape[0], 1, samples.shape[0])
 
@@ -112,8 +112,8 @@ def drawn_noise(
         own_keys = _branch_keys(key, start, h, plan_ids, samples)
         return jax.vmap(state_noise)(own_keys.reshape(-1)).reshape(*own_keys.shape, -1)
 
-    # Drawn by a loop of their own, and one of at least two turns: otherwise XLA would draw them
-    # again under every plan and for everything that reads them.
+    # Drawn in a separate loop of at least two iterations: otherwise XLA would draw them again for
+    # every plan and every use.
     drawn = jax.lax.map(draw, jnp.arange(max(horizon, 2)))
     return lambda h: drawn[h]
 

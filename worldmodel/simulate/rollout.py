@@ -1,7 +1,7 @@
 """Counterfactual rollouts: patients x plans x noise samples x horizon in one jitted call.
 
 Branch noise comes from `fold_in(fold_in(fold_in(key, patient), step), sample)`, so a branch is
-the same whatever the batch, and by default the same noise meets every plan (common random
+the same whatever the batch, and by default all plans use the same noise (common random
 numbers), which removes noise from comparisons between plans.
 """
 
@@ -35,14 +35,14 @@ CACHED_BRANCHES = 1_024  # and on a CPU, whose caches they fit
 
 @struct.dataclass
 class Rollouts:
-    """What happened on P patients x K plans x S samples over H steps."""
+    """Simulated steps of P patients x K plans x S samples over H steps."""
 
-    values: jax.Array  # [P, K, S, H, F] physical units of the features asked for
+    values: jax.Array  # [P, K, S, H, F] physical units of `features`
     sofa: jax.Array  # [P, K, S, H]
     ventilation: jax.Array  # [P, K, S, H] probability
     reward: jax.Array  # [P, K, S, H] shaping of each step; the terminal reward is apart
     action: jax.Array  # [P, K, S, H] int32 joint action taken
-    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not asked
+    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not computed
     projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
     features: tuple[str, ...] = struct.field(pytree_node=False)
     mode: str = struct.field(pytree_node=False)
@@ -78,17 +78,17 @@ def rollout(
     precision: str | None = None,
     max_branches: int | None = None,
 ) -> Rollouts:
-    """Plays patients forward under plans or a policy.
+    """Simulates patients under plans or a policy.
 
     Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
 
     Args:
-      world_model: the model to play in.
+      world_model: the model to simulate with.
       key: not consumed by position: branch noise is folded in from patient, step and sample.
       start: P patients, from `start_history`.
       plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H]; or a policy
         `(key, observation) -> [25]` traced into the rollout (K = 1), with a key per branch and
-        step. Its attribute `past`, where it has one, asks for so many rows of `Observation.past`.
+        step. Its attribute `past`, where it has one, is the number of rows of `Observation.past`.
       horizon: steps H; needed for a policy, otherwise the plans' length.
       samples: noise samples S per patient and plan; a multiple of the ensemble size.
       features: names to return.
@@ -97,7 +97,7 @@ def rollout(
         `abduct_noise` returns them.
       mode: "corrected" (projection into physiologic ranges, standard SOFA, scaled urine) or
         "reference" (SepsisAgent's rules: neither).
-      mortality: ask the Outcome Model at the end; otherwise `Rollouts.mortality` is NaN.
+      mortality: evaluate the Outcome Model at the end; otherwise `Rollouts.mortality` is NaN.
       precision: of matrix products, one of `clinical_model.PRECISIONS` or "bfloat16" (operands
         rounded, sums in float32); None for the model's own.
       max_branches: bound on the branches simulated at a time; None for what suits the device.
@@ -142,7 +142,8 @@ def rollout(
     blocks = _Blocks(rows, ids[None] * members + np.arange(members)[:, None, None])
     if being_traced():
         return _rollout(*inputs, blocks, samples, config, past)
-    return _jitted(precision)(*inputs, blocks, samples, config, past)
+    result: Rollouts = _jitted(precision)(*inputs, blocks, samples, config, past)
+    return result
 
 
 def _resolve(
@@ -170,7 +171,7 @@ def _resolve(
 
 
 class _Blocks(NamedTuple):
-    """What is simulated one after the other; the last of each may repeat its last entry."""
+    """Blocks that are simulated one after the other; the last one may repeat its last entry."""
 
     patients: np.ndarray  # [blocks, p] int32
     samples: np.ndarray  # [E, blocks, c] int32
@@ -179,7 +180,7 @@ class _Blocks(NamedTuple):
 def _suitable_branches(horizon: int) -> int:
     if jax.default_backend() != "cpu":
         return MAX_BRANCHES
-    # The first step costs branches next to nothing, so short horizons take more at a time.
+    # The first step costs little per branch, so short horizons take more branches at a time.
     return CACHED_BRANCHES * max(8 // horizon, 1)
 
 
@@ -200,7 +201,7 @@ def _rollout(
     key: jax.Array,
     start: History,
     plans: jax.Array | None,
-    policy: Any,
+    policy: PolicyFn | None,
     noise: jax.Array | None,
     blocks: _Blocks,
     samples: int,
@@ -231,10 +232,12 @@ def _rollout(
                 config=config,
                 past=past,
             )
-            return jax.lax.map(simulate, sample_blocks)
+            result: dict[str, jax.Array] = jax.lax.map(simulate, sample_blocks)
+            return result
 
         models = (world_model.state_model, world_model.outcome_model, blocks.samples)
-        return jax.lax.map(of_member, models)
+        result: dict[str, jax.Array] = jax.lax.map(of_member, models)
+        return result
 
     results = jax.lax.map(of_patients, blocks.patients)  # leaves [blocks, E, blocks, p, K, c, ...]
 
@@ -252,7 +255,7 @@ def _simulate(
     key: jax.Array,
     start: History,
     plans: jax.Array | None,
-    policy: Any,
+    policy: PolicyFn | None,
     noise: jax.Array | None,
     samples: jax.Array,
     *,

@@ -1,4 +1,4 @@
-"""Branches in tasks of one fixed shape, dealt to the devices of a mesh.
+"""Branches in tasks of one fixed shape, distributed over the devices of a mesh.
 
 A task is a member of the ensemble with some patients and some samples under every plan. All
 tasks of a job have one shape and one program, whatever the device that gets them: the numbers
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -32,11 +32,13 @@ from worldmodel.simulate.randomness import drawn_noise, under_plans, under_polic
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
 from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape, unroll
 
+ModelT = TypeVar("ModelT")
+
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
 
 
-# Branches that a device plays at a time: what fits a core's cache, or fills an accelerator.
+# Branches that a device simulates at a time: what fits a core's cache, or fills an accelerator.
 BRANCHES_PER_DEVICE = {"cpu": 512, "gpu": 131_072, "tpu": 65_536}
 
 
@@ -72,10 +74,10 @@ def branch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 class ShardedRollout:
-    """Plays tasks of one shape, as many at a time as the mesh has devices.
+    """Simulates tasks of one shape, one per device of the mesh at a time.
 
     Args:
-      world_model: to play in, copied to every device.
+      world_model: to simulate with, copied to every device.
       mesh: from `branch_mesh`.
       shape: branches p, K, c of a task; K = 1 for a policy.
       config: what is compiled.
@@ -99,7 +101,7 @@ class ShardedRollout:
     def __call__(
         self, key: jax.Array, start: History, plans: jax.Array | None, tasks: Task
     ) -> BranchSummary:
-        """Plays one task per device.
+        """Simulates one task per device.
 
         Args:
           key: of the whole job; noise is folded in by patient, step and sample.
@@ -111,11 +113,12 @@ class ShardedRollout:
           Leaves [D, p, K, c, ...], sharded over the mesh and perhaps still being computed.
         """
         world_model, policy = self._constant
-        return self.call(world_model, policy, key, start, plans, tasks)
+        result: BranchSummary = self.call(world_model, policy, key, start, plans, tasks)
+        return result
 
 
 def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0) -> Any:
-    """The jitted function behind a `ShardedRollout`, for those who compile ahead of time.
+    """The jitted function behind a `ShardedRollout`, for ahead-of-time compilation.
 
     Returns:
       `f(world_model, policy or None, key, start, plans or None, tasks) -> BranchSummary`, the
@@ -124,7 +127,7 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
 
     def of_device(
         world_model: WorldModel,
-        policy: Any,
+        policy: PolicyFn | None,
         key: jax.Array,
         start: History,
         plans: jax.Array | None,
@@ -160,7 +163,8 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
             ),
         )
         summary = finish_summary(played.folded, played.mortality, config.horizon)
-        return jax.tree.map(lambda leaf: leaf[None], summary)
+        result: BranchSummary = jax.tree.map(lambda leaf: leaf[None], summary)
+        return result
 
     same, split = PartitionSpec(), PartitionSpec(AXIS)
     return jax.jit(
@@ -227,7 +231,7 @@ def rollout_block(
     queue: deque[tuple[BranchSummary, list[Task]]] = deque()
     for first in range(0, len(tasks), devices):
         group = tasks[first : first + devices]
-        # A device without a task of its own repeats the last one; nobody reads that.
+        # A device without a task of its own repeats the last one; the result is not used.
         padded = group + group[-1:] * (devices - len(group))
         queue.append((sharded_rollout(key, start, plans, _together(padded)), group))
         if len(queue) > _IN_FLIGHT:
@@ -254,5 +258,6 @@ def _together(tasks: list[Task]) -> Task:
     return Task(*(np.stack(parts) for parts in zip(*tasks, strict=True)))
 
 
-def _pick(model: Any, member: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf[member][None], model)
+def _pick(model: ModelT, member: jax.Array) -> ModelT:
+    picked: ModelT = jax.tree.map(lambda leaf: leaf[member][None], model)
+    return picked

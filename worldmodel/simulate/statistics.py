@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,9 @@ _MEANBP = schema.INDEX["meanbp"]
 
 @struct.dataclass
 class BranchSummary:
-    """Of branches [P, K, S]; sums and means are over the H simulated steps."""
+    """Summary of branches [P, K, S]; sums and means are over the H simulated steps."""
 
-    final: jax.Array  # [P, K, S, F] physical units of the features asked for, in the last row
+    final: jax.Array  # [P, K, S, F] physical units of the chosen features, in the last row
     sofa: jax.Array  # [P, K, S] in the last row
     lowest_map: jax.Array  # [P, K, S] mmHg
     below_target: jax.Array  # [P, K, S] share of steps with MAP < 65 mmHg
@@ -34,7 +33,7 @@ class BranchSummary:
     vasopressor: jax.Array  # [P, K, S] mean level
     fluid: jax.Array  # [P, K, S] mean level
     projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
-    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not asked
+    mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not computed
 
     @property
     def total_reward(self) -> jax.Array:
@@ -43,7 +42,7 @@ class BranchSummary:
 
 
 def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
-    """Before the first step."""
+    """The summary before the first step."""
 
     def full(value: float) -> jax.Array:
         return jnp.full(shape, value, jnp.float32)
@@ -86,7 +85,7 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
 def finish_summary(
     summary: BranchSummary, mortality: jax.Array | None, horizon: int
 ) -> BranchSummary:
-    """Sums become means, and the outcome is added."""
+    """The final summary: sums become means, and mortality is added."""
     return replace(
         summary,
         below_target=summary.below_target / horizon,
@@ -164,7 +163,8 @@ def disagreement(values: np.ndarray, members: int) -> np.ndarray:
     """[P, K] standard deviation between the members' means; NaN for one member."""
     if members < 2:
         return np.full(values.shape[:2], np.nan)
-    return _by_member(values, members).mean(2).std(-1, ddof=1)
+    result: np.ndarray = _by_member(values, members).mean(2).std(-1, ddof=1)
+    return result
 
 
 def standard_error(values: np.ndarray, members: int) -> np.ndarray:
@@ -173,7 +173,8 @@ def standard_error(values: np.ndarray, members: int) -> np.ndarray:
     if own < 2:
         return np.full(values.shape[:2], np.nan)
     within = _by_member(values, members).var(2, ddof=1).mean(-1)
-    return np.sqrt(within / values.shape[-1])
+    result: np.ndarray = np.sqrt(within / values.shape[-1])
+    return result
 
 
 def first_actions(summary: BranchSummary) -> np.ndarray:
@@ -193,10 +194,11 @@ def support(probs: np.ndarray | None, summary: BranchSummary) -> np.ndarray:
     if probs is None:
         return np.full(first.shape[:2], np.nan)
     rows = np.arange(len(first))[:, None, None]
-    return np.asarray(probs, np.float64)[rows, first].mean(-1)
+    result: np.ndarray = np.asarray(probs, np.float64)[rows, first].mean(-1)
+    return result
 
 
-def _wide(leaf: Any) -> np.ndarray:
+def _wide(leaf: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(leaf, np.float64)
 
 

@@ -29,7 +29,7 @@ class NextRow(NamedTuple):
 
 
 class StepOutputs(NamedTuple):
-    """What a simulated step brought, each [B]."""
+    """Results of a simulated step, each [B]."""
 
     ventilation: jax.Array  # probability
     reward: jax.Array
@@ -79,7 +79,7 @@ def follow(
 def next_row(
     world_model: WorldModel, prediction: Prediction, eps: jax.Array, *, mode: str
 ) -> NextRow:
-    """Draws the row that a prediction speaks of; leading axes broadcast.
+    """Draws the next row from a prediction; leading axes broadcast.
 
     Args:
       world_model: whose scaler is used.

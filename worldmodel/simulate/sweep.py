@@ -23,16 +23,16 @@ class Starts(NamedTuple):
 
     stay: np.ndarray  # [N] int32 row of the episodes
     step: np.ndarray  # [N] int32 row of the stay, 0 at admission
-    skipped: int  # rows asked for after the end of a stay
+    skipped: int  # requested rows after the end of a stay
 
 
 class Section(NamedTuple):
-    """Plans that are played together from every start; or a policy."""
+    """Plans that are simulated together from every start; or one policy."""
 
     plans: tuple[int, ...]  # numbers of the plans; policies are numbered after them
     width: int  # plans that are played, the last one repeated
     starts: int  # that are played per block, likewise
-    cost: int = 1  # model calls that a step takes, more than one for a planner that looks ahead
+    cost: int = 1  # model calls that a step takes, more than one for a planner
 
 
 class Block(NamedTuple):

@@ -23,7 +23,7 @@ _PREFIX = 2  # after two steps nothing is shared between branches any more
 
 
 class Step(NamedTuple):
-    """What one step brought; leading axes broadcast to [P, K, S]."""
+    """Results of one step; leading axes broadcast to [P, K, S]."""
 
     obs: jax.Array  # [..., 39] z-scores of the row after the treatment
     dynamic: jax.Array  # [..., 39] the same in physical units
@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
 
 class StepState(NamedTuple):
-    """Where the branches stand before a treatment; leading axes broadcast to [P, K, S]."""
+    """State of the branches before a treatment; leading axes broadcast to [P, K, S]."""
 
     obs: jax.Array  # [..., 39] the newest row
     lactate: jax.Array  # [...] mmol/L
@@ -45,7 +45,7 @@ class StepState(NamedTuple):
 
 
 class RolloutResult(NamedTuple):
-    """Branches [P, K, S] played to the end."""
+    """Results of branches [P, K, S] after the last step."""
 
     folded: Any
     collected: Any  # leaves [P, K, S, H, ...]
@@ -105,12 +105,12 @@ class _ScanCarry(NamedTuple):
 
 
 def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> RolloutResult:
-    """Plays a world model of one member; works on traced values.
+    """Simulates a block of branches in a world model of one member; works on traced values.
 
     Args:
       world_model: of ensemble size 1.
       start: P patients, about to be treated.
-      spec: what to play.
+      spec: of the rollout.
     """
     member = jax.tree.map(lambda leaf: leaf[0], world_model.state_model)
     kernel = pack_state(member, spec.config.precision)
@@ -137,7 +137,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         lactate = drawn.dynamic[..., LACTATE]
         with jax.named_scope("scoring"):
             earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
-        brought = Step(
+        result = Step(
             obs=drawn.obs,
             dynamic=drawn.dynamic,
             action=action,
@@ -148,13 +148,13 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         )
         history = now.history
         if history is not None:
-            history = _append(history, brought, spec.shape)
+            history = _append(history, result, spec.shape)
         with jax.named_scope("output"):
-            folded = spec.fold(carry.folded, brought)
+            folded = spec.fold(carry.folded, result)
         moved = _ScanCarry(recurrent, StepState(drawn.obs, lactate, sofa, urine, history), folded)
         trail = (now.obs, action) if spec.config.mortality else ()
         with jax.named_scope("output"):
-            return moved, (spec.collect(brought), trail)
+            return moved, (spec.collect(result), trail)
 
     carry = _ScanCarry(
         fused_gru.init_carry(kernel, past, horizon=spec.config.horizon),
@@ -202,7 +202,7 @@ def _past_rows(start: History) -> fused_gru.Row:
 
 
 def _constant_row(start: History) -> fused_gru.Row:
-    """[P, 1, 1, ...] what simulated rows have in common: who it is and what is measured."""
+    """[P, 1, 1, ...] inputs that all simulated rows share: static features and which values are measured."""
     nothing = jnp.zeros(0)
     return fused_gru.Row(
         obs=nothing,
@@ -276,12 +276,12 @@ def _mortality(
     trail: list[tuple[jax.Array, jax.Array]],
     newest: jax.Array,
 ) -> jax.Array:
-    """[P, K, S], asked of the last row as if its treatment went on.
+    """[P, K, S] mortality at the last row, with the last treatment repeated in it.
 
     Args:
       world_model: of ensemble size 1.
       start: P patients.
-      spec: what was played.
+      spec: of the rollout.
       trail: rows [n, ...] that were treated, and their actions; the first part is the start.
       newest: [..., 39] the row after the last treatment.
     """

@@ -14,7 +14,7 @@ _LEVELS = tuple(range(schema.NUM_LEVELS))
 
 @struct.dataclass
 class ClinicianParams:
-    """Habits; wanted levels are in units of levels."""
+    """Coefficients of the clinician; wanted levels are in units of levels."""
 
     floor: float = 0.002  # least probability of any action
     vasopressor_width: float = 0.7  # levels
@@ -43,9 +43,9 @@ def probabilities(
     """[25] probabilities of the joint actions.
 
     Args:
-      observation: what the clinician sees.
+      observation: of the patient before the treatment.
       frailty: [] unrecorded severity, seen only where `params.confounding` is not 0.
-      params: habits.
+      params: coefficients.
     """
     p = params
     pressure = observation.dynamic[schema.INDEX["meanbp"]]
@@ -95,19 +95,19 @@ _AT = schema.INDEX
 
 
 def random_policy(key: jax.Array, observation: Observation) -> jax.Array:
-    """All 25 actions alike."""
+    """Every action with probability 1/25."""
     del key, observation
     return jnp.full(schema.NUM_ACTIONS, 1.0 / schema.NUM_ACTIONS)
 
 
 def no_treatment(key: jax.Array, observation: Observation) -> jax.Array:
-    """Neither drug, ever."""
+    """Never gives vasopressor or fluid."""
     del key, observation
     return jax.nn.one_hot(0, schema.NUM_ACTIONS)
 
 
 def maximum_treatment(key: jax.Array, observation: Observation) -> jax.Array:
-    """The highest level of both drugs, always."""
+    """Always gives the highest level of both drugs."""
     del key, observation
     return jax.nn.one_hot(schema.NUM_ACTIONS - 1, schema.NUM_ACTIONS)
 

@@ -22,7 +22,7 @@ _SPLIT_SHARES = (0.70, 0.15, 0.15)
 
 @struct.dataclass
 class Truth:
-    """What the records do not say; enough to ask the world again about the same patients."""
+    """The unrecorded part of generated stays, sufficient to simulate the same patients again."""
 
     key: jax.Array  # the world's key
     patient: jax.Array  # [N] int32 patient numbers
@@ -53,16 +53,16 @@ def generate(
       num_patients: number of stays.
       config: static settings.
       params: coefficients.
-      policy: who treats; None for the clinician.
+      policy: that treats; None for the clinician.
       first_patient: number of the first patient.
       keep_latent: keep latent states; about 170 bytes per patient-step.
       block: patients per call; bounds the memory.
 
     Raises:
-      InputError: no patients are asked for.
+      InputError: `num_patients` is below 1.
     """
     if num_patients < 1:
-        raise InputError(f"number of patients is {num_patients}; ask for at least 1")
+        raise InputError(f"number of patients is {num_patients}, expected at least 1")
     patients = np.arange(first_patient, first_patient + num_patients, dtype=np.int32)
     return generate_patients(
         key, patients, None, config=config, params=params, policy=policy,

@@ -101,7 +101,8 @@ def draw_normals(key: jax.Array, tag: int | np.uint32, count: int) -> jax.Array:
 
 def _uniform(words: jax.Array) -> jax.Array:
     """Strictly between 0 and 1."""
-    return ((words >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+    result: jax.Array = ((words >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2**-23)
+    return result
 
 
 def _bytes(words: jax.Array) -> list[jax.Array]:
@@ -115,4 +116,5 @@ def _normal(words: jax.Array) -> jax.Array:
     Ten times cheaper to compute and to compile than the inverse error function.
     """
     total = sum(_bytes(words), start=jnp.zeros((), words.dtype)).astype(jnp.float32)
-    return (total - 510.0) * jnp.float32((4 * (256**2 - 1) / 12) ** -0.5)
+    result: jax.Array = (total - 510.0) * jnp.float32((4 * (256**2 - 1) / 12) ** -0.5)
+    return result

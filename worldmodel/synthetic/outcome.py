@@ -1,4 +1,4 @@
-"""Death, discharge and what becomes of a patient after the last recorded step."""
+"""Death in the ICU, discharge, and death by day 90 after the last recorded step."""
 
 from __future__ import annotations
 
@@ -67,15 +67,15 @@ def end(
     noise: Noise,
     params: OutcomeParams,
 ) -> Ending:
-    """What happens at the end of a step.
+    """Whether the stay ends with a step, and how.
 
     Args:
       latent: state after the step.
       traits: the patient.
       ventilated: [] bool.
-      vasopressor: [] level during the step; nobody leaves the ICU on a vasopressor.
+      vasopressor: [] level during the step; no patient leaves the ICU on a vasopressor.
       step: [] int32 steps since admission, after the step.
-      noise: luck of the step.
+      noise: random numbers of the step.
       params: coefficients.
     """
     load, host = burden(latent, params), _host(traits, params)

@@ -1,4 +1,4 @@
-"""Who falls ill: traits that stay fixed during a stay."""
+"""Patients' traits, which stay fixed during a stay, and their distribution."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class PatientParams:
 
 @struct.dataclass
 class Traits:
-    """What a patient brings along; frailty is never recorded."""
+    """Fixed characteristics of one patient; frailty is never recorded."""
 
     static: jax.Array  # [3] age in years, 1 = male, Charlson index
     frailty: jax.Array  # [] standard normal, unrecorded severity

@@ -1,4 +1,4 @@
-"""How a septic patient changes in 4 hours under a treatment, ventilation and oxygen included."""
+"""Physiology of a septic patient over 4 hours under a treatment, with respiratory support."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEMOGLOBIN = SLOW_NAMES.index("hemoglobin")
 
 
 def blood_ph(bicarbonate: jax.Array, paco2: jax.Array) -> jax.Array:
-    """Henderson-Hasselbalch, mmol/L and mmHg."""
+    """Blood pH by Henderson-Hasselbalch, from mmol/L and mmHg."""
     return 6.1 + jnp.log10(bicarbonate / (0.0307 * paco2))
 
 
@@ -80,7 +80,9 @@ def advance(
       vasopressor: [] mcg/kg/min norepinephrine equivalents during the step.
       fluid: [] mL during the step.
       step: [] int32 steps since admission.
-      traits, noise, params: the patient, the luck of the step, the coefficients.
+      traits: of the patient.
+      noise: random numbers of the step.
+      params: coefficients.
     """
     p, eps = params, noise.process
     litres = fluid / 1000.0
@@ -255,7 +257,7 @@ def _bicarbonate_target(latent: Latent, traits: Traits, p: PhysiologyParams) -> 
 
 @struct.dataclass
 class SupportParams:
-    """How clinicians ventilate: chances per step, logits."""
+    """Decisions on ventilation and oxygen: chances per step, as logits."""
 
     intubate: float = -6.2  # logit per step at no distress
     intubate_lung: float = 5.0  # logit per unit of lung injury

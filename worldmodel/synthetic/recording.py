@@ -1,4 +1,4 @@
-"""What is recorded of a patient: noise, gaps, rounding, and filling of the gaps.
+"""Recording of a patient: measurement noise, gaps, rounding, and filling of the gaps.
 
 Filling is the rule of `worldmodel.imputation.impute`, one row at a time, so that a policy in
 the loop sees the very row that the episodes hold.
@@ -89,7 +89,7 @@ def _panel(index: int) -> np.ndarray:
     return np.array([row[index] for row in _PANELS.values()], np.float32)
 
 
-# Medians of recorded values in a pilot of this world: what stands where nothing is held.
+# Medians of recorded values in a pilot run of this world; they fill what was never recorded.
 _FILL: dict[str, float] = {
     "heart_rate": 87, "sysbp": 114, "diabp": 61, "meanbp": 76, "resp_rate": 20, "spo2": 97,
     "temp_c": 37.0, "fio2": 45, "gcs_eye": 3, "gcs_verbal": 2, "gcs_motor": 5, "albumin": 2.8,
@@ -125,12 +125,12 @@ class ObservationParams:
 
 @struct.dataclass
 class Record:
-    """What the chart of one patient says, and what is needed to go on charting."""
+    """The recorded values of one patient, and what the next row is computed from."""
 
     value: jax.Array  # [39] last recorded value
     age: jax.Array  # [39] steps since it was recorded, infinite before the first
     measured: jax.Array  # [39] bool, recorded in this row
-    filled: jax.Array  # [39] the row as policies and models see it
+    filled: jax.Array  # [39] the row that policies and models are given
     urine: jax.Array  # [6] mL, output of the last rows, newest last
     uncharted: jax.Array  # [] mL produced but not charted yet
 
@@ -251,5 +251,5 @@ def record_step(
 
 
 def urine_24h(urine: jax.Array, step: jax.Array) -> jax.Array:
-    """mL in 24 h from the last rows [6], a shorter history scaled up, as `clinical.sofa` does."""
+    """Urine, mL, in 24 h from the last rows [6]; scaled up for shorter histories, as in SOFA."""
     return urine.sum() * (6.0 / jnp.minimum(step + 1, 6))

@@ -1,7 +1,7 @@
 """Whole stays of many patients: one scan over steps, mapped over patients.
 
 Everything that runs the world (generation, counterfactuals, true values) goes through
-`simulate_block`, so that the same stay comes out the same to the bit.
+`simulate_block`, so that equal inputs give bitwise equal stays.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rows:
     sofa: jax.Array  # [C, T]
     urine_24h: jax.Array  # [C, T]
     action: jax.Array  # [C, T] int32
-    probabilities: jax.Array  # [C, T, 25] of the policy that was asked
+    probabilities: jax.Array  # [C, T, 25] of the policy that was evaluated
     vasopressor_dose: jax.Array  # [C, T]
     fluid_dose: jax.Array  # [C, T]
     reward: jax.Array  # [C, T]
@@ -60,7 +60,7 @@ class Rows:
 
 @struct.dataclass
 class Stays:
-    """Sums and ends of stays, [C]."""
+    """Totals and outcomes of stays, [C]."""
 
     total: jax.Array  # undiscounted total reward
     discounted: jax.Array
@@ -76,8 +76,8 @@ def clinician_actor(key: jax.Array, state: State, params: Params) -> jax.Array:
     return clinician.probabilities(state.observation, state.traits.frailty, params.clinician)
 
 
-def actor_of(policy: PolicyFn | None) -> Any:
-    """A PyTree that acts for a policy on observations; None is the recorded clinician."""
+def actor_of(policy: PolicyFn | None) -> Actor:
+    """An actor that chooses with a policy; None is the recorded clinician."""
     if policy is None:
         return jax.tree_util.Partial(clinician_actor)
     return jax.tree_util.Partial(_act_on_observation, as_pytree(policy))
@@ -94,7 +94,7 @@ def simulate_block(
     key: jax.Array,
     patients: jax.Array,
     plans: jax.Array,
-    actor: Any,
+    actor: Actor,
     params: Params,
     discount: jax.Array,
     *,
@@ -116,12 +116,12 @@ def simulate_block(
       keep_latent: whether rows hold the latent state.
 
     Returns:
-      Sums and ends of the stays, and their rows where asked for.
+      Totals and outcomes of the stays, and their rows if `collect`.
     """
     own_keys = patient_keys(key, patients)
     start = jax.vmap(lambda k: reset(k, params, config=config))(own_keys)
 
-    # Drawn ahead of the scan: inside, XLA would fuse the draw into every use of it.
+    # Drawn before the scan: inside, XLA would fuse the draw into every use of it.
     numbers = jnp.arange(config.horizon)
     noises = jax.vmap(lambda number: jax.vmap(draw, (0, None))(own_keys, number + 1))(numbers)
 
@@ -182,7 +182,7 @@ def run(
     key: jax.Array,
     patients: np.ndarray,
     plans: np.ndarray | None,
-    actor: Any,
+    actor: Actor,
     *,
     params: Params,
     config: Config,
@@ -227,13 +227,19 @@ def run(
             collect=collect,
             keep_latent=keep_latent,
         )
-        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], result)
+        returned: tuple[Stays, Rows | None] = jax.tree.map(
+            lambda leaf: np.asarray(leaf)[:count], result
+        )
+        return returned
 
     # One core cannot fill two with arrays of this size; an accelerator needs no threads.
     workers = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(simulate, range(0, len(patients), block)))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    returned: tuple[Stays, Rows | None] = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *parts
+    )
+    return returned
 
 
 def _check_plans(plans: np.ndarray | None, count: int, horizon: int) -> np.ndarray:

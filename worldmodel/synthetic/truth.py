@@ -18,9 +18,10 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
 from worldmodel.synthetic.generate import Truth, generate_patients
+from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import Noise, draw, middle_noise, patient_key
 from worldmodel.synthetic.patients import Traits, draw_traits
-from worldmodel.synthetic.physiology import Latent, advance
+from worldmodel.synthetic.physiology import advance
 from worldmodel.synthetic.simulate import BLOCK, actor_of, run
 from worldmodel.synthetic.world import Config, Params, doses
 
@@ -53,7 +54,7 @@ class ActionEffects(NamedTuple):
 def counterfactual(
     truth: Truth, plans: np.ndarray, *, policy: PolicyFn | None = None, block: int = BLOCK
 ) -> tuple[Episodes, Truth]:
-    """The patients of `truth` under other treatments, with the luck they had.
+    """The patients of `truth` under other treatments, with the same random numbers.
 
     The recorded actions give back the recorded stays to the bit.
 
@@ -61,7 +62,7 @@ def counterfactual(
       truth: from `generate`.
       plans: [N, <=T] actions 0-24; `simulate.FOLLOW_POLICY` (-1) and steps beyond the plan
         are left to the policy.
-      policy: who treats where the plan is silent; None for the clinician.
+      policy: treats where the plan leaves the choice; None for the clinician.
       block: patients per call; bounds the memory.
     """
     return generate_patients(
@@ -137,9 +138,10 @@ def true_action_effects(
         raise InputError("truth: latent states were not kept; generate with keep_latent=True")
     latent = jax.tree.map(lambda leaf: jnp.asarray(leaf)[stay, step], truth.latent)
     patients, steps = truth.patient[stay], jnp.asarray(step, jnp.int32)
-    return _action_effects(
+    result: ActionEffects = _action_effects(
         truth.key, patients, latent, steps, truth.params, config=truth.config, samples=samples
     )
+    return result
 
 
 def _effects(
@@ -173,7 +175,8 @@ def _effects(
             return under(middle_noise())
         fresh = jax.random.fold_in(own, keys.EFFECT_SAMPLES)
         noises = jax.vmap(lambda i: draw(jax.random.fold_in(fresh, i), step))(jnp.arange(samples))
-        return jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(under)(noises))
+        result: ActionEffects = jax.tree.map(lambda leaf: leaf.mean(0), jax.vmap(under)(noises))
+        return result
 
     return jax.vmap(one)(patients, latent, steps)
 

@@ -25,7 +25,7 @@ from worldmodel.synthetic.physiology import Support, SupportParams
 
 @dataclass(frozen=True)
 class Config:
-    """What changes compilation.
+    """Static settings, which change compilation.
 
     Attributes:
       horizon: most steps of a stay.
@@ -66,7 +66,7 @@ class State:
 
 
 class Transition(NamedTuple):
-    """What a step brought; all scalars."""
+    """Result of a step; all scalars."""
 
     reward: jax.Array  # shaping, or the terminal reward where the stay ends; 0 after the end
     done: jax.Array  # bool, the stay has ended with this step or before
@@ -239,11 +239,14 @@ def _remember(
             valid=jnp.zeros(rows, bool),
         )
     else:
-        # The row before now has its treatment.
+        # The row before is now known with its treatment.
         past = replace(
             past,
             vasopressor=past.vasopressor.at[-1].set(vasopressor),
             fluid=past.fluid.at[-1].set(fluid),
         )
     newest = ObservationHistory(dynamic, measured, jnp.int32(0), jnp.int32(0), jnp.bool_(True))
-    return jax.tree.map(lambda old, new: jnp.concatenate([old[1:], new[None]]), past, newest)
+    result: ObservationHistory | None = jax.tree.map(
+        lambda old, new: jnp.concatenate([old[1:], new[None]]), past, newest
+    )
+    return result

@@ -133,7 +133,7 @@ def test_24_closed_loop_steps_equal_whole_windows(episodes, start_rows, name, mo
 
 @pytest.mark.parametrize("horizon", [1, 2, 5, 6, 7, 8, 9, 13])
 def test_every_horizon_equals_whole_windows(episodes, start_rows, horizon):
-    """Where chains are dropped, where the scan begins, where the outcome looks into the past."""
+    """Horizons at which windows end, the scan begins, or the outcome reads recorded rows."""
     world = shaken(CONFIGS["one layer"], Scaler.fit(episodes, split=None))
     given = inputs(start_rows, world, horizon, plans=3, samples=1)
     assert_equal(unrolled(world, *given, "corrected"), whole_windows(world, *given, "corrected"))

@@ -84,7 +84,7 @@ def test_confounding_changes_the_records_not_the_truth():
         return died[first >= 3].mean() - died[first <= 1].mean()
 
     assert contrast(confounded) > contrast(episodes) + 0.08
-    # The luck and the body of every patient are as before: the first row is the same.
+    # Random numbers and traits of every patient are as before: the first row is the same.
     np.testing.assert_array_equal(episodes.dynamic[:, 0], confounded.dynamic[:, 0])
     _, hidden = generate(WORLD, 64, params=dialled)
     assert not np.allclose(hidden.probabilities[:, 0], truth.probabilities[:64, 0])
