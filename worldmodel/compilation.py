@@ -54,6 +54,7 @@ def _known(name: str, value: object) -> bool:
     return True
 
 
+# Any: the result has the structure of the function's, with NumPy instead of JAX arrays.
 def in_blocks(function: Callable[[np.ndarray], Any], count: int, block: int) -> Any:
     """Applies a function to the row numbers 0 ... count - 1, `block` at a time.
 
@@ -67,7 +68,7 @@ def in_blocks(function: Callable[[np.ndarray], Any], count: int, block: int) -> 
       The PyTree with NumPy arrays [count, ...].
     """
 
-    def of_block(first: int) -> Any:
+    def of_block(first: int) -> object:
         rows = np.minimum(np.arange(first, first + block), count - 1)
         return jax.tree.map(lambda leaf: np.asarray(leaf)[: count - first], function(rows))
 

@@ -15,7 +15,7 @@ from worldmodel.errors import InputError
 T = TypeVar("T")
 
 
-def require(config: Any, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
+def require(config: object, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
     """Checks fields of a configuration.
 
     Raises:
@@ -55,7 +55,7 @@ def resolve_config(
     return apply_overrides(config, overrides or [], source=source)
 
 
-def from_mapping(cls: type[T], value: Any, *, source: str, base: T | None = None) -> T:
+def from_mapping(cls: type[T], value: object, *, source: str, base: T | None = None) -> T:
     """An instance of a (nested) dataclass from nested mappings.
 
     Args:
@@ -69,7 +69,7 @@ def from_mapping(cls: type[T], value: Any, *, source: str, base: T | None = None
     """
     hints = get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
     for key, item in _mapping(value, source).items():
         if key not in names:
             raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(names)}")
@@ -82,13 +82,13 @@ def from_mapping(cls: type[T], value: Any, *, source: str, base: T | None = None
     return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
 
-def _mapping(value: Any, source: str) -> Mapping[str, Any]:
+def _mapping(value: object, source: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise InputError(f"{source}: expected a mapping of settings, got {type(value).__name__}")
     return value
 
 
-def _checked(hint: Any, value: Any, source: str) -> Any:
+def _checked(hint: object, value: object, source: str) -> object:
     if get_origin(hint) is tuple:
         parts = get_args(hint)
         if parts[-1] is Ellipsis and isinstance(value, list | tuple):
@@ -121,7 +121,7 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
     Raises:
       InputError: an override is malformed, or names an unknown setting, or has a wrong type.
     """
-    changes: dict[str, Any] = {}
+    changes: dict[str, object] = {}
     for override in overrides:
         path, sign, text = override.partition("=")
         if not sign:
@@ -134,14 +134,17 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
     return from_mapping(type(config), changes, source=source, base=config)
 
 
-def _put(changes: dict[str, Any], config: Any, path: list[str], value: Any, source: str) -> None:
-    """Notes a change beside others; parts of what has none are left for the check to name."""
+def _put(
+    changes: dict[str, object], config: object, path: list[str], value: object, source: str
+) -> None:
+    """Adds a change to `changes`, nested like the configuration; unknown names are kept."""
     name, *rest = path
     part = getattr(config, name, None)
     if not dataclasses.is_dataclass(part):
         changes[".".join(path)] = value
         return
     inside, source = changes.setdefault(name, {}), f"{source}: {name}"
+    assert isinstance(inside, dict)  # only this function fills it
     if rest:
         _put(inside, part, rest, value, source)
         return

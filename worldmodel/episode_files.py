@@ -9,7 +9,7 @@ A folder of episodes holds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def to_table(episodes: Episodes) -> pd.DataFrame:
     """One row per stay and step, with the columns of `COLUMNS`, in physical units."""
     host = jax.tree.map(np.asarray, episodes)
     stay, step = np.nonzero(np.asarray(episodes.valid))
-    columns: dict[str, Any] = {
+    columns: dict[str, object] = {
         "stay_id": host.stay_id[stay],
         "subject_id": host.subject_id[stay],
         "split": pd.Categorical.from_codes(host.split[stay], list(schema.SPLITS)),
@@ -170,7 +170,7 @@ def save_episodes(
     scaler: Scaler | None = None,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
     step_hours: float = schema.STEP_HOURS,
-    manifest: Mapping[str, Any] | None = None,
+    manifest: Mapping[str, object] | None = None,
 ) -> Path:
     """Writes a folder of episodes; the folder appears whole or not at all.
 
@@ -282,7 +282,7 @@ def dose_edges_of(manifest: Mapping[str, Any], *, source: str) -> schema.DoseEdg
         raise InputError(f"{source}: dose_edges missing or malformed ({error})") from None
 
 
-def _rising(doses: Any) -> tuple[float, float, float]:
+def _rising(doses: Iterable[float]) -> tuple[float, float, float]:
     first, second, third = (float(dose) for dose in doses)
     if not 0 < first <= second <= third:
         raise ValueError(f"{doses} do not rise from above 0")

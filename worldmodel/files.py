@@ -13,11 +13,17 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from worldmodel.errors import InputError
+
+if TYPE_CHECKING:
+    import jax
+
+TreeT = TypeVar("TreeT")
 
 
 def check_replaceable(path: Path, marker: str | None) -> None:
@@ -76,13 +82,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Writes indented JSON; NaN is refused, since it is not JSON."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:  # JSON of any structure; callers check it
     """Reads a JSON file.
 
     Raises:
@@ -96,7 +102,7 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not readable JSON ({error})") from None
 
 
-def digest(arrays: Iterable[Any]) -> str:
+def digest(arrays: Iterable[npt.ArrayLike]) -> str:
     """SHA-256 of the contents of arrays, in order."""
     sha = hashlib.sha256()
     for array in arrays:
@@ -110,7 +116,7 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save_arrays(folder: Path, tree: Any) -> None:
+def save_arrays(folder: Path, tree: object) -> None:
     """Writes the leaves of a PyTree under the names of their paths; the folder must be new."""
     import orbax.checkpoint as ocp  # slow to import; the command line imports this module
 
@@ -118,7 +124,7 @@ def save_arrays(folder: Path, tree: Any) -> None:
         checkpointer.save(folder, _named(tree))
 
 
-def load_arrays(folder: Path, like: Any) -> Any:
+def load_arrays(folder: Path, like: TreeT) -> TreeT:
     """The PyTree that `save_arrays` wrote.
 
     Args:
@@ -139,10 +145,13 @@ def load_arrays(folder: Path, like: Any) -> Any:
         raise
     except Exception as error:  # Orbax and its stores fail in many ways on damaged folders
         raise InputError(f"{folder}: not a readable checkpoint ({error})") from None
-    return jax.tree.unflatten(jax.tree.structure(like), [restored[name] for name in abstract])
+    tree: TreeT = jax.tree.unflatten(
+        jax.tree.structure(like), [restored[name] for name in abstract]
+    )
+    return tree
 
 
-def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def _restore(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
@@ -155,11 +164,11 @@ def _restore(folder: Path, abstract: dict[str, Any]) -> dict[str, Any]:
                 f"{folder}: {name} has shape {found.get(name)}, expected {wanted.get(name)}; "
                 "the checkpoint belongs to another model configuration"
             )
-        result: dict[str, Any] = checkpointer.restore(folder, abstract)
+        result: dict[str, jax.Array] = checkpointer.restore(folder, abstract)
         return result
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _named(tree: object) -> dict[str, Any]:
     """Leaves by their path, such as `0.gru.cells.1.weight_hidden.value`."""
     import jax
 

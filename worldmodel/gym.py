@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import gymnasium
 import jax
+import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
@@ -27,6 +28,7 @@ from worldmodel.envs.env import (
     SAME_STEP,
     AutoReset,
     AutoResetState,
+    EnvState,
     SepsisEnv,
     episode_key,
 )
@@ -34,16 +36,20 @@ from worldmodel.errors import InputError
 from worldmodel.observation import Observation, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
+# Any: an `Observation`, or the number of a state.
 Features = Callable[[Any], jax.Array]
 
 _SEEDS = 2**31
 _MODES = {AutoresetMode.NEXT_STEP: NEXT_STEP, AutoresetMode.SAME_STEP: SAME_STEP}
 
 
+_Shown = tuple[jax.Array, jax.Array, Timestep, Info]
+
+
 class _Encoder(NamedTuple):
     """Conversion of observations to arrays, and the space of these arrays."""
 
-    features: Any  # PyTree that can be called
+    features: Features  # a PyTree that can be called
     space: spaces.Box | spaces.Discrete
 
 
@@ -78,11 +84,11 @@ class SepsisGymEnv(gymnasium.Env):
         self.action_space = spaces.Discrete(env.num_actions)
         self._key: jax.Array | None = None
         self._episode = 0
-        self._state: Any = None
+        self._state: EnvState | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[np.ndarray | np.int64, dict[str, Any]]:
         """The next episode; with a seed, the first of that seed."""
         super().reset(seed=seed, options=options)
         if seed is not None or self._key is None:
@@ -94,7 +100,9 @@ class SepsisGymEnv(gymnasium.Env):
         observation, timestep = jax.device_get(seen)
         return self._observation(observation), _info(timestep.info)
 
-    def step(self, action: object) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    def step(
+        self, action: object
+    ) -> tuple[np.ndarray | np.int64, float, bool, bool, dict[str, Any]]:
         """One step.
 
         Raises:
@@ -103,8 +111,10 @@ class SepsisGymEnv(gymnasium.Env):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
-        number = _checked_actions(action, ())
-        self._state, seen = _step(self.env, self._encoder.features, self._state, number)
+        number = jnp.asarray(_checked_actions(action, ()))
+        self._state, seen = _step(
+            self.env, self._encoder.features, self._state, jnp.asarray(number)
+        )
         observation, timestep = jax.device_get(seen)
         return (
             self._observation(observation),
@@ -114,7 +124,7 @@ class SepsisGymEnv(gymnasium.Env):
             _info(timestep.info),
         )
 
-    def _observation(self, observation: np.ndarray) -> Any:
+    def _observation(self, observation: np.ndarray) -> np.ndarray | np.int64:
         if isinstance(self.observation_space, spaces.Discrete):
             return np.int64(observation)
         return np.array(observation)
@@ -159,7 +169,7 @@ class SepsisVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._same_step = autoreset_mode is AutoresetMode.SAME_STEP
         self._seed_keys: jax.Array | None = None
-        self._state: Any = None
+        self._state: AutoResetState | None = None
 
     def reset(
         self,
@@ -207,10 +217,12 @@ class SepsisVectorEnv(VectorEnv):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
-        numbers = _checked_actions(actions, (self.num_envs,))
-        self._state, seen = _step_all(self._env, self._encoder.features, self._state, numbers)
+        numbers = jnp.asarray(_checked_actions(actions, (self.num_envs,)))
+        self._state, seen = _step_all(
+            self._env, self._encoder.features, self._state, jnp.asarray(numbers)
+        )
         observation, final, timestep, shown = jax.device_get(seen)
-        infos = _infos(shown)
+        infos: dict[str, Any] = {**_infos(shown)}
         done = timestep.terminated | timestep.truncated
         if self._same_step and done.any():
             ends = np.full(self.num_envs, None, object)
@@ -260,44 +272,52 @@ def _same(observation: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _reset(env: SepsisEnv, features: Any, key: jax.Array) -> Any:
+def _reset(
+    env: SepsisEnv, features: Features, key: jax.Array
+) -> tuple[EnvState, tuple[jax.Array, Timestep]]:
     state, timestep = env.reset(key)
     return state, _shown(features, timestep)
 
 
 @jax.jit
-def _step(env: SepsisEnv, features: Any, state: Any, action: jax.Array) -> Any:
+def _step(
+    env: SepsisEnv, features: Features, state: EnvState, action: jax.Array
+) -> tuple[EnvState, tuple[jax.Array, Timestep]]:
     state, timestep = env.step(state, action)
     return state, _shown(features, timestep)
 
 
 @jax.jit
-def _reset_all(env: AutoReset, features: Any, keys: jax.Array) -> Any:
+def _reset_all(
+    env: AutoReset, features: Features, keys: jax.Array
+) -> tuple[AutoResetState, _Shown]:
     state, timestep = jax.vmap(env.reset)(keys)
     return state, _shown_to_all(features, state, timestep)
 
 
 @jax.jit
-def _next_all(env: AutoReset, features: Any, state: Any) -> Any:
+def _next_all(
+    env: AutoReset, features: Features, state: AutoResetState
+) -> tuple[AutoResetState, _Shown]:
     state, timestep = jax.vmap(env.next_episode)(state)
     return state, _shown_to_all(features, state, timestep)
 
 
 @jax.jit
-def _step_all(env: AutoReset, features: Any, state: Any, actions: jax.Array) -> Any:
+def _step_all(
+    env: AutoReset, features: Features, state: AutoResetState, actions: jax.Array
+) -> tuple[AutoResetState, _Shown]:
     state, timestep = jax.vmap(env.step)(state, actions)
     return state, _shown_to_all(features, state, timestep)
 
 
-def _shown(features: Any, timestep: Timestep) -> tuple[jax.Array, Timestep]:
+def _shown(features: Features, timestep: Timestep) -> tuple[jax.Array, Timestep]:
     """The encoded observation, and the rest without the observation."""
     info = timestep.info.replace(final_observation=None)  # type: ignore[attr-defined]
     return features(timestep.observation), timestep.replace(observation=None, info=info)  # type: ignore[attr-defined]
 
 
-def _shown_to_all(
-    features: Any, state: AutoResetState, timestep: Timestep
-) -> tuple[jax.Array, jax.Array, Timestep, Info]:
+def _shown_to_all(features: Features, state: AutoResetState, timestep: Timestep) -> _Shown:
     """Observations, last ones, the rest of the timestep, and the info of the running episodes."""
     observation, rest = jax.vmap(partial(_shown, features))(timestep)
     final = jax.vmap(features)(timestep.info.final_observation)
@@ -330,13 +350,13 @@ def _named(info: Info) -> Mapping[str, np.ndarray]:
     return {**fields, **terms}
 
 
-def _info(info: Info) -> dict[str, Any]:
+def _info(info: Info) -> dict[str, float]:
     return {name: value.item() for name, value in _named(info).items() if not np.isnan(value)}
 
 
-def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, Any]:
+def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, np.ndarray]:
     """As Gymnasium wants it: `_name` says which sub-environments know `name`."""
-    infos: dict[str, Any] = {}
+    infos: dict[str, np.ndarray] = {}
     for name, value in _named(info).items():
         known = ~np.isnan(value) & among
         infos[name], infos[f"_{name}"] = np.where(known, value, 0).astype(value.dtype), known

@@ -47,7 +47,7 @@ class Observation:
 
 
 PolicyFn = Callable[[jax.Array, Observation], jax.Array]
-"""`(key, observation) -> [25]` probabilities, for one patient; environments map it over patients."""
+"""`(key, observation) -> [25]` probabilities for one patient; environments use `jax.vmap`."""
 
 
 def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
@@ -83,7 +83,7 @@ def recent(observation: Observation, past: int) -> Observation:
     rows = 0 if observation.past is None else observation.past.valid.shape[-1]
     if rows < past:
         raise InputError(
-            f"a policy looks back on {past} rows, but gets {rows}; make the environment with "
+            f"a policy looks back on {past} rows, but sees {rows}; make the environment with "
             f"past={past}"
         )
     axis = observation.step.ndim

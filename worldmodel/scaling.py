@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ class Scaler:
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(f"{folder}: scaler field missing or malformed ({error})") from None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """JSON-ready form, with the feature names it belongs to."""
         return {
             "features": list(schema.FEATURE_NAMES),
@@ -119,7 +119,7 @@ class Scaler:
         }
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any], *, source: str = "scaler") -> Scaler:
+    def from_dict(cls, value: Mapping[str, object], *, source: str = "scaler") -> Scaler:
         """Inverse of `to_dict`.
 
         Raises:
@@ -133,7 +133,7 @@ class Scaler:
             raise InputError(f"{source}: scaler field {error} is missing") from None
 
     @classmethod
-    def _of(cls, *values: Any, source: str = "scaler") -> Scaler:
+    def _of(cls, *values: object, source: str = "scaler") -> Scaler:
         arrays = {}
         for (name, width), value in zip(_WIDTHS.items(), values, strict=True):
             try:

@@ -225,12 +225,12 @@ def judge(
 def _rules(
     given: Prescriptions, step_hours: float | jax.Array, config: SafetyConfig
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """By rule, where it is broken and whose state makes it applicable."""
+    """By rule, where it is broken and where the state makes it applicable."""
     meanbp, lactate, step = given.meanbp, given.lactate, given.step
     vasopressor, previous, fluid = given.vasopressor, given.previous_vasopressor, given.fluid
     rate = given.fluid_dose / step_hours
     later = step > 0
-    early: dict[str, float] = {"step_hours": step_hours, "within_hours": config.early_hours}
+    hours = config.early_hours
     limits = {"volume_above": config.overload_volume, "pf_below": config.overload_pf}
 
     def under(name: str) -> tuple[jax.Array, jax.Array]:
@@ -263,8 +263,12 @@ def _rules(
             (previous >= config.stop_from) & later,
         ),
         "early_fluid_missed": (
-            rules.early_fluid_missed(meanbp, lactate, fluid, step, **early),
-            rules.needs_early_fluid(meanbp, lactate, step, **early),
+            rules.early_fluid_missed(
+                meanbp, lactate, fluid, step, within_hours=hours, step_hours=step_hours
+            ),
+            rules.needs_early_fluid(
+                meanbp, lactate, step, within_hours=hours, step_hours=step_hours
+            ),
         ),
         "fluid_overload": (
             rules.fluid_overload(

@@ -38,7 +38,7 @@ class Info:
 class Timestep:
     """What `reset` and `step` return; scalars except `observation` and `info`."""
 
-    observation: Any
+    observation: Any  # an `Observation`, or the number of a state for discrete dynamics
     reward: jax.Array  # float32
     terminated: jax.Array  # bool, the episode is over and has its outcome
     truncated: jax.Array  # bool, the episode was cut off: no outcome, no terminal reward

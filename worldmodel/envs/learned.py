@@ -229,7 +229,7 @@ def _batched_logits(
     window: Window,
 ) -> tuple[jax.Array, bool]:
     """Keeps the condition under vmap, which would otherwise compute both branches."""
-    axes = jax.tree.map(lambda batched: 0 if batched else None, in_batched[1:])
+    axes: list[object] = jax.tree.map(lambda batched: 0 if batched else None, in_batched[1:])
     every = jax.vmap(
         lambda model, rows: model.mortality_logits(*rows), in_axes=axes, axis_size=axis_size
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,12 @@ from worldmodel import schema
 from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
-from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, StateModel
 from worldmodel.models.reference import is_reference_folder, load_reference
 from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
+
+TreeT = TypeVar("TreeT")
 
 KIND = "sepsis-jax world model"
 PARAMS = "params"
@@ -38,7 +40,7 @@ class Saver:
       InputError: the folder holds the state of another run.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: Mapping[str, Any]):
+    def __init__(self, folder: str | Path, fingerprint: Mapping[str, object]):
         self._folder = Path(folder).absolute()
         self._fingerprint = dict(fingerprint)
         file = self._folder / "state" / RUN_FILE
@@ -48,14 +50,14 @@ class Saver:
                 "remove it or train into another folder"
             )
 
-    def save(self, epoch: int, state: Any, history: list[dict[str, float]]) -> None:
+    def save(self, epoch: int, state: object, history: list[dict[str, float]]) -> None:
         """Saves after an epoch; the previous state goes when the new one is complete."""
         with atomic_folder(self._folder / "state", marker=RUN_FILE) as temporary:
             save_arrays(temporary / "arrays", _without_keys(state))
             write_json(temporary / "history.json", {"epoch": epoch, "history": history})
             write_json(temporary / RUN_FILE, self._fingerprint)
 
-    def restore(self, state: Any) -> tuple[Any, list[dict[str, float]]]:
+    def restore(self, state: TreeT) -> tuple[TreeT, list[dict[str, float]]]:
         """The saved state and history, or the given state where nothing was saved."""
         folder = self._folder / "state"
         if not folder.exists():
@@ -68,7 +70,7 @@ class Saver:
 
 
 def save_world_model(
-    world_model: WorldModel, path: str | Path, *, manifest: Mapping[str, Any] | None = None
+    world_model: WorldModel, path: str | Path, *, manifest: Mapping[str, object] | None = None
 ) -> Path:
     """Writes a world model as a folder that appears whole or not at all.
 
@@ -100,7 +102,7 @@ def save_world_model(
 
 
 def load_world_model(path: str | Path) -> WorldModel:
-    """A world model from a checkpoint folder of this package, or from SepsisAgent's folder of `.pt` files.
+    """A world model from a checkpoint folder, or from SepsisAgent's folder of `.pt` files.
 
     Raises:
       InputError: the folder is missing, is not a world model, or holds other shapes.
@@ -144,13 +146,14 @@ def load_world_model(path: str | Path) -> WorldModel:
     )
 
 
-def _params(world_model: WorldModel) -> tuple[Any, Any]:
+def _params(world_model: WorldModel) -> tuple[StateModel, OutcomeModel]:
     return world_model.state_model, world_model.outcome_model
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: jax.Array) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _without_keys(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+def _without_keys(tree: TreeT) -> TreeT:
+    plain: TreeT = jax.tree.map(lambda x: jax.random.key_data(x) if _is_key(x) else x, tree)
+    return plain

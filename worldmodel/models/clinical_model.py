@@ -13,8 +13,9 @@ State Model:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -213,7 +214,7 @@ class OutcomeModel(_Trunk):
         return result
 
 
-def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Any:
+def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:
     def make(in_features: int, out_features: int) -> nnx.Linear:
         return nnx.Linear(in_features, out_features, rngs=rngs, precision=config.precision)
 

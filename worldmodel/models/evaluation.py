@@ -116,7 +116,9 @@ def predict_mortality(
     return result
 
 
-def predict_members(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> Any:
+def predict_members(
+    world_model: WorldModel, sequences: Sequences, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Every member's (mu [E, K, 39], log_sigma [E, K, 39], vent_logit [E, K])."""
     outputs = _in_batches(
         lambda rows: jax.tree.map(
@@ -125,14 +127,20 @@ def predict_members(world_model: WorldModel, sequences: Sequences, index: np.nda
         ),
         index,
     )
-    return tuple(np.swapaxes(output, 0, 1) for output in outputs)
+    mu, log_sigma, vent_logit = (np.swapaxes(output, 0, 1) for output in outputs)
+    return mu, log_sigma, vent_logit
 
 
-def _in_batches(function: Callable[[jax.Array], Any], index: np.ndarray) -> Any:
+def _in_batches(
+    function: Callable[[jax.Array], tuple[jax.Array, ...]], index: np.ndarray
+) -> tuple[np.ndarray, ...]:
     """Applies a function of index rows [B, 2] batch by batch."""
     jitted = jax.jit(function)
     batch = min(_BATCH, len(index))
-    return in_blocks(lambda rows: jitted(jnp.asarray(index[rows])), len(index), batch)
+    result: tuple[np.ndarray, ...] = in_blocks(
+        lambda rows: jitted(jnp.asarray(index[rows])), len(index), batch
+    )
+    return result
 
 
 def _judge_outcome(

@@ -21,13 +21,13 @@ from worldmodel.models.windows import Sequences, Target
 
 ModelT = TypeVar("ModelT")  # a PyTree of parameters
 TreeT = TypeVar("TreeT")
-# The model of a loss is any PyTree: State Models and Outcome Models share the training loop.
-Loss = Callable[[Any, Sequences, jax.Array, jax.Array | None], jax.Array]
+Params = Any  # a PyTree of parameters
+Loss = Callable[[Params, Sequences, jax.Array, jax.Array | None], jax.Array]
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
-# Any: PyTrees of parameters. model, best model, optimiser state, key, best loss, epochs since the best
-_MemberState = tuple[Any, Any, optax.OptState, jax.Array, jax.Array, jax.Array]
+# Model, best model, optimiser state, key, best loss, epochs since the best.
+_MemberState = tuple[Params, Params, optax.OptState, jax.Array, jax.Array, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class FitConfig:
 class FitState:
     """The whole state of a training run; all leaves but `epoch` have a leading ensemble axis."""
 
-    model: Any
-    best: Any
+    model: Params
+    best: Params
     optimizer: optax.OptState
     key: jax.Array  # [E] typed keys
     best_loss: jax.Array  # [E]
@@ -250,7 +250,7 @@ def _updates(
 
 
 def mean_loss(
-    model: Any, loss: Loss, sequences: Sequences, index: jax.Array, *, batch: int
+    model: Params, loss: Loss, sequences: Sequences, index: jax.Array, *, batch: int
 ) -> jax.Array:
     """Evaluation loss, averaged over whole batches of `index` and its remainder."""
     count = index.shape[0]

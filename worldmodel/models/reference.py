@@ -11,7 +11,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from worldmodel.files import atomic_file, atomic_folder, write_json
 from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, StateModel
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import FEATURE_FILE, SCALER_FILE, Scaler
+
+ModelT = TypeVar("ModelT", StateModel, OutcomeModel)
 
 STATE_FILE = "state_model_log.pt"
 OUTCOME_FILE = "outcome.pt"
@@ -99,8 +101,9 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
     if world_model.num_members != 1:
         raise InputError("the published folder holds one model; pick one with .member(i)")
 
-    def first(model: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf[0], model)
+    def first(model: ModelT) -> ModelT:
+        member: ModelT = jax.tree.map(lambda leaf: leaf[0], model)
+        return member
 
     with atomic_folder(path, marker=STATE_FILE) as folder:
         state, outcome = first(world_model.state_model), first(world_model.outcome_model)
@@ -134,7 +137,7 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
 Visit = Callable[[nnx.Param[jax.Array], str, bool], None]
 
 
-def _walk(model: Any, linears: dict[str, str], visit: Visit) -> None:
+def _walk(model: StateModel | OutcomeModel, linears: dict[str, str], visit: Visit) -> None:
     """Calls `visit(parameter, torch name, transposed)` for every parameter."""
     for name, torch_name in linears.items():
         visit(getattr(model, name).kernel, f"{torch_name}.weight", True)
@@ -146,11 +149,11 @@ def _walk(model: Any, linears: dict[str, str], visit: Visit) -> None:
         visit(cell.bias_hidden, f"gru.bias_hh_l{layer}", False)
 
 
-def _blank(model_class: type) -> Any:
+def _blank(model_class: type[ModelT]) -> ModelT:
     return model_class(_CONFIG, rngs=nnx.Rngs(0))
 
 
-def _fill(model: Any, linears: dict[str, str], path: Path) -> None:
+def _fill(model: StateModel | OutcomeModel, linears: dict[str, str], path: Path) -> None:
     tensors = read_state_dict(path)
 
     def put(parameter: nnx.Param[jax.Array], name: str, transposed: bool) -> None:
@@ -169,7 +172,7 @@ def _fill(model: Any, linears: dict[str, str], path: Path) -> None:
         raise InputError(f"{path}: unknown tensors: {', '.join(sorted(tensors)[:3])}")
 
 
-def _tensors(model: Any, linears: dict[str, str]) -> dict[str, np.ndarray]:
+def _tensors(model: StateModel | OutcomeModel, linears: dict[str, str]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
 
     def take(parameter: nnx.Param[jax.Array], name: str, transposed: bool) -> None:
@@ -231,7 +234,9 @@ class _StateDictUnpickler(pickle.Unpickler):
             return _Storage(name)
         raise pickle.UnpicklingError(f"{module}.{name} is not allowed in a state dict")
 
-    def persistent_load(self, pid: Any) -> np.ndarray:
+    def persistent_load(self, pid: object) -> np.ndarray:
+        if not isinstance(pid, tuple) or len(pid) != 5:
+            raise pickle.UnpicklingError("unknown storage")
         kind, storage, key, _, count = pid
         if kind != "storage" or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError("unknown storage")

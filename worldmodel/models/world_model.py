@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, Prediction, StateModel
 from worldmodel.scaling import Scaler
+
+ModelT = TypeVar("ModelT")
 
 
 @struct.dataclass
@@ -47,8 +49,9 @@ class WorldModel:
         if not -members <= index < members:
             raise InputError(f"member: got {index}, the ensemble has {members} members")
 
-        def pick(model: Any) -> Any:
-            return jax.tree.map(lambda leaf: leaf[index][None], model)
+        def pick(model: ModelT) -> ModelT:
+            picked: ModelT = jax.tree.map(lambda leaf: leaf[index][None], model)
+            return picked
 
         return replace(
             self, state_model=pick(self.state_model), outcome_model=pick(self.outcome_model)

@@ -21,12 +21,12 @@ All functions take leading axes of any shape that broadcast against each other. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 
 from worldmodel import schema
 from worldmodel.compilation import BFLOAT16
@@ -143,7 +143,7 @@ def mortality_logit(kernel: OutcomeKernel, groups: Sequence[Row]) -> jax.Array:
         return (hidden * kernel.out).sum(-1) + kernel.out_bias
 
 
-def _dot_of(precision: str) -> Any:
+def _dot_of(precision: str) -> Callable[[jax.Array, jax.Array], jax.Array]:
     if precision != BFLOAT16:
         return lambda x, weight: jnp.matmul(x, weight, precision=precision)
 
@@ -334,7 +334,9 @@ def pack_outcome(model: OutcomeModel, precision: str | None = None) -> OutcomeKe
     )
 
 
-def _pack_trunk(model: Any, precision: str | None, linear: Any, lags: int) -> Trunk:
+def _pack_trunk(
+    model: StateModel | OutcomeModel, precision: str | None, linear: nnx.Linear | None, lags: int
+) -> Trunk:
     config: ModelConfig = model.config
     known = (*PRECISIONS, BFLOAT16)
     if precision is not None and precision not in known:
@@ -344,7 +346,7 @@ def _pack_trunk(model: Any, precision: str | None, linear: Any, lags: int) -> Tr
     obs, observed, embedded = jnp.split(first.weight_input[...], cuts)
     static, action = embedded[: config.embed], embedded[config.embed :]
 
-    def fold(embedding: Any, weight: jax.Array) -> jax.Array:
+    def fold(embedding: jax.Array, weight: jax.Array) -> jax.Array:
         return jnp.matmul(embedding, weight, precision="highest")
 
     rows = Rows(
@@ -370,7 +372,7 @@ def _pack_trunk(model: Any, precision: str | None, linear: Any, lags: int) -> Tr
     return Trunk(rows, tuple(layers), precision or config.precision)
 
 
-def _linear_terms(linear: Any, lags: int) -> Rows:
+def _linear_terms(linear: nnx.Linear, lags: int) -> Rows:
     """The autoregression's weights [.., 39 x lags], those of the newest row first."""
     kernel = linear.kernel[...]
     width = (kernel.shape[0] - schema.NUM_STATIC) // lags
@@ -378,9 +380,10 @@ def _linear_terms(linear: Any, lags: int) -> Rows:
     cuts = (schema.NUM_FEATURES, schema.NUM_FEATURES + schema.NUM_MASKED)
     obs, observed, action = jnp.split(jnp.concatenate(by_lag, axis=1), cuts)
     # The static features and the bias count once, with the newest row.
-    later = (lags - 1) * schema.NUM_FEATURES
+    later, bias = (lags - 1) * schema.NUM_FEATURES, linear.bias
+    assert bias is not None
     static = jnp.pad(kernel[-schema.NUM_STATIC :], ((0, 0), (0, later)))
-    return Rows(obs, observed, static, action, jnp.pad(linear.bias[...], (0, later)))
+    return Rows(obs, observed, static, action, jnp.pad(bias[...], (0, later)))
 
 
 def _beside(*parts: Rows) -> Rows:

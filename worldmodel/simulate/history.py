@@ -49,7 +49,7 @@ class History:
         return replace(self, action=self.action.at[..., -1].set(action))
 
     def append(self, obs: jax.Array, urine: jax.Array, ventilated: jax.Array) -> History:
-        """Appends a row without its SOFA; the pattern of measured values is that of the last row."""
+        """Appends a row without its SOFA; which values are measured is as in the last row."""
 
         def push(rows: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.concatenate([rows[:, 1:], row[:, None]], axis=1)

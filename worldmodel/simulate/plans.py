@@ -135,7 +135,7 @@ def read_plan_set(texts: Sequence[str], *, horizon: int, then: str = "") -> Plan
     names = tuple(name for name, _, _ in found)
     for name in names:
         if names.count(name) > 1:
-            raise InputError(f"plan {name!r}: two plans have this name")
+            raise InputError(f"plan {name!r}: there are two of that name")
     table = np.array([plan for _, _, plan in found], np.int32).reshape(-1, horizon)
     return PlanSet(names, tuple(kind for _, kind, _ in found), table)
 

@@ -8,9 +8,10 @@ numbers), which removes noise from comparisons between plans.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import OutcomeModel, StateModel
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
@@ -147,7 +149,7 @@ def rollout(
 
 
 def _resolve(
-    plans_or_policy: Any, start: History, horizon: int | None
+    plans_or_policy: np.ndarray | jax.Array | PolicyFn, start: History, horizon: int | None
 ) -> tuple[jax.Array | None, PolicyFn | None]:
     if callable(plans_or_policy):
         if horizon is None or horizon < 1:
@@ -192,7 +194,7 @@ def _in_equal_parts(count: int, most: int) -> np.ndarray:
 
 
 @cache
-def _jitted(precision: str | None) -> Any:
+def _jitted(precision: str | None) -> Callable[..., Rollouts]:
     return jax.jit(_rollout, static_argnums=(7, 8, 9), compiler_options=compiler_options(precision))
 
 
@@ -213,7 +215,7 @@ def _rollout(
     def of_patients(rows: jax.Array) -> dict[str, jax.Array]:
         starts, own_plans, own_noise = jax.tree.map(lambda leaf: leaf[rows], (start, plans, noise))
 
-        def of_member(inputs: tuple[Any, Any, jax.Array]) -> dict[str, jax.Array]:
+        def of_member(inputs: tuple[StateModel, OutcomeModel, jax.Array]) -> dict[str, jax.Array]:
             state_model, outcome_model, sample_blocks = inputs
             add_axis = partial(jax.tree.map, lambda leaf: leaf[None])
             member = replace(
@@ -265,11 +267,11 @@ def _simulate(
     """One member's branches [P, K, C] for the samples [C]."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
     columns = np.array([schema.INDEX[name] for name in config.features], np.int32)
-    treat = (
-        under_plans(plans)
-        if plans is not None
-        else under_policy(policy, world_model, key, start, samples, past=past)
-    )
+    if plans is not None:
+        treat = under_plans(plans)
+    else:
+        assert policy is not None
+        treat = under_policy(policy, world_model, key, start, samples, past=past)
     if noise is None:
         common = config.common_noise
         eps = drawn_noise(key, start, samples, shape, config.horizon, common=common)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,6 +33,7 @@ from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_
 from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape, unroll
 
 ModelT = TypeVar("ModelT")
+Call = Callable[..., BranchSummary]
 
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
@@ -117,7 +118,7 @@ class ShardedRollout:
         return result
 
 
-def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0) -> Any:
+def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0) -> Call:
     """The jitted function behind a `ShardedRollout`, for ahead-of-time compilation.
 
     Returns:
@@ -140,15 +141,18 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
             outcome_model=_pick(world_model.outcome_model, task.member),
         )
         starts, own_plans = jax.tree.map(lambda leaf: leaf[task.patients], (start, plans))
+        if own_plans is not None:
+            treat = under_plans(own_plans)
+        else:
+            assert policy is not None
+            treat = under_policy(policy, member, key, starts, task.samples, past=past)
         played = unroll(
             member,
             starts,
             RolloutSpec(
                 config=config,
                 shape=shape,
-                treat=under_plans(own_plans)
-                if own_plans is not None
-                else under_policy(policy, member, key, starts, task.samples, past=past),
+                treat=treat,
                 noise=drawn_noise(
                     key,
                     starts,

@@ -18,6 +18,7 @@ from worldmodel.simulate.fused_gru import pack_outcome, pack_state
 from worldmodel.simulate.history import History, urine_per_day
 from worldmodel.simulate.step import LACTATE, next_row, score_row
 
+Tree = Any  # a PyTree of arrays whose structure the caller chooses
 Shape = tuple[int, int, int]  # patients P, plans K, samples S
 _PREFIX = 2  # after two steps nothing is shared between branches any more
 
@@ -47,8 +48,8 @@ class StepState(NamedTuple):
 class RolloutResult(NamedTuple):
     """Results of branches [P, K, S] after the last step."""
 
-    folded: Any
-    collected: Any  # leaves [P, K, S, H, ...]
+    folded: Tree
+    collected: Tree  # leaves [P, K, S, H, ...]
     mortality: jax.Array | None  # [P, K, S] probability of death within 90 days
 
 
@@ -92,16 +93,16 @@ class RolloutSpec:
     shape: Shape
     treat: Callable[[jax.Array, StepState], jax.Array]
     noise: Callable[[jax.Array], jax.Array]
-    collect: Callable[[Step], Any] = lambda step: ()
-    fold: Callable[[Any, Step], Any] = lambda folded, step: folded
-    folded: Any = ()
+    collect: Callable[[Step], Tree] = lambda step: ()
+    fold: Callable[[Tree, Step], Tree] = lambda folded, step: folded
+    folded: Tree = ()
     looks_back: bool = False
 
 
 class _ScanCarry(NamedTuple):
     recurrent: fused_gru.Carry
     now: StepState
-    folded: Any
+    folded: Tree
 
 
 def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> RolloutResult:
@@ -117,7 +118,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
     past = _past_rows(start)
     constant = _constant_row(start)
 
-    def step(carry: _ScanCarry, h: jax.Array, *, more: bool) -> tuple[_ScanCarry, Any]:
+    def step(carry: _ScanCarry, h: jax.Array, *, more: bool) -> tuple[_ScanCarry, Tree]:
         now = carry.now
         action = spec.treat(h, now)
         row = constant._replace(obs=now.obs, action=encode_action(action))
@@ -161,7 +162,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         _start(world_model, start, spec),
         spec.folded,
     )
-    parts: list[Any] = []
+    parts: list[Tree] = []
     whole = schema.STATE_WINDOW - 1  # a window that starts now ends after so many more steps
     last_whole = spec.config.horizon - whole
     h = 0
@@ -202,7 +203,7 @@ def _past_rows(start: History) -> fused_gru.Row:
 
 
 def _constant_row(start: History) -> fused_gru.Row:
-    """[P, 1, 1, ...] inputs that all simulated rows share: static features and which values are measured."""
+    """[P, 1, 1, ...] inputs shared by all simulated rows: static features, measured or not."""
     nothing = jnp.zeros(0)
     return fused_gru.Row(
         obs=nothing,
@@ -256,7 +257,7 @@ def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
 
 
 @jax.named_scope("output")
-def _stack(parts: list[Any], shape: Shape) -> Any:
+def _stack(parts: list[Tree], shape: Shape) -> Tree:
     """Collected leaves [n, P, K, S, ...] of consecutive steps to [P, K, S, H, ...]."""
 
     def join(*leaves: jax.Array) -> jax.Array:

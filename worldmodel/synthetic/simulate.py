@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +89,9 @@ def _act_on_observation(
     return policy(key, state.observation)
 
 
+_Carry = tuple[State, Stays, jax.Array]  # state, totals, discount weight
+
+
 def simulate_block(
     key: jax.Array,
     patients: jax.Array,
@@ -151,7 +153,7 @@ def simulate_block(
         )
         return after, transition, rows
 
-    def body(carry: Any, given: tuple[Noise, jax.Array]) -> tuple[Any, Rows | None]:
+    def body(carry: _Carry, given: tuple[Noise, jax.Array]) -> tuple[_Carry, Rows | None]:
         state, sums, weight = carry
         after, transition, rows = jax.vmap(one)(own_keys, state, *given)
         ends = transition.done & ~state.done
