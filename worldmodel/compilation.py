@@ -17,7 +17,7 @@ BFLOAT16 = "bfloat16"  # operands of products; sums and everything else stay flo
 
 # Measured with jaxlib 0.10 on AVX-512 cores (docs/benchmarks.md): Eigen's float32 products beat
 # YNNPACK's at the shapes of a GRU, and gates gain from full-width vectors. In bfloat16 it is
-# YNNPACK that knows the matrix instructions.
+# YNNPACK that supports the matrix instructions.
 _CPU = {"xla_cpu_prefer_vector_width": 512}
 _CPU_FLOAT32 = {"xla_cpu_experimental_ynn_fusion_type": ""}
 

@@ -1,4 +1,4 @@
-"""Configurations: frozen dataclasses filled from YAML, with unknown keys refused."""
+"""Configurations: frozen dataclasses filled from YAML, with an error for unknown keys."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
     """Changes settings named as `NAME=VALUE` or `NAME.PART=VALUE`, values read as YAML.
 
     Settings are checked when all are changed, so that their order does not matter; of two values
-    for one setting the later holds.
+    for one setting the later is used.
 
     Raises:
       InputError: an override is malformed, or names an unknown setting, or has a wrong type.

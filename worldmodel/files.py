@@ -62,7 +62,7 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     old = temporary.with_name(f"{temporary.name}.old")
     try:
         yield temporary
-        if path.exists():  # aside, not away: deleting takes time, in which we may be killed
+        if path.exists():  # renamed first: the process may be killed during deletion
             os.replace(path, old)
         os.replace(temporary, path)
     finally:

@@ -355,7 +355,7 @@ def _info(info: Info) -> dict[str, float]:
 
 
 def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, np.ndarray]:
-    """As Gymnasium wants it: `_name` says which sub-environments know `name`."""
+    """Gymnasium's form of infos: `_name` marks the sub-environments where `name` is known."""
     infos: dict[str, np.ndarray] = {}
     for name, value in _named(info).items():
         known = ~np.isnan(value) & among

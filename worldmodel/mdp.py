@@ -19,7 +19,7 @@ class MDP(NamedTuple):
     """A finite decision process; NumPy arrays."""
 
     transition: np.ndarray  # [S, A, S]
-    reward: np.ndarray  # [S, A, S], earned on the way into the next state
+    reward: np.ndarray  # [S, A, S], on the transition to the next state
     start: np.ndarray  # [S]
     terminal: np.ndarray  # [S] bool
     clinician: np.ndarray  # [S, A] the policy the records come from
@@ -28,7 +28,7 @@ class MDP(NamedTuple):
 
 
 def icu_sepsis(*, exploration: float = 0.1) -> MDP:
-    """ICU-Sepsis with a clinician who gives every action some probability.
+    """ICU-Sepsis with a clinician policy of full support.
 
     Treatments that the records do not support lead where the supported ones of the state lead on
     average (the tables hold that mean).
@@ -65,7 +65,7 @@ def icu_sepsis(*, exploration: float = 0.1) -> MDP:
 
 
 def small_mdp(seed: int = 0, *, states: int = 6, actions: int = 25) -> MDP:
-    """A random process of a few states with a slowly won end, for quick checks."""
+    """A random process of a few states with a rarely reached goal, for quick checks."""
     rng = np.random.default_rng(seed)
     transition = rng.dirichlet(np.full(states, 0.5), (states, actions))
     terminal = np.zeros(states, bool)

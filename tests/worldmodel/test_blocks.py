@@ -1,4 +1,4 @@
-"""Blocks of rows: what comes back is what one call would give."""
+"""Blocks of rows give the same result as one call."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Episodes: to files and back, and everything that can be wrong with them."""
+"""Episodes: round trips through files, and errors for bad ones."""
 
 import json
 from dataclasses import replace
@@ -51,7 +51,7 @@ def assert_same(a, b):
 
 
 def on_valid(episodes):
-    """Unknown probabilities stand on recorded rows only."""
+    """Unknown probabilities are NaN on recorded rows only."""
     return replace(episodes, behavior_prob=jnp.where(episodes.valid, episodes.behavior_prob, 0.0))
 
 

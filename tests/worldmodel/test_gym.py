@@ -1,4 +1,4 @@
-"""The Gymnasium interface: the field's own checkers, seeds, vectors, an off-the-shelf agent."""
+"""The Gymnasium interface: Gymnasium's own checkers, seeds, vectors, an off-the-shelf agent."""
 
 import warnings
 
@@ -173,15 +173,15 @@ def test_bounds_hold_the_features(envs):
 @pytest.mark.parametrize("source", ["learned", "icu_sepsis"])
 def test_vector_is_single_environments(envs, source, mode):
     count = 3
-    ours = SepsisVectorEnv(envs[source], count, autoreset_mode=mode)
-    theirs = SyncVectorEnv([lambda: SepsisGymEnv(envs[source])] * count, autoreset_mode=mode)
-    assert ours.metadata["autoreset_mode"] is mode
-    assert ours.observation_space == theirs.observation_space
-    assert ours.action_space == theirs.action_space
+    vector = SepsisVectorEnv(envs[source], count, autoreset_mode=mode)
+    reference = SyncVectorEnv([lambda: SepsisGymEnv(envs[source])] * count, autoreset_mode=mode)
+    assert vector.metadata["autoreset_mode"] is mode
+    assert vector.observation_space == reference.observation_space
+    assert vector.action_space == reference.action_space
 
     def compare(a, b):
         np.testing.assert_allclose(a[0], b[0], rtol=1e-4, atol=1e-4)
-        assert a[0].dtype == b[0].dtype and ours.observation_space.contains(a[0])
+        assert a[0].dtype == b[0].dtype and vector.observation_space.contains(a[0])
         compare_infos(a[-1], b[-1])
 
     def compare_infos(a, b):
@@ -191,12 +191,12 @@ def test_vector_is_single_environments(envs, source, mode):
             if known.any():
                 np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-4)
 
-    compare(ours.reset(seed=5), theirs.reset(seed=5))
+    compare(vector.reset(seed=5), reference.reset(seed=5))
     rng = np.random.default_rng(0)
     ends = 0
     for _ in range(40):
         actions = rng.integers(0, 25, count)
-        a, b = ours.step(actions), theirs.step(actions)
+        a, b = vector.step(actions), reference.step(actions)
         compare(a, b)
         for left, right in zip(a[1:4], b[1:4], strict=True):
             np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-4)

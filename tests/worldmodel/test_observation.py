@@ -17,7 +17,7 @@ from worldmodel.simulate.history import observe, start_history
 SMALL = ModelConfig(hidden=4, layers=1, embed=2, head=2)
 
 
-def test_a_view_by_hand():
+def test_an_observation_by_hand():
     episodes = toy_episodes(5, 8)
     seen = observation_at(episodes, jnp.array([0]), jnp.array([3]), past=6)
     assert seen.vasopressor[0] == episodes.vasopressor[0, 2]
@@ -32,7 +32,7 @@ def test_a_view_by_hand():
     assert (first.vasopressor[0], first.fluid[0], first.past) == (0, 0, None)
 
 
-def test_views_are_the_views_at_every_row():
+def test_observations_are_those_of_every_row():
     episodes = toy_episodes(5, 8)
     everywhere = observations(episodes, past=3)
     at = observation_at(episodes, jnp.array([4, 2]), jnp.array([1, 0]), past=3)

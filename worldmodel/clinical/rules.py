@@ -38,7 +38,7 @@ class Underdosing:
     """Hypotension left with no vasopressor and little fluid.
 
     Attributes:
-      map_below: mmHg; the rule looks at lower MAP only.
+      map_below: mmHg; the rule applies at lower MAP only.
       max_fluid_level: at most this level is little fluid.
       max_fluid_rate: at most this many mL/h is little fluid.
     """
@@ -64,7 +64,7 @@ class Overdosing:
     """A strong vasopressor at a high MAP.
 
     Attributes:
-      map_above: mmHg; the rule looks at higher MAP only.
+      map_above: mmHg; the rule applies at higher MAP only.
       min_level: from this vasopressor level on.
     """
 
@@ -165,7 +165,7 @@ def fluid_overload(
     volume_above: float = 10_000.0,
     pf_below: float = 200.0,
 ) -> jax.Array:
-    """A high fluid level from `min_level` on for a patient who is `fluid_intolerant`."""
+    """A high fluid level from `min_level` on given to a `fluid_intolerant` patient."""
     intolerant = fluid_intolerant(
         cumulative_fluid, pf_ratio, volume_above=volume_above, pf_below=pf_below
     )

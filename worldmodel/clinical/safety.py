@@ -50,7 +50,7 @@ class SafetyConfig:
       jump_levels: levels within one step that make a dose jump.
       stop_from: vasopressor level from which on a stop is abrupt.
       early_hours: hours in which hypoperfusion must be answered with fluid.
-      overload_level: fluid level that is high for who is fluid-intolerant.
+      overload_level: fluid level that is high for fluid-intolerant patients.
       overload_volume: mL given before, above which a patient is fluid-intolerant.
       overload_pf: PaO2 / FiO2 in mmHg, below which a patient is fluid-intolerant.
       high_map: mmHg, above which no vasopressor is needed.
@@ -75,7 +75,7 @@ class SafetyConfig:
 
 @struct.dataclass
 class Prescriptions:
-    """What the rules look at; all [..., T]. Rows that are not valid are never read."""
+    """Inputs of the rules, all [..., T]. Rows that are not valid have no effect."""
 
     meanbp: jax.Array  # mmHg, seen before the treatment of the row
     lactate: jax.Array  # mmol/L
@@ -94,7 +94,7 @@ class SafetyReport:
     """Counts by rule over all prescriptions, and measures of each trajectory."""
 
     broken: dict[str, jax.Array]  # [] int32 prescriptions that break the rule
-    exposed: dict[str, jax.Array]  # [] int32 prescriptions whose state makes it applicable
+    exposed: dict[str, jax.Array]  # [] int32 prescriptions where the state makes it applicable
     prescriptions: jax.Array  # [] int32
     adherence: jax.Array  # [] percent of prescriptions that break neither G1 nor G2
     hours_below_65: jax.Array  # [...] h; NaN where a trajectory has no prescription

@@ -81,8 +81,8 @@ class SepsisEnv:
           world_model: one model or an ensemble.
           episodes: stays to start from, drawn evenly.
           start_step: row to start from, or "random": any row of the stay but its last.
-          horizon: rows to simulate before the treatment that ends the episode; None plays to the
-            last row of the recorded stay. Under a plan whose last action is repeated, the return
+          horizon: rows to simulate before the treatment that ends the episode; None: to the last
+            row of the recorded stay. Under a plan whose last action is repeated, the return
             is `rollout(..., horizon=horizon).total_reward`.
           mode: "corrected" or "reference", as in `rollout`.
           outcome: how the terminal reward follows from the mortality m: "expected",
@@ -94,7 +94,7 @@ class SepsisEnv:
             the time; otherwise only in steps in which an episode of the batch ends, and
             `Info.mortality` is NaN in all others.
           follow_record: as long as every treatment is the recorded one, the recorded rows follow
-            and the recorded outcome counts; from the first difference on the model plays
+            and the recorded outcome counts; from the first difference on the rows are simulated
             (SepsisAgent's protocol).
           max_steps: truncates longer episodes.
 
@@ -281,6 +281,6 @@ class AutoReset:
         return after, _with_final(shown, timestep)
 
 
-def _with_final(shown: Timestep, played: Timestep) -> Timestep:
-    info = replace(shown.info, final_observation=played.observation)
+def _with_final(shown: Timestep, reached: Timestep) -> Timestep:
+    info = replace(shown.info, final_observation=reached.observation)
     return replace(shown, info=info)

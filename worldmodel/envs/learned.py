@@ -1,4 +1,4 @@
-"""Patients of a learned world model, started from recorded rows.
+"""Dynamics of a learned world model, started from recorded rows.
 
 The protocol is SepsisAgent's: the treatment of the last row ends the episode, and the Outcome
 Model predicts mortality from that row and its treatment; no further row is simulated. A recorded
@@ -8,6 +8,7 @@ stay of L rows that starts in row t thus takes L - t decisions, as in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -57,7 +58,7 @@ class LearnedState:
 
 @struct.dataclass
 class LearnedDynamics:
-    """A world model and the stays it starts from; `learned_dynamics` makes it."""
+    """A world model and the stays it starts from; made by `learned_dynamics`."""
 
     world_model: WorldModel
     episodes: Episodes
@@ -230,7 +231,7 @@ def _batched_logits(
 ) -> tuple[jax.Array, bool]:
     """Keeps the condition under vmap, which would otherwise compute both branches."""
     axes: list[object] = jax.tree.map(lambda batched: 0 if batched else None, in_batched[1:])
-    every = jax.vmap(
+    every: Callable[[WorldModel, Window], jax.Array] = jax.vmap(
         lambda model, rows: model.mortality_logits(*rows), in_axes=axes, axis_size=axis_size
     )
     none = jax.eval_shape(every, world_model, window)
@@ -255,7 +256,7 @@ def learned_dynamics(
     mortality_each_step: bool = True,
     follow_record: bool = False,
 ) -> LearnedDynamics:
-    """Checks and prepares what `LearnedDynamics` needs; see `SepsisEnv.learned`."""
+    """Makes `LearnedDynamics` after checking its arguments; see `SepsisEnv.learned`."""
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
     outcome = outcome or ("expected" if mode == "corrected" else "threshold")

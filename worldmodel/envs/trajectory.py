@@ -16,7 +16,7 @@ StateT = TypeVar("StateT")
 
 
 class Environment(Protocol[StateT]):
-    """What can be unrolled: `SepsisEnv`, `AutoReset`, or anything with their two methods."""
+    """The methods that `unroll` needs, as `SepsisEnv` and `AutoReset` have them."""
 
     def reset(self, key: jax.Array) -> tuple[StateT, Timestep]:
         """The first state and timestep of a key []."""
@@ -29,7 +29,7 @@ class Environment(Protocol[StateT]):
 
 @struct.dataclass
 class FollowActions:
-    """A stand-in for a policy in `unroll`: the action of step t is `actions[t]`."""
+    """Fixed actions in place of a policy in `unroll`: the action of step t is `actions[t]`."""
 
     actions: jax.Array  # [T] int32 joint actions
 
@@ -54,8 +54,9 @@ def unroll(
 ) -> tuple[StateT, Trajectory]:
     """Plays a policy in an environment for a number of steps.
 
-    Works under `jax.jit` and `jax.vmap`; map it over keys [N] for N patients. `SepsisEnv` stands
-    still after the end of an episode, with reward 0; `AutoReset` goes on with the next one.
+    Works under `jax.jit` and `jax.vmap`; map it over keys [N] for N patients. After the end of an
+    episode the state of `SepsisEnv` no longer changes and rewards are 0; `AutoReset` starts the next
+    episode.
 
     Args:
       env: one patient's environment, such as `SepsisEnv` or `AutoReset`.
@@ -66,13 +67,13 @@ def unroll(
         `fold_in(fold_in(policy_key, keys.UNROLL), t)`.
       past: rows of `Observation.past` that the policy is given; by default its attribute `past`, or
         0 where it has none. Give it for policies from `as_pytree`, which have no attributes.
-      start: state and timestep to go on from instead of a reset.
+      start: state and timestep to continue from instead of a reset.
 
     Returns:
       The state after T steps, and the trajectory.
 
     Raises:
-      InputError: the observations hold fewer past rows than the policy asks for.
+      InputError: the observations hold fewer past rows than the policy needs.
     """
     state, first = env.reset(key) if start is None else start
     own = jax.random.fold_in(key if policy_key is None else policy_key, keys.UNROLL)

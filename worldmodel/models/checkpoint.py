@@ -51,7 +51,7 @@ class Saver:
             )
 
     def save(self, epoch: int, state: object, history: list[dict[str, float]]) -> None:
-        """Saves after an epoch; the previous state goes when the new one is complete."""
+        """Saves after an epoch; the previous state is deleted once the new one is complete."""
         with atomic_folder(self._folder / "state", marker=RUN_FILE) as temporary:
             save_arrays(temporary / "arrays", _without_keys(state))
             write_json(temporary / "history.json", {"epoch": epoch, "history": history})

@@ -41,7 +41,7 @@ class ModelConfig:
       layers: GRU layers.
       embed: width of the static and the action embedding.
       head: width of the ventilation and mortality heads.
-      linear_rows: rows that the residual variant's autoregression sees.
+      linear_rows: rows that the residual variant's autoregression reads.
       dropout: rate while training.
       precision: matmul precision, "highest" (float32) or "default" (TF32 on recent GPUs).
     """

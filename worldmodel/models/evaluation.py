@@ -74,7 +74,7 @@ def evaluate_world_model(
         "linear": baselines.linear_autoregression(train_rows, rows),
     }
     outcomes = {
-        name: _judge_outcome(world_model, train, test, rows_of)
+        name: _outcome_report(world_model, train, test, rows_of)
         for name, rows_of in (("last", last_step_index), ("every", every_step_index))
     }
     return {
@@ -143,7 +143,7 @@ def _in_batches(
     return result
 
 
-def _judge_outcome(
+def _outcome_report(
     world_model: WorldModel,
     train: _Side,
     test: _Side,

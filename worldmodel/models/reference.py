@@ -265,7 +265,7 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         ) from None
     except InputError:
         raise
-    except Exception as error:  # a hostile or damaged stream can fail in any opcode
+    except Exception as error:  # a malicious or damaged stream can fail in any opcode
         raise InputError(f"{path}: not a plain torch state dict ({error})") from None
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(tensor, np.ndarray) for name, tensor in value.items()

@@ -1,4 +1,4 @@
-"""Training windows: fixed-length looks back into episodes, cut on the device.
+"""Training windows: the last rows of fixed number before each step, cut on the device.
 
 Rows before ICU admission are all zero (observation, mask and action), as in SepsisAgent.
 """

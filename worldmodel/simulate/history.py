@@ -123,7 +123,7 @@ def history_from_observation(world_model: WorldModel, observation: Observation) 
       observation: of one patient, with at least 12 rows of `Observation.past`.
 
     Raises:
-      InputError: the observation does not look back far enough.
+      InputError: the observation has too few past rows.
     """
     steps = _urine_steps(world_model)
     rows = max(schema.OUTCOME_WINDOW, steps)

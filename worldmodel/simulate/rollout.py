@@ -32,7 +32,7 @@ from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step, unroll
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
-CACHED_BRANCHES = 1_024  # and on a CPU, whose caches they fit
+CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
 
 
 @struct.dataclass
@@ -290,7 +290,7 @@ def _simulate(
             "action": step.action,
         }
 
-    played = unroll(
+    result = unroll(
         world_model,
         start,
         RolloutSpec(
@@ -304,5 +304,5 @@ def _simulate(
             looks_back=plans is None,
         ),
     )
-    mortality = jnp.full(shape, jnp.nan) if played.mortality is None else played.mortality
-    return {**played.collected, "mortality": mortality, "projected": played.folded}
+    mortality = jnp.full(shape, jnp.nan) if result.mortality is None else result.mortality
+    return {**result.collected, "mortality": mortality, "projected": result.folded}

@@ -36,7 +36,7 @@ ModelT = TypeVar("ModelT")
 Call = Callable[..., BranchSummary]
 
 AXIS = "branches"
-_IN_FLIGHT = 2  # calls queued ahead of the one whose results are read
+_IN_FLIGHT = 2  # calls queued before the results of the first are read
 
 
 # Branches that a device simulates at a time: what fits a core's cache, or fills an accelerator.
@@ -146,7 +146,7 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
         else:
             assert policy is not None
             treat = under_policy(policy, member, key, starts, task.samples, past=past)
-        played = unroll(
+        result = unroll(
             member,
             starts,
             RolloutSpec(
@@ -166,7 +166,7 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
                 looks_back=own_plans is None,
             ),
         )
-        summary = finish_summary(played.folded, played.mortality, config.horizon)
+        summary = finish_summary(result.folded, result.mortality, config.horizon)
         result: BranchSummary = jax.tree.map(lambda leaf: leaf[None], summary)
         return result
 
@@ -210,7 +210,7 @@ def rollout_block(
       key: of the whole job.
       start: P patients.
       plans: [P, K, H] joint actions; None for a policy.
-      samples: S, a multiple of the ensemble size E; sample s is played by member s mod E.
+      samples: S, a multiple of the ensemble size E; sample s is simulated by member s mod E.
     """
     world_model, _ = sharded_rollout._constant
     num_plans = sharded_rollout.shape[1]

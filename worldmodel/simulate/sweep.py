@@ -30,8 +30,8 @@ class Section(NamedTuple):
     """Plans that are simulated together from every start; or one policy."""
 
     plans: tuple[int, ...]  # numbers of the plans; policies are numbered after them
-    width: int  # plans that are played, the last one repeated
-    starts: int  # that are played per block, likewise
+    width: int  # plans that are simulated, the last one repeated as padding
+    starts: int  # per block, the last one repeated as padding
     cost: int = 1  # model calls that a step takes, more than one for a planner
 
 
@@ -115,7 +115,7 @@ def make_grid(
       branches: about so many per block, unless the samples of one group are more.
 
     Raises:
-      InputError: there is nothing to play.
+      InputError: there is nothing to simulate.
     """
     if samples < 1 or branches < 1 or plans + len(policies) < 1:
         raise InputError("sweep: expected at least one plan or policy, one sample, one branch")

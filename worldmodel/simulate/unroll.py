@@ -42,7 +42,7 @@ class StepState(NamedTuple):
     lactate: jax.Array  # [...] mmol/L
     sofa: jax.Array  # [...]
     urine: tuple[jax.Array, ...]  # mL per row of the last 24 h, oldest first
-    history: History | None  # [P K S]; for policies, which look back
+    history: History | None  # [P K S]; only for policies
 
 
 class RolloutResult(NamedTuple):

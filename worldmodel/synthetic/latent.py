@@ -97,7 +97,7 @@ def slow_values(slow: jax.Array) -> dict[str, jax.Array]:
 
 @struct.dataclass
 class PhysiologyParams:
-    """Coefficients per 4-hour step unless the unit says otherwise."""
+    """Coefficients of the physiology, per 4-hour step unless another unit is given."""
 
     # Infection and inflammation (dimensionless, 0 to about 1.2).
     growth: float = 0.14  # pathogen growth rate before antibiotics

@@ -1,4 +1,4 @@
-"""Small worlds to treat patients in."""
+"""Small world models for environments."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""Episodes one after another, in both of the field's conventions."""
+"""Automatic reset in both of Gymnasium's conventions."""
 
 import jax
 import jax.numpy as jnp

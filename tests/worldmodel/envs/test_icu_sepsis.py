@@ -58,7 +58,7 @@ def test_transitions_are_the_tables(env, mdp):
     assert (want > 0.01).sum() > 3
 
 
-def test_support_tells_admissible_actions(env, mdp):
+def test_support_marks_admissible_actions(env, mdp):
     assert 0.05 < mdp.admissible[:-3].mean() < 0.95
     actions = jnp.arange(25)[:, None]
     keys = jnp.broadcast_to(jax.random.key(4), (25,))

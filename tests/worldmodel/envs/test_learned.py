@@ -95,7 +95,7 @@ def test_first_observation_is_the_recorded_row(world, episodes):
 
 
 def test_ends_where_the_record_ended(world, episodes):
-    """As the records count: a stay of L rows takes L decisions, the last earns +-15 alone."""
+    """As in the records, a stay of L rows takes L decisions; the last reward is +-15."""
     env = SepsisEnv.learned(world, episodes)
     state, first, got = play_all(env, keys_of(KEY, 20), jnp.full((20, 16), 6))
     patient = np.asarray(state.dynamics.history.patient[:, 0])
@@ -141,7 +141,7 @@ def test_terminal_reward_by_outcome(world, episodes):
 
 
 def test_mortality_at_the_end_only(ensemble, episodes):
-    """The same episodes, with mortality where an episode ends and nowhere else."""
+    """The same episodes, with mortality only where an episode ends."""
     every, once = (
         play_all(SepsisEnv.learned(ensemble, episodes, mortality_each_step=each), KEYS, PLANS)
         for each in (True, False)

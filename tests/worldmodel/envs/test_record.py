@@ -51,7 +51,7 @@ def test_the_recorded_treatments_give_the_record(world, episodes, mode):
 
 
 def test_from_the_first_difference_on_the_model_plays(world, episodes, mode):
-    """One other treatment, then the recorded ones again: the record does not come back."""
+    """One other treatment, then the recorded ones again: the rows stay simulated."""
     changed = 2
     plans = episodes.action.at[:, changed].set((episodes.action[:, changed] + 1) % 25)
     make = partial(SepsisEnv.learned, world, mode=mode)

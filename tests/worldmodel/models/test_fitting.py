@@ -1,4 +1,4 @@
-"""The training loop: progress, early stopping, exact resume, refusals."""
+"""The training loop: progress, early stopping, exact resume, errors."""
 
 from dataclasses import replace
 
@@ -69,7 +69,7 @@ def test_each_member_keeps_its_best(sequences):
 
 
 def test_a_stopped_member_never_starts_again(sequences):
-    """Member 1 gets worse for two epochs and stops; a later gain must not wake it."""
+    """Member 1 gets worse for two epochs and stops; a later improvement must not restart it."""
 
     def loss(model, sequences, index, key):
         w = model["w"].mean()

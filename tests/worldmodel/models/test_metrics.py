@@ -1,4 +1,4 @@
-"""Metrics and baselines on figures made by hand."""
+"""Metrics and baselines on numbers computed by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""GRU, windows, encodings, losses and the ensemble, each against something plain."""
+"""GRU, windows, encodings, losses and the ensemble, each against a plain implementation."""
 
 from dataclasses import replace
 
@@ -82,20 +82,20 @@ def test_gru_is_its_equations():
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_gru_stack_matches_torch(layers):
     torch = pytest.importorskip("torch")
-    ours = GRU(7, 5, layers, dropout=0.2, rngs=nnx.Rngs(2), precision="highest")
-    theirs = torch.nn.GRU(7, 5, num_layers=layers, batch_first=True)
+    flax_gru = GRU(7, 5, layers, dropout=0.2, rngs=nnx.Rngs(2), precision="highest")
+    torch_gru = torch.nn.GRU(7, 5, num_layers=layers, batch_first=True)
     with torch.no_grad():
-        for i, cell in enumerate(ours.cells):
+        for i, cell in enumerate(flax_gru.cells):
             for name, value in (
                 ("weight_ih", cell.weight_input[...].T),
                 ("weight_hh", cell.weight_hidden[...].T),
                 ("bias_ih", cell.bias_input[...]),
                 ("bias_hh", cell.bias_hidden[...]),
             ):
-                getattr(theirs, f"{name}_l{i}").copy_(torch.from_numpy(np.array(value)))
+                getattr(torch_gru, f"{name}_l{i}").copy_(torch.from_numpy(np.array(value)))
         x = np.random.default_rng(0).normal(size=(4, 6, 7)).astype(np.float32)
-        want = theirs(torch.from_numpy(x))[0][:, -1].numpy()
-    np.testing.assert_allclose(ours(jnp.asarray(x)), want, atol=1e-5, rtol=0)
+        want = torch_gru(torch.from_numpy(x))[0][:, -1].numpy()
+    np.testing.assert_allclose(flax_gru(jnp.asarray(x)), want, atol=1e-5, rtol=0)
 
 
 def test_dropout_acts_only_with_a_key():
@@ -296,7 +296,7 @@ def test_no_such_member(ensemble):
             ensemble.member(index)
 
 
-def test_ensemble_answers_with_mixture_moments(ensemble):
+def test_ensemble_predicts_mixture_moments(ensemble):
     window = random_window(6)
     members = [ensemble.member(i).transition(*window) for i in range(3)]
     mu = np.stack([m.mu for m in members]).astype(np.float64)

@@ -1,4 +1,4 @@
-"""A plain torch twin of the reference world model, written from its description."""
+"""A plain torch implementation of the reference world model, written from its description."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""A small world to play in."""
+"""A small world model for rollouts."""
 
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""The rules of a rollout once more: one branch at a time, in plain Python."""
+"""A second implementation of rollouts: one branch at a time, in plain Python."""
 
 import numpy as np
 

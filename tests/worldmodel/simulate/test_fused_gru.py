@@ -1,4 +1,4 @@
-"""The engine against whole windows: closed loops of 24 steps, every variant, shared or not."""
+"""The fused GRU against whole windows: rollouts of 24 steps, every variant, shared or not."""
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ def episodes():
 
 @pytest.fixture(scope="module")
 def start_rows(episodes):
-    """Stays with few and with many rows behind them."""
+    """Stays with few and with many rows before the start."""
     long = np.flatnonzero(np.asarray(episodes.length) >= 12)[:3]
     return episodes.select(long), np.array([0, 3, 11])
 
@@ -65,7 +65,7 @@ _step = jax.jit(advance, static_argnames="mode")
 
 
 def whole_windows(world, start, plans, eps, mode):
-    """[P, K, S, H, ...] by `advance`, one branch beside the other and nothing shared."""
+    """[P, K, S, H, ...] by `advance`, every branch computed separately."""
     patients, num_plans, horizon = plans.shape
     samples = eps.shape[2]
     shape = (patients, num_plans, samples)
@@ -114,7 +114,7 @@ def inputs(start_rows, world, horizon, plans=2, samples=2, mode="corrected"):
 
 
 def assert_equal(got, want, atol=1e-6):
-    """z-scores to `atol`; SOFA and counts too, but where a value lies on the very threshold."""
+    """z-scores to `atol`; SOFA and counts too, except where a value lies on a threshold."""
     for name in ("obs", "ventilation", "mortality"):
         np.testing.assert_allclose(got[name], want[name], rtol=0, atol=atol, err_msg=name)
     for name in ("sofa", "projected"):

@@ -1,4 +1,4 @@
-"""Rollouts against a slow twin, and what must not change a branch."""
+"""Rollouts against a slow implementation, and invariances of a branch."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ ARRAYS = ("values", "sofa", "ventilation", "reward", "action", "mortality", "pro
 
 @pytest.fixture(scope="module")
 def patients(episodes):
-    """Two stays that start in rows 0 and 8, both with rows to come."""
+    """Two stays that start in rows 0 and 8, both before their last row."""
     long = np.flatnonzero(np.asarray(episodes.length) >= 12)[:2]
     return episodes.select(long), np.array([0, 8])
 
@@ -91,7 +91,7 @@ def test_equal_plans_have_equal_futures(base):
 
 
 def test_first_noise_is_common_to_all_plans(world, start):
-    """With sigma alone left in the model, every plan sees the same numbers."""
+    """With sigma alone left in the model, all plans get the same noise."""
     still = replace(
         world,
         state_model=jax.tree.map(jnp.zeros_like, world.state_model),
@@ -232,7 +232,7 @@ def test_a_policy_sees_the_branch_and_its_own_keys(world, start):
 
 
 def test_policy_randomness_is_apart_from_the_patients(world, start):
-    """A random policy that happens to choose as a plan does meets that plan's noise."""
+    """A policy that chooses the actions of a plan gets the noise of that plan."""
 
     def policy(key, observation):
         return jax.nn.one_hot(3, 25) + 0 * jax.random.normal(key)

@@ -1,4 +1,4 @@
-"""Tasks over devices: the same numbers as rollouts, whatever the devices, their order, the cut."""
+"""Tasks over devices: the numbers of rollouts for any devices, order and task shape."""
 
 import os
 import subprocess

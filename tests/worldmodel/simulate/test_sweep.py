@@ -1,4 +1,4 @@
-"""The grid of a sweep, plans for many starts, and what samples come to."""
+"""The grid of a sweep, plans for many starts, and statistics over samples."""
 
 import jax
 import numpy as np

@@ -11,12 +11,12 @@ WORLD = jax.random.key(7)
 
 @pytest.fixture(scope="session")
 def world():
-    """3,000 stays and the truth behind them."""
+    """3,000 stays and their `Truth`."""
     return generate(WORLD, 3000)
 
 
 def assert_same(left, right):
-    """Two PyTrees agree to the bit."""
+    """Asserts that two PyTrees are bitwise equal."""
     pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
     for a, b in pairs:
         if jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):

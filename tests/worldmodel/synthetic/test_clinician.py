@@ -1,4 +1,4 @@
-"""The clinician: known probabilities, full support, sensible habits."""
+"""The clinician: known probabilities, full support, sensible reactions."""
 
 from dataclasses import replace
 
@@ -63,7 +63,7 @@ def test_frequencies_match_the_stated_probabilities(world):
         assert abs(taken[here].sum() - probs[here].sum()) < 4 * spread
 
 
-def test_habits_are_sensible():
+def test_reactions_are_sensible():
     assert mean_levels(observation(meanbp=52))[0] > mean_levels(observation(meanbp=75))[0] + 0.5
     assert mean_levels(observation(lactate=4))[1] > mean_levels(observation(lactate=1))[1]
     assert mean_levels(observation(step=0))[1] > mean_levels(observation(step=12))[1]

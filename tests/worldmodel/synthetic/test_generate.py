@@ -75,7 +75,7 @@ def test_levels_are_the_levels_of_the_doses(world):
 
 
 def test_gaps_are_filled_as_in_records(world):
-    """What policies saw in the loop is what `imputation.impute` makes of the raw chart."""
+    """Observations during simulation equal `imputation.impute` of the raw records."""
     episodes, truth = world
     measured = np.concatenate(
         [np.asarray(episodes.measured), np.ones((*episodes.measured.shape[:2], 1), bool)], axis=-1

@@ -31,7 +31,7 @@ from worldmodel.synthetic.clinician import ClinicianParams, probabilities
 
 
 def clinician(key, observation):
-    """The recorded clinician, who ignores frailty unless confounding is dialled in."""
+    """The recorded clinician, who ignores frailty unless confounding is set."""
     del key
     return probabilities(observation, jnp.float32(0), Params().clinician)
 
@@ -57,14 +57,14 @@ def test_recorded_treatment_gives_back_the_recorded_stay(world):
     assert_same(counterfactual(world[1], np.asarray(world[0].action)), world)
 
 
-def test_a_plan_that_is_silent_leaves_it_to_the_clinician(world):
+def test_steps_beyond_the_plan_are_left_to_the_clinician(world):
     episodes, truth = world
     plans = np.asarray(episodes.action)[:, :4].copy()
     plans[::2, 2] = FOLLOW_POLICY
     assert_same(counterfactual(truth, plans)[0], episodes)
 
 
-def test_other_treatment_same_luck_until_it_differs(world):
+def test_equal_rows_until_the_treatment_differs(world):
     episodes, truth = world
     plans = np.asarray(episodes.action).copy()
     plans[:, 3] = (plans[:, 3] + 7) % 25
@@ -158,7 +158,7 @@ def test_effect_on_lactate_can_be_learned_from_the_records(effects):
 
 
 def _triples(episodes):
-    """Three rows in a row: [M, 39] each, the last two treatments [M], what was measured last."""
+    """Three consecutive rows: [M, 39] each, the last two treatments [M], what was measured last."""
     rows, three = np.asarray(episodes.dynamic, np.float64), np.asarray(episodes.valid)[:, 2:]
     rows = rows / rows[np.asarray(episodes.valid)].std(0)
     action = np.asarray(episodes.action)
@@ -184,7 +184,7 @@ def test_good_treatment_beats_the_clinician_beats_chance(world):
 
 
 def test_value_is_the_mean_of_the_rewards(world):
-    """The clinician's value over the recorded patients is what the records say."""
+    """The clinician's value over the recorded patients is the mean recorded return."""
     episodes, truth = world
     found = value(clinician, 3000, discount=0.9)
     reward = np.asarray(truth.reward, np.float64)
@@ -205,7 +205,7 @@ def test_confounding_leaves_the_value_of_other_policies_alone():
 
 
 def test_reset_and_step_play_the_recorded_stays(world):
-    """The environment gives the rows of the episodes, with history as windows see it."""
+    """The environment gives the rows of the episodes, with the history of the windows."""
     episodes, truth = world
     config, params = Config(past=3), Params()
     keys = jax.vmap(partial(patient_key, WORLD))(jnp.arange(16))
