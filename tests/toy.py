@@ -8,7 +8,7 @@ from worldmodel.episodes import Episodes
 
 
 def toy_episodes(num_stays=60, num_steps=9, seed=0) -> Episodes:
-    """Stays whose MAP follows vasopressors, lactate follows MAP, and the other features are random."""
+    """Stays in which MAP follows vasopressors and lactate follows MAP; the rest is random."""
     rng = np.random.default_rng(seed)
     length = rng.integers(2, num_steps + 1, num_stays)
     length[0] = num_steps

@@ -54,9 +54,9 @@ def unroll(
 ) -> tuple[StateT, Trajectory]:
     """Plays a policy in an environment for a number of steps.
 
-    Works under `jax.jit` and `jax.vmap`; map it over keys [N] for N patients. After the end of an
-    episode the state of `SepsisEnv` no longer changes and rewards are 0; `AutoReset` starts the next
-    episode.
+    Works under `jax.jit` and `jax.vmap`; map it over keys [N] for N patients. After the end of
+    an episode the state of `SepsisEnv` no longer changes and rewards are 0; `AutoReset` starts
+    the next episode.
 
     Args:
       env: one patient's environment, such as `SepsisEnv` or `AutoReset`.

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -214,7 +214,8 @@ class OutcomeModel(_Trunk):
         return result
 
 
-def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[int, int], nnx.Linear]:
+# Any: `nnx.Linear` declares its bias optional, but these layers always have one.
+def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[int, int], Any]:
     def make(in_features: int, out_features: int) -> nnx.Linear:
         return nnx.Linear(in_features, out_features, rngs=rngs, precision=config.precision)
 

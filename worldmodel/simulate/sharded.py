@@ -146,7 +146,7 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
         else:
             assert policy is not None
             treat = under_policy(policy, member, key, starts, task.samples, past=past)
-        result = unroll(
+        rolled = unroll(
             member,
             starts,
             RolloutSpec(
@@ -166,7 +166,7 @@ def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int =
                 looks_back=own_plans is None,
             ),
         )
-        summary = finish_summary(result.folded, result.mortality, config.horizon)
+        summary = finish_summary(rolled.folded, rolled.mortality, config.horizon)
         result: BranchSummary = jax.tree.map(lambda leaf: leaf[None], summary)
         return result
 
