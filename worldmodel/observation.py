@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -158,7 +159,7 @@ _LARGEST_SOFA = 24.0
 NUM_STATE_FEATURES = 1 + schema.NUM_FEATURES + schema.NUM_STATIC + _EXTRA  # 49
 
 
-def state_features(observation: Observation, scaler: Scaler) -> jax.Array:
+def state_features(observation: Observation, scaler: Scaler) -> Float[Array, "*batch 49"]:
     """[..., 49] features of what is known before the treatment.
 
     A constant, z-scored measurements and static features, ventilation, SOFA, the levels of the

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -18,6 +19,7 @@ from worldmodel.files import read_json
 SCALER_FILE = "scaler_params_log.json"
 FEATURE_FILE = "episode_feature_config.json"
 REFERENCE_STATIC = ("age", "gender", "charlson_comorbidity_index")
+Values = Array | np.ndarray
 _MIN_STD = 1e-6
 _WIDTHS = {
     "mean": schema.NUM_FEATURES,
@@ -36,23 +38,23 @@ class Scaler:
     static_mean: jax.Array  # [3], 0 for sex
     static_std: jax.Array  # [3], 1 for sex
 
-    def normalize(self, dynamic: jax.Array) -> jax.Array:
+    def normalize(self, dynamic: Float[Values, "*batch 39"]) -> Float[Array, "*batch 39"]:
         """Physical units [..., 39] to z-scores."""
         return (_log_urine(dynamic) - self.mean) / self.std
 
-    def denormalize(self, obs: jax.Array) -> jax.Array:
+    def denormalize(self, obs: Float[Values, "*batch 39"]) -> Float[Array, "*batch 39"]:
         """z-scores [..., 39] to physical units; urine is never below 0 mL."""
-        values = obs * self.std + self.mean
+        values = jnp.asarray(obs) * self.std + self.mean
         urine = jnp.maximum(jnp.expm1(values[..., schema.URINE, None]), 0.0)
         return jnp.where(jnp.arange(schema.NUM_FEATURES) == schema.URINE, urine, values)
 
-    def normalize_static(self, static: jax.Array) -> jax.Array:
+    def normalize_static(self, static: Float[Values, "*batch 3"]) -> Float[Array, "*batch 3"]:
         """Age, sex, Charlson [..., 3] to model inputs."""
-        return (static - self.static_mean) / self.static_std
+        return (jnp.asarray(static) - self.static_mean) / self.static_std
 
-    def denormalize_static(self, static: jax.Array) -> jax.Array:
+    def denormalize_static(self, static: Float[Values, "*batch 3"]) -> Float[Array, "*batch 3"]:
         """Model inputs [..., 3] to age in years, sex, Charlson."""
-        return static * self.static_std + self.static_mean
+        return jnp.asarray(static) * self.static_std + self.static_mean
 
     @classmethod
     def fit(cls, episodes: Episodes, split: str | None = "train") -> Scaler:
@@ -157,10 +159,10 @@ def _safe_std(values: np.ndarray) -> np.ndarray:
     return np.where(std > _MIN_STD, std, 1.0)
 
 
-def _log_urine(dynamic: jax.Array) -> jax.Array:
-    dynamic = jnp.asarray(dynamic, jnp.float32)
-    urine = dynamic[..., schema.URINE]
-    return dynamic.at[..., schema.URINE].set(jnp.log1p(jnp.maximum(urine, 0.0)))
+def _log_urine(dynamic: Values) -> jax.Array:
+    values = jnp.asarray(dynamic, jnp.float32)
+    urine = values[..., schema.URINE]
+    return values.at[..., schema.URINE].set(jnp.log1p(jnp.maximum(urine, 0.0)))
 
 
 # name: mean, standard deviation, 0.5% and 99.5% quantiles (none for urine)

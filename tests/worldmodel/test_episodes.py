@@ -11,6 +11,7 @@ import pytest
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.episode_files import (
+    COLUMNS,
     from_table,
     load_dose_edges,
     load_episodes,
@@ -19,7 +20,6 @@ from worldmodel.episode_files import (
     save_episodes,
     to_table,
 )
-from worldmodel.episodes import COLUMNS
 from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 

@@ -1,16 +1,17 @@
 """Reward: +15 / -15 at the end, SOFA and lactate in between (Raghu et al., arXiv 1711.09602).
 
-A step that does not end the episode earns
+A step that does not end the episode has the reward
 
     r = -0.025 [SOFA' = SOFA and SOFA' > 0] - 0.125 (SOFA' - SOFA) - 2 tanh(lactate' - lactate)
 
-and the step that ends it earns the terminal reward alone. The total is not discounted.
+and the step that ends it has the terminal reward alone. The total is not discounted.
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -42,11 +43,11 @@ def step_terms(
 
 
 def terminal_reward(died: jax.Array) -> jax.Array:
-    """-15 for death within 90 days, +15 for release; `died` may be a probability."""
+    """-15 for death within 90 days, +15 for survival; `died` may be a probability."""
     return TERMINAL * (1.0 - 2.0 * jnp.asarray(died, jnp.float32))
 
 
-def episode_rewards(episodes: Episodes) -> jax.Array:
+def episode_rewards(episodes: Episodes) -> Float[Array, "N T"]:
     """[N, T] `trajectory_rewards` of recorded stays."""
     lactate = episodes.dynamic[..., schema.INDEX["lactate"]]
     return trajectory_rewards(episodes.sofa, lactate, episodes.length, episodes.died_90d)

@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -67,11 +68,15 @@ class WorldModel:
         return result
 
     def transition(
-        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+        self,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
     ) -> Prediction:
         """Mean and spread of the next state, in z-space, and the ventilation logit.
 
-        An ensemble answers with the moments of its mixture (law of total variance).
+        The prediction of an ensemble has the moments of its mixture (law of total variance).
 
         Args:
           obs: [B, 6, 39] z-scores, left-padded with zero rows.
@@ -91,8 +96,12 @@ class WorldModel:
         return Prediction(mu, 0.5 * jnp.log(variance), vent)
 
     def mortality_logit(
-        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
-    ) -> jax.Array:
+        self,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
+    ) -> Float[Array, " B"]:
         """Logit [B] of death within 90 days; arguments as `transition`, window 12."""
         logits = self.mortality_logits(obs, observed, static, action)
         if self.num_members == 1:
@@ -100,10 +109,14 @@ class WorldModel:
         return _logit(jax.nn.sigmoid(logits).mean(0))
 
     def mortality_logits(
-        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
-    ) -> jax.Array:
+        self,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
+    ) -> Float[Array, "E B"]:
         """Every member's logit [E, B] of death within 90 days; arguments as `mortality_logit`."""
-        result: jax.Array = jax.vmap(lambda model: model(obs, observed, static, action))(
+        result: Array = jax.vmap(lambda model: model(obs, observed, static, action))(
             self.outcome_model
         )
         return result
