@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -148,7 +148,7 @@ def _train(
     rate = optax.linear_schedule(
         config.learning_rate, config.final_rate * config.learning_rate, updates
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate))
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(rate))
 
     def iteration(learner: Any, number: jax.Array) -> Any:
         networks, state = learner
@@ -294,9 +294,13 @@ class PPOConfig:
       clip: how far the probability ratio of an action may pay.
       value_weight: of the critic's Huber loss.
       entropy: weight of the entropy bonus at the start; falls linearly to 0.
-      clip_norm: largest norm of a gradient.
+      max_grad_norm: largest norm of a gradient.
       past: rows that the features look back on, the newest included; 0 for the state alone.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "clip_norm": "max_grad_norm",
+    }
 
     hidden: tuple[int, ...] = (128, 128)
     iterations: int = 50
@@ -311,7 +315,7 @@ class PPOConfig:
     clip: float = 0.2
     value_weight: float = 0.05
     entropy: float = 0.01
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     past: int = 4
 
     def __post_init__(self) -> None:
@@ -320,7 +324,9 @@ class PPOConfig:
         require(self, "widths of at least 1", lambda widths: widths and min(widths) >= 1, "hidden")
         shares = ("final_rate", "gamma", "trace")
         require(self, "within [0, 1]", lambda share: 0 <= share <= 1, *shares)
-        require(self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "clip_norm")
+        require(
+            self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "max_grad_norm"
+        )
         require(self, "0 or more", lambda weight: weight >= 0, "value_weight", "entropy")
         most = schema.OUTCOME_WINDOW
         require(self, f"0 to {most} rows", lambda rows: 0 <= rows <= most, "past")

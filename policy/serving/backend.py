@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 STOP, LENGTH, TOOL_CALLS = "stop", "length", "tool_calls"
 
@@ -25,9 +25,13 @@ class BackendError(Exception):
 class Sampling:
     """How a reply is drawn."""
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "max_new_tokens": "max_completion_length",
+    }
+
     temperature: float = 0.7  # 0 takes the most probable token
     top_p: float = 0.95
-    max_new_tokens: int = 1024
+    max_completion_length: int = 1024
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class EmbeddedGenerator:
             seed=seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens,
+            max_completion_length=sampling.max_completion_length,
         )
         return await self._draws.ask(draw)
 

@@ -176,10 +176,10 @@ def _taught(
 ) -> Qwen3:
     parts = [part for one in dialogues for part in _parts(one, lesson.length)]
     config = LearnerConfig(
-        steps=lesson.updates,
+        max_steps=lesson.updates,
         learning_rate=lesson.learning_rate,
-        warm_up=lesson.updates // 6,
-        report_every=min(20, lesson.updates),
+        warmup_steps=lesson.updates // 6,
+        logging_steps=min(20, lesson.updates),
     )
     learner = Learner(model, cross_entropy, config)
     rows = pack(parts, lesson.length, seed=seed)

@@ -6,7 +6,7 @@ The caller adds sums over a whole batch and divides once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -133,7 +133,7 @@ class RolloutRows(NamedTuple):
     mask: Any  # bool, tokens to learn
     sampler_logprobs: Any  # float32, log-probability under the sampler when drawn
     old_logprobs: Any  # float32, under the trainer's weights at the start of the update
-    reference: Any  # float32, under the reference model; unused where kl_weight is 0
+    reference: Any  # float32, under the reference model; unused where beta is 0
     advantage: Any  # float32
 
 
@@ -144,25 +144,25 @@ class Objective:
     A "sequence" is a segment with tokens to learn.
 
     Attributes:
-      ratio: "token", or "sequence" for the geometric mean of a sequence's token ratios, in
-        the form of GSPO-token (2507.18071, eq. 14): equal to GSPO where a sequence has one
-        advantage, and usable where its tokens have several.
-      surrogate: "clip", "cispo" or "reinforce".
-      clip_low: the ratio is clipped below 1 - clip_low; 1 sets no bound.
-      clip_high: the ratio is clipped above 1 + clip_high.
-      dual_clip: bound on r where A < 0, above 1 + clip_high; none if not given.
+      importance_sampling_level: "token", or "sequence" for the geometric mean of a sequence's token
+        ratios in the form of GSPO-token (2507.18071, eq. 14), which equals GSPO where a sequence
+        has one advantage and also allows one advantage per token.
+      loss_type: "clip", "cispo" or "reinforce".
+      epsilon_low: the ratio is clipped below 1 - epsilon_low; 1 sets no bound.
+      epsilon_high: the ratio is clipped above 1 + epsilon_high.
+      dual_clip: bound on r where A < 0, above 1 + epsilon_high; none if not given.
       normalization: what a batch's sum is divided by.
         "token": the number of its tokens (DAPO).
         "sequence": each sequence's mean over its tokens, then the number of sequences (GRPO).
         "constant": constant_length, then the number of sequences (Dr. GRPO, 2503.20783).
       constant_length: tokens, such as the longest sequence allowed.
-      kl_weight: of the divergence from the reference; 0 leaves the reference out.
-      kl_kind: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
+      beta: of the divergence from the reference; 0 leaves the reference out.
+      kl_loss_type: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
         "k2": d^2 / 2, whose gradient is that of the reverse KL for tokens drawn on policy. k1
         is not offered: as a loss its gradient has mean zero.
-      kl_corrected: multiply it by r, so that its gradient is unbiased for tokens drawn before the
-        weights changed (DeepSeek-V3.2, 2512.02556).
-      entropy_weight: of the bonus for entropy.
+      use_bias_correction_kl: multiply the divergence by the ratio, so that its gradient is unbiased
+        for tokens sampled from older weights (DeepSeek-V3.2, 2512.02556).
+      entropy_coef: weight of the entropy bonus.
       correction: w, from q = exp(old_logprobs - sampler_logprobs): "none" is 1, "truncate" is
         min(q, cap) (truncated importance sampling), "mask" q within [low, cap] and 0
         outside (IcePop, 2510.18855). 1 wherever old_logprobs is sampler_logprobs.
@@ -171,17 +171,28 @@ class Objective:
       correction_low, correction_cap: bounds of q.
     """
 
-    ratio: str = "token"
-    surrogate: str = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    RENAMED: ClassVar[dict[str, str]] = {
+        "ratio": "importance_sampling_level",
+        "surrogate": "loss_type",
+        "clip_low": "epsilon_low",
+        "clip_high": "epsilon_high",
+        "kl_weight": "beta",
+        "kl_kind": "kl_loss_type",
+        "kl_corrected": "use_bias_correction_kl",
+        "entropy_weight": "entropy_coef",
+    }
+
+    importance_sampling_level: str = "token"
+    loss_type: str = "clip"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
     dual_clip: float | None = None
     normalization: str = "token"
     constant_length: int = 4096
-    kl_weight: float = 0.0
-    kl_kind: str = "k3"
-    kl_corrected: bool = False
-    entropy_weight: float = 0.0
+    beta: float = 0.0
+    kl_loss_type: str = "k3"
+    use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
     correction: str = "truncate"
     correction_level: str = "token"
     correction_low: float = 0.5
@@ -190,31 +201,36 @@ class Objective:
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
             require(self, f"one of {', '.join(known)}", known.__contains__, name)
-        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "clip_low")
-        names = ("clip_high", "kl_weight", "entropy_weight", "correction_low")
+        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "epsilon_low")
+        names = ("epsilon_high", "beta", "entropy_coef", "correction_low")
         require(self, "0 or more", lambda x: x >= 0, *names)
         require(self, "at least 1", lambda n: n >= 1, "constant_length")
         require(self, "at least 1 (no mismatch)", lambda x: x >= 1, "correction_cap")
         require(self, "at most 1 (no mismatch)", lambda x: x <= 1, "correction_low")
-        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
-            raise InputError(f"dual_clip: got {self.dual_clip}, expected above 1 + clip_high")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.epsilon_high:
+            raise InputError(f"dual_clip: got {self.dual_clip}, expected above 1 + epsilon_high")
 
 
 _KNOWN = {
-    "ratio": ("token", "sequence"),
-    "surrogate": ("clip", "cispo", "reinforce"),
+    "importance_sampling_level": ("token", "sequence"),
+    "loss_type": ("clip", "cispo", "reinforce"),
     "normalization": ("token", "sequence", "constant"),
-    "kl_kind": ("k2", "k3"),
+    "kl_loss_type": ("k2", "k3"),
     "correction": ("none", "truncate", "mask"),
     "correction_level": ("token", "sequence", "geometric"),
 }
 
 PRESETS = {
-    "GRPO": Objective(normalization="sequence", kl_weight=0.04),
+    "GRPO": Objective(normalization="sequence", beta=0.04),
     "DR_GRPO": Objective(normalization="constant"),
-    "DAPO": Objective(clip_high=0.28),
-    "GSPO": Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4, normalization="sequence"),
-    "CISPO": Objective(surrogate="cispo", clip_low=1.0, clip_high=4.0),
+    "DAPO": Objective(epsilon_high=0.28),
+    "GSPO": Objective(
+        importance_sampling_level="sequence",
+        epsilon_low=3e-4,
+        epsilon_high=4e-4,
+        normalization="sequence",
+    ),
+    "CISPO": Objective(loss_type="cispo", epsilon_low=1.0, epsilon_high=4.0),
 }
 """As in DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071)
 and, for CISPO, ScaleRL (2510.13786); all with the truncated correction, of which the papers do
@@ -266,9 +282,9 @@ def surrogate_loss(
     Returns:
       The sum and what to divide it by: the number of tokens or, for "sequence" and "constant", of
       sequences. Metrics are means over tokens or, likewise, means over sequences of their
-      means: ratio, clip_low and clip_high (shares with A < 0 and A > 0; for cispo, of any A),
-      clip_dual, entropy, kl_proximal (k3, of the update's beginning from now), kl_reference (k3,
-      where used), mismatch (of old_logprobs and sampler_logprobs, absolute), kl_behavior (k3),
+      means: ratio, epsilon_low and epsilon_high (shares with A < 0 and A > 0; for cispo, of any A),
+      clip_dual, entropy, ppo_kl (k3, of the update's beginning from now), kl (k3,
+      where used), mismatch (of old_logprobs and sampler_logprobs, absolute), sampler_kl (k3),
       correction (w), corrected (share where w is not q) and masked (share where w is 0).
     """
     learned = rows.mask & (rows.positions > 0)
@@ -283,7 +299,7 @@ def surrogate_loss(
     mean = SegmentMeans(learned, rows.segments)
 
     ratio = bounded_exp(ahead)
-    if objective.ratio == "sequence":
+    if objective.importance_sampling_level == "sequence":
         one = jax.lax.stop_gradient(now)
         ratio = bounded_exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
     loss, clipped = _surrogate(ratio, now, advantage, objective)
@@ -293,20 +309,20 @@ def surrogate_loss(
         "ratio": ratio,
         **clipped,
         "entropy": own(entropy),
-        "kl_proximal": k3(ahead),
+        "ppo_kl": k3(ahead),
         "mismatch": jnp.abs(off),
-        "kl_behavior": k3(off),
+        "sampler_kl": k3(off),
         "correction": weight,
         "corrected": corrected,
         "masked": weight == 0,
     }
-    if objective.kl_weight:
+    if objective.beta:
         apart = own(rows.reference) - now
-        metrics["kl_reference"] = kl = k3(apart)
-        kl = kl if objective.kl_kind == "k3" else apart**2 / 2
-        loss = loss + objective.kl_weight * (ratio * kl if objective.kl_corrected else kl)
-    if objective.entropy_weight:
-        loss = loss - objective.entropy_weight * own(entropy)
+        metrics["kl"] = kl = k3(apart)
+        kl = kl if objective.kl_loss_type == "k3" else apart**2 / 2
+        loss = loss + objective.beta * (ratio * kl if objective.use_bias_correction_kl else kl)
+    if objective.entropy_coef:
+        loss = loss - objective.entropy_coef * own(entropy)
 
     share = learned.astype(jnp.float32)
     if objective.normalization != "token":
@@ -325,20 +341,20 @@ def _surrogate(
     ratio: jax.Array, logprob: jax.Array, advantage: jax.Array, objective: Objective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Losses, and where bounds take hold."""
-    if objective.surrogate == "reinforce":
+    if objective.loss_type == "reinforce":
         return -advantage * logprob, {}
-    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+    low, high = 1.0 - objective.epsilon_low, 1.0 + objective.epsilon_high
     bounded = jnp.clip(ratio, low, high)
-    if objective.surrogate == "cispo":
-        where = {"clip_low": ratio < low, "clip_high": ratio > high}
+    if objective.loss_type == "cispo":
+        where = {"clip_ratio/low": ratio < low, "clip_ratio/high": ratio > high}
         return -jax.lax.stop_gradient(bounded) * advantage * logprob, where
     where = {
-        "clip_low": (ratio < low) & (advantage < 0),
-        "clip_high": (ratio > high) & (advantage > 0),
+        "clip_ratio/low": (ratio < low) & (advantage < 0),
+        "clip_ratio/high": (ratio > high) & (advantage > 0),
     }
     gain = jnp.minimum(ratio * advantage, bounded * advantage)
     if objective.dual_clip is not None:
-        where["clip_dual"] = (ratio > objective.dual_clip) & (advantage < 0)
+        where["clip_ratio/dual"] = (ratio > objective.dual_clip) & (advantage < 0)
         gain = jnp.where(advantage < 0, jnp.maximum(gain, objective.dual_clip * advantage), gain)
     return -gain, where
 

@@ -211,7 +211,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     sft: "Example: sepsis-jax policy sft --llm models/Qwen3-4B --episodes runs/mimic "
     "--out runs/sft",
     bc: "Example: sepsis-jax policy bc --llm runs/sft/model --model runs/model "
-    "--set bc.teacher=runs/planner --out runs/bc",
+    "--set bc.demonstrator=runs/planner --out runs/bc",
     rl: "Example: sepsis-jax policy rl --llm runs/bc/model --model runs/model --out runs/rl",
     stages: "Example: sepsis-jax policy stages --config configs/train_tiny_cpu.yaml "
     "--out runs/stages",

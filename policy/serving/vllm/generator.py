@@ -60,7 +60,7 @@ class VLLMGenerator:
             prompt_ids,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=sampling.max_completion_length,
             seed=seed % 2**63,
             logprobs=0,
         )

@@ -124,8 +124,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Micro-batches laid out over a mesh: rows over data and fsdp.
 
     Args:
-      batch: PyTree of leaves [accumulate, rows, ...], the same in every process; leaves with a
-        single axis lie whole on every device.
+      batch: PyTree of leaves [gradient_accumulation_steps, rows, ...], the same in every process;
+        leaves with a single axis are replicated on every device.
 
     Raises:
       InputError: the rows do not divide.

@@ -76,14 +76,14 @@ class Learner:
     @property
     def consumed(self) -> int:
         """Micro-batches that `run` has taken, at which the data of a resumed run begin."""
-        return self.step * self.config.accumulate
+        return self.step * self.config.gradient_accumulation_steps
 
     def update(self, batch: Any) -> tuple[Summed, jax.Array]:
         """One update.
 
         Args:
-          batch: PyTree of leaves [accumulate, ...], one micro-batch each; with a mesh, of
-            [accumulate, rows, ...].
+          batch: PyTree of leaves [gradient_accumulation_steps, ...], one micro-batch each; with a
+            mesh, of [gradient_accumulation_steps, rows, ...].
 
         Returns:
           The loss and its metrics summed over the batch, and the norm of the gradient; on the
@@ -120,13 +120,13 @@ class Learner:
         checkpoints: Checkpoints | None = None,
         extra: Callable[[], Mapping[str, Any]] = dict,
     ) -> list[Report]:
-        """Updates up to `config.steps`.
+        """Updates up to `config.max_steps`.
 
         Args:
-          batches: micro-batches, `accumulate` of which make an update; of a resumed run, those
-            after the first `consumed`.
-          report: called every `report_every` updates, and before a checkpoint is written.
-          checkpoints: written every `save_every` updates and at the end.
+          batches: micro-batches, `gradient_accumulation_steps` per update; a resumed run is given
+            those after the first `consumed`.
+          report: called every `logging_steps` updates, and before a checkpoint is written.
+          checkpoints: written every `save_steps` updates and at the end.
           extra: JSON to save with a checkpoint.
 
         Returns:
@@ -142,21 +142,23 @@ class Learner:
         waiting: list[tuple[Summed, jax.Array]] = []
         read = 0
         began = time.perf_counter()
-        for batch in islice(self._stacked(batches), config.steps - done):
+        for batch in islice(self._stacked(batches), config.max_steps - done):
             waiting.append(self.update(batch))
             read += tokens_read(batch)
             done += 1
-            if done % config.report_every == 0 or done == config.steps:
+            if done % config.logging_steps == 0 or done == config.max_steps:
                 found = self._report(jax.device_get(waiting), read, done, began)
                 reports.append(found)
                 if report is not None:
                     report(found)
-                due = done == config.steps or (config.save_every and done % config.save_every == 0)
+                due = done == config.max_steps or (
+                    config.save_steps and done % config.save_steps == 0
+                )
                 if checkpoints is not None and due:
                     checkpoints.save(done, self.state, extra())
                 waiting, read, began = [], 0, time.perf_counter()
-        if done < config.steps:
-            raise InputError(f"batches: ended after {done} of {config.steps} updates")
+        if done < config.max_steps:
+            raise InputError(f"batches: ended after {done} of {config.max_steps} updates")
         return reports
 
     def model(self) -> Qwen3:
@@ -169,7 +171,10 @@ class Learner:
 
     def _stacked(self, batches: Iterable[Any]) -> Iterator[Any]:
         source = iter(batches)
-        while len(group := list(islice(source, self.config.accumulate))) == self.config.accumulate:
+        while (
+            len(group := list(islice(source, self.config.gradient_accumulation_steps)))
+            == self.config.gradient_accumulation_steps
+        ):
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
 
     def _report(
@@ -188,7 +193,7 @@ class Learner:
             tokens_read=read / len(found),
             tokens_per_s=tokens / seconds,
             seconds=seconds / len(found),
-            gradient_norm=float(np.mean(norms)),
+            grad_norm=float(np.mean(norms)),
             learning_rate=float(self._schedule(step - 1)),
             metrics={
                 name: share * float(sum(loss.metrics[name] for loss in losses))

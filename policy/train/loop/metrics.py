@@ -32,7 +32,7 @@ class Report:
     tokens_read: float  # per update, padding apart; 0 for batches without `segments`
     tokens_per_s: float  # learned; the first report includes compilation
     seconds: float  # per update, likewise
-    gradient_norm: float  # before clipping
+    grad_norm: float  # before clipping
     learning_rate: float  # of the last update
     metrics: dict[str, float]  # of the loss
 
@@ -78,7 +78,7 @@ class MetricsLog:
         """Writes a learner's report; to be given to `Learner.run`."""
         values = {
             name: getattr(report, name)
-            for name in ("loss", "tokens", "tokens_read", "gradient_norm", "learning_rate")
+            for name in ("loss", "tokens", "tokens_read", "grad_norm", "learning_rate")
         }
         timing = {"tokens_per_s": report.tokens_per_s, "seconds": report.seconds}
         if self._throughput is not None:

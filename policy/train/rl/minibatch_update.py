@@ -93,9 +93,9 @@ class MinibatchUpdate:
 
     Args:
       learner: its loss is `objectives.policy_loss`.
-      count: updates per batch, at most one per row.
+      num_minibatches: parts of a batch; one update each, at most one per row.
       row_length: tokens per row; no trajectory may be longer.
-      rows: per micro-batch.
+      micro_batch_size: rows per micro-batch.
       temperature: at which the batches are sampled.
       reference: model that the objective's divergence is from; none where its weight is 0.
     """
@@ -104,14 +104,14 @@ class MinibatchUpdate:
         self,
         learner: Learner,
         *,
-        count: int,
+        num_minibatches: int,
         row_length: int,
-        rows: int,
+        micro_batch_size: int,
         temperature: float,
         reference: Qwen3 | None = None,
     ):
-        self._learner, self._count, self._reference = learner, count, reference
-        self._row_length, self._rows = row_length, rows
+        self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
+        self._row_length, self._micro_batch_size = row_length, micro_batch_size
         self._logprobs = jax.jit(partial(_logprobs, temperature=temperature), static_argnums=0)
 
     def learn(self, members: Sequence[Trajectory], *, seed: int) -> dict[str, float]:
@@ -138,8 +138,10 @@ class MinibatchUpdate:
             for name, value in mismatch(rows.sampler_logprobs, rows.old_logprobs, rows.mask).items()
         }
         found = []
-        for part in _parts(rows, self._count, seed=seed):
-            summed, norm = jax.device_get(learner.update(_micro_batches(part, self._rows)))
+        for part in _parts(rows, self._num_minibatches, seed=seed):
+            summed, norm = jax.device_get(
+                learner.update(_micro_batches(part, self._micro_batch_size))
+            )
             require_finite(learner.step, summed, norm)
             found.append((summed, norm))
         tokens = sum(float(summed.weight) for summed, _ in found)
@@ -149,14 +151,14 @@ class MinibatchUpdate:
         }
         return figures | {
             "loss": sum(float(summed.total) for summed, _ in found) / tokens,
-            "gradient_norm": float(np.mean([norm for _, norm in found])),
+            "grad_norm": float(np.mean([norm for _, norm in found])),
             "learned_tokens": float(rows.mask.sum()),
             "read_tokens": float(np.count_nonzero(rows.segments)),
         }
 
     def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
         graphdef, state = nnx.split(model)
-        batches = _micro_batches(rows, self._rows)
+        batches = _micro_batches(rows, self._micro_batch_size)
         found = [
             np.asarray(self._logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3])))
             for i in range(len(batches.ids))

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
@@ -41,35 +41,50 @@ class AgenticConfig:
     Attributes:
       iterations: batches of stays.
       patients: in a batch.
-      replicas: stays of each patient in a batch; what compares stays of a patient needs several.
-      updates: of the weights per batch, each on another part of it.
+      num_generations: stays of each patient in a batch; advantages that compare the stays of a
+        patient need at least 2.
+      num_minibatches: parts of a batch; the weights are updated once per part.
       row_length: tokens per row; conversations that are longer are left out, and counted.
-      rows: per micro-batch.
+      micro_batch_size: rows per micro-batch.
       staleness: versions that the generator may be behind the learner.
       remat: as for `qwen3.logprobs.token_logprobs`.
       advantages: who deserves what.
       objective: what is made small.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "replicas": "num_generations",
+        "updates": "num_minibatches",
+        "rows": "micro_batch_size",
+        "credit": "advantages",
+    }
+
     iterations: int = 50
     patients: int = 64
-    replicas: int = 1
-    updates: int = 2
+    num_generations: int = 1
+    num_minibatches: int = 2
     row_length: int = 4096
-    rows: int = 8
+    micro_batch_size: int = 8
     staleness: int = 0
     remat: str = "none"
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: Objective = PRESETS["DAPO"]
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "patients", "replicas", "updates", "row_length", "rows")
+        counts = (
+            "iterations",
+            "patients",
+            "num_generations",
+            "num_minibatches",
+            "row_length",
+            "micro_batch_size",
+        )
         require(self, "at least 1", lambda n: n >= 1, *counts)
         require(self, "0 or more", lambda n: n >= 0, "staleness")
-        if self.advantages.kind in (EPISODE, STEP) and self.replicas < 2:
+        if self.advantages.kind in (EPISODE, STEP) and self.num_generations < 2:
             raise InputError(
-                f"replicas: got {self.replicas}, but {self.advantages.kind!r} advantages compare "
-                "stays of the same patient; expected at least 2"
+                f"num_generations: got {self.num_generations}, but {self.advantages.kind!r} "
+                "advantages compare stays of the same patient; expected at least 2"
             )
 
 
@@ -84,7 +99,7 @@ class AgenticTrainer:
     """Generator, world and learner in one loop.
 
     Args:
-      learner: with `agentic_loss`; its updates are `config.updates` per iteration.
+      learner: with `agentic_loss`; its updates are `config.num_minibatches` per iteration.
       runner: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
         would otherwise speak of different distributions.
       backend: the model as the dialogues see it.
@@ -118,18 +133,18 @@ class AgenticTrainer:
                 f"sampling: got top_p {sampling.top_p} and temperature {sampling.temperature}; "
                 "reinforcement learning needs top_p 1 and a temperature above 0"
             )
-        if config.objective.kl_weight and reference is None:
-            raise InputError("objective: kl_weight needs a reference model")
+        if config.objective.beta and reference is None:
+            raise InputError("objective: beta needs a reference model")
         self.learner, self.runner, self.config = learner, runner, config
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
         self._state_scorer, self._dtype = state_scorer, dtype
         self._updates = MinibatchUpdate(
             learner,
-            count=config.updates,
+            num_minibatches=config.num_minibatches,
             row_length=config.row_length,
-            rows=config.rows,
+            micro_batch_size=config.micro_batch_size,
             temperature=sampling.temperature,
-            reference=reference if config.objective.kl_weight else None,
+            reference=reference if config.objective.beta else None,
         )
         self.iteration = 0  # batches learned from
         self._weights: dict[int, Qwen3] = {0: self._copy()}  # by version, what may still be drawn
@@ -139,14 +154,14 @@ class AgenticTrainer:
         report: Callable[[int, dict[str, float], Sequence[Stay]], Awaitable[None]],
         *,
         checkpoints: Checkpoints | None = None,
-        save_every: int = 1,
+        save_steps: int = 1,
     ) -> None:
         """Iterates up to `config.iterations`.
 
         Args:
           report: awaited after each iteration with its number from 1 on, figures, and the stays;
             the generator still holds the weights that these were drawn with, or older ones.
-          checkpoints: written every `save_every` iterations and at the end.
+          checkpoints: written every `save_steps` iterations and at the end.
 
         Raises:
           InputError: the loss is not finite, the model's server was lost, or a checkpoint cannot be
@@ -177,7 +192,7 @@ class AgenticTrainer:
                 async with changed:
                     self._weights[self.iteration] = self._copy()
                     changed.notify_all()
-                due = self.iteration % save_every == 0 or self.iteration == self.config.iterations
+                due = self.iteration % save_steps == 0 or self.iteration == self.config.iterations
                 if checkpoints is not None and due:
                     self.save(checkpoints)
 
@@ -223,15 +238,15 @@ class AgenticTrainer:
         return cast(self.learner.model(), self._dtype)
 
     async def _play(self, number: int) -> list[Stay]:
-        """A batch: its patients, each as often as there are replicas."""
+        """A batch: its patients, each each `num_generations` times."""
         config = self.config
         first = number * config.patients
-        patients = np.repeat(np.arange(first, first + config.patients), config.replicas)
-        replicas = np.tile(np.arange(config.replicas), config.patients)
+        patients = np.repeat(np.arange(first, first + config.patients), config.num_generations)
+        sample = np.tile(np.arange(config.num_generations), config.patients)
         return await self.runner.treat(
             self._backend,
             patients,
-            seeds=(1_000_003 * number + replicas).tolist(),
+            seeds=(1_000_003 * number + sample).tolist(),
             state_scorer=self._state_scorer,
             lockstep=self._lockstep,
         )

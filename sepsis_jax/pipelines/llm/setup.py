@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -141,18 +141,22 @@ class SupervisedOptions:
 
     Attributes:
       row_length: tokens per row.
-      rows: per micro-batch.
+      micro_batch_size: rows per micro-batch.
       model: what is trained.
       learner: how.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "rows": "micro_batch_size",
+    }
+
     row_length: int = 4096
-    rows: int = 8
+    micro_batch_size: int = 8
     model: ModelOptions = field(default_factory=ModelOptions)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda n: n >= 1, "row_length", "rows")
+        require(self, "at least 1", lambda n: n >= 1, "row_length", "micro_batch_size")
 
 
 def learn(
@@ -178,12 +182,12 @@ def learn(
     learner.resume(checkpoints)
     parts = [part for one in dialogues for part in cut(one, options.row_length)]
     rows = pack(parts, options.row_length, seed=seed)
-    todo = islice(batches(rows, options.rows, seed=seed), learner.consumed, None)
+    todo = islice(batches(rows, options.micro_batch_size, seed=seed), learner.consumed, None)
     throughput = trainable.throughput(options.row_length)
     with MetricsLog(out / METRICS, resume_at=learner.step, throughput=throughput) as log:
         reports = learner.run(
             todo,
-            report=_both(log.report, partial(_tell, progress, options.learner.steps)),
+            report=_both(log.report, partial(_tell, progress, options.learner.max_steps)),
             checkpoints=checkpoints,
         )
     checkpoints.close()

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -71,9 +71,15 @@ class StudyOptions:
       tiny: the model to begin with, where none is given.
       sft, bc, rl: the stages; all are held in the runner of `rl`.
       baselines: kinds of advantages beside that of `rl`, to compare at the same number of stays.
-      rival_replicas: stays of a patient for these.
+      baseline_num_generations: stays of a patient for these.
       evaluation: how stages are judged.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "exam": "evaluation",
+        "rivals": "baselines",
+        "rival_replicas": "baseline_num_generations",
+    }
 
     patients: int = 4000
     tiny: TinyOptions = field(default_factory=TinyOptions)
@@ -81,7 +87,7 @@ class StudyOptions:
     bc: BCOptions = field(default_factory=BCOptions)
     rl: RLOptions = field(default_factory=RLOptions)
     baselines: tuple[str, ...] = ()
-    rival_replicas: int = 8
+    baseline_num_generations: int = 8
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
@@ -126,10 +132,13 @@ def run_study(
     sft, bc = out / "sft", out / "bc"
     common: dict[str, Any] = {"episodes": episodes, "resume": True}
 
-    def rl(advantages: AdvantageConfig, replicas: int) -> Callable[[Path], Any]:
-        batch = options.rl.agentic.patients * options.rl.agentic.replicas
+    def rl(advantages: AdvantageConfig, num_generations: int) -> Callable[[Path], Any]:
+        batch = options.rl.agentic.patients * options.rl.agentic.num_generations
         agentic = replace(
-            options.rl.agentic, advantages=advantages, patients=batch // replicas, replicas=replicas
+            options.rl.agentic,
+            advantages=advantages,
+            patients=batch // num_generations,
+            num_generations=num_generations,
         )
         chosen = replace(options.rl, agentic=agentic)
         return lambda to: run_rl(
@@ -148,10 +157,10 @@ def run_study(
         ),
     )  # fmt: skip
     main = options.rl.agentic.advantages
-    runs["rl"] = (out / "rl", rl(main, options.rl.agentic.replicas))
+    runs["rl"] = (out / "rl", rl(main, options.rl.agentic.num_generations))
     for kind in options.baselines:
         name = f"rl_{kind}"
-        runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
+        runs[name] = (out / name, rl(replace(main, kind=kind), options.baseline_num_generations))
     rows = []
     evaluations: dict[str, dict[str, np.ndarray]] = {}
     for name, (folder, run) in runs.items():
@@ -245,7 +254,7 @@ def _tiny(
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
         runner = open_runner(options.bc.runner, model, episodes)
-        stays = runner.demonstrate(open_policy(options.bc.teacher, episodes), range(32))
+        stays = runner.demonstrate(open_policy(options.bc.demonstrator, episodes), range(32))
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
         make_trainable(folder, options.tiny, stays, ask(recorded, few, seed=0))

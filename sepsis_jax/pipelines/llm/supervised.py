@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -109,18 +110,23 @@ class BCOptions:
     """Stage II.
 
     Attributes:
-      teacher: whose treatment is written out as dialogues: guideline, clinician (cloned from the
-        episodes), random, or the folder of a policy, such as a planner.
-      patients: that the teacher treats.
-      runner: where.
-      rejection: which stays of recorded dialogues are good enough, where these are the teacher.
-      replay: questions of stage I that are learned again beside the dialogues, so that they are
-        not forgotten; none without episodes.
-      training: how.
-      seed: of batches.
+      demonstrator: policy that is imitated: guideline, clinician (cloned from the episodes),
+        random, or the folder of a policy, such as a planner.
+      patients: number of patients that the demonstrator treats.
+      runner: environment and dialogue settings of the demonstrations.
+      rejection: bounds that recorded stays must keep to be learned from.
+      replay: questions of stage I that are mixed with the dialogues, so that they are not
+        forgotten; without episodes there are none.
+      training: settings of the supervised training.
+      seed: of the order of the batches.
     """
 
-    teacher: str = "guideline"
+    RENAMED: ClassVar[dict[str, str]] = {
+        "teacher": "demonstrator",
+        "clinic": "runner",
+    }
+
+    demonstrator: str = "guideline"
     patients: int = 256
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
@@ -180,8 +186,8 @@ def run_bc(
         else:
             assert model is not None
             runner = open_runner(options.runner, model, episodes)
-            teacher = open_policy(options.teacher, episodes)
-            stays = runner.demonstrate(teacher, np.arange(options.patients))
+            demonstrator = open_policy(options.demonstrator, episodes)
+            stays = runner.demonstrate(demonstrator, np.arange(options.patients))
         return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
 
     source = records / RECORDS_FILE if records is not None else None

@@ -32,7 +32,9 @@ pytestmark = NEEDS_VLLM
 
 LONGEST = 4096
 TEMPERATURE = 0.5
-CONFIG = DialogueConfig(sampling=Sampling(temperature=TEMPERATURE, top_p=1.0, max_new_tokens=96))
+CONFIG = DialogueConfig(
+    sampling=Sampling(temperature=TEMPERATURE, top_p=1.0, max_completion_length=96)
+)
 CLOSE = 2e-3  # between float32 of two programs, in nats
 
 

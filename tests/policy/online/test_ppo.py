@@ -308,7 +308,7 @@ def test_environments_it_cannot_play():
         {"final_rate": 2.0},
         {"learning_rate": 0.0},
         {"clip": 0.0},
-        {"clip_norm": 0.0},
+        {"max_grad_norm": 0.0},
         {"entropy": -1.0},
         {"value_weight": -1.0},
         {"past": 13},

@@ -32,7 +32,7 @@ one = qwen3.load(folder)
 value, gradient = step(*nnx.split(one), ids)
 forward = nnx.jit(qwen3.logits)
 expected = forward(one, ids)
-draws = [Draw((5, 6, 7), seed=seed, max_new_tokens=4) for seed in range(8)]
+draws = [Draw((5, 6, 7), seed=seed, max_completion_length=4) for seed in range(8)]
 drawn = generate(one, draws)
 for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
     mesh = sharding.make_mesh(**shape)

@@ -80,11 +80,11 @@ def test_clip_with_a_mean_over_all_tokens():
     assert loss == pytest.approx(0.02 / 5, abs=1e-6)
     expected = np.array([[-1.0, 0.0, -0.5], [2.0, 0.0, 0.0]]) / 5
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
-    assert metrics["clip_high"] == pytest.approx(1 / 5)
-    assert metrics["clip_low"] == pytest.approx(1 / 5)
+    assert metrics["clip_ratio/high"] == pytest.approx(1 / 5)
+    assert metrics["clip_ratio/low"] == pytest.approx(1 / 5)
     assert metrics["ratio"] == pytest.approx((1 + 2 + 0.5 + 2 + 0.5) / 5)
     # k3 of r: r - 1 - ln r, so 0, 1 - ln 2, ln 2 - 1/2, 1 - ln 2, ln 2 - 1/2.
-    assert metrics["kl_proximal"] == pytest.approx(1.0 / 5, abs=1e-6)
+    assert metrics["ppo_kl"] == pytest.approx(1.0 / 5, abs=1e-6)
 
 
 def test_a_mean_of_means_and_the_reference():
@@ -95,19 +95,19 @@ def test_a_mean_of_means_and_the_reference():
     objective = replace(PRESETS["GRPO"], correction="none")
     loss, gradient, metrics = solved(rows, NOW, objective)
     assert loss == pytest.approx(0.25 + 0.04 * 5 / 24, abs=1e-6)
-    assert metrics["kl_reference"] == pytest.approx(5 / 24, abs=1e-6)
+    assert metrics["kl"] == pytest.approx(5 / 24, abs=1e-6)
     surrogate = np.array([[-1.0, 0.0, -0.5], [2.0, 0.0, 0.0]])
     kl = np.array([[0.0, 0.5, -1.0], [0.5, -1.0, 0.0]])
     share = np.array([[1 / 6] * 3, [1 / 4] * 3])
     np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
     # k2: d^2 / 2, gradient -d.
-    loss, gradient, _ = solved(rows, NOW, replace(objective, kl_kind="k2"))
+    loss, gradient, _ = solved(rows, NOW, replace(objective, kl_loss_type="k2"))
     assert loss == pytest.approx(0.25 + 0.04 * LN2**2 / 2 * (2 / 3 + 1) / 2, abs=1e-6)
     kl = LN2 * np.array([[0, 1, -1], [1, -1, 0]])
     np.testing.assert_allclose(gradient, share * (surrogate + 0.04 * kl), atol=1e-6)
     # Times r, k3 is r (1/r - 1 + ln r) = 1 - r + r ln r: 0, 2 ln 2 - 1, (1 - ln 2) / 2, and its
     # gradient r ln r.
-    loss, gradient, _ = solved(rows, NOW, replace(objective, kl_corrected=True))
+    loss, gradient, _ = solved(rows, NOW, replace(objective, use_bias_correction_kl=True))
     two, half = 2 * LN2 - 1, (1 - LN2) / 2
     assert loss == pytest.approx(0.25 + 0.04 * (two + half) * (1 / 3 + 1 / 2) / 2, abs=1e-6)
     kl = LN2 * np.array([[0, 2, -0.5], [2, -0.5, 0]])
@@ -118,9 +118,7 @@ def test_a_constant_length_and_entropy():
     # Dr. GRPO: the gains above sum to 2.7 and -2.8; 0.1 over 2 sequences of 10 tokens.
     # Entropies sum to 1.5 (the masked one, 9, does not count), with weight 0.1 to 0.15.
     rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
-    objective = replace(
-        PRESETS["DR_GRPO"], correction="none", constant_length=10, entropy_weight=0.1
-    )
+    objective = replace(PRESETS["DR_GRPO"], correction="none", constant_length=10, entropy_coef=0.1)
     entropy = [[0.2, 0.3, 0.4], [0.1, 0.5, 9.0]]
     loss, gradient, metrics = solved(rows, NOW, objective, entropy)
     assert loss == pytest.approx((0.1 - 0.15) / 20, abs=1e-6)
@@ -138,7 +136,7 @@ def test_ratios_of_sequences():
     loss, gradient, metrics = solved(rows, now, objective)
     assert loss == pytest.approx((-1.0004 + 0.9997) / 2, abs=1e-6)
     np.testing.assert_allclose(gradient, 0.0, atol=1e-7)
-    assert metrics["clip_high"] == metrics["clip_low"] == pytest.approx(0.5)
+    assert metrics["clip_ratio/high"] == metrics["clip_ratio/low"] == pytest.approx(0.5)
     # With the signs turned nothing is clipped: -s A, and the gradient -s A / tokens each.
     rows = rows_of(PROXIMAL, -ADVANTAGE, mask=MASK)
     loss, gradient, _ = solved(rows, now, objective)
@@ -151,16 +149,16 @@ def test_ratios_of_sequences():
 def test_clipped_weights_of_log_probabilities():
     # CISPO with ratios capped at 1.5: weights 1, 1.5, 0.5; 1.5, 0.5; every token has a gradient.
     rows = rows_of(PROXIMAL, ADVANTAGE, mask=MASK)
-    objective = replace(PRESETS["CISPO"], correction="none", clip_high=0.5)
+    objective = replace(PRESETS["CISPO"], correction="none", epsilon_high=0.5)
     loss, gradient, metrics = solved(rows, NOW, objective)
     weights = np.array([[1.0, 1.5, 0.5], [1.5, 0.5, 0.0]])
     assert loss == pytest.approx(-(weights * ADVANTAGE * NOW).sum() / 5, abs=1e-6)
     np.testing.assert_allclose(gradient, -weights * ADVANTAGE / 5, atol=1e-6)
-    assert metrics["clip_high"] == pytest.approx(2 / 5)
-    loss, gradient, metrics = solved(rows, NOW, replace(PLAIN, surrogate="reinforce"))
+    assert metrics["clip_ratio/high"] == pytest.approx(2 / 5)
+    loss, gradient, metrics = solved(rows, NOW, replace(PLAIN, loss_type="reinforce"))
     assert loss == pytest.approx(-(ADVANTAGE * NOW)[MASK].sum() / 5, abs=1e-6)
     np.testing.assert_allclose(gradient, np.where(MASK, -ADVANTAGE, 0) / 5, atol=1e-6)
-    assert "clip_high" not in metrics
+    assert "clip_ratio/high" not in metrics
 
 
 def test_a_second_bound_where_the_advantage_is_negative():
@@ -170,7 +168,7 @@ def test_a_second_bound_where_the_advantage_is_negative():
     loss, gradient, metrics = solved(rows, now, replace(PLAIN, dual_clip=3.0))
     assert loss == pytest.approx(2.0)
     np.testing.assert_allclose(gradient, np.array([[1.0, 2.0, 0.0]] * 2) / 6, atol=1e-6)
-    assert metrics["clip_dual"] == pytest.approx(1 / 3)
+    assert metrics["clip_ratio/dual"] == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +216,7 @@ def test_weights_of_the_sampler(settings, weights):
 def test_masked_tokens_keep_their_place_in_the_divisor_and_the_reference():
     sampler_logprobs = PROXIMAL - LN2 * np.array([[0, 2, 0], [0, 0, 0]])
     rows = rows_of(PROXIMAL, ADVANTAGE, sampler_logprobs=sampler_logprobs, reference=PROXIMAL + LN2)
-    objective = Objective(correction="mask", kl_weight=1.0)
+    objective = Objective(correction="mask", beta=1.0)
     loss, gradient, _ = solved(rows, PROXIMAL, objective)
     # The surrogates -1, 0 (masked), -1 and 1, 1, 1; k3 of d = ln 2 is 1 - ln 2 everywhere.
     assert loss == pytest.approx(1 / 6 + 1 - LN2, abs=1e-6)
@@ -229,7 +227,7 @@ def test_masked_tokens_keep_their_place_in_the_divisor_and_the_reference():
 def test_extremes_stay_finite(name):
     far = np.array([[500.0, -500.0, 0.0], [1.0, -2.0, 3.0]])
     rows = rows_of(PROXIMAL, ADVANTAGE, sampler_logprobs=PROXIMAL + far, reference=PROXIMAL - far)
-    loss, gradient, metrics = solved(rows, PROXIMAL - far, replace(PRESETS[name], kl_weight=0.1))
+    loss, gradient, metrics = solved(rows, PROXIMAL - far, replace(PRESETS[name], beta=0.1))
     assert np.isfinite(loss) and np.isfinite(gradient).all()
     assert np.isfinite(list(metrics.values())).all()
 
@@ -284,8 +282,8 @@ def assert_same(one, other):
 @pytest.mark.parametrize(
     "objective",
     [
-        replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01),
-        replace(PRESETS["GSPO"], clip_high=0.1, correction_level="geometric", kl_weight=0.1),
+        replace(PRESETS["DAPO"], beta=0.1, entropy_coef=0.01),
+        replace(PRESETS["GSPO"], epsilon_high=0.1, correction_level="geometric", beta=0.1),
         replace(PRESETS["DR_GRPO"], correction="mask", correction_level="sequence"),
     ],
     ids=lambda objective: objective.normalization,
@@ -324,7 +322,7 @@ def test_a_model_on_packed_rows(untaught):
     @jax.jit
     def solve(model, rows):
         def total(model):
-            objective = replace(PRESETS["DAPO"], kl_weight=0.1, entropy_weight=0.01)
+            objective = replace(PRESETS["DAPO"], beta=0.1, entropy_coef=0.01)
             found = policy_loss(model, rows, objective, temperature=0.8)
             return found.total, found
 
@@ -344,8 +342,8 @@ def test_a_model_on_packed_rows(untaught):
     ("settings", "message"),
     [
         ({"ratio": "word"}, "ratio: got word, expected one of token, sequence"),
-        ({"kl_kind": "k1"}, "kl_kind: got k1"),
-        ({"clip_low": 1.5}, "clip_low"),
+        ({"kl_loss_type": "k1"}, "kl_loss_type: got k1"),
+        ({"epsilon_low": 1.5}, "epsilon_low"),
         ({"dual_clip": 1.1}, "dual_clip: got 1.1, expected above"),
         ({"correction_cap": 0.9}, "correction_cap"),
     ],

@@ -148,7 +148,7 @@ def test_what_the_chart_shows_is_learned(tmp_path):
 
     dialogues = [as_dialogue(question, tokens) for question in lessons]
     rows = pack(dialogues, 2 * max(map(len, dialogues)), seed=0)
-    learner = Learner(model, cross_entropy, LearnerConfig(steps=80, learning_rate=3e-3))
+    learner = Learner(model, cross_entropy, LearnerConfig(max_steps=80, learning_rate=3e-3))
     before = asyncio.run(graded(model))
     learner.run(batches(rows, 4, seed=0))
     after = asyncio.run(graded(learner.model()))

@@ -36,7 +36,7 @@ def treated(runner, folder, temperature):
     admission = runner.replace(seed=1234).reset_batch(range(PATIENTS))
     pool = EnvPool(runner.env, admission, runner.forecaster)
     backend = TokenBackend(EmbeddedGenerator.from_folder(folder), ChatTokens.load(folder))
-    sampling = Sampling(temperature=temperature, max_new_tokens=64)
+    sampling = Sampling(temperature=temperature, max_completion_length=64)
     stays = []
 
     async def run():

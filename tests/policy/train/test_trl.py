@@ -186,7 +186,7 @@ CASES = {
             "use_bias_correction_kl": True,
             "entropy_coef": 0.05,
         },
-        replace(PRESETS["DAPO"], kl_weight=0.1, kl_corrected=True, entropy_weight=0.05, **NONE),
+        replace(PRESETS["DAPO"], beta=0.1, use_bias_correction_kl=True, entropy_coef=0.05, **NONE),
     ),
     "bnpo": ({"loss_type": "bnpo"}, Objective(**NONE)),
     "gspo": (
@@ -196,11 +196,11 @@ CASES = {
             "epsilon": 0.02,
             "epsilon_high": 0.03,
         },
-        replace(PRESETS["GSPO"], clip_low=0.02, clip_high=0.03, **NONE),
+        replace(PRESETS["GSPO"], epsilon_low=0.02, epsilon_high=0.03, **NONE),
     ),
     "cispo": (
         {"loss_type": "cispo", "epsilon_high": 1.2},
-        replace(PRESETS["CISPO"], clip_high=0.2, **NONE),
+        replace(PRESETS["CISPO"], epsilon_high=0.2, **NONE),
     ),
 }
 for mode, level, correction in (
@@ -222,8 +222,8 @@ for mode, level, correction in (
             **bounds,
         },
         Objective(
-            kl_weight=0.1,
-            kl_corrected=True,
+            beta=0.1,
+            use_bias_correction_kl=True,
             correction=correction,
             correction_level=level,
             correction_low=0.75,
@@ -258,7 +258,7 @@ def test_beside_grpo_trainer(case, samples, folders, ours, tmp_path):
             ours_by_name[name], theirs, atol=1e-5 * np.abs(theirs).max() + 1e-7, err_msg=name
         )
     # The case does what it is there for: some bound holds somewhere, and not everywhere.
-    bound = {"truncate": "corrected", "mask": "masked"}.get(objective.correction, "clip_high")
+    bound = {"truncate": "corrected", "mask": "masked"}.get(objective.correction, "clip_ratio/high")
     assert 0 < float(summed.metrics[bound] / summed.weight) < 1
 
 
