@@ -282,10 +282,10 @@ def surrogate_loss(
     Returns:
       The sum and what to divide it by: the number of tokens or, for "sequence" and "constant", of
       sequences. Metrics are means over tokens or, likewise, means over sequences of their
-      means: ratio, epsilon_low and epsilon_high (shares with A < 0 and A > 0; for cispo, of any A),
-      clip_dual, entropy, ppo_kl (k3, of the update's beginning from now), kl (k3,
-      where used), mismatch (of old_logprobs and sampler_logprobs, absolute), sampler_kl (k3),
-      correction (w), corrected (share where w is not q) and masked (share where w is 0).
+      means: ratio, clip_ratio/low and clip_ratio/high (shares of clipped tokens, with A < 0 and
+      A > 0; for cispo, with any A), clip_ratio/dual, entropy, ppo_kl (k3, from old_logprobs
+      to now), kl (k3, from the reference, where it is used), mismatch (absolute difference of
+      old_logprobs and sampler_logprobs), sampler_kl (k3 of the same), correction (w), corrected (share where w is not q) and masked (share where w is 0).
     """
     learned = rows.mask & (rows.positions > 0)
 

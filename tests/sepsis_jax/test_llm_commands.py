@@ -24,7 +24,8 @@ SMALL = """
 sft:
   questions: {count: 6, charts: compact}
   training: &training
-    {row_length: 512, micro_batch_size: 4, learner: {max_steps: 4, warmup_steps: 0, logging_steps: 2, save_steps: 2}}
+    {row_length: 512, micro_batch_size: 4, learner:
+      {max_steps: 4, warmup_steps: 0, logging_steps: 2, save_steps: 2}}
 bc:
   patients: 2
   runner: &runner

@@ -13,11 +13,11 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from policy import registry
 from policy.agent.dialogue import DECISION, DialogueConfig
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.base import Policy
-from policy.checkpoint import load_policy
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
@@ -34,8 +34,7 @@ from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
-from sepsis_jax.ope.policies import SIMPLE
-from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
+from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
@@ -310,16 +309,16 @@ def open_policy(name: str, episodes: Path | None = None) -> Policy:
     """A built-in policy such as guideline, the clinician of records, or the policy of a folder.
 
     Args:
-      name: of `SIMPLE`; "clinician", which is cloned from the episodes first; or a folder.
+      name: of a simple policy; "clinician", which is cloned from the episodes first; or a folder.
       episodes: recorded stays.
 
     Raises:
       InputError: none of these, or the clinician's records are missing.
     """
-    if name in SIMPLE:
-        return SIMPLE[name]()
-    if name == CLINICIAN:
+
+    def clone() -> Policy:
         if episodes is None:
             raise InputError("--episodes: the clinician is cloned from records; name some")
         return fit_clone(load_episodes(episodes), CloneConfig()).policy
-    return load_policy(name)
+
+    return registry.open_policy(name, clinician=clone)

@@ -341,7 +341,10 @@ def test_a_model_on_packed_rows(untaught):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ratio": "word"}, "ratio: got word, expected one of token, sequence"),
+        (
+            {"importance_sampling_level": "word"},
+            "importance_sampling_level: got word, expected one of token, sequence",
+        ),
         ({"kl_loss_type": "k1"}, "kl_loss_type: got k1"),
         ({"epsilon_low": 1.5}, "epsilon_low"),
         ({"dual_clip": 1.1}, "dual_clip: got 1.1, expected above"),

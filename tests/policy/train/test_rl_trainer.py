@@ -54,8 +54,8 @@ class Loop:
         num_generations = 1 if kind == "counterfactual" else 2
         objective = Objective(beta=0.1) if reference else Objective()
         config = AgenticConfig(
-            patients=PATIENTS // num_generations, num_generations=num_generations, num_minibatches=2,
-            row_length=1024, micro_batch_size=ROWS,
+            patients=PATIENTS // num_generations, num_generations=num_generations,
+            num_minibatches=2, row_length=1024, micro_batch_size=ROWS,
             advantages=AdvantageConfig(kind=kind), objective=objective, **settings,
         )  # fmt: skip
         learner = Learner(

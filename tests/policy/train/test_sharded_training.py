@@ -27,7 +27,8 @@ from policy.train.loop.learner import Learner
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Summed, cross_entropy
 
-config = LearnerConfig(max_steps=2, learning_rate=1e-4, warmup_steps=0, gradient_accumulation_steps=2, logging_steps=1)
+config = LearnerConfig(max_steps=2, learning_rate=1e-4, warmup_steps=0,
+                       gradient_accumulation_steps=2, logging_steps=1)
 draw = np.random.default_rng(0)
 ids = draw.integers(3, 600, (4, 8, 12), np.int32)
 positions = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
