@@ -20,11 +20,11 @@ from worldmodel.errors import InputError
 
 
 class Summed(NamedTuple):
-    """A loss before its division."""
+    """A loss summed over tokens, not yet divided by its weight."""
 
     total: jax.Array  # [] float32, sum over tokens
-    weight: jax.Array  # [] float32, what the sum over a whole batch is divided by
-    metrics: dict[str, jax.Array]  # [] float32 each, sums that are divided likewise
+    weight: jax.Array  # [] float32, divisor of the sum over a whole batch
+    metrics: dict[str, jax.Array]  # [] float32 each, sums with the same divisor
 
 
 def cross_entropy(
@@ -34,8 +34,9 @@ def cross_entropy(
 
     Args:
       model: the model.
-      rows: [R, L]. The first token of a dialogue is predicted by nothing and counts for nothing.
-      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never held.
+      rows: [R, L]. The first token of a dialogue has no prediction and is left out.
+      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
+        in memory as a whole.
     """
     found = token_logprobs(
         model,
@@ -52,11 +53,11 @@ def cross_entropy(
 
 
 LOG_RATIO_LIMIT = 20.0
-"""Log ratios are held within plus and minus this, so that their exponentials stay finite."""
+"""Bound on the absolute value of log ratios, so that their exponentials stay finite."""
 
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    """The ratio, kept finite."""
+    """The exponential of a log ratio clipped to `LOG_RATIO_LIMIT`."""
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
@@ -67,14 +68,14 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 
 
 class SegmentMeans:
-    """Sums and means over the learned tokens of each segment, at each of its places."""
+    """Sums and means over the learned tokens of each segment, repeated at each of its tokens."""
 
     def __init__(self, learned: jax.Array, segments: jax.Array):
         self._segments = segments
         self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """[R, L]; row by row, so that rows may be split over devices."""
+        """[R, L] sums per segment, row by row, so that rows can be sharded over devices."""
 
         def one(x: jax.Array, segments: jax.Array) -> jax.Array:
             length = x.shape[0]
@@ -89,7 +90,7 @@ class SegmentMeans:
 def mismatch(
     sampler_logprobs: np.ndarray, old_logprobs: np.ndarray, mask: np.ndarray
 ) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the sampler's, before any update.
+    """Difference of the trainer's log-probabilities from the sampler's, before any update.
 
     Args:
       sampler_logprobs, old_logprobs: log-probabilities, of any shape.
@@ -123,8 +124,8 @@ def mismatch(
 class RolloutRows(NamedTuple):
     """Dialogues that were sampled, packed into rows; leaves [..., R, L].
 
-    The float leaves count where `mask` is true and may hold anything elsewhere. Log-probabilities
-    are of the distribution that was sampled from, so at the sampler's temperature.
+    Float leaves are used where `mask` is true only. Log-probabilities are those of the sampling
+    distribution, at the temperature of the sampler.
     """
 
     ids: Any  # int32
@@ -139,7 +140,7 @@ class RolloutRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be made small; see the module for the formulas.
+    """Settings of the policy-gradient objective.
 
     A "sequence" is a segment with tokens to learn.
 
@@ -148,15 +149,15 @@ class Objective:
         ratios in the form of GSPO-token (2507.18071, eq. 14), which equals GSPO where a sequence
         has one advantage and also allows one advantage per token.
       loss_type: "clip", "cispo" or "reinforce".
-      epsilon_low: the ratio is clipped below 1 - epsilon_low; 1 sets no bound.
+      epsilon_low: the ratio is clipped below 1 - epsilon_low; 1 disables the bound.
       epsilon_high: the ratio is clipped above 1 + epsilon_high.
       dual_clip: bound on r where A < 0, above 1 + epsilon_high; none if not given.
-      normalization: what a batch's sum is divided by.
+      normalization: divisor of the sum over a batch.
         "token": the number of its tokens (DAPO).
         "sequence": each sequence's mean over its tokens, then the number of sequences (GRPO).
         "constant": constant_length, then the number of sequences (Dr. GRPO, 2503.20783).
       constant_length: tokens, such as the longest sequence allowed.
-      beta: of the divergence from the reference; 0 leaves the reference out.
+      beta: weight of the divergence from the reference; at 0 there is no reference.
       kl_loss_type: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
         "k2": d^2 / 2, whose gradient is that of the reverse KL for tokens drawn on policy. k1
         is not offered: as a loss its gradient has mean zero.
@@ -232,9 +233,9 @@ PRESETS = {
     ),
     "CISPO": Objective(loss_type="cispo", epsilon_low=1.0, epsilon_high=4.0),
 }
-"""As in DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071)
-and, for CISPO, ScaleRL (2510.13786); all with the truncated correction, of which the papers do
-without."""
+"""Settings of DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO
+(2507.18071) and, for CISPO, ScaleRL (2510.13786), with the truncated correction, which the papers
+do not have."""
 
 
 def policy_loss(
@@ -246,14 +247,15 @@ def policy_loss(
     remat: str = "none",
     chunk: int | None = None,
 ) -> Summed:
-    """The objective of a model's own rows, as `surrogate_loss`.
+    """The policy-gradient loss of a model on sampled rows, see `surrogate_loss`.
 
     Args:
       model: the model.
       rows: [R, L].
       objective: settings.
       temperature: at which the rows were sampled.
-      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never held.
+      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
+        in memory as a whole.
     """
     found = token_logprobs(
         model,
@@ -270,11 +272,11 @@ def policy_loss(
 def surrogate_loss(
     logprob: jax.Array, entropy: jax.Array, rows: RolloutRows, objective: Objective
 ) -> Summed:
-    """The objective from log-probabilities; differentiable in the first two arguments.
+    """The policy-gradient loss from log-probabilities and entropies, which it is differentiable in.
 
     Args:
-      logprob: [R, L] of each token now. The first token of a dialogue is predicted by nothing
-        and counts for nothing.
+      logprob: [R, L] of each token under the current weights. The first token of a dialogue has
+        no prediction and is left out.
       entropy: [R, L] nats.
       rows: [R, L].
       objective: settings.
@@ -285,23 +287,24 @@ def surrogate_loss(
       means: ratio, clip_ratio/low and clip_ratio/high (shares of clipped tokens, with A < 0 and
       A > 0; for cispo, with any A), clip_ratio/dual, entropy, ppo_kl (k3, from old_logprobs
       to now), kl (k3, from the reference, where it is used), mismatch (absolute difference of
-      old_logprobs and sampler_logprobs), sampler_kl (k3 of the same), correction (w), corrected (share where w is not q) and masked (share where w is 0).
+      old_logprobs and sampler_logprobs), sampler_kl (k3 of the same), correction (w),
+      corrected (share where w is not q) and masked (share where w is 0).
     """
     learned = rows.mask & (rows.positions > 0)
 
     def own(x: Any, other: float = 0.0) -> jax.Array:
-        """What is not learned must not reach the sums or the gradient, not even times zero."""
+        """Replaces values of tokens that are not learned, which may not be finite."""
         return jnp.where(learned, x, other)
 
     now, old_logprobs, advantage = own(logprob), own(rows.old_logprobs), own(rows.advantage)
-    ahead = now - old_logprobs
+    log_ratio = now - old_logprobs
     off = old_logprobs - own(rows.sampler_logprobs)
     mean = SegmentMeans(learned, rows.segments)
 
-    ratio = bounded_exp(ahead)
+    ratio = bounded_exp(log_ratio)
     if objective.importance_sampling_level == "sequence":
         one = jax.lax.stop_gradient(now)
-        ratio = bounded_exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
+        ratio = bounded_exp(jax.lax.stop_gradient(mean(log_ratio)) + now - one)
     loss, clipped = _surrogate(ratio, now, advantage, objective)
     weight, corrected = _correction(off, mean, objective)
     loss = weight * loss
@@ -309,7 +312,7 @@ def surrogate_loss(
         "ratio": ratio,
         **clipped,
         "entropy": own(entropy),
-        "ppo_kl": k3(ahead),
+        "ppo_kl": k3(log_ratio),
         "mismatch": jnp.abs(off),
         "sampler_kl": k3(off),
         "correction": weight,
@@ -340,7 +343,7 @@ def surrogate_loss(
 def _surrogate(
     ratio: jax.Array, logprob: jax.Array, advantage: jax.Array, objective: Objective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses, and where bounds take hold."""
+    """Losses [R, L], and masks of the tokens whose ratio is clipped."""
     if objective.loss_type == "reinforce":
         return -advantage * logprob, {}
     low, high = 1.0 - objective.epsilon_low, 1.0 + objective.epsilon_high
@@ -362,7 +365,7 @@ def _surrogate(
 def _correction(
     off: jax.Array, mean: SegmentMeans, objective: Objective
 ) -> tuple[jax.Array, jax.Array]:
-    """w, and where it is not the plain ratio."""
+    """Importance weights w [R, L], and a mask of those that differ from the plain ratio."""
     if objective.correction == "none":
         return jnp.ones_like(off), jnp.zeros_like(off, bool)
     level = objective.correction_level

@@ -21,10 +21,12 @@ from policy.train.losses import RolloutRows, mismatch
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A conversation of T tokens as it was drawn."""
+    """A sampled conversation of T tokens."""
 
     dialogue: Dialogue
-    sampler_logprobs: np.ndarray  # [T] float32 log-probability when drawn; 0 on what was told
+    sampler_logprobs: (
+        np.ndarray
+    )  # [T] float32 log-probability when sampled; 0 on tokens of the prompt
     advantage: np.ndarray  # [T] float32
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ def trajectories(stay: Stay, advantages: Sequence[float] | np.ndarray) -> list[T
 
     Args:
       stay: with ids and log-probabilities of its replies.
-      advantages: [decisions], and one more for what was said after the last.
+      advantages: [decisions], and one more for turns after the last decision.
 
     Raises:
       InputError: a reply came without its ids.
@@ -89,15 +91,15 @@ def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) 
 
 
 class MinibatchUpdate:
-    """Learns from one batch after the other.
+    """Updates the weights on one batch of trajectories after the other.
 
     Args:
-      learner: its loss is `objectives.policy_loss`.
+      learner: its loss is `policy.train.losses.policy_loss`.
       num_minibatches: parts of a batch; one update each, at most one per row.
       row_length: tokens per row; no trajectory may be longer.
       micro_batch_size: rows per micro-batch.
-      temperature: at which the batches are sampled.
-      reference: model that the objective's divergence is from; none where its weight is 0.
+      temperature: of the sampler.
+      reference: model of the KL term; None where beta is 0.
     """
 
     def __init__(

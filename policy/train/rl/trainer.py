@@ -1,10 +1,9 @@
-"""Agentic reinforcement learning: the model treats simulated patients and learns from what came.
+"""Agentic reinforcement learning: the model treats simulated patients and learns from the rewards.
 
-One iteration is a batch of stays, held by the generator with one version of the weights, and a
-few updates on all tokens of these stays. With a staleness of S, batch k is held with the weights
-that had learned from batch k - S - 1 and before, while the learner is still at work on the
-batches between: generator and learner never wait for each other by more than that, and which
-weights drew which token does not depend on who was faster.
+One iteration samples a batch of stays with one version of the weights and makes a few updates on
+their tokens. With a staleness of S, batch k is sampled with the weights after batch k - S - 1, while
+the learner works on the batches between. The version that sampled a token therefore does not depend
+on the relative speed of generator and learner.
 """
 
 from __future__ import annotations
@@ -36,20 +35,20 @@ from worldmodel.errors import InputError
 
 @dataclass(frozen=True)
 class AgenticConfig:
-    """What is played, and how it is learned.
+    """Settings of agentic reinforcement learning.
 
     Attributes:
-      iterations: batches of stays.
-      patients: in a batch.
+      iterations: number of batches of stays.
+      patients: per batch.
       num_generations: stays of each patient in a batch; advantages that compare the stays of a
         patient need at least 2.
       num_minibatches: parts of a batch; the weights are updated once per part.
-      row_length: tokens per row; conversations that are longer are left out, and counted.
+      row_length: tokens per row; longer conversations are left out and counted.
       micro_batch_size: rows per micro-batch.
-      staleness: versions that the generator may be behind the learner.
+      staleness: number of versions that the generator may be behind the learner.
       remat: as for `qwen3.logprobs.token_logprobs`.
-      advantages: who deserves what.
-      objective: what is made small.
+      advantages: kind of advantages, and penalties.
+      objective: the loss.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -89,26 +88,26 @@ class AgenticConfig:
 
 
 def agentic_loss(config: AgenticConfig, temperature: float) -> Callable[[Qwen3, Any], Any]:
-    """The loss that the learner of an `AgenticTrainer` must have been made with."""
+    """The loss that the learner of an `AgenticTrainer` has to be made with."""
     return partial(
         policy_loss, objective=config.objective, temperature=temperature, remat=config.remat
     )
 
 
 class AgenticTrainer:
-    """Generator, world and learner in one loop.
+    """Samples stays, computes advantages and updates the weights, asynchronously.
 
     Args:
-      learner: with `agentic_loss`; its updates are `config.num_minibatches` per iteration.
-      runner: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
-        would otherwise speak of different distributions.
-      backend: the model as the dialogues see it.
-      publisher: gives it new weights.
+      learner: made with `agentic_loss`; makes at most `config.num_minibatches` updates per iteration.
+      runner: runs the episodes; `top_p` must be 1, since the trainer computes log-probabilities of
+        the whole distribution.
+      backend: the language model that the runner asks.
+      publisher: sends new weights to the generator.
       config: settings.
-      reference: model that the objective's divergence is from; needed where its weight is not 0.
-      state_scorer: of the pool, for counterfactual advantages.
-      lockstep: as for `EpisodeRunner.treat`; with the embedded generator equal runs are then equal.
-      dtype: of the weights that are published.
+      reference: model of the KL term; needed if beta is not 0.
+      state_scorer: computes the action values of counterfactual advantages.
+      lockstep: as for `EpisodeRunner.treat`; makes runs with the embedded generator reproducible.
+      dtype: of published weights.
 
     Raises:
       InputError: `top_p` is not 1, or a reference or a state scorer is missing.
@@ -146,8 +145,10 @@ class AgenticTrainer:
             temperature=sampling.temperature,
             reference=reference if config.objective.beta else None,
         )
-        self.iteration = 0  # batches learned from
-        self._weights: dict[int, Qwen3] = {0: self._copy()}  # by version, what may still be drawn
+        self.iteration = 0  # number of batches learned from
+        self._weights: dict[int, Qwen3] = {
+            0: self._copy()
+        }  # by version, those that may still be needed
 
     async def run(
         self,
@@ -160,17 +161,17 @@ class AgenticTrainer:
 
         Args:
           report: awaited after each iteration with its number from 1 on, figures, and the stays;
-            the generator still holds the weights that these were drawn with, or older ones.
+            the generator still has the weights that sampled these stays, or older ones.
           checkpoints: written every `save_steps` iterations and at the end.
 
         Raises:
-          InputError: the loss is not finite, the model's server was lost, or a checkpoint cannot be
+          InputError: the loss is not finite, the model server failed, or a checkpoint cannot be
             written; the last checkpoint is good.
         """
-        played: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
+        sampled: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
         changed = asyncio.Condition()
 
-        async def play() -> None:
+        async def sample() -> None:
             for number in range(self.iteration, self.config.iterations):
                 version = max(number - self.config.staleness, 0)
                 async with changed:
@@ -179,11 +180,11 @@ class AgenticTrainer:
                 for old in [known for known in self._weights if known < oldest]:
                     del self._weights[old]
                 await self._publisher.publish(self._weights[version], str(version))
-                await played.put((version, await self._play(number)))
+                await sampled.put((version, await self._sample(number)))
 
         async def learn() -> None:
             for number in range(self.iteration, self.config.iterations):
-                version, stays = await played.get()
+                version, stays = await sampled.get()
                 self._require_served(stays, number)
                 figures = await asyncio.to_thread(self._learn, number, stays)
                 figures["staleness"] = float(number - version)
@@ -198,19 +199,19 @@ class AgenticTrainer:
 
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(play())
+                group.create_task(sample())
                 group.create_task(learn())
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Writes a checkpoint, with the weights that the next batches are drawn with."""
+        """Writes a checkpoint, including the weights that sample the next batches."""
         checkpoints.save(
             self.iteration, self.learner.state, {"iteration": self.iteration}, self._lagged()
         )
 
     def resume(self, checkpoints: Checkpoints) -> bool:
-        """Takes the newest checkpoint's state; whether there was one."""
+        """Restores the newest checkpoint; returns false if there is none."""
         if checkpoints.latest() is None:
             return False
         found = checkpoints.restore(self.learner.state, arrays=self._lagged())
@@ -237,7 +238,7 @@ class AgenticTrainer:
     def _copy(self) -> Qwen3:
         return cast(self.learner.model(), self._dtype)
 
-    async def _play(self, number: int) -> list[Stay]:
+    async def _sample(self, number: int) -> list[Stay]:
         """A batch: its patients, each each `num_generations` times."""
         config = self.config
         first = number * config.patients
@@ -252,33 +253,33 @@ class AgenticTrainer:
         )
 
     def _require_served(self, stays: Sequence[Stay], number: int) -> None:
-        """A few stays may be lost to the server; with most of them it is gone."""
+        """Raises an error if the server failed in more than half of the stays."""
         lost = [stay for stay in stays if stay.failure == NO_BACKEND]
         if 2 * len(lost) > len(stays):
             raise InputError(
                 f"iteration {number + 1}: the language model failed {len(lost)} of {len(stays)} "
-                f"stays ({lost[0].detail}); start it again and go on with --resume"
+                f"stays ({lost[0].detail}); start it again and resume the run"
             )
 
     def _learn(self, number: int, stays: Sequence[Stay]) -> dict[str, float]:
-        """All updates of a batch."""
+        """Computes advantages of a batch and makes its updates."""
         config = self.config
-        held = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
-        advantages = assign_advantages(held, config.advantages)
+        used = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
+        advantages = assign_advantages(used, config.advantages)
         members = [
             one
             for stay, advantage, kept in zip(
-                held, advantages.of_decisions, advantages.kept, strict=True
+                used, advantages.of_decisions, advantages.kept, strict=True
             )
             if kept
             for one in trajectories(stay, advantage)
         ]
         fitting = [one for one in members if len(one) <= config.row_length]
         figures = {
-            "lost_stays": float(len(stays) - len(held)),
+            "lost_stays": float(len(stays) - len(used)),
             "uninformative_stays": float((~advantages.kept).sum()),
             "too_long": float(len(members) - len(fitting)),
-            **_gain(held),
+            **_gain(used),
         }
         if not fitting:
             return figures
@@ -286,7 +287,7 @@ class AgenticTrainer:
 
 
 def _gain(stays: Sequence[Stay]) -> dict[str, float]:
-    """What a decision gained over the continuation policy, on average, where that is known."""
+    """Mean advantage of the decisions over the continuation policy, where it was computed."""
     gains = [
         decision.values[decision.action]
         for stay in stays
