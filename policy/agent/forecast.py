@@ -1,4 +1,4 @@
-"""What the world model expects four hours ahead, for many patients and treatments at once."""
+"""One-step forecasts of the world model for many patients and treatments at once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MAX_BRANCHES = 65_536  # a single step: blocks that fit the caches would repeat
 
 @dataclass(frozen=True)
 class ForecastConfig:
-    """How questions are answered.
+    """Settings of forecasts.
 
     Attributes:
-      samples: futures per treatment, a multiple of the ensemble size; with common noise, so that
-        treatments are compared under the same random numbers.
+      samples: futures per treatment, a multiple of the ensemble size; all treatments share
+        their random numbers.
       mode: "corrected", or "reference": one noisy future per treatment, as SepsisAgent's tool.
     """
 
@@ -56,18 +56,18 @@ class Forecast:
     sofa: Any  # [...] mean points
     ventilation: Any  # [...] mean probability
     disagreement: Any  # [...] SD of the members' means, z-scores, mean over features
-    support: Any  # [...] probability that a clinician gives it; NaN if none is known
+    support: Any  # [...] probability of the action under the behaviour policy; NaN without one
 
 
 class Forecaster:
-    """Answers questions of a fixed number of patients and treatments in one jitted batch.
+    """Forecasts for a fixed number of patients and treatments in one jitted call.
 
     Args:
       world_model: one model or an ensemble.
-      key: of the noise, which depends on patient, row and sample alone: the same question has the
-        same answer.
-      config: how to answer.
-      behavior: the clinicians' policy, for `Forecast.support`.
+      key: of the noise, which depends on patient, row and sample alone: equal requests have
+        equal forecasts.
+      config: settings.
+      behavior: behaviour policy of the clinicians, for `Forecast.support`.
 
     Raises:
       InputError: the number of samples does not fit the ensemble, or the behaviour policy looks
@@ -104,7 +104,7 @@ class Forecaster:
         """Forecasts [B, K] as numpy arrays.
 
         Args:
-          observations: what is seen of B patients, leaves [B, ...], with at least 12 rows of past.
+          observations: of B patients, leaves [B, ...], with at least 12 past rows.
           patients: [B] int32 identities, which the noise depends on.
           actions: [B, K] int32 joint actions.
         """

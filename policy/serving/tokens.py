@@ -1,8 +1,8 @@
-"""Dialogues token by token: what a model reads is, id by id, what it wrote.
+"""Dialogues in token ids: later prompts contain the sampled ids of earlier replies unchanged.
 
-Rendering a whole dialogue anew for every turn tokenises the model's own words again, sometimes
-into other tokens than it drew; then its log-probabilities belong to a text it never wrote. Here
-ids are only ever appended.
+Rendering the whole dialogue again for every turn would tokenise replies again, sometimes into other
+tokens than were sampled, and log-probabilities would then be of a different sequence. Here ids are
+only appended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from policy.serving.backend import (
 )
 from worldmodel.errors import InputError
 
-_MARK = "\u2063assistant\u2063"  # stands for a reply where a template is asked what follows one
+_MARK = "\u2063assistant\u2063"  # placeholder of a reply, to find what a template appends after it
 
 
 class ChatTokens:

@@ -21,7 +21,7 @@ from typing import Self
 
 from policy.serving.backend import BackendError
 from policy.serving.vllm.command import (
-    INSIDE,
+    PLUGINS,
     ServerOptions,
     ServingEnvironment,
     check_options,
@@ -138,7 +138,7 @@ class VLLMServer:
             self.log = Path(name)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         words = command(self.environment, self.options, self.port)
-        guard = [sys.executable, "-I", str(INSIDE / "guard.py")]
+        guard = [sys.executable, "-I", str(PLUGINS / "guard.py")]
         with self.log.open("ab") as log:
             self._begin = log.tell()
             self._guard = subprocess.Popen(
@@ -265,7 +265,7 @@ class VLLMServer:
 
 
 def _silent(phase: str, share: float) -> None:
-    """Tells nobody."""
+    """Reports no progress."""
 
 
 def _free_port(host: str) -> int:

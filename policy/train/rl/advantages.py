@@ -200,8 +200,9 @@ class AdvantageConfig:
     """Settings of advantages and of the penalties in them.
 
     Attributes:
-      kind: "episode": a stay's return relative to those of the same patient (GRPO, 2402.03300); "step":
-        also each decision's return relative to those from an equal state (GiGPO, 2505.10978);
+      kind: "episode": a stay's return relative to those of the same patient (GRPO, 2402.03300);
+        "step": also each decision's return relative to those from an equal state (GiGPO,
+        2505.10978);
         "counterfactual": each decision relative to the other 24 actions from the same state
         (`policy.train.rl.counterfactual`).
       scale: divide by a standard deviation: of the group for the first two (Dr. GRPO, 2503.20783,

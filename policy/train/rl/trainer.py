@@ -1,9 +1,9 @@
 """Agentic reinforcement learning: the model treats simulated patients and learns from the rewards.
 
 One iteration samples a batch of stays with one version of the weights and makes a few updates on
-their tokens. With a staleness of S, batch k is sampled with the weights after batch k - S - 1, while
-the learner works on the batches between. The version that sampled a token therefore does not depend
-on the relative speed of generator and learner.
+their tokens. With a staleness of S, batch k is sampled with the weights after batch k - S - 1,
+while the learner works on the batches between. Which version sampled a token therefore does
+not depend on the relative speed of generator and learner.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ class AgenticTrainer:
     """Samples stays, computes advantages and updates the weights, asynchronously.
 
     Args:
-      learner: made with `agentic_loss`; makes at most `config.num_minibatches` updates per iteration.
+      learner: made with `agentic_loss`; makes at most `config.num_minibatches` updates
+        per iteration.
       runner: runs the episodes; `top_p` must be 1, since the trainer computes log-probabilities of
         the whole distribution.
       backend: the language model that the runner asks.
