@@ -24,7 +24,7 @@ NAMES = ("dqn", "wd3qne", "cql", "iql", "bcq")
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """What to train and how.
+    """Settings of offline reinforcement learning.
 
     Attributes:
       algorithm: one of `NAMES`; see `policy.offline.algorithms`.
@@ -34,11 +34,11 @@ class OfflineConfig:
       learning_rate: peak of a warm-up and cosine schedule.
       weight_decay: decoupled, on matrices only.
       gamma: discount per step.
-      polyak: share of the networks that their targets take over after every step.
-      copy_every: copy the targets whole every so many steps instead; 0 for Polyak.
+      polyak: weight of the networks in the moving average of their targets, per step.
+      copy_every: steps between copies of the networks to the targets; 0 for Polyak averaging.
       cql_alpha: weight of CQL's penalty.
       expectile: of IQL's value.
-      beta: how sharply IQL's actor follows the advantage.
+      beta: inverse temperature of the advantage weights of IQL's actor.
       support: BCQ allows an action where its behaviour probability is at least this share of the
         likeliest one's.
       past: rows that the features look back on, the newest included; 0 for the state alone.
@@ -96,6 +96,7 @@ class Perceptron(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] of features [..., D]."""
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = jax.nn.relu(norm(layer(x)))
         return self.out(x)
@@ -108,19 +109,20 @@ class DuelingQ(nnx.Module):
         self.trunk = Perceptron(width, hidden, 1 + actions, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., 25] action values of features [..., D]."""
         value, advantage = jnp.split(self.trunk(x), [1], axis=-1)
         return value + advantage - advantage.mean(-1, keepdims=True)
 
 
 Networks = dict[str, Any]
 
-LOW_SOFA = 4.0  # below it WD3QNE trusts the clinician
+LOW_SOFA = 4.0  # below it WD3QNE uses the value of the clinician's action
 _HUBER = 5.0  # reward units; beyond, errors count linearly
 _LARGEST_WEIGHT = 100.0  # of IQL's actor
 
 
 class Batch(NamedTuple):
-    """B transitions; of a stay's last row, what comes next is undefined and discounted by 0."""
+    """B transitions; the next state of a stay's last row is undefined and has discount 0."""
 
     features: jax.Array  # [B, D]
     action: jax.Array  # [B] int32
@@ -135,7 +137,7 @@ Loss = Callable[[Networks, Networks, Batch, OfflineConfig], jax.Array]
 
 
 class Algorithm(NamedTuple):
-    """How one algorithm learns and acts."""
+    """Networks, loss and scores of an algorithm."""
 
     extra: dict[str, int]  # networks beside Q, and how many numbers they give
     loss: Loss  # (networks, target networks, batch, config) -> []
@@ -288,10 +290,12 @@ class OfflinePolicy(Policy):
 
     @property
     def past(self) -> int:  # type: ignore[override]
+        """Rows of `Observation.past` that the features look back on."""
         return self.config.past
 
     @property
     def num_seeds(self) -> int:
+        """Number of networks trained side by side."""
         return jax.tree.leaves(self.networks)[0].shape[0]
 
     def member(self, index: int) -> OfflinePolicy:
@@ -306,6 +310,7 @@ class OfflinePolicy(Policy):
         return jax.vmap(lambda networks: score(networks, features, self.config))(self.networks)
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions; the key is not used."""
         del key
         scores = self.scores(observation).mean(0)
         if self.temperature <= 0:

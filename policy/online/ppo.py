@@ -347,6 +347,7 @@ class OnlinePolicy(Policy):
 
     @property
     def past(self) -> int:  # type: ignore[override]
+        """Rows of `Observation.past` that the features look back on."""
         return self.config.past
 
     def logits(self, observation: Observation) -> jax.Array:
@@ -354,6 +355,7 @@ class OnlinePolicy(Policy):
         return self.actor(decision_features(recent(observation, self.past), self.scaler))
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions; the key is not used."""
         del key
         logits = self.logits(observation)
         if self.temperature <= 0:

@@ -40,6 +40,7 @@ class Planner(Policy):
     past: ClassVar[int] = schema.OUTCOME_WINDOW
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions."""
         values = self.action_values(key, observation)
         if self.config.temperature <= 0:
             return jax.nn.one_hot(values.argmax(), schema.NUM_ACTIONS)

@@ -48,6 +48,7 @@ class Adapter(nnx.Module):
         return self.alpha / self.a.shape[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] scaled product with the low-rank matrices."""
         low = x @ self.a[...].astype(x.dtype)
         return self.scale * (low @ self.b[...].astype(x.dtype))
 

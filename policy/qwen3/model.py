@@ -55,6 +55,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] product with the kernel, plus the adapter if there is one."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
@@ -67,6 +68,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] normalised by the root mean square, in float32."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
         return (full * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -88,6 +90,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
 
     def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, L, D] attention over the rows, and the new memory of keys and values."""
         batch, length, _ = x.shape
 
         def heads(y: jax.Array) -> jax.Array:
@@ -110,6 +113,7 @@ class MLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, L, D] SwiGLU of [B, L, D]."""
         inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(constrain(inner, "batch", "length", "mlp"))
 
@@ -124,6 +128,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, L, D] after attention and MLP, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -138,6 +143,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(config.initializer_range * draw)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
+        """[B, L, D] embeddings of ids [B, L]."""
         return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
 
 
@@ -371,7 +377,7 @@ def _attend(
 
 
 def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-    """f applied to pieces of the second axis, one after another, and put together again.
+    """Applies f to pieces of the second axis, one after another, and concatenates the results.
 
     Args:
       f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one

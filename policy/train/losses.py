@@ -84,6 +84,7 @@ class SegmentMeans:
         return jax.vmap(one)(x, self._segments)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, L] mean over the learned tokens of each segment."""
         return self.sum(x) / self.count
 
 

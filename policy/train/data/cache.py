@@ -1,7 +1,7 @@
-"""Tokenised dialogues on disk: made once, read through the page cache, never out of date.
+"""Cache of tokenised dialogues on disk, memory-mapped when read.
 
-A file is named after all that its contents depend on: the tokenizer's files, the source, the
-settings and the code itself. Where any of them changes, the name does, and a new file is made.
+The name of a file is a digest of all that its contents depend on: the tokenizer, the source, the
+settings and the code. If one of them changes, a new file is made.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ class Asked(NamedTuple):
 
     @property
     def unit(self) -> str:
+        """Physical unit of the feature."""
         return schema.FEATURES[schema.INDEX[self.name]].unit
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which it goes on as if it had never stopped."""
+"""Checkpoints of a training run, for exact resumption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_FILE, _STEPS = "run.json", "steps"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """Contents of a checkpoint."""
 
     state: Any  # like the template
     extra: dict[str, Any]
@@ -28,8 +28,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The newest states of one run in a folder.
 
-    A checkpoint appears whole or not at all, so that a run which is killed at any moment leaves
-    the one before. With several processes all of them call every method, on a folder they share.
+    Checkpoints are written atomically: a run that is killed leaves the previous one. With several
+    processes, all of them call every method, on a shared folder.
 
     Args:
       folder: made at once; of this run alone.

@@ -24,7 +24,7 @@ METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 @dataclass(frozen=True)
 class Report:
-    """Means since the report before."""
+    """Means since the previous report."""
 
     step: int  # updates made
     loss: float  # per token
@@ -40,9 +40,8 @@ class Report:
 class MetricsLog:
     """A folder's metrics: one JSON line per report, and event files of TensorBoard.
 
-    `metrics.jsonl` holds what follows from data and seeds alone, so that it is the same file
-    however often a run was stopped; `timing.jsonl` holds what a clock said. Of several processes
-    the first writes, the others' logs do nothing.
+    `metrics.jsonl` depends on data and seeds only, so that a resumed run has the same file;
+    `timing.jsonl` has measured times. With several processes only the first writes.
 
     Args:
       folder: made if need be.

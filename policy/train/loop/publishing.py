@@ -1,4 +1,4 @@
-"""New weights for whoever generates, with the version that their tokens are tagged with."""
+"""Publishing of new weights to a generator, with the version that tags its tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from policy.train.loop.learner import cast
 
 
 class Publisher(Protocol):
-    """Gives weights to a generator."""
+    """Sends weights to a generator."""
 
     async def publish(self, model: Qwen3, version: str) -> None:
-        """Tokens asked for after this are drawn with these weights, and say so.
+        """Makes all later tokens of the generator come from these weights and carry the version.
 
         Raises:
           BackendError: the generator could not take them.
