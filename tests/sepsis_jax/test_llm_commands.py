@@ -64,7 +64,7 @@ def lines(folder):
 
 
 def test_all_stages(inputs, tmp_path, capsys):
-    """Every stage leaves a model, the next begins with it, and each sits an evaluation."""
+    """Every stage leaves a model, the next begins with it, and each is evaluated."""
     out = tmp_path / "stages"
     given = ("--model", inputs / "model", "--episodes", inputs / "episodes")
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
@@ -135,11 +135,11 @@ def test_bad_requests_end_with_one_line(inputs, taught, tmp_path, capsys):
         )
     ):
         refuse(call(capsys, *rl(inputs, folder, tmp_path / str(number), *more)), word)
-    refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "--records")
+    refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "records")
 
 
-def test_recorded_stays_can_be_the_teacher(inputs, taught, tmp_path, capsys):
-    """An agent's run, of which only the good stays are learned from."""
+def test_recorded_stays_replace_demonstrations(inputs, taught, tmp_path, capsys):
+    """Only the accepted stays of an agent's run are learned from."""
     folder, _ = taught
     run = tmp_path / "agent"
     finish(

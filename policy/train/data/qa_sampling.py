@@ -188,7 +188,7 @@ def _require_answers(kind: str, candidates: Candidates, balanced: bool) -> None:
 def _drawn(
     candidates: Candidates, options: int, count: int, draw: np.random.Generator
 ) -> Candidates:
-    """At most `count` candidates in random order, with equally many of each answer if options > 0."""
+    """At most `count` candidates in random order, balanced over the answers if options > 0."""
     order = draw.permutation(len(candidates.stay))
     if options > 1:
         by_label = [order[candidates.label[order] == label] for label in range(options)]

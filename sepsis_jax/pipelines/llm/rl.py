@@ -1,4 +1,4 @@
-"""Stage III: a language model treats simulated patients and learns from what came of it."""
+"""Stage III: reinforcement learning of a language model on simulated patients."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from policy.train.rl.advantages import COUNTERFACTUAL
 from policy.train.rl.counterfactual import counterfactual
 from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
-from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
+from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (
     CHECKPOINTS,
     METRICS,
     ModelOptions,
     RunnerOptions,
     TrainableModel,
-    judging,
+    evaluation_runner,
     open_generator,
     open_policy,
     open_runner,
@@ -48,23 +48,23 @@ VERSIONS, ADAPTERS = "versions", "adapters"
 
 @dataclass(frozen=True)
 class RLOptions:
-    """Stage III.
+    """Settings of stage III.
 
     Attributes:
-      runner: where patients are treated.
-      agentic: what is played, and how it is learned.
-      learner: how the weights change; `max_steps` is set to what `agentic` takes.
-      model: what is trained.
-      publish: what travels to a vLLM server: "weights", with adapters merged, or "adapters", for
-        one that was started with their rank.
-      continuation: policy that goes on after each of the 25 actions, for counterfactual advantages:
+      runner: environment and dialogues.
+      agentic: batches, advantages and loss.
+      learner: optimizer; `max_steps` is set to the updates of `agentic`.
+      model: types, sharding and adapters of the model.
+      publish: what is sent to a vLLM server: "weights", with adapters merged, or "adapters", if
+        the server was started with their rank.
+      continuation: policy that acts after each of the 25 actions, for counterfactual advantages:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
-      horizon: steps that are played on; to the end of the stay if not given.
+      horizon: steps after the action; to the end of the stay if not given.
       smooth: as for `policy.train.rl.counterfactual.counterfactual`.
       eval_steps: iterations between two evaluations on held-out patients of the synthetic
         world; 0 for none.
-      eval_patients: in an evaluation.
+      eval_patients: number of patients in an evaluation.
       eval_seed: of these patients.
       save_steps: iterations between two checkpoints.
       seed: of adapters and rounding.
@@ -112,18 +112,18 @@ def run_rl(
     resume: bool = False,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Plays and learns; writes `out/model`, `out/metrics` and `out/checkpoints`.
+    """Samples stays and learns from them; writes `out/model`, `out/metrics` and `out/checkpoints`.
 
     Args:
       out: folder to write, or to go on with.
       options: settings.
       llm: Hugging Face folder to start from, such as stage II left it.
-      model: world model that answers simulations.
+      model: folder of the world model that answers simulations.
       episodes: recorded stays, for the "learned" world.
-      backend: who generates: the sampler of this process, or a vLLM server of the same folder that
-        was started with swaps; weights go to it through `out/versions`.
+      backend: generator: the sampler of this process, or a vLLM server of the same folder that was
+        started with swaps, which reads weights from `out/versions`.
       resume: go on with an earlier run of the same request.
-      progress: told of iterations.
+      progress: called with each iteration.
 
     Returns:
       Figures of the last iteration.
@@ -180,16 +180,16 @@ async def _run(
     )  # fmt: skip
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     trainer.resume(checkpoints)
-    judge = judging(runner, options.runner, seed=options.eval_seed)
+    evaluator = evaluation_runner(runner, options.runner, seed=options.eval_seed)
     last: dict[str, float] = {}
 
     async def report(number: int, figures: dict[str, float], stays: Sequence[Stay]) -> None:
         nonlocal last
-        found = judged(stays)
+        found = evaluate_stays(stays)
         last = figures | {f"played_{name}": x for name, x in found.figures().items()}
         if options.eval_steps and number % options.eval_steps == 0:
             held_out = await evaluate(
-                judge, served.backend, options.eval_patients, lockstep=served.lockstep
+                evaluator, served.backend, options.eval_patients, lockstep=served.lockstep
             )
             last |= {f"held_out_{name}": x for name, x in held_out.figures().items()}
         log.write(number, last)
@@ -207,7 +207,7 @@ async def _run(
 
 
 class _Served:
-    """Who generates, and how new weights reach it."""
+    """The generator, and the publisher that sends it new weights."""
 
     def __init__(
         self, backend: BackendOptions, trainable: TrainableModel, out: Path, options: RLOptions
@@ -225,18 +225,20 @@ class _Served:
             self.publisher = EmbeddedPublisher(generator)
         elif backend.kind == VLLM:
             server = endpoint(backend)
-            speaker, versions = VLLMGenerator(server), out / VERSIONS
-            self.backend = TokenBackend(speaker, tokens)
+            generator, versions = VLLMGenerator(server), out / VERSIONS
+            self.backend = TokenBackend(generator, tokens)
             self._control = control = WeightControl(server, trainable.folder)
             if options.publish == ADAPTERS:
-                self.publisher = AdapterPublisher(control, speaker, versions, base=trainable.folder)
+                self.publisher = AdapterPublisher(
+                    control, generator, versions, base=trainable.folder
+                )
             else:
                 self.publisher = ServerPublisher(
                     control, versions, source=trainable.folder, dtype=trainable.dtype
                 )
         else:
             raise InputError(
-                f"--backend: got {backend.kind!r}; learning needs tokens and their probabilities, "
+                f"backend: got {backend.kind!r}; learning needs tokens and their log-probabilities, "
                 f"so {EMBEDDED} or {VLLM}"
             )
 

@@ -1,4 +1,4 @@
-"""What the three stages share: the model to train, training data, and the environment to act in."""
+"""Parts that the three stages share: the model to train, supervised training, and the runner."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ MODEL, CHECKPOINTS, METRICS = "model", "checkpoints", "metrics"
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model lies in memory, and what of it is trained.
+    """Types and sharding of the model, and which parameters are trained.
 
     Attributes:
       dtype: of activations and products; that of the files if not given.
-      save_dtype: of the weights that a stage leaves; that of the files if not given.
+      save_dtype: of saved weights; that of the files if not given.
       lora_rank: trains adapters of this rank alone, which are merged in the end; 0 trains all.
-      lora_alpha: their strength.
+      lora_alpha: scale of the adapters.
       fsdp, tensor: devices that share parameters, and that share each product; the others share
         rows. 0 takes all that are left.
       remat: what is computed again in the backward pass: none, dots or full.
@@ -74,7 +74,7 @@ class ModelOptions:
         require(self, "above 0", lambda x: x > 0, "lora_alpha")
 
     def mesh(self) -> Mesh | None:
-        """Of all devices; None where there is one."""
+        """Mesh of all devices; None if there is only one."""
         count = jax.device_count()
         if count == 1:
             return None
@@ -136,13 +136,13 @@ class TrainableModel:
 
 @dataclass(frozen=True)
 class SupervisedOptions:
-    """How sequences are learned.
+    """Settings of supervised training.
 
     Attributes:
       row_length: tokens per row.
       micro_batch_size: rows per micro-batch.
-      model: what is trained.
-      learner: how.
+      model: types, sharding and adapters of the model.
+      learner: optimizer and training loop.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -170,7 +170,7 @@ def learn(
 ) -> list[Report]:
     """Trains a model on sequences and writes `out/model`, `out/metrics` and `out/checkpoints`.
 
-    What was done before, by checkpoints of the same request, is not done again.
+    Resumes from checkpoints of the same request.
 
     Raises:
       InputError: as `Learner.run`, `Checkpoints` and `cut`.
@@ -208,22 +208,22 @@ def _tell(progress: Progress, steps: int, report: Report) -> None:
 
 
 SYNTHETIC, LEARNED = WORLDS = ("synthetic", "learned")
-_FORECASTS = 0x0F0D  # sets the simulator's noise apart from the patients'
+_FORECASTS = 0x0F0D  # separates the random numbers of simulations from those of patients
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """A runner.
+    """Settings of a runner.
 
     Attributes:
-      world: where patients live: "synthetic", or "learned", which is in the world model, from
-        recorded stays on.
+      world: environment: "synthetic", or "learned" for the world model, started from recorded
+        stays.
       max_steps: decisions per stay at most.
       templates: as for the agent.
-      intervals: tell 90% intervals.
+      intervals: show 90% intervals of forecasts.
       concurrency: stays in treatment at the same time.
-      forecast: how simulations are answered.
-      dialogue: bounds of dialogues, and how replies are drawn.
+      forecast: settings of simulations.
+      dialogue: limits of dialogues, and sampling of replies.
       seed: of patients.
     """
 
@@ -242,7 +242,7 @@ class RunnerOptions:
 
 
 def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
-    """A runner with a world model to ask.
+    """A runner whose world model answers simulations.
 
     Args:
       options: settings.
@@ -258,7 +258,9 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     else:
         if episodes is None:
-            raise InputError("--episodes: patients of the learned world start from recorded stays")
+            raise InputError(
+                "episodes: none given, but patients of the learned world start from recorded stays"
+            )
         env = SepsisEnv.learned(
             world_model, load_episodes(episodes).of_split("train"), past=Forecaster.past,
             mortality_each_step=False, max_steps=options.max_steps,
@@ -281,10 +283,10 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
 def open_generator(
     model: Qwen3, folder: Path, options: RunnerOptions, lockstep: Lockstep
 ) -> EmbeddedGenerator:
-    """The sampler of this process, for all dialogues that a runner holds at a time.
+    """The sampler of this process, for all concurrent dialogues of a runner.
 
-    Batches are filled up to an eighth of these, not to all: near the end of a batch of stays few
-    dialogues are left, and an idle row costs as much as a busy one.
+    Batches are padded to at least an eighth of these, since few dialogues are left near the end of a
+    batch of stays and a padded row costs as much as any other.
 
     Args:
       model: the model.
@@ -299,14 +301,14 @@ def open_generator(
     )  # fmt: skip
 
 
-def judging(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
-    """The same runner with fresh patients of the synthetic world, whose outcomes are the truth."""
+def evaluation_runner(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
+    """A copy of a runner with fresh patients of the synthetic environment, whose returns are true."""
     env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     return replace(runner, env=env, seed=seed)
 
 
 def open_policy(name: str, episodes: Path | None = None) -> Policy:
-    """A built-in policy such as guideline, the clinician of records, or the policy of a folder.
+    """A simple policy such as guideline, a clone of the clinician, or the policy of a folder.
 
     Args:
       name: of a simple policy; "clinician", which is cloned from the episodes first; or a folder.
@@ -318,7 +320,9 @@ def open_policy(name: str, episodes: Path | None = None) -> Policy:
 
     def clone() -> Policy:
         if episodes is None:
-            raise InputError("--episodes: the clinician is cloned from records; name some")
+            raise InputError(
+                "episodes: none given, but the clinician is cloned from recorded stays"
+            )
         return fit_clone(load_episodes(episodes), CloneConfig()).policy
 
     return registry.open_policy(name, clinician=clone)

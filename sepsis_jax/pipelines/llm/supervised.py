@@ -64,7 +64,7 @@ def run_sft(
       llm: Hugging Face folder to start from.
       episodes: folder of recorded stays.
       resume: go on with an earlier run of the same request.
-      progress: told of questions and updates.
+      progress: called with questions and updates.
 
     Raises:
       InputError: inputs that cannot be read, another run in the folder, or a training that fails.
@@ -149,18 +149,18 @@ def run_bc(
     resume: bool = False,
     progress: Progress = silent,
 ) -> list[Report]:
-    """Trains on dialogues of a teacher; writes `out/model` and what `learn` writes.
+    """Trains on demonstrations; writes `out/model` and what `learn` writes.
 
     Args:
       out: folder to write, or to go on with.
       options: settings.
       llm: Hugging Face folder to start from, such as stage I left it.
-      model: world model that the teacher's dialogues ask.
+      model: world model that answers simulations in the demonstrations.
       episodes: recorded stays, for replayed questions and for the "learned" world.
       records: run of an agent (`sepsis-jax agent run`), such as of a strong model behind an
-        endpoint; its good stays take the place of the teacher's.
+        endpoint; its accepted stays replace the demonstrations.
       resume: go on with an earlier run of the same request.
-      progress: told of dialogues and updates.
+      progress: called with dialogues and updates.
 
     Raises:
       InputError: inputs that cannot be read, another run in the folder, no stay that is good
@@ -168,7 +168,7 @@ def run_bc(
     """
     if (model is None) == (records is None):
         raise InputError(
-            "--model or --records: name the world model that a teacher asks, or a run of an agent"
+            "model or records: expected one of a world model for demonstrations and a run of an agent"
         )
     inputs = {"llm": llm, "model": model, "episodes": episodes, "records": records}
     request = {
