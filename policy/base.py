@@ -94,7 +94,8 @@ def _on_rows(
     past: int,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
-    return jax.vmap(policy)(keys, observation_at(episodes, stay, step, past=past))
+    result: jax.Array = jax.vmap(policy)(keys, observation_at(episodes, stay, step, past=past))
+    return result
 
 
 def decision_features(observation: Observation, scaler: Scaler) -> jax.Array:

@@ -185,7 +185,8 @@ def _train(
         observation = observation_at(episodes, stay, step, past=policy.past)
         logits = jax.vmap(policy.replace(params=params).logits)(observation)
         action = episodes.action[stay, step]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
+        result: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
+        return result
 
     def update(carry: Any, rows: jax.Array) -> tuple[Any, None]:
         params, state = carry

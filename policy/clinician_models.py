@@ -282,7 +282,8 @@ def fit_calibration(logits: jax.Array, action: jax.Array) -> Calibration:
         return Calibration(fit_temperature(logits, action, 1 - lapsed), lapsed.mean())
 
     start = Calibration(fit_temperature(logits, action), jnp.float32(0.05))
-    return jax.lax.fori_loop(0, _ROUNDS, improve, start)
+    result: Calibration = jax.lax.fori_loop(0, _ROUNDS, improve, start)
+    return result
 
 
 @jax.jit

@@ -179,7 +179,8 @@ def _observations(states: EnvState, slots: jax.Array) -> Any:
 
 @jax.jit
 def _states(states: EnvState, slots: jax.Array) -> EnvState:
-    return jax.tree.map(lambda leaf: leaf[slots], states)
+    result: EnvState = jax.tree.map(lambda leaf: leaf[slots], states)
+    return result
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -194,4 +195,5 @@ def _step(
 
 
 def _row(batch: Timestep, row: int) -> Timestep:
-    return jax.tree.map(itemgetter(row), batch)
+    result: Timestep = jax.tree.map(itemgetter(row), batch)
+    return result

@@ -134,7 +134,8 @@ class Forecaster:
         )
         low, high = _quantiles(np.asarray(values))
         found = Forecast(mean, low, high, sofa, ventilation, disagreement, support)
-        return jax.device_get(found)
+        result: Forecast = jax.device_get(found)
+        return result
 
 
 def _quantiles(values: np.ndarray) -> list[np.ndarray]:
@@ -158,7 +159,8 @@ def _quantiles(values: np.ndarray) -> list[np.ndarray]:
 @jax.jit
 def _histories(world_model: WorldModel, observations: Observation, patients: jax.Array) -> History:
     histories = jax.vmap(partial(history_from_observation, world_model))(observations)
-    return replace(jax.tree.map(lambda leaf: leaf[:, 0], histories), patient=patients)
+    result: History = replace(jax.tree.map(lambda leaf: leaf[:, 0], histories), patient=patients)
+    return result
 
 
 @partial(jax.jit, static_argnames="past")

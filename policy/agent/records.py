@@ -148,7 +148,8 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     known = isinstance(record, dict) and record.get("version") == VERSION
     if not known or not isinstance(record.get("patient"), int):
         raise InputError(f"{path}: line {number} is no record of version {VERSION}")
-    return record
+    result: dict[str, Any] = record
+    return result
 
 
 def _cut_off_half_line(path: Path) -> None:

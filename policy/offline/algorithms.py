@@ -179,7 +179,8 @@ def double_q_value(
 def _q_error(taken: jax.Array, batch: Batch, following: jax.Array) -> jax.Array:
     target = jax.lax.stop_gradient(batch.reward + batch.discount * following)
     error = taken - target
-    return optax.losses.huber_loss(error, delta=_HUBER).mean()
+    result: jax.Array = optax.losses.huber_loss(error, delta=_HUBER).mean()
+    return result
 
 
 def dqn_loss(
@@ -237,7 +238,8 @@ def iql_loss(
     actor_loss = -(jnp.minimum(trust, _LARGEST_WEIGHT) * pick(log_probs, batch.action)).mean()
     predicted = pick(networks["q"](batch.features), batch.action)
     q_loss = _q_error(predicted, batch, networks["v"](batch.next_features)[:, 0])
-    return value_loss + q_loss + actor_loss
+    result: jax.Array = value_loss + q_loss + actor_loss
+    return result
 
 
 def bcq_loss(
@@ -253,7 +255,8 @@ def bcq_loss(
 
 def _by_q(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
     del config
-    return networks["q"](features)
+    result: jax.Array = networks["q"](features)
+    return result
 
 
 def _by_actor(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
@@ -285,8 +288,8 @@ class OfflinePolicy(Policy):
 
     networks: Networks  # leaves [S, ...]
     scaler: Scaler
-    config: OfflineConfig = struct.field(pytree_node=False)
-    temperature: float = struct.field(pytree_node=False, default=0.0)
+    config: OfflineConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
 
     @property
     def past(self) -> int:  # type: ignore[override]
@@ -296,7 +299,8 @@ class OfflinePolicy(Policy):
     @property
     def num_seeds(self) -> int:
         """Number of networks trained side by side."""
-        return jax.tree.leaves(self.networks)[0].shape[0]
+        result: int = jax.tree.leaves(self.networks)[0].shape[0]
+        return result
 
     def member(self, index: int) -> OfflinePolicy:
         """The policy of one seed."""

@@ -142,7 +142,7 @@ def _train(
     scaler: Scaler,
     *,
     config: PPOConfig,
-    report: Callable | None,
+    report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, tuple[jax.Array, ...]]:
     updates = config.iterations * config.minibatches
     rate = optax.linear_schedule(
@@ -223,7 +223,8 @@ def advantages(
         return advantage, advantage
 
     nothing = jnp.zeros_like(reward[0])
-    return jax.lax.scan(back, nothing, (surprise, done), reverse=True)[1]
+    result: jax.Array = jax.lax.scan(back, nothing, (surprise, done), reverse=True)[1]
+    return result
 
 
 def rows_of(
@@ -342,8 +343,8 @@ class OnlinePolicy(Policy):
 
     actor: Perceptron
     scaler: Scaler
-    config: PPOConfig = struct.field(pytree_node=False)
-    temperature: float = struct.field(pytree_node=False, default=0.0)
+    config: PPOConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
 
     @property
     def past(self) -> int:  # type: ignore[override]

@@ -36,7 +36,7 @@ class Planner(Policy):
     world_model: WorldModel
     advantage: Advantage
     clinician: Policy
-    config: PlannerConfig = struct.field(pytree_node=False)
+    config: PlannerConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
     past: ClassVar[int] = schema.OUTCOME_WINDOW
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
@@ -87,7 +87,10 @@ def _log(probability: jax.Array) -> jax.Array:
 
 
 def _repeat(history: History, count: int) -> History:
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), history)
+    result: History = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), history
+    )
+    return result
 
 
 def play(
@@ -293,11 +296,13 @@ def temporal_difference(critic: OfflinePolicy, rows: Transitions) -> np.ndarray:
 
     @jax.jit
     def value(features: jax.Array) -> jax.Array:
-        return jax.vmap(lambda net: net(features)[:, 0])(critic.networks["v"]).mean(0)
+        result: jax.Array = jax.vmap(lambda net: net(features)[:, 0])(critic.networks["v"]).mean(0)
+        return result
 
     values = np.asarray(value(rows.features))
     following = np.where(np.asarray(rows.last), 0.0, np.roll(values, -1))
-    return np.asarray(rows.reward) + critic.config.gamma * following - values
+    result: np.ndarray = np.asarray(rows.reward) + critic.config.gamma * following - values
+    return result
 
 
 def _predicted_effects(
@@ -312,4 +317,7 @@ def _predicted_effects(
         mu = world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)).mu
         return effects(mu, world_model.scaler)
 
-    return in_blocks(lambda rows: of_rows(jnp.asarray(index[rows])), len(index), _BLOCK)
+    result: np.ndarray = in_blocks(
+        lambda rows: of_rows(jnp.asarray(index[rows])), len(index), _BLOCK
+    )
+    return result

@@ -48,10 +48,11 @@ def token_logprobs(
     if segments is None:
         segments = jnp.ones_like(ids)
     predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-    return jax.tree.map(
+    result: TokenLogprobs = jax.tree.map(
         lambda x: jnp.pad(jnp.where(predicted, x, 0.0), ((0, 0), (1, 0))),
         found,
     )
+    return result
 
 
 def chunked_logprobs(
@@ -82,4 +83,7 @@ def chunked_logprobs(
         logprob = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
         return TokenLogprobs(logprob, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
 
-    return map_chunks(one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab)))
+    result: TokenLogprobs = map_chunks(
+        one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
+    )
+    return result

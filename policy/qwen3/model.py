@@ -359,7 +359,8 @@ def attend(
         return _attend(part[0], k, v, Tokens(part[1], part[2]), keys)
 
     out = map_chunks(one, (q, queries.position, queries.segment), block)
-    return out.reshape(batch, length, heads, width)
+    result: jax.Array = out.reshape(batch, length, heads, width)
+    return result
 
 
 def _attend(
@@ -371,7 +372,7 @@ def _attend(
     sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 

@@ -122,7 +122,8 @@ class Client:
         Raises:
           BackendError: after all tries, or at once where a retry cannot help.
         """
-        return await self._with_retries("POST", path, body, read, query or {})
+        found: T = await self._with_retries("POST", path, body, read, query or {})
+        return found
 
     async def tell(self, path: str, body: Mapping[str, Any]) -> None:
         """Like `post`, for endpoints whose body does not matter."""
@@ -130,7 +131,8 @@ class Client:
 
     async def get(self, path: str, read: Callable[[Any], T]) -> T:
         """Like `post`, without a body."""
-        return await self._with_retries("GET", path, None, read, {})
+        found: T = await self._with_retries("GET", path, None, read, {})
+        return found
 
     async def close(self) -> None:
         """Closes the connections."""

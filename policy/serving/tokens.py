@@ -73,22 +73,25 @@ class ChatTokens:
     def text(self, ids: Sequence[int]) -> str:
         """The text of a reply without its end token; marks of tool calls are kept."""
         kept = list(ids[:-1] if ids and ids[-1] == self.end_id else ids)
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        result: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return result
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of a reply."""
         return self._encode(text)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
-        return self._tokenizer.apply_chat_template(
+        result: str = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=True,
         )
+        return result
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        result: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return result
 
 
 class TokenBackend:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, gains, evaluate_stays
+from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate_stays, gains
 from tests.policy.train.test_credit import stay
 
 UNTREATED = {"meanbp": 60.0}  # with action 0: G1 is broken

@@ -77,7 +77,8 @@ class Records:
 
     def next(self, stay: Any, step: Any) -> np.ndarray:
         """[..., F] values one step later."""
-        return self.value[stay, step + 1]
+        result: np.ndarray = self.value[stay, step + 1]
+        return result
 
 
 def draw_candidates(

@@ -65,7 +65,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest checkpoint's step; None if there is none."""
-        return self._manager.latest_step()
+        result: int | None = self._manager.latest_step()
+        return result
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], arrays: Any = None) -> None:
         """Saves, then removes what is too old.
@@ -184,7 +185,8 @@ def _check(metadata: Any, template: Any, source: Path) -> None:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),  # type: ignore[no-untyped-call]
+        tree,
     )
 
 

@@ -140,7 +140,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch: {leaf.shape[1]} rows per micro-batch are no multiple of the {count} "
                 "devices along data and fsdp"
             )
-        spec = PartitionSpec(None, rows) if split else PartitionSpec()
+        spec = PartitionSpec(None, rows) if split else PartitionSpec()  # type: ignore[no-untyped-call]
         return _place(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, batch)
@@ -148,7 +148,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
-        return jax.device_put(leaf, sharding)
+        result: jax.Array = jax.device_put(leaf, sharding)
+        return result
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 

@@ -60,7 +60,7 @@ class Learner:
             params, self._frozen = place_state((params, self._frozen), mesh)
             places = shardings(jax.eval_shape(make, params), mesh)
             make = jax.jit(make, out_shardings=places)
-            everywhere = NamedSharding(mesh, PartitionSpec())
+            everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
             of_update = {"out_shardings": (places, everywhere, everywhere)}
         # Copies, since an update gives away the memory of what it replaces.
         self.state = make(params)
@@ -164,7 +164,8 @@ class Learner:
     def model(self) -> Qwen3:
         """A copy of the model as it is now, trained parameters in the types they are kept in."""
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), self.state.params)
-        return nnx.merge(self._graphdef, params, self._frozen)
+        result: Qwen3 = nnx.merge(self._graphdef, params, self._frozen)
+        return result
 
     def _on_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)

@@ -86,7 +86,8 @@ async def answer(
         async with gate:
             logprobs = await generator.score(tokens.first(question.messages, ()), options)
         weights = np.exp(np.array(logprobs, np.float64) - max(logprobs))
-        return weights / weights.sum()
+        result: np.ndarray = weights / weights.sum()
+        return result
 
     return list(await asyncio.gather(*map(one, questions)))
 

@@ -74,7 +74,8 @@ def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6)
     lowest, highest = (np.full(index.max(initial=-1) + 1, end) for end in (np.inf, -np.inf))
     np.minimum.at(lowest, index, values)
     np.maximum.at(highest, index, values)
-    return (highest - lowest > tolerance)[index]
+    result: np.ndarray = (highest - lowest > tolerance)[index]
+    return result
 
 
 def returns_to_go(rewards: np.ndarray, episodes: Labels, *, discount: float) -> np.ndarray:
@@ -167,7 +168,8 @@ def gigpo(
     step = step_relative(
         to_go, anchors, [labels[place] for place in places], scale=scale, epsilon=epsilon
     )
-    return whole[places] + np.float32(weight) * step
+    result: np.ndarray = whole[places] + np.float32(weight) * step
+    return result
 
 
 def _grouped(values: np.ndarray, groups: Labels) -> tuple[np.ndarray, np.ndarray]:

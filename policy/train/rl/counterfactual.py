@@ -104,7 +104,8 @@ def _advantages(
 
     def unfinished(carry: Any) -> jax.Array:
         step, (state, _) = carry
-        return (step < horizon) & ~state.last.done.all()
+        result: jax.Array = (step < horizon) & ~state.last.done.all()
+        return result
 
     def advance(carry: Any) -> Any:
         step, (state, total) = carry

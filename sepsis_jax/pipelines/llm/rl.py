@@ -238,7 +238,7 @@ class _Served:
                 )
         else:
             raise InputError(
-                f"backend: got {backend.kind!r}; learning needs tokens and their log-probabilities, "
+                f"backend: got {backend.kind!r}; learning needs tokens and log-probabilities, "
                 f"so {EMBEDDED} or {VLLM}"
             )
 

@@ -285,8 +285,8 @@ def open_generator(
 ) -> EmbeddedGenerator:
     """The sampler of this process, for all concurrent dialogues of a runner.
 
-    Batches are padded to at least an eighth of these, since few dialogues are left near the end of a
-    batch of stays and a padded row costs as much as any other.
+    Batches are padded to at least an eighth of these, since few dialogues are left near the end of
+    a batch of stays and a padded row costs as much as any other.
 
     Args:
       model: the model.
@@ -302,7 +302,7 @@ def open_generator(
 
 
 def evaluation_runner(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
-    """A copy of a runner with fresh patients of the synthetic environment, whose returns are true."""
+    """A copy of a runner with fresh patients of the synthetic environment."""
     env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     return replace(runner, env=env, seed=seed)
 

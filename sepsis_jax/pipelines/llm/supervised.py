@@ -168,7 +168,7 @@ def run_bc(
     """
     if (model is None) == (records is None):
         raise InputError(
-            "model or records: expected one of a world model for demonstrations and a run of an agent"
+            "model or records: give one of a world model for demonstrations and a run of an agent"
         )
     inputs = {"llm": llm, "model": model, "episodes": episodes, "records": records}
     request = {
