@@ -83,7 +83,7 @@ REASONS: dict[str, str] = {
     "too_many_simulations": "no more simulations at this decision; prescribe",
     "not_alone": "a prescription must be the only call of a reply",
 }
-"""Why a reply can be refused, as the model is told."""
+"""Reasons of refusals, with the message to the model."""
 
 
 class InvalidCallError(Exception):

@@ -129,10 +129,10 @@ def _train(
         return result
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
-        result: tuple[Networks, jax.Array] = jax.block_until_ready(  # type: ignore[no-untyped-call]
+        done: tuple[Networks, jax.Array] = jax.block_until_ready(  # type: ignore[no-untyped-call]
             _train_one(key, transitions, config=config, report=report)
         )
-        return result
+        return done
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(run, keys))

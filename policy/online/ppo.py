@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) inside any `SepsisEnv`."""
+"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) in any `SepsisEnv`."""
 
 from __future__ import annotations
 
@@ -123,11 +123,11 @@ def _fresh_networks(width: int, config: PPOConfig, rngs: nnx.Rngs) -> Networks:
 
 
 def _networks_of(start: OfflinePolicy, config: PPOConfig) -> Networks:
-    theirs = start.config
-    if theirs.algorithm != "iql":
-        raise InputError(f"PPO starts from a policy of iql, got one of {theirs.algorithm}")
+    given = start.config
+    if given.algorithm != "iql":
+        raise InputError(f"PPO starts from a policy of iql, got one of {given.algorithm}")
     for name in ("past", "hidden"):
-        wanted, found = getattr(config, name), getattr(theirs, name)
+        wanted, found = getattr(config, name), getattr(given, name)
         if tuple(np.ravel(wanted)) != tuple(np.ravel(found)):
             raise InputError(f"{name}: the policy to start from has {found}, PPO {wanted}")
     first = jax.tree.map(lambda leaf: leaf[0], start.networks)
@@ -278,7 +278,7 @@ def ppo_loss(
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """How proximal policy optimisation plays and learns.
+    """Settings of proximal policy optimisation.
 
     Attributes:
       hidden: widths of the networks' layers.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from policy.qwen3.model import Qwen3, map_chunks, project
 
 LOGITS_AT_ONCE = 2**27
-"""Logits that are held at once; 512 MiB of float32."""
+"""Logits in memory at once; 512 MiB of float32."""
 
 
 class TokenLogprobs(NamedTuple):
@@ -70,7 +70,7 @@ def chunked_logprobs(
       head: [D, V] output projection.
       targets: [B, T] int token ids.
       temperature: logits are divided by it; positive.
-      chunk: columns whose logits [B, chunk, V] are held at once; as many as `LOGITS_AT_ONCE`
+      chunk: columns whose logits [B, chunk, V] are in memory at once; as many as `LOGITS_AT_ONCE`
         allows if not given. Rows are never mixed, so a batch split over devices stays so.
 
     Returns:

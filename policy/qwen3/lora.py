@@ -118,7 +118,7 @@ def save_adapters(model: Qwen3, path: str | Path, *, base: str) -> Path:
     """Writes the adapters as PEFT does, for PEFT and vLLM to load.
 
     Args:
-      path: folder to make; older adapters there are elsewhere.
+      path: folder to make; older adapters there are replaced.
       base: name or folder of the model beneath, for whoever loads them.
 
     Raises:

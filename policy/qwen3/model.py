@@ -300,7 +300,7 @@ def logits(model: Qwen3, ids: jax.Array, **where: Any) -> jax.Array:
 
 
 SCORES_AT_ONCE = 2**28
-"""Scores of queries with keys that are held at once; 1 GiB of float32."""
+"""Scores of queries with keys in memory at once; 1 GiB of float32."""
 
 
 class Tokens(NamedTuple):

@@ -71,15 +71,15 @@ def generate(
     """
     for draw in draws:
         _check(draw, model)
-    room = model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     rows = bucket(len(draws), min_rows)
     length = np.ones(rows, np.int32)
     length[: len(draws)] = [len(draw.prompt_ids) for draw in draws]
     limit = np.zeros(rows, np.int32)  # rows that fill the batch are done before they begin
     limit[: len(draws)] = [
-        min(draw.max_completion_length, room - len(draw.prompt_ids)) for draw in draws
+        min(draw.max_completion_length, context - len(draw.prompt_ids)) for draw in draws
     ]
-    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), room)), np.int32)
+    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), context)), np.int32)
     for row, draw in enumerate(draws):
         ids[row, : length[row]] = draw.prompt_ids
     fill = [Draw((0,))] * (rows - len(draws))

@@ -208,7 +208,7 @@ def test_a_rare_action_is_never_chosen(observation):
     bound = made(replace(config, support=0.01), Timid(), **towards(24))
     assert free(KEY, observation).argmax() == 24
     assert bound(KEY, observation).argmax() == 6
-    # The price of leaving the prior does the same without a bound.
+    # The penalty of leaving the prior does the same without a bound.
     assert (
         made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax()
         == 6

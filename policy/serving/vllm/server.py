@@ -123,7 +123,7 @@ class VLLMServer:
         """Starts the server and waits until it answers; again on the same port after it died.
 
         Args:
-          progress: told the phase and the share done, 0 to 1.
+          progress: called with the phase and the share done, 0 to 1.
 
         Raises:
           ServerError: it died or was late; it is stopped then.
@@ -234,7 +234,7 @@ class VLLMServer:
         self._progress(*(reached[-1] if reached else ("starting", 0.0)))
         time.sleep(_POLL_S)
 
-    def _answers(self, method: str, path: str, body: dict | None = None) -> bool:
+    def _answers(self, method: str, path: str, body: dict[str, object] | None = None) -> bool:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.options.host, self.options.host)
         # Not urllib, which might ask a proxy.
         connection = http.client.HTTPConnection(host, self.port, timeout=60.0 if body else 5.0)

@@ -97,11 +97,11 @@ class CachedDialogues(Sequence[Dialogue]):
         self.path = Path(path)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            held = (reader.schema.metadata or {}).get(_KEY)
+            found = (reader.schema.metadata or {}).get(_KEY)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: not readable ({error}); delete it") from None
-        if held is None or (key is not None and held.decode() != key):
+        if found is None or (key is not None and found.decode() != key):
             raise InputError(f"{path}: made from something else than its name says; delete it")
         self._ids, self._own = ([batch.column(c) for batch in batches] for c in (0, 1))
         ends = [column.offsets.to_numpy() for column in self._ids]

@@ -133,7 +133,7 @@ def cut(dialogue: Dialogue, length: int, *, rest: bool = False) -> list[Dialogue
 def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
     """Rows [R, length] of whole dialogues, which do not attend to one another.
 
-    Each goes, in an order drawn by the seed, into the first row with enough room.
+    Each goes, in an order drawn by the seed, into the first row with enough space.
 
     Args:
       dialogues: of at most `length` tokens each.
@@ -163,7 +163,7 @@ class Place(NamedTuple):
 
 
 def layout(lengths: Sequence[int], length: int, *, seed: int) -> list[Place]:
-    """Places for dialogues in rows, each in the first row with enough room.
+    """Places for dialogues in rows, each in the first row with enough space.
 
     Args:
       lengths: tokens of each dialogue.
@@ -178,22 +178,22 @@ def layout(lengths: Sequence[int], length: int, *, seed: int) -> list[Place]:
     longest = max(lengths, default=0)
     if not 0 < longest <= length:
         raise InputError(f"dialogues: the longest has {longest} tokens, expected 1 to {length}")
-    room: list[int] = []
+    space: list[int] = []
     members: list[int] = []
     shortest = min(lengths)
-    usable: list[int] = []  # rows with room for the shortest
+    usable: list[int] = []  # rows with space for the shortest
     places: dict[int, Place] = {}
     for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         needed = lengths[index]
-        row = next((row for row in usable if room[row] >= needed), len(room))
-        if row == len(room):
-            room.append(length)
+        row = next((row for row in usable if space[row] >= needed), len(space))
+        if row == len(space):
+            space.append(length)
             members.append(0)
             usable.append(row)
         members[row] += 1
-        places[index] = Place(row, length - room[row], members[row])
-        room[row] -= needed
-        if room[row] < shortest:
+        places[index] = Place(row, length - space[row], members[row])
+        space[row] -= needed
+        if space[row] < shortest:
             usable.remove(row)
     return [places[index] for index in range(len(lengths))]
 

@@ -65,15 +65,15 @@ class Records:
     @classmethod
     def of(cls, episodes: Episodes) -> Records:
         """Records of episodes."""
-        held: Any = jax.tree.map(np.asarray, episodes)
-        steps = np.arange(held.dynamic.shape[1])
-        valid = steps < held.length[:, None]
-        after = steps < held.length[:, None] - 1
+        arrays: Any = jax.tree.map(np.asarray, episodes)
+        steps = np.arange(arrays.dynamic.shape[1])
+        valid = steps < arrays.length[:, None]
+        after = steps < arrays.length[:, None] - 1
         columns = [schema.INDEX[asked.name] for asked in ASKED]
         always = np.ones((*valid.shape, 1), bool)  # urine output has no mask
-        measured = np.concatenate([held.measured, always], -1)[..., columns]
+        measured = np.concatenate([arrays.measured, always], -1)[..., columns]
         known = measured & np.roll(measured, -1, axis=1) & after[..., None]
-        return cls(held, held.dynamic[..., columns], known, valid)
+        return cls(arrays, arrays.dynamic[..., columns], known, valid)
 
     def next(self, stay: Any, step: Any) -> np.ndarray:
         """[..., F] values one step later."""

@@ -29,9 +29,8 @@ class Learner:
     """A model in training.
 
     Args:
-      model: to start from; it stays as it is. Parameters that are trained are kept in the
-        configured types (products are made in the model's `dtype`), others are shared and keep
-        theirs.
+      model: to start from; it is not changed. Trained parameters are kept in the configured types
+        (products are computed in the model's `dtype`), others are shared and keep their type.
       loss: summed over a micro-batch; the gradient is that of the sum over all micro-batches of
         an update, divided by their summed weight.
       config: settings.

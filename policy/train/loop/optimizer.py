@@ -96,7 +96,7 @@ Loss = Callable[[Qwen3, Any], Summed]
 class State(NamedTuple):
     """What learning changes."""
 
-    params: nnx.State  # matrices in the configured type, the rest float32
+    params: nnx.State[Any, Any]  # matrices in the configured type, the rest float32
     optimizer: optax.OptState
     step: jax.Array  # [] int32 updates made
 
@@ -199,7 +199,7 @@ def _of_matrices(tree: Any, dtype: str) -> Any:
 def _sum_in_float32(path: Any, leaf: jax.Array) -> jax.Array:
     """Outside of the layers: embeddings collect many gradients, one per token or chunk of logits.
 
-    A layer's matrices get one each, whose sum is float32 inside the product.
+    A layer's matrices get one each, whose sum is float32 within the product.
     """
     return leaf if "layers" in jax.tree_util.keystr(path) else widen(leaf)
 

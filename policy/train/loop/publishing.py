@@ -46,7 +46,7 @@ class ServerPublisher:
     served are removed.
 
     Args:
-      control: of the server; it is told the folder's name as it is here.
+      control: of the server, which reads folders under the same path.
       folder: where versions are written.
       source: Hugging Face folder that everything but the weights is copied from.
       dtype: of the weights as written, such as "bfloat16".
@@ -76,7 +76,7 @@ class AdapterPublisher:
     Every version is an adapter of its own, named after it, so that no cache of another is met.
 
     Args:
-      control: of the server; it is told the folder's name as it is here.
+      control: of the server, which reads folders under the same path.
       generator: that is to speak with the adapters.
       folder: where versions are written.
       base: Hugging Face folder of the weights beneath, which the server serves.

@@ -37,9 +37,9 @@ def test_greedy_tokens_are_those_of_transformers(folder, greedy, one_torch_threa
     import torch
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
     for ids, reply in zip(PROMPTS, greedy, strict=True):
-        out = theirs.generate(
+        out = reference.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             do_sample=False,

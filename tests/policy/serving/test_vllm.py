@@ -229,8 +229,8 @@ def test_a_dialogue_with_tools(served):
         try:
             dialogue = backend.open(TOOLS)
             first = await dialogue.ask(asked, sampling=Sampling(1.0, 1.0, 150), seed=5)
-            told = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
-            second = await dialogue.ask([told], sampling=Sampling(1.0, 1.0, 150), seed=5)
+            answered = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
+            second = await dialogue.ask([answered], sampling=Sampling(1.0, 1.0, 150), seed=5)
             return first, second
         finally:
             await backend.close()

@@ -1,4 +1,4 @@
-"""Credit by hand, and where it lands."""
+"""Advantages computed by hand, and the tokens that get them."""
 
 from dataclasses import replace
 
@@ -62,7 +62,7 @@ def test_broken_rules_have_a_price():
 
 
 def test_episode_credit_by_hand():
-    """Patient 1 earned 1 and 3: mean 2, sample SD sqrt(2); patient 2 twice the same."""
+    """Returns of patient 1 are 1 and 3: mean 2, sample SD sqrt(2); patient 2 twice the same."""
     stays = [
         stay(1, [(0, 1.0)]), stay(1, [(1, 1.0), (2, 2.0)]), stay(2, [(0, 5.0)]), stay(2, [(9, 5.0)])
     ]  # fmt: skip
@@ -74,7 +74,7 @@ def test_episode_credit_by_hand():
 
 
 def test_step_credit_meets_where_the_actions_so_far_are_equal():
-    """Both begin in one state and go on in one after action 4; the third went elsewhere.
+    """Both begin in one state and go on in one after action 4; the third took another action.
 
     Returns 6, 2, 1: mean 3. First decisions: to go 6, 2, 1, the same. Second: after action 4 to go
     5 and 1, mean 3; after action 8 alone: 0.
@@ -123,14 +123,14 @@ def test_every_spoken_token_gets_the_credit_of_its_decision():
     assert first.dialogue.ids.tolist() == [100, 50, 0, 7, 101, 50, 1, 7]
     assert first.dialogue.own.tolist() == [False, False, True, True] * 2
     assert first.advantage.tolist() == [0, 0, 0.5, 0.5] * 2
-    assert first.behavior.tolist() == [0, 0, -0.5, 0.0, 0, 0, -0.5, -0.25]
+    assert first.sampler_logprobs.tolist() == [0, 0, -0.5, 0.0, 0, 0, -0.5, -0.25]
     assert second.advantage.tolist() == [0, 0, -2.0, -2.0] * 2
     assert last.advantage.tolist() == [0, 0, -15.0, -15.0]
 
     rows = pack_trajectories([first, second, last], 13, seed=1)
     assert rows.ids.shape == (2, 13)
     assert rows.advantage[rows.mask].sum() == 4 * 0.5 - 4 * 2.0 - 2 * 15.0
-    np.testing.assert_array_equal(rows.proximal, rows.behavior)
-    assert not rows.advantage[~rows.mask].any() and not rows.behavior[~rows.mask].any()
-    for leaf in (rows.ids, rows.advantage, rows.behavior):
+    np.testing.assert_array_equal(rows.old_logprobs, rows.sampler_logprobs)
+    assert not rows.advantage[~rows.mask].any() and not rows.sampler_logprobs[~rows.mask].any()
+    for leaf in (rows.ids, rows.advantage, rows.sampler_logprobs):
         assert not leaf[rows.segments == 0].any()

@@ -67,8 +67,8 @@ def test_an_update_is_adamw_on_the_mean_over_tokens(model):
     expected = jax.tree.map_with_path(moved, params_of(model), gradient)
     sure = jax.tree.map(lambda g: jnp.abs(g) > 1e-6, gradient)
     changed = params_of(learner.model())
-    for x, y, told in zip(*map(jax.tree.leaves, (changed, expected, sure)), strict=True):
-        np.testing.assert_allclose(x[told], y[told], atol=2e-4)
+    for x, y, mask in zip(*map(jax.tree.leaves, (changed, expected, sure)), strict=True):
+        np.testing.assert_allclose(x[mask], y[mask], atol=2e-4)
 
 
 def test_tokens_weigh_alike_in_whatever_micro_batch(model):

@@ -1,4 +1,4 @@
-"""The log beside what went in, the file after a resume, FLOPs beside figures known elsewhere."""
+"""The log beside what went in, the file after a resume, FLOPs beside published figures."""
 
 import json
 from dataclasses import replace

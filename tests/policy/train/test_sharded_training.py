@@ -82,8 +82,8 @@ for kind in ("full", "lora"):
         np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
         np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-4)
     assert jax.tree.map(lambda x: x.sharding, split.state) == places
-    held = jax.tree.leaves((split.state.params, split.state.optimizer))
-    largest = max(held, key=lambda x: x.size)
+    leaves = jax.tree.leaves((split.state.params, split.state.optimizer))
+    largest = max(leaves, key=lambda x: x.size)
     parts = largest.size // largest.addressable_shards[0].data.size
     assert parts == (4 if kind == "full" else 2)
     jax.tree.map(assert_alike, split.state, one.state)
