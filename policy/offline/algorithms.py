@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jaxtyping import Array, Float
 
 from policy.base import Policy, decision_features
 from worldmodel import schema
@@ -185,14 +186,14 @@ def _q_error(taken: jax.Array, batch: Batch, following: jax.Array) -> jax.Array:
 
 def dqn_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Huber loss to r + gamma Q'(s', argmax Q(s', .))."""
     del config
     taken = pick(networks["q"](batch.features), batch.action)
     return _q_error(taken, batch, double_q_value(networks, targets, batch.next_features))
 
 
-def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Array:
+def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> Float[Array, " B"]:
     """[B] value of the next state.
 
     The published description leaves the weights of the two greedy actions open; they are the
@@ -207,7 +208,7 @@ def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Arr
 
 def wd3qne_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Huber loss to r + gamma `wd3qne_value`."""
     del config
     taken = pick(networks["q"](batch.features), batch.action)
@@ -216,7 +217,7 @@ def wd3qne_loss(
 
 def cql_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Double DQN plus alpha (log sum exp Q(s, .) - Q(s, a))."""
     q = networks["q"](batch.features)
     taken = pick(q, batch.action)
@@ -227,7 +228,7 @@ def cql_loss(
 
 def iql_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Expectile regression of V to Q', Q to r + gamma V(s'), actor weighted by exp(beta A)."""
     taken = jax.lax.stop_gradient(pick(targets["q"](batch.features), batch.action))
     advantage = taken - networks["v"](batch.features)[:, 0]
@@ -244,7 +245,7 @@ def iql_loss(
 
 def bcq_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Double DQN among actions the clinician may choose, plus cloning of the clinician."""
     allowed = allowed_actions(networks["behavior"](batch.next_features), config.support)
     following = double_q_value(networks, targets, batch.next_features, allowed)
@@ -307,7 +308,7 @@ class OfflinePolicy(Policy):
         networks = jax.tree.map(lambda leaf: leaf[index][None], self.networks)
         return replace(self, networks=networks)
 
-    def scores(self, observation: Observation) -> jax.Array:
+    def scores(self, observation: Observation) -> Float[Array, "S 25"]:
         """[S, 25] of every seed."""
         features = decision_features(recent(observation, self.past), self.scaler)
         score = ALGORITHMS[self.config.algorithm].score

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from policy.qwen3.model import Qwen3, map_chunks, project
 
@@ -16,16 +17,16 @@ LOGITS_AT_ONCE = 2**27
 class TokenLogprobs(NamedTuple):
     """Under the distribution from which each token was, or would be, drawn."""
 
-    logprob: jax.Array  # [B, T] float32
-    entropy: jax.Array  # [B, T] float32, nats
+    logprob: Float[Array, "B T"]  # float32
+    entropy: Float[Array, "B T"]  # float32, nats
 
 
 def token_logprobs(
     model: Qwen3,
-    ids: jax.Array,
+    ids: Int[Array, "B T"],
     *,
-    positions: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
     temperature: float | jax.Array = 1.0,
     remat: str = "none",
     chunk: int | None = None,
@@ -56,9 +57,9 @@ def token_logprobs(
 
 
 def chunked_logprobs(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
     *,
     temperature: float | jax.Array = 1.0,
     chunk: int | None = None,

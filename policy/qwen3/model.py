@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jaxtyping import Array, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
@@ -290,7 +291,7 @@ def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def logits(model: Qwen3, ids: jax.Array, **where: Any) -> jax.Array:
+def logits(model: Qwen3, ids: Int[Array, "B T"], **where: Any) -> Float[Array, "B T V"]:
     """[B, T, V] float32 logits of the next token after each of `ids` [B, T].
 
     Args:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
@@ -22,8 +23,8 @@ from worldmodel.errors import InputError
 class Summed(NamedTuple):
     """A loss summed over tokens, not yet divided by its weight."""
 
-    total: jax.Array  # [] float32, sum over tokens
-    weight: jax.Array  # [] float32, divisor of the sum over a whole batch
+    total: Float[Array, ""]  # float32, sum over tokens
+    weight: Float[Array, ""]  # float32, divisor of the sum over a whole batch
     metrics: dict[str, jax.Array]  # [] float32 each, sums with the same divisor
 
 
@@ -271,7 +272,10 @@ def policy_loss(
 
 
 def surrogate_loss(
-    logprob: jax.Array, entropy: jax.Array, rows: RolloutRows, objective: Objective
+    logprob: Float[Array, "R L"],
+    entropy: Float[Array, "R L"],
+    rows: RolloutRows,
+    objective: Objective,
 ) -> Summed:
     """The policy-gradient loss from log-probabilities and entropies, which it is differentiable in.
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from policy.agent.dialogue import COMPLETED, Decision, Stay
 from worldmodel import schema
@@ -25,7 +26,7 @@ def group_relative(
     scale: bool = True,
     leave_one_out: bool = False,
     epsilon: float = 1e-4,
-) -> np.ndarray:
+) -> Float[np.ndarray, " N"]:
     """Returns minus the mean of their group.
 
     Args:
@@ -56,7 +57,9 @@ def group_relative(
     return np.where(count[index] > 1, advantage, 0.0).astype(np.float32)
 
 
-def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6) -> np.ndarray:
+def informative(
+    returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6
+) -> Bool[np.ndarray, " N"]:
     """Mask of returns whose group is not constant; others have no gradient (DAPO, 2503.14476).
 
     Args:
@@ -78,7 +81,9 @@ def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6)
     return result
 
 
-def returns_to_go(rewards: np.ndarray, episodes: Labels, *, discount: float) -> np.ndarray:
+def returns_to_go(
+    rewards: np.ndarray, episodes: Labels, *, discount: float
+) -> Float[np.ndarray, " M"]:
     """Discounted sum of the rewards from each step to the end of its episode.
 
     Args:
@@ -110,7 +115,7 @@ def step_relative(
     *,
     scale: bool = True,
     epsilon: float = 1e-4,
-) -> np.ndarray:
+) -> Float[np.ndarray, " M"]:
     """Returns to go, relative to those of other steps that began in an equal state.
 
     Args:
@@ -142,7 +147,7 @@ def gigpo(
     weight: float = 1.0,
     scale: bool = True,
     epsilon: float = 1e-4,
-) -> np.ndarray:
+) -> Float[np.ndarray, " M"]:
     """Advantages of steps: that of the episode plus that of the step (GiGPO, arXiv 2505.10978).
 
     Args:
