@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate_stays, gains
-from tests.policy.train.test_credit import stay
+from tests.policy.train.test_advantage_assignment import stay
 
 UNTREATED = {"meanbp": 60.0}  # with action 0: G1 is broken
 

@@ -181,7 +181,7 @@ def test_balance_and_seeds(episodes):
     assert alone == [q for q in found if q.kind == "effect"]
 
 
-def test_a_lesson_is_the_answer_and_its_end(episodes, tokens):
+def test_a_dialogue_is_the_answer_and_its_end(episodes, tokens):
     (question, *_) = ask(episodes, QuestionConfig(count=3, charts="compact"), seed=0)
     dialogue = as_dialogue(question, tokens)
     assert dialogue.ids[:-1][dialogue.own[:-1]].tolist() == tokens.encode(question.answer)

@@ -121,12 +121,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(runner, taught, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["episode", "step"])
-def test_credit_of_groups_and_a_reference(runner, taught, kind):
+def test_advantages_of_groups_and_a_reference(runner, taught, kind):
     folder, _ = taught
     loop = Loop(runner, folder, kind=kind, reference=True, iterations=2).run()
     for _, figures, _, said in loop.reports:
         assert "kl" in figures or figures["uninformative_stays"] == PATIENTS
-        assert len(set(said)) > PATIENTS // 2  # num_generations of a patient speak differently
+        assert len(set(said)) > PATIENTS // 2  # stays of a patient speak differently
     moved = jax.tree.leaves(nnx.state(loop.trainer.learner.model()))
     assert all(np.isfinite(leaf).all() for leaf in moved)
 

@@ -73,7 +73,7 @@ def test_taught_replies_are_valid_calls(runner, taught):
         assert len(dialogue.ends()) == len(stay.turns)
 
 
-def test_a_teacher_follows_its_policy(runner):
+def test_a_demonstrator_follows_its_policy(runner):
     policy = GuidelineRules()
     stays = runner.replace(seed=1).demonstrate(policy, range(PATIENTS))
     batch = runner.replace(seed=1).reset_batch(range(PATIENTS))
@@ -128,12 +128,12 @@ class Backwards(GuidelineRules):
         return jax.nn.one_hot(jnp.where(observation.step == 0, 7, action), 25)
 
 
-def test_a_teacher_may_look_back(runner):
+def test_a_demonstrator_may_look_back(runner):
     for stay in runner.replace(seed=1).demonstrate(Backwards(), range(PATIENTS)):
         assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
 
 
-def test_a_teacher_cannot_look_farther_than_the_world(runner):
+def test_a_demonstrator_cannot_look_farther_than_the_world(runner):
     class Farther(Backwards):
         past = 13
 
