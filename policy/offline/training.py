@@ -123,10 +123,10 @@ def _train(
     report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, jax.Array]:
     if jax.default_backend() != "cpu":
-        result: tuple[Networks, jax.Array] = train_all(
+        batched: tuple[Networks, jax.Array] = train_all(
             keys, transitions, config=config, report=report
         )
-        return result
+        return batched
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
         done: tuple[Networks, jax.Array] = jax.block_until_ready(  # type: ignore[no-untyped-call]
