@@ -1,1 +1,63 @@
-"""What is done next? Policies behind one protocol."""
+"""How should a patient be treated? Policies: simple, cloned, offline, online, planned, language.
+
+The names below are imported on first use, so that `import policy` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from policy.base import Policy, action_probs
+    from policy.checkpoint import load_policy, save_policy
+    from policy.offline.algorithms import OfflineConfig, OfflinePolicy
+    from policy.offline.data import transitions
+    from policy.offline.training import train_offline
+    from policy.online.ppo import PPOConfig, train_ppo
+    from policy.planner import Planner, PlannerConfig, fit_planner
+    from policy.registry import find, make, names
+
+_HOMES = {
+    "OfflineConfig": "policy.offline.algorithms",
+    "OfflinePolicy": "policy.offline.algorithms",
+    "PPOConfig": "policy.online.ppo",
+    "Planner": "policy.planner",
+    "PlannerConfig": "policy.planner",
+    "Policy": "policy.base",
+    "action_probs": "policy.base",
+    "find": "policy.registry",
+    "fit_planner": "policy.planner",
+    "load_policy": "policy.checkpoint",
+    "make": "policy.registry",
+    "names": "policy.registry",
+    "save_policy": "policy.checkpoint",
+    "train_offline": "policy.offline.training",
+    "train_ppo": "policy.online.ppo",
+    "transitions": "policy.offline.data",
+}
+
+__all__ = [
+    "OfflineConfig",
+    "OfflinePolicy",
+    "PPOConfig",
+    "Planner",
+    "PlannerConfig",
+    "Policy",
+    "action_probs",
+    "find",
+    "fit_planner",
+    "load_policy",
+    "make",
+    "names",
+    "save_policy",
+    "train_offline",
+    "train_ppo",
+    "transitions",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
@@ -37,17 +38,17 @@ class Policy:
     past: ClassVar[int] = 0
     """Rows of `Observation.past` that the policy looks back on."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, 25]:
         """Probabilities [25] of the joint actions; the key is consumed."""
         raise NotImplementedError
 
-    def act(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def act(self, key: jax.Array, observation: Observation) -> Int[Array, ""]:
         """[] int32 joint action 0-24, drawn from the probabilities."""
         return draw_action(self, key, observation)
 
     def action_probs(
         self, episodes: Episodes, *, key: jax.Array | None = None, block: int = 1024
-    ) -> np.ndarray:
+    ) -> Float[np.ndarray, "N T 25"]:
         """[N, T, 25] probabilities in every recorded row; see `action_probs`."""
         return action_probs(self, episodes, key=key, block=block)
 
@@ -58,7 +59,7 @@ def action_probs(
     *,
     key: jax.Array | None = None,
     block: int = 1024,
-) -> np.ndarray:
+) -> Float[np.ndarray, "N T 25"]:
     """[N, T, 25] probabilities of a policy in every recorded row; uniform on padding.
 
     Args:
@@ -94,7 +95,8 @@ def _on_rows(
     past: int,
 ) -> jax.Array:
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, row)
-    return jax.vmap(policy)(keys, observation_at(episodes, stay, step, past=past))
+    result: jax.Array = jax.vmap(policy)(keys, observation_at(episodes, stay, step, past=past))
+    return result
 
 
 def decision_features(observation: Observation, scaler: Scaler) -> jax.Array:

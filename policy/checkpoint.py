@@ -159,7 +159,8 @@ def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
         keys = jax.random.split(jax.random.key(0), settings["seeds"])
         return OfflinePolicy(jax.vmap(make)(keys), _scaler(), config, settings["temperature"])
 
-    return load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    result: Policy = load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    return result
 
 
 def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
@@ -172,7 +173,8 @@ def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
         actor = Perceptron(width, config.hidden, schema.NUM_ACTIONS, rngs=rngs)
         return OnlinePolicy(actor, _scaler(), config, settings["temperature"])
 
-    return load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    result: Policy = load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    return result
 
 
 def _clone_settings(policy: Any) -> dict[str, Any]:
@@ -189,9 +191,13 @@ def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
             centers = jnp.zeros((count, settings["features"]))
             log_probs = jnp.zeros((count, schema.NUM_ACTIONS))
             return Clusters(_scaler(), uncalibrated(), centers, log_probs)
-        return _CLONES[name].initial(jax.random.key(0), _scaler(), settings["hidden"])
+        result: ClonedClinician = _CLONES[name].initial(
+            jax.random.key(0), _scaler(), settings["hidden"]
+        )
+        return result
 
-    return load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    result: Policy = load_arrays(path / _ARRAYS, jax.eval_shape(untrained))
+    return result
 
 
 def _planner_settings(policy: Any) -> dict[str, Any]:

@@ -118,8 +118,8 @@ def fit_behavior(
     episodes = jax.tree.map(jnp.asarray, episodes)
     scaler = Scaler.fit(episodes, split="train")
     action = np.asarray(episodes.action)
-    held = np.zeros(action.shape, bool)
-    held[rows[held_out]] = True
+    reported = np.zeros(action.shape, bool)
+    reported[rows[held_out]] = True
     fits = []
     for number, name in enumerate(models):
         model_key = jax.random.fold_in(key, number)
@@ -130,9 +130,9 @@ def fit_behavior(
         calibration = fit_calibration(jnp.asarray(log_probs), jnp.asarray(action[seen]))
         policy = policy.replace(calibration=calibration)
         probs = policy.action_probs(episodes)
-        report, reliability = judge(probs, action, held)
+        report, reliability = judge(probs, action, reported)
         report.update({name: float(x) for name, x in calibration._asdict().items()})
-        before = judge(raw, action, held)
+        before = judge(raw, action, reported)
         fits.append(BehaviorFit(name, policy, probs, report, reliability, *before))
     return sorted(fits, key=lambda fitted: fitted.report["nll"])
 
@@ -185,7 +185,8 @@ def _train(
         observation = observation_at(episodes, stay, step, past=policy.past)
         logits = jax.vmap(policy.replace(params=params).logits)(observation)
         action = episodes.action[stay, step]
-        return optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
+        result: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
+        return result
 
     def update(carry: Any, rows: jax.Array) -> tuple[Any, None]:
         params, state = carry

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from flax import struct
+from jaxtyping import Array, Float
 from sklearn.cluster import MiniBatchKMeans
 
 from policy.base import Policy
@@ -37,11 +38,11 @@ class ClonedClinician(Policy):
     scaler: Scaler
     calibration: Calibration
 
-    def logits(self, observation: Observation) -> jax.Array:
+    def logits(self, observation: Observation) -> Float[Array, 25]:
         """[25] before calibration."""
         raise NotImplementedError
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, 25]:
         """[25] calibrated probabilities."""
         del key
         temperature, lapse = self.calibration
@@ -55,7 +56,7 @@ class Logistic(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, observation: Observation) -> jax.Array:
+    def logits(self, observation: Observation) -> Float[Array, 25]:
         """[25] before calibration."""
         return _head(self.params, _inputs(observation, self.scaler))
 
@@ -73,7 +74,7 @@ class MLP(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, observation: Observation) -> jax.Array:
+    def logits(self, observation: Observation) -> Float[Array, 25]:
         """[25] before calibration."""
         x = _inputs(observation, self.scaler) @ self.params["in"] + self.params["in_bias"]
         return _head(self.params, jax.nn.relu(x))
@@ -98,7 +99,7 @@ class GRU(ClonedClinician):
     params: dict[str, jax.Array]
     past: ClassVar[int] = schema.STATE_WINDOW
 
-    def logits(self, observation: Observation) -> jax.Array:
+    def logits(self, observation: Observation) -> Float[Array, 25]:
         """[25] before calibration."""
         p = self.params
         assert observation.past is not None, "a GRU needs observations with Observation.past"
@@ -138,7 +139,7 @@ class Clusters(ClonedClinician):
     centers: jax.Array  # [K, D]
     log_probs: jax.Array  # [K, 25]
 
-    def logits(self, observation: Observation) -> jax.Array:
+    def logits(self, observation: Observation) -> Float[Array, 25]:
         """[25] log-frequencies of the nearest cluster."""
         distance = (self.centers**2).sum(-1) - 2 * self.centers @ _inputs(observation, self.scaler)
         return self.log_probs[jnp.argmin(distance)]
@@ -282,13 +283,14 @@ def fit_calibration(logits: jax.Array, action: jax.Array) -> Calibration:
         return Calibration(fit_temperature(logits, action, 1 - lapsed), lapsed.mean())
 
     start = Calibration(fit_temperature(logits, action), jnp.float32(0.05))
-    return jax.lax.fori_loop(0, _ROUNDS, improve, start)
+    result: Calibration = jax.lax.fori_loop(0, _ROUNDS, improve, start)
+    return result
 
 
 @jax.jit
 def fit_temperature(
     logits: jax.Array, action: jax.Array, weight: jax.Array | float = 1.0
-) -> jax.Array:
+) -> Float[Array, ""]:
     """[] temperature T that makes softmax(logits / T) likeliest (Guo et al., ICML 2017).
 
     Args:

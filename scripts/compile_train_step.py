@@ -182,7 +182,9 @@ def lowered(case: Case, config: Qwen3Config, mesh: Any) -> Any:
     """The update of a learner, for shapes on a mesh."""
     trainable = nnx.LoRAParam if case.lora else nnx.Param
     learning = LearnerConfig(
-        accumulate=case.accumulate, param_dtype=case.param_dtype, moment_dtype=case.param_dtype
+        gradient_accumulation_steps=case.accumulate,
+        param_dtype=case.param_dtype,
+        moment_dtype=case.param_dtype,
     )
 
     def make() -> Qwen3:

@@ -22,7 +22,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "small": {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4},
 }
-LESSONS = {"short": taught_qwen3.LESSONS, "whole": taught_qwen3.WHOLE_STAYS}
+PHASES = {"short": taught_qwen3.PHASES, "whole": taught_qwen3.WHOLE_STAYS}
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--teach",
-        choices=LESSONS,
+        choices=PHASES,
         nargs="?",
         const="short",
         help="stays of three decisions or so (short, the default), or longer ones (whole)",
@@ -43,7 +43,7 @@ def main() -> None:
     arguments = parser.parse_args()
     settings = dict(SIZES[arguments.size]) if arguments.size else {}
     if arguments.teach:
-        settings["lessons"] = LESSONS[arguments.teach]
+        settings["phases"] = PHASES[arguments.teach]
     else:
         settings = SIZES["tiny"] | settings
     if arguments.rope_theta:

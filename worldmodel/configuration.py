@@ -64,6 +64,9 @@ def from_mapping(cls: type[T], value: object, *, source: str, base: T | None = N
       source: named in errors.
       base: has the settings that are not given; the defaults if there is none.
 
+    A dataclass may list earlier names of its settings in `RENAMED: ClassVar[dict[str, str]]`; the
+    error for one of them gives the name that it has now.
+
     Raises:
       InputError: a key is unknown, or a value has another type than the field.
     """
@@ -72,6 +75,7 @@ def from_mapping(cls: type[T], value: object, *, source: str, base: T | None = N
     arguments: dict[str, object] = {}
     for key, item in _mapping(value, source).items():
         if key not in names:
+            _require_current(cls, str(key), source)
             raise InputError(f"{source}: unknown setting {key!r}; known: {', '.join(names)}")
         hint = hints[key]
         if dataclasses.is_dataclass(hint):
@@ -80,6 +84,13 @@ def from_mapping(cls: type[T], value: object, *, source: str, base: T | None = N
         else:
             arguments[key] = _checked(hint, item, f"{source}: {key}")
     return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
+
+
+def _require_current(cls: type, key: str, source: str) -> None:
+    """Refuses an earlier name of a setting, as listed in `RENAMED` of its dataclass."""
+    name = key.partition(".")[0]  # the rest of an override's path below a name that is unknown
+    if name in getattr(cls, "RENAMED", {}):
+        raise InputError(f"{source}: {name}: renamed, now {cls.RENAMED[name]}")  # type: ignore[attr-defined]
 
 
 def _mapping(value: object, source: str) -> Mapping[str, object]:

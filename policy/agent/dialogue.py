@@ -1,10 +1,7 @@
-"""One patient's whole stay as one dialogue: propose, simulate, refine, prescribe.
+"""Dialogues in which a language model treats patients: propose, simulate, refine, prescribe.
 
-Nothing is prescribed but what the model prescribed in a call that could be read with certainty.
-Everything else goes back to the model as an error, a bounded number of times; after that the
-stay has failed, and counts as failed.
-
-Many stays at once.
+Only an unambiguous call of the model prescribes. Every other reply is answered with an error, a
+bounded number of times per decision; after that the stay has failed.
 """
 
 from __future__ import annotations
@@ -53,14 +50,14 @@ _OUTCOMES = {
 
 @dataclass(frozen=True)
 class DialogueConfig:
-    """Bounds of a dialogue.
+    """Limits of a dialogue.
 
     Attributes:
       max_simulations: simulation calls answered per decision.
-      max_invalid: invalid calls and replies per decision; with one more the stay has failed.
+      max_invalid: invalid calls and replies per decision; one more fails the stay.
       memory: "stay": one conversation from admission to the end; "decision": every decision
-        begins a new one with the chart as it is then, so that contexts stay short.
-      sampling: how replies are drawn.
+        begins a new one with the current chart, which keeps contexts short.
+      sampling: temperature, top-p and length of replies.
     """
 
     max_simulations: int = 10
@@ -75,17 +72,17 @@ class DialogueConfig:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the model was told, and what it said."""
+    """Messages to the model, and its reply."""
 
     messages: tuple[dict[str, Any], ...]
     reply: Reply
     seed: int
-    opens: bool = False  # a conversation: nothing that was said before is known
+    opens: bool = False  # true at the first turn of a conversation
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A treatment, the state it answered, and what it brought."""
+    """A treatment with the state before it and its reward."""
 
     step: int  # row since admission
     action: int  # joint action 0-24
@@ -98,8 +95,8 @@ class Decision:
     previous_vasopressor: int
     simulations: int  # calls answered
     invalid: int  # calls and replies refused
-    probabilities: tuple[float, ...] | None = None  # [25] of all prescriptions, where asked for
-    values: tuple[float, ...] | None = None  # [25] by the pool's state scorer, where it has one
+    probabilities: tuple[float, ...] | None = None  # [25] of all prescriptions, if requested
+    values: tuple[float, ...] | None = None  # [25] of the pool's state scorer, if it has one
     turn: int = 0  # index of the turn that prescribed
 
 
@@ -117,11 +114,11 @@ class Stay:
     turns: list[Turn] = field(default_factory=list)
     closing: str = ""  # the answer to the last prescription
     invalid: Counter[str] = field(default_factory=Counter)  # by reason
-    tool_calls: int = 0  # that were answered with what they asked for
+    tool_calls: int = 0  # number of valid calls
 
     @property
     def total_reward(self) -> float:
-        """Undiscounted."""
+        """Undiscounted sum of rewards."""
         return sum(decision.reward for decision in self.decisions)
 
 
@@ -139,13 +136,13 @@ async def treat(
     """Lets a language model treat a patient of a pool until the stay ends or fails.
 
     Args:
-      slot: the patient's place on the pool.
-      patient: identity, for the record and the seeds.
+      slot: of the patient in the pool.
+      patient: identifier, for the record and the seeds.
       backend: the model.
-      pool: where the patient is.
-      prompts: what the model is told.
-      config: bounds.
-      seed: of the attempt; each reply has a seed of its own, by attempt, patient and turn.
+      pool: environments.
+      prompts: texts of the dialogue.
+      config: limits.
+      seed: of the attempt; the seed of a reply depends on it, the patient and the turn.
       scorer: of the backend, to note the probabilities of all 25 prescriptions at each decision.
     """
     return await _Dialogue(slot, patient, backend, pool, prompts, config, seed, scorer).run()
@@ -194,7 +191,7 @@ class _Dialogue:
         return self.stay
 
     def _open(self) -> list[dict[str, Any]]:
-        """Begins a conversation; what it begins with."""
+        """Opens a conversation and returns its first messages."""
         can_simulate = self.pool.can_simulate
         self.conversation = self.backend.open(SCHEMAS if can_simulate else SCHEMAS[1:])
         return self.prompts.first(self.chart, can_simulate=can_simulate)
@@ -208,7 +205,7 @@ class _Dialogue:
         return reply
 
     async def _answer(self, reply: Reply) -> list[dict[str, Any]]:
-        """What the model is told next."""
+        """Messages that answer a reply."""
         if not reply.tool_calls:
             reason = "truncated" if reply.finish_reason == LENGTH else "no_call"
             return [{"role": "user", "content": self._refuse(reason)}]

@@ -1,8 +1,8 @@
-"""The pool: all patients under treatment at once, on the device, behind two questions.
+"""Pool of environments: all patients under treatment, stepped in batches on the device.
 
-Dialogues run one by one and wait for each other; the device works in batches. Whatever they ask
-meanwhile, what would happen (`simulate`) or what does happen (`prescribe`), is answered by one
-jitted call for all of them.
+Each patient has a slot and a dialogue of its own. Requests of the dialogues that wait at the same
+time, for a forecast (`simulate`) or for the next step (`prescribe`), are answered by one jitted
+call.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CAPACITY = 64
 _MAX_WAIT_S = 0.002
 
 StateScorer = Callable[[EnvState], jax.Array]
-"""Of the states of B patients, leaves [B, ...]: numbers [B, 25], one for each joint action."""
+"""Function of the states of B patients, leaves [B, ...], to values [B, 25] of all actions."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,13 @@ def reset_batch(
     """N patients at the start of their episodes.
 
     Args:
-      env: whose observations are observations that look back `Forecaster.past` rows.
-      keys: [N] the whole luck of each episode.
+      env: environment whose observations include `Forecaster.past` past rows.
+      keys: [N] random key of each episode.
       patients: [N] int32 identities.
       stays: [N] indices of recorded stays to start from, for a learned world model.
 
     Raises:
-      InputError: nobody to reset_batch.
+      InputError: there are no patients.
     """
     if not len(patients):
         raise InputError("patients: none to treat; pick a split that has some")
@@ -66,33 +66,32 @@ def reset_batch(
 
 
 class EnvPool:
-    """Patients who wait for decisions.
+    """Environments of N patients, addressed by slot.
 
     Args:
-      env: the world that the patients live in.
-      admission: from `reset_batch` with the same environment.
-      forecaster: the world model that answers questions; it may be another world than `env`.
-        None where there is none to ask.
-      capacity: patients in a batch.
-      state_scorer: looks at everybody whose state is new, before anybody decides; what it says is
-        found in `values` and never told to the model.
-      lockstep: shared with the model's generator, for equal batches in equal runs.
+      env: the environment of the patients.
+      batch: made by `reset_batch` with the same environment.
+      forecaster: world model that answers simulations, which may differ from `env`; None for
+        none.
+      capacity: patients per jitted call.
+      state_scorer: computes `values` of each new state; the language model does not see them.
+      lockstep: shared with the generator of the model; makes runs reproducible.
     """
 
     def __init__(
         self,
         env: SepsisEnv,
-        admission: EnvBatch,
+        batch: EnvBatch,
         forecaster: Forecaster | None,
         *,
         capacity: int = CAPACITY,
         state_scorer: StateScorer | None = None,
         lockstep: Lockstep | None = None,
     ):
-        self._env, self._states, self._patients = env, admission.states, admission.patients
+        self._env, self._states, self._patients = env, batch.states, batch.patients
         self._forecaster = forecaster
-        self._capacity = min(capacity, len(admission.patients))
-        self._first = jax.device_get(admission.states.last)
+        self._capacity = min(capacity, len(batch.patients))
+        self._first = jax.device_get(batch.states.last)
         thread = ThreadPoolExecutor(1, thread_name_prefix="pool")
         batcher = partial(
             Batcher,
@@ -105,34 +104,34 @@ class EnvPool:
         self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
         self._thread = thread
         self._state_scorer = state_scorer
-        self._values: list[tuple[float, ...] | None] = [None] * len(admission.patients)
-        for start in range(0, len(admission.patients), self._capacity):
-            stop = min(start + self._capacity, len(admission.patients))
+        self._values: list[tuple[float, ...] | None] = [None] * len(batch.patients)
+        for start in range(0, len(batch.patients), self._capacity):
+            stop = min(start + self._capacity, len(batch.patients))
             self._score_states(range(start, stop))
 
     @property
     def can_simulate(self) -> bool:
-        """Whether there is a world model to ask."""
+        """Whether there is a world model that answers simulations."""
         return self._forecaster is not None
 
     def initial(self, slot: int) -> Timestep:
-        """What was seen of a patient at the start, as numpy arrays."""
+        """The first time step of a patient, as NumPy arrays."""
         return _row(self._first, slot)
 
     def values(self, slot: int) -> tuple[float, ...] | None:
-        """[25] by the state scorer, of the state that a patient is in now; None without one."""
+        """[25] values of the current state by the state scorer; None without one."""
         return self._values[slot]
 
     async def simulate(self, slot: int, actions: tuple[int, ...]) -> Forecast:
-        """What the world model expects under one to three joint actions; leaves [K, ...]."""
+        """Forecasts of the world model for one to three joint actions; leaves [K, ...]."""
         return await self._questions.ask((slot, actions))
 
     async def prescribe(self, slot: int, action: int) -> Timestep:
-        """Four hours under a joint action, as numpy arrays."""
+        """Steps a patient by a joint action; the time step as NumPy arrays."""
         return await self._orders.ask((slot, action))
 
     def close(self) -> None:
-        """Lets go of the thread."""
+        """Shuts the thread down."""
         self._thread.shutdown(wait=False)
 
     def _forecast(self, asked: Sequence[tuple[int, tuple[int, ...]]]) -> list[Forecast]:
@@ -149,7 +148,7 @@ class EnvPool:
         ]
 
     def _move(self, orders: Sequence[tuple[int, int]]) -> list[Timestep]:
-        # Rows beyond the last patient are read as the last one's and written nowhere.
+        # Padded rows have an index out of range: reads are clamped, writes are dropped.
         slots = self._padded([slot for slot, _ in orders], len(self._patients))
         actions = self._padded([action for _, action in orders], 0)
         self._states, timesteps = _step(self._env, self._states, slots, actions)
@@ -161,7 +160,7 @@ class EnvPool:
         if self._state_scorer is None:
             return
         found = np.asarray(self._state_scorer(_states(self._states, self._padded([*slots], 0))))
-        for slot, values in zip(slots, found.tolist(), strict=False):  # the rest fills the batch
+        for slot, values in zip(slots, found.tolist(), strict=False):  # the rest is padding
             self._values[slot] = tuple(values)
 
     def _padded(self, values: list[int], fill: int) -> np.ndarray:
@@ -180,7 +179,8 @@ def _observations(states: EnvState, slots: jax.Array) -> Any:
 
 @jax.jit
 def _states(states: EnvState, slots: jax.Array) -> EnvState:
-    return jax.tree.map(lambda leaf: leaf[slots], states)
+    result: EnvState = jax.tree.map(lambda leaf: leaf[slots], states)
+    return result
 
 
 @partial(jax.jit, donate_argnums=1)
@@ -190,9 +190,10 @@ def _step(
     chosen = jax.tree.map(lambda leaf: leaf[slots], states)
     moved, timesteps = jax.vmap(env.step)(chosen, actions)
     after = jax.tree.map(lambda old, new: old.at[slots].set(new, mode="drop"), states, moved)
-    # Who asks has seen the past already, and it is most of what would travel to the host.
+    # The dialogue has seen the past rows before, and they are most of the data to transfer.
     return after, replace(timesteps, observation=replace(timesteps.observation, past=None))
 
 
 def _row(batch: Timestep, row: int) -> Timestep:
-    return jax.tree.map(itemgetter(row), batch)
+    result: Timestep = jax.tree.map(itemgetter(row), batch)
+    return result

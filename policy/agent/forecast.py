@@ -1,4 +1,4 @@
-"""What the world model expects four hours ahead, for many patients and treatments at once."""
+"""One-step forecasts of the world model for many patients and treatments at once."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MAX_BRANCHES = 65_536  # a single step: blocks that fit the caches would repeat
 
 @dataclass(frozen=True)
 class ForecastConfig:
-    """How questions are answered.
+    """Settings of forecasts.
 
     Attributes:
-      samples: futures per treatment, a multiple of the ensemble size; with common noise, so that
-        treatments are compared under the same random numbers.
+      samples: futures per treatment, a multiple of the ensemble size; all treatments share
+        their random numbers.
       mode: "corrected", or "reference": one noisy future per treatment, as SepsisAgent's tool.
     """
 
@@ -56,18 +56,18 @@ class Forecast:
     sofa: Any  # [...] mean points
     ventilation: Any  # [...] mean probability
     disagreement: Any  # [...] SD of the members' means, z-scores, mean over features
-    support: Any  # [...] probability that a clinician gives it; NaN if none is known
+    support: Any  # [...] probability of the action under the behaviour policy; NaN without one
 
 
 class Forecaster:
-    """Answers questions of a fixed number of patients and treatments in one jitted batch.
+    """Forecasts for a fixed number of patients and treatments in one jitted call.
 
     Args:
       world_model: one model or an ensemble.
-      key: of the noise, which depends on patient, row and sample alone: the same question has the
-        same answer.
-      config: how to answer.
-      behavior: the clinicians' policy, for `Forecast.support`.
+      key: of the noise, which depends on patient, row and sample alone: equal requests have
+        equal forecasts.
+      config: settings.
+      behavior: behaviour policy of the clinicians, for `Forecast.support`.
 
     Raises:
       InputError: the number of samples does not fit the ensemble, or the behaviour policy looks
@@ -104,7 +104,7 @@ class Forecaster:
         """Forecasts [B, K] as numpy arrays.
 
         Args:
-          observations: what is seen of B patients, leaves [B, ...], with at least 12 rows of past.
+          observations: of B patients, leaves [B, ...], with at least 12 past rows.
           patients: [B] int32 identities, which the noise depends on.
           actions: [B, K] int32 joint actions.
         """
@@ -134,7 +134,8 @@ class Forecaster:
         )
         low, high = _quantiles(np.asarray(values))
         found = Forecast(mean, low, high, sofa, ventilation, disagreement, support)
-        return jax.device_get(found)
+        result: Forecast = jax.device_get(found)
+        return result
 
 
 def _quantiles(values: np.ndarray) -> list[np.ndarray]:
@@ -158,7 +159,8 @@ def _quantiles(values: np.ndarray) -> list[np.ndarray]:
 @jax.jit
 def _histories(world_model: WorldModel, observations: Observation, patients: jax.Array) -> History:
     histories = jax.vmap(partial(history_from_observation, world_model))(observations)
-    return replace(jax.tree.map(lambda leaf: leaf[:, 0], histories), patient=patients)
+    result: History = replace(jax.tree.map(lambda leaf: leaf[:, 0], histories), patient=patients)
+    return result
 
 
 @partial(jax.jit, static_argnames="past")

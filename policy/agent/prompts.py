@@ -232,7 +232,7 @@ class Prompts:
       templates: "full" (SepsisAgent's contents in our words), "compact" (for small models), or a
         folder.
       hours: per step.
-      max_simulations: calls per decision, as the agent is told.
+      max_simulations: calls per decision, as shown to the agent.
       support_limit: probability under the clinicians' policy below which a simulated treatment
         comes with a warning.
       intervals: tell 90% intervals, not the mean alone.

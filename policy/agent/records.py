@@ -1,8 +1,7 @@
-"""What an agent did, stay by stay: an append-only file of JSON lines.
+"""Records of an agent run: an append-only file of JSON lines, one per attempt at a stay.
 
-One line per attempt at a stay, written when the attempt has ended, so that a run that was killed
-loses the stays it was in and nothing else. A stay that failed may have several attempts; the last
-one counts.
+A line is written when the attempt ends, so that a killed run loses only the stays in progress. A
+stay that failed may have several attempts, of which the last counts.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ RECORDS_FILE = "records.jsonl"
 def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
     """A stay as JSON-ready data, with `extra` fields.
 
-    `turns[i].prompt_ids` holds the ids since the reply before; where what was read does not begin
-    with all that was read and written before, it holds everything and `restarts` is true.
+    `turns[i].prompt_ids` has the ids since the previous reply. If the prompt does not begin with
+    all earlier ids, it has the whole prompt and `restarts` is true.
     """
     return {
         "version": VERSION,
@@ -49,7 +48,7 @@ def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any]) -> Stay:
-    """The stay of a record, as it was before `to_record`."""
+    """The stay of a record; the inverse of `to_record`."""
     read: tuple[int, ...] = ()
     turns: list[Turn] = []
     for turn in record["turns"]:
@@ -81,11 +80,10 @@ def from_record(record: Mapping[str, Any]) -> Stay:
 
 
 class Records:
-    """The file of a run.
+    """The records file of a run.
 
     Args:
-      path: the file; made where it is missing. Half a line at its end, which a kill can leave, is
-        cut off.
+      path: the file, created if it is missing. An incomplete last line is removed.
 
     Raises:
       InputError: a line is no record.
@@ -101,7 +99,7 @@ class Records:
             self._count(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Writes one attempt; it is on the disk when this returns.
+        """Writes one attempt and flushes it to the disk.
 
         Raises:
           InputError: the stay was completed before.
@@ -137,7 +135,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_attempts(path: Path) -> dict[int, dict[str, Any]]:
-    """The attempt that counts of each stay, by patient, in order of patients."""
+    """The last attempt at each stay, by patient, sorted."""
     found = {record["patient"]: record for record in read_records(path)}
     return dict(sorted(found.items()))
 
@@ -150,7 +148,8 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     known = isinstance(record, dict) and record.get("version") == VERSION
     if not known or not isinstance(record.get("patient"), int):
         raise InputError(f"{path}: line {number} is no record of version {VERSION}")
-    return record
+    result: dict[str, Any] = record
+    return result
 
 
 def _cut_off_half_line(path: Path) -> None:
@@ -170,10 +169,10 @@ def _cut_off_half_line(path: Path) -> None:
 
 
 def newly_read(turns: Sequence[Turn]) -> Iterator[tuple[tuple[int, ...] | None, bool]]:
-    """For each turn the ids read since the reply before it; None where a backend tells none.
+    """Yields for each turn the prompt ids since the previous reply, None if unknown.
 
-    With them, whether what was read did not begin with all that was read and written before;
-    then it is all there.
+    With them comes whether the prompt restarted, which means that it does not begin with all
+    earlier ids; then the whole prompt is yielded.
     """
     before: tuple[int, ...] = ()
     for turn in turns:

@@ -1,4 +1,4 @@
-"""A backend that follows a script instead of a language model: for tests and benchmarks."""
+"""Backend that follows a script instead of a language model, for demonstrations and tests."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _drawn(seed: int) -> tuple[int, ...]:
 
 
 simulate_and_prescribe = simulating(_drawn)
-"""Treatments are drawn by the seed, evenly."""
+"""Simulates three actions drawn uniformly by the seed, and prescribes the first."""
 
 
 Script = Callable[[Sequence[Message], int], Reply]
@@ -56,7 +56,7 @@ Script = Callable[[Sequence[Message], int], Reply]
 
 
 class ScriptedBackend:
-    """Replies that a function gives.
+    """A backend whose replies are computed by a function.
 
     Args:
       script: see `Script`.
@@ -71,7 +71,7 @@ class ScriptedBackend:
         return ScriptedConversation(self.script)
 
     async def close(self) -> None:
-        """Nothing to let go of."""
+        """Does nothing."""
 
 
 class ScriptedConversation:

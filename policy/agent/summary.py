@@ -1,4 +1,4 @@
-"""What a run of an agent amounts to: reward, deaths, rules, tools, failures, tokens."""
+"""Summary of an agent run: reward, deaths, guideline rules, tool calls, failures, tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from worldmodel.clinical.safety import Prescriptions, judge
 
 RATES = ("adherence", "unsafe", "underdosing", "overdosing", "g1", "g2", "dose_jump",
          "abrupt_stop", "early_fluid_missed")  # fmt: skip
-"""Shown of the safety report, percent of prescriptions."""
+"""Columns of the safety report that are included, in percent of prescriptions."""
 
 
 def summarize(
@@ -26,12 +26,12 @@ def summarize(
     step_hours: float = schema.STEP_HOURS,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
 ) -> dict[str, Any]:
-    """Plain figures of a run by its records; failed stays count as failures and nowhere else.
+    """Figures of a run from its records; rewards, deaths and rates are of completed stays.
 
     Args:
-      records: the attempt that counts of each stay.
+      records: the last attempt at each stay.
       step_hours: hours per step.
-      dose_edges: whose middle doses the fluid levels stand for.
+      dose_edges: their mid-interval doses stand for the fluid levels.
 
     Returns:
       Numbers by name, None where there is nothing to count: `stays`, `completed`, `failed`,
@@ -82,7 +82,7 @@ def summarize(
 
 
 class _Done(NamedTuple):
-    """What is kept of a completed stay; its turns may be long."""
+    """Fields of a completed stay that are needed, without its turns."""
 
     total_reward: float
     died: bool

@@ -83,7 +83,7 @@ REASONS: dict[str, str] = {
     "too_many_simulations": "no more simulations at this decision; prescribe",
     "not_alone": "a prescription must be the only call of a reply",
 }
-"""Why a reply can be refused, as the model is told."""
+"""Reasons of refusals, with the message to the model."""
 
 
 class InvalidCallError(Exception):
@@ -199,7 +199,8 @@ def _pair(value: Any) -> int:
     if found is None:
         numbers = re.fullmatch(r"\[ ?-?\d+ ?, ?-?\d+ ?\]", value, re.ASCII)
         raise InvalidCallError("out_of_range" if numbers else "wrong_type")
-    return schema.action_index(int(found[1]), int(found[2]))
+    result: int = schema.action_index(int(found[1]), int(found[2]))
+    return result
 
 
 class ActionScorer:
@@ -229,4 +230,5 @@ class ActionScorer:
         """
         logprobs = np.array(await self._generator.score(prompt_ids, self._calls), np.float64)
         weights = np.exp(logprobs - logprobs.max())
-        return weights / weights.sum()
+        result: np.ndarray = weights / weights.sum()
+        return result

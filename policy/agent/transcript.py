@@ -1,4 +1,4 @@
-"""Records as pages that people read, and in the form of SepsisAgent's result files."""
+"""Transcripts of records in Markdown and HTML, and result files in the format of SepsisAgent."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from worldmodel.clinical import rules
 
 
 class Entry(NamedTuple):
-    """Something said, and by whom."""
+    """A message and its speaker."""
 
     speaker: str
     text: str
 
 
 def markdown(record: Mapping[str, Any]) -> str:
-    """The dialogue of a stay as Markdown; what was said stands in fences."""
+    """The dialogue of a stay as Markdown; messages are fenced code blocks."""
     parts = [f"# Patient {record['patient']}", _headline(record)]
     for entry in entries(record):
         fence = "```"
@@ -31,7 +31,7 @@ def markdown(record: Mapping[str, Any]) -> str:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    """The same as one self-contained HTML page; whatever was said is text, never markup."""
+    """The dialogue of a stay as a self-contained HTML page; messages are escaped."""
     body = "\n".join(
         f"<section><h2>{html.escape(entry.speaker)}</h2><pre>{html.escape(entry.text)}</pre>"
         "</section>"
@@ -48,7 +48,7 @@ def page(record: Mapping[str, Any]) -> str:
 
 
 def entries(record: Mapping[str, Any]) -> Iterator[Entry]:
-    """All that was said, in order."""
+    """All messages in order."""
     for turn in record["turns"]:
         for message in turn["messages"]:
             name = f": {message['name']}" if message["role"] == "tool" else ""
@@ -83,8 +83,8 @@ def _headline(record: Mapping[str, Any]) -> str:
 def published_results(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One entry per completed stay: metadata and the log of messages.
 
-    Failed stays are left out, since that form has no place for them. `real`, the recorded course,
-    is there where the record has it.
+    Failed stays are left out, since the format does not allow them. `real` is the recorded course,
+    if the record has it.
     """
     done = [record for record in records if record["status"] == COMPLETED]
     return [

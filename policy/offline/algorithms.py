@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jaxtyping import Array, Float
 
 from policy.base import Policy, decision_features
 from worldmodel import schema
@@ -24,7 +25,7 @@ NAMES = ("dqn", "wd3qne", "cql", "iql", "bcq")
 
 @dataclass(frozen=True)
 class OfflineConfig:
-    """What to train and how.
+    """Settings of offline reinforcement learning.
 
     Attributes:
       algorithm: one of `NAMES`; see `policy.offline.algorithms`.
@@ -34,11 +35,11 @@ class OfflineConfig:
       learning_rate: peak of a warm-up and cosine schedule.
       weight_decay: decoupled, on matrices only.
       gamma: discount per step.
-      polyak: share of the networks that their targets take over after every step.
-      copy_every: copy the targets whole every so many steps instead; 0 for Polyak.
+      polyak: weight of the networks in the moving average of their targets, per step.
+      copy_every: steps between copies of the networks to the targets; 0 for Polyak averaging.
       cql_alpha: weight of CQL's penalty.
       expectile: of IQL's value.
-      beta: how sharply IQL's actor follows the advantage.
+      beta: inverse temperature of the advantage weights of IQL's actor.
       support: BCQ allows an action where its behaviour probability is at least this share of the
         likeliest one's.
       past: rows that the features look back on, the newest included; 0 for the state alone.
@@ -96,6 +97,7 @@ class Perceptron(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] of features [..., D]."""
         for layer, norm in zip(self.layers, self.norms, strict=True):
             x = jax.nn.relu(norm(layer(x)))
         return self.out(x)
@@ -108,19 +110,20 @@ class DuelingQ(nnx.Module):
         self.trunk = Perceptron(width, hidden, 1 + actions, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., 25] action values of features [..., D]."""
         value, advantage = jnp.split(self.trunk(x), [1], axis=-1)
         return value + advantage - advantage.mean(-1, keepdims=True)
 
 
 Networks = dict[str, Any]
 
-LOW_SOFA = 4.0  # below it WD3QNE trusts the clinician
+LOW_SOFA = 4.0  # below it WD3QNE uses the value of the clinician's action
 _HUBER = 5.0  # reward units; beyond, errors count linearly
 _LARGEST_WEIGHT = 100.0  # of IQL's actor
 
 
 class Batch(NamedTuple):
-    """B transitions; of a stay's last row, what comes next is undefined and discounted by 0."""
+    """B transitions; the next state of a stay's last row is undefined and has discount 0."""
 
     features: jax.Array  # [B, D]
     action: jax.Array  # [B] int32
@@ -135,7 +138,7 @@ Loss = Callable[[Networks, Networks, Batch, OfflineConfig], jax.Array]
 
 
 class Algorithm(NamedTuple):
-    """How one algorithm learns and acts."""
+    """Networks, loss and scores of an algorithm."""
 
     extra: dict[str, int]  # networks beside Q, and how many numbers they give
     loss: Loss  # (networks, target networks, batch, config) -> []
@@ -177,19 +180,20 @@ def double_q_value(
 def _q_error(taken: jax.Array, batch: Batch, following: jax.Array) -> jax.Array:
     target = jax.lax.stop_gradient(batch.reward + batch.discount * following)
     error = taken - target
-    return optax.losses.huber_loss(error, delta=_HUBER).mean()
+    result: jax.Array = optax.losses.huber_loss(error, delta=_HUBER).mean()
+    return result
 
 
 def dqn_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Huber loss to r + gamma Q'(s', argmax Q(s', .))."""
     del config
     taken = pick(networks["q"](batch.features), batch.action)
     return _q_error(taken, batch, double_q_value(networks, targets, batch.next_features))
 
 
-def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Array:
+def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> Float[Array, " B"]:
     """[B] value of the next state.
 
     The published description leaves the weights of the two greedy actions open; they are the
@@ -204,7 +208,7 @@ def wd3qne_value(networks: Networks, targets: Networks, batch: Batch) -> jax.Arr
 
 def wd3qne_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Huber loss to r + gamma `wd3qne_value`."""
     del config
     taken = pick(networks["q"](batch.features), batch.action)
@@ -213,7 +217,7 @@ def wd3qne_loss(
 
 def cql_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Double DQN plus alpha (log sum exp Q(s, .) - Q(s, a))."""
     q = networks["q"](batch.features)
     taken = pick(q, batch.action)
@@ -224,7 +228,7 @@ def cql_loss(
 
 def iql_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Expectile regression of V to Q', Q to r + gamma V(s'), actor weighted by exp(beta A)."""
     taken = jax.lax.stop_gradient(pick(targets["q"](batch.features), batch.action))
     advantage = taken - networks["v"](batch.features)[:, 0]
@@ -235,12 +239,13 @@ def iql_loss(
     actor_loss = -(jnp.minimum(trust, _LARGEST_WEIGHT) * pick(log_probs, batch.action)).mean()
     predicted = pick(networks["q"](batch.features), batch.action)
     q_loss = _q_error(predicted, batch, networks["v"](batch.next_features)[:, 0])
-    return value_loss + q_loss + actor_loss
+    result: jax.Array = value_loss + q_loss + actor_loss
+    return result
 
 
 def bcq_loss(
     networks: Networks, targets: Networks, batch: Batch, config: OfflineConfig
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Double DQN among actions the clinician may choose, plus cloning of the clinician."""
     allowed = allowed_actions(networks["behavior"](batch.next_features), config.support)
     following = double_q_value(networks, targets, batch.next_features, allowed)
@@ -251,7 +256,8 @@ def bcq_loss(
 
 def _by_q(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
     del config
-    return networks["q"](features)
+    result: jax.Array = networks["q"](features)
+    return result
 
 
 def _by_actor(networks: Networks, features: jax.Array, config: OfflineConfig) -> jax.Array:
@@ -283,29 +289,33 @@ class OfflinePolicy(Policy):
 
     networks: Networks  # leaves [S, ...]
     scaler: Scaler
-    config: OfflineConfig = struct.field(pytree_node=False)
-    temperature: float = struct.field(pytree_node=False, default=0.0)
+    config: OfflineConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
 
     @property
     def past(self) -> int:  # type: ignore[override]
+        """Rows of `Observation.past` that the features look back on."""
         return self.config.past
 
     @property
     def num_seeds(self) -> int:
-        return jax.tree.leaves(self.networks)[0].shape[0]
+        """Number of networks trained side by side."""
+        result: int = jax.tree.leaves(self.networks)[0].shape[0]
+        return result
 
     def member(self, index: int) -> OfflinePolicy:
         """The policy of one seed."""
         networks = jax.tree.map(lambda leaf: leaf[index][None], self.networks)
         return replace(self, networks=networks)
 
-    def scores(self, observation: Observation) -> jax.Array:
+    def scores(self, observation: Observation) -> Float[Array, "S 25"]:
         """[S, 25] of every seed."""
         features = decision_features(recent(observation, self.past), self.scaler)
         score = ALGORITHMS[self.config.algorithm].score
         return jax.vmap(lambda networks: score(networks, features, self.config))(self.networks)
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions; the key is not used."""
         del key
         scores = self.scores(observation).mean(0)
         if self.temperature <= 0:

@@ -37,6 +37,7 @@ class Transitions:
 
     @property
     def num_rows(self) -> int:
+        """Number of transitions M."""
         return self.action.shape[0]
 
 

@@ -79,7 +79,9 @@ def train_offline(
     return Learned(OfflinePolicy(networks, scaler, config), losses)
 
 
-def _reporter(progress: Progress | None, config: OfflineConfig) -> Callable | None:
+def _reporter(
+    progress: Progress | None, config: OfflineConfig
+) -> Callable[[jax.Array], None] | None:
     if progress is None:
         return None
     reports = itertools.count(1)  # of every seed, in any order
@@ -114,22 +116,37 @@ def seed_keys(config: OfflineConfig) -> jax.Array:
 
 
 def _train(
-    keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
+    keys: jax.Array,
+    transitions: Transitions,
+    *,
+    config: OfflineConfig,
+    report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, jax.Array]:
     if jax.default_backend() != "cpu":
-        return train_all(keys, transitions, config=config, report=report)
+        batched: tuple[Networks, jax.Array] = train_all(
+            keys, transitions, config=config, report=report
+        )
+        return batched
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
-        return jax.block_until_ready(_train_one(key, transitions, config=config, report=report))
+        done: tuple[Networks, jax.Array] = jax.block_until_ready(  # type: ignore[no-untyped-call]
+            _train_one(key, transitions, config=config, report=report)
+        )
+        return done
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = list(pool.map(run, keys))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    result: tuple[Networks, jax.Array] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+    return result
 
 
 @partial(jax.jit, static_argnames=("config", "report"))
 def _train_one(
-    key: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
+    key: jax.Array,
+    transitions: Transitions,
+    *,
+    config: OfflineConfig,
+    report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, jax.Array]:
     algorithm = ALGORITHMS[config.algorithm]
     per_record = -(-config.updates // RECORDS)
@@ -167,11 +184,16 @@ def _train_one(
 
 @partial(jax.jit, static_argnames=("config", "report"))
 def train_all(
-    keys: jax.Array, transitions: Transitions, *, config: OfflineConfig, report: Callable | None
+    keys: jax.Array,
+    transitions: Transitions,
+    *,
+    config: OfflineConfig,
+    report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, jax.Array]:
     """Networks [S, ...] and losses [S, RECORDS] of all seeds in one batched program."""
     train_one = partial(_train_one, config=config, report=report)
-    return jax.vmap(train_one, (0, None))(keys, transitions)
+    result: tuple[Networks, jax.Array] = jax.vmap(train_one, (0, None))(keys, transitions)
+    return result
 
 
 def draw_batch(key: jax.Array, transitions: Transitions, config: OfflineConfig) -> Batch:

@@ -1,11 +1,11 @@
-"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) inside any `SepsisEnv`."""
+"""Proximal policy optimisation (Schulman et al., arXiv 1707.06347) in any `SepsisEnv`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +123,11 @@ def _fresh_networks(width: int, config: PPOConfig, rngs: nnx.Rngs) -> Networks:
 
 
 def _networks_of(start: OfflinePolicy, config: PPOConfig) -> Networks:
-    theirs = start.config
-    if theirs.algorithm != "iql":
-        raise InputError(f"PPO starts from a policy of iql, got one of {theirs.algorithm}")
+    given = start.config
+    if given.algorithm != "iql":
+        raise InputError(f"PPO starts from a policy of iql, got one of {given.algorithm}")
     for name in ("past", "hidden"):
-        wanted, found = getattr(config, name), getattr(theirs, name)
+        wanted, found = getattr(config, name), getattr(given, name)
         if tuple(np.ravel(wanted)) != tuple(np.ravel(found)):
             raise InputError(f"{name}: the policy to start from has {found}, PPO {wanted}")
     first = jax.tree.map(lambda leaf: leaf[0], start.networks)
@@ -142,13 +142,13 @@ def _train(
     scaler: Scaler,
     *,
     config: PPOConfig,
-    report: Callable | None,
+    report: Callable[[jax.Array], None] | None,
 ) -> tuple[Networks, tuple[jax.Array, ...]]:
     updates = config.iterations * config.minibatches
     rate = optax.linear_schedule(
         config.learning_rate, config.final_rate * config.learning_rate, updates
     )
-    optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.adam(rate))
+    optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(rate))
 
     def iteration(learner: Any, number: jax.Array) -> Any:
         networks, state = learner
@@ -223,7 +223,8 @@ def advantages(
         return advantage, advantage
 
     nothing = jnp.zeros_like(reward[0])
-    return jax.lax.scan(back, nothing, (surprise, done), reverse=True)[1]
+    result: jax.Array = jax.lax.scan(back, nothing, (surprise, done), reverse=True)[1]
+    return result
 
 
 def rows_of(
@@ -277,7 +278,7 @@ def ppo_loss(
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """How proximal policy optimisation plays and learns.
+    """Settings of proximal policy optimisation.
 
     Attributes:
       hidden: widths of the networks' layers.
@@ -294,9 +295,13 @@ class PPOConfig:
       clip: how far the probability ratio of an action may pay.
       value_weight: of the critic's Huber loss.
       entropy: weight of the entropy bonus at the start; falls linearly to 0.
-      clip_norm: largest norm of a gradient.
+      max_grad_norm: largest norm of a gradient.
       past: rows that the features look back on, the newest included; 0 for the state alone.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "clip_norm": "max_grad_norm",
+    }
 
     hidden: tuple[int, ...] = (128, 128)
     iterations: int = 50
@@ -311,7 +316,7 @@ class PPOConfig:
     clip: float = 0.2
     value_weight: float = 0.05
     entropy: float = 0.01
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     past: int = 4
 
     def __post_init__(self) -> None:
@@ -320,7 +325,9 @@ class PPOConfig:
         require(self, "widths of at least 1", lambda widths: widths and min(widths) >= 1, "hidden")
         shares = ("final_rate", "gamma", "trace")
         require(self, "within [0, 1]", lambda share: 0 <= share <= 1, *shares)
-        require(self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "clip_norm")
+        require(
+            self, "more than 0", lambda value: value > 0, "learning_rate", "clip", "max_grad_norm"
+        )
         require(self, "0 or more", lambda weight: weight >= 0, "value_weight", "entropy")
         most = schema.OUTCOME_WINDOW
         require(self, f"0 to {most} rows", lambda rows: 0 <= rows <= most, "past")
@@ -336,11 +343,12 @@ class OnlinePolicy(Policy):
 
     actor: Perceptron
     scaler: Scaler
-    config: PPOConfig = struct.field(pytree_node=False)
-    temperature: float = struct.field(pytree_node=False, default=0.0)
+    config: PPOConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
 
     @property
     def past(self) -> int:  # type: ignore[override]
+        """Rows of `Observation.past` that the features look back on."""
         return self.config.past
 
     def logits(self, observation: Observation) -> jax.Array:
@@ -348,6 +356,7 @@ class OnlinePolicy(Policy):
         return self.actor(decision_features(recent(observation, self.past), self.scaler))
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions; the key is not used."""
         del key
         logits = self.logits(observation)
         if self.temperature <= 0:

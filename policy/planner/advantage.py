@@ -1,4 +1,4 @@
-"""What each of the 25 actions gains over the clinician, learned from records (A-learning)."""
+"""Advantages of the 25 actions over the clinician, learned from records by A-learning."""
 
 from __future__ import annotations
 
@@ -62,34 +62,34 @@ def effects(mu: jax.Array, scaler: Scaler) -> jax.Array:
 
 @struct.dataclass
 class Advantage:
-    """A linear advantage over the clinician's habit, in units of reward."""
+    """A linear advantage over the clinician's policy, in units of reward."""
 
     doses: jax.Array  # [16, 6] by moderator and dose
     effects: jax.Array  # [8]
-    usual: jax.Array  # [D, 8] effects that the clinician's habit has, linear in the features
+    usual: jax.Array  # [D, 8] effects that the clinician's policy has, linear in the features
     scaler: Scaler
 
-    def of_actions(self, observation: Observation, mu: jax.Array, habit: jax.Array) -> jax.Array:
+    def of_actions(self, observation: Observation, mu: jax.Array, prior: jax.Array) -> jax.Array:
         """Advantage [..., 25] of all actions.
 
         Args:
           observation: of one patient.
           mu: [..., 25, 39] predicted next states, z-scores; leading axes for ensemble members.
-          habit: [25] the clinician's probabilities.
+          prior: [25] the clinician's probabilities.
         """
-        doses = self._of_doses(observation, habit)
+        doses = self._of_doses(observation, prior)
         return doses + (effects(mu, self.scaler) - self._usual(observation)) @ self.effects
 
     def of_action(
-        self, observation: Observation, mu: jax.Array, habit: jax.Array, action: jax.Array
+        self, observation: Observation, mu: jax.Array, prior: jax.Array, action: jax.Array
     ) -> jax.Array:
         """[] advantage of one action, whose predicted next state is mu [39]."""
         gain = (effects(mu, self.scaler) - self._usual(observation)) @ self.effects
-        return self._of_doses(observation, habit)[action] + gain
+        return self._of_doses(observation, prior)[action] + gain
 
-    def _of_doses(self, observation: Observation, habit: jax.Array) -> jax.Array:
+    def _of_doses(self, observation: Observation, prior: jax.Array) -> jax.Array:
         basis = jnp.asarray(dose_basis())
-        return (basis - habit @ basis) @ (moderators(observation, self.scaler) @ self.doses)
+        return (basis - prior @ basis) @ (moderators(observation, self.scaler) @ self.doses)
 
     def _usual(self, observation: Observation) -> jax.Array:
         return decision_features(recent(observation, PAST), self.scaler) @ self.usual
@@ -99,7 +99,7 @@ def fit_advantage(
     features: np.ndarray,
     moderator: np.ndarray,
     effect: np.ndarray,
-    habit: np.ndarray,
+    prior: np.ndarray,
     action: np.ndarray,
     gain: np.ndarray,
     scaler: Scaler,
@@ -112,7 +112,7 @@ def fit_advantage(
       features: [M, D] `decision_features` with PAST rows.
       moderator: [M, 16] of the states.
       effect: [M, 8] predicted for the action taken.
-      habit: [M, 25] the clinician's probabilities.
+      prior: [M, 25] the clinician's probabilities.
       action: [M] taken.
       gain: [M] r + gamma V(s') - V(s).
       scaler: of everything above; kept.
@@ -125,7 +125,7 @@ def fit_advantage(
         features.T @ features + 10.0 * np.eye(features.shape[1]), features.T @ effect
     )
     basis = dose_basis()
-    doses = moderator[:, :, None] * (basis[action] - habit @ basis)[:, None, :]
+    doses = moderator[:, :, None] * (basis[action] - prior @ basis)[:, None, :]
     columns = np.concatenate([doses.reshape(len(action), -1), effect - features @ usual], 1)
     residual = gain - state @ (solved @ (state.T @ gain))
     theta = np.linalg.solve(

@@ -1,4 +1,4 @@
-"""Planning: simulate what the actions lead to in the world model, and choose."""
+"""Planning by search in the world model."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ class Planner(Policy):
     world_model: WorldModel
     advantage: Advantage
     clinician: Policy
-    config: PlannerConfig = struct.field(pytree_node=False)
+    config: PlannerConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
     past: ClassVar[int] = schema.OUTCOME_WINDOW
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+        """[25] probabilities of the actions."""
         values = self.action_values(key, observation)
         if self.config.temperature <= 0:
             return jax.nn.one_hot(values.argmax(), schema.NUM_ACTIONS)
@@ -52,32 +53,32 @@ class Planner(Policy):
             "cross-entropy": _cross_entropy,
             "sequential-halving": _sequential_halving,
         }[self.config.search]
-        habit = self.habit(observation)
-        values = search(self, key, observation, habit)
-        supported = habit >= self.config.support * habit.max()
+        prior = self.prior(observation)
+        values = search(self, key, observation, prior)
+        supported = prior >= self.config.support * prior.max()
         return jnp.where(supported, values, _OUT)
 
-    def habit(self, observation: Observation) -> jax.Array:
+    def prior(self, observation: Observation) -> jax.Array:
         """[25] the clinician's probabilities."""
         return self.clinician(jax.random.key(0), recent(observation, self.clinician.past))
 
 
 def _one_step(
-    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
+    planner: Planner, key: jax.Array, observation: Observation, prior: jax.Array
 ) -> jax.Array:
-    """[25] by one batched prediction, without imagining further."""
+    """[25] by one batched one-step prediction."""
     del key
     every = jnp.arange(schema.NUM_ACTIONS)
     here = _repeat(
         history_from_observation(planner.world_model, observation), schema.NUM_ACTIONS
     ).choose(every)
     mu = planner.world_model.transitions(*here.window(schema.STATE_WINDOW)).mu  # [E, 25, 39]
-    gains = planner.advantage.of_actions(observation, mu, habit)
-    return _cautious(gains, planner.config) + planner.config.prior_weight * _log(habit)
+    gains = planner.advantage.of_actions(observation, mu, prior)
+    return _cautious(gains, planner.config) + planner.config.prior_weight * _log(prior)
 
 
 def _cautious(values: jax.Array, config: PlannerConfig) -> jax.Array:
-    """[...] mean over members [E, ...] less the price of their disagreement."""
+    """[...] mean over members [E, ...] minus a penalty on their standard deviation."""
     return values.mean(0) - config.risk * values.std(0)
 
 
@@ -86,7 +87,10 @@ def _log(probability: jax.Array) -> jax.Array:
 
 
 def _repeat(history: History, count: int) -> History:
-    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), history)
+    result: History = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape[1:])), history
+    )
+    return result
 
 
 def play(
@@ -117,18 +121,18 @@ def play(
         def step(history: History, inputs: tuple[jax.Array, ...]) -> tuple[History, jax.Array]:
             given, eps = inputs
             seen = observe(member, history, past=planner.past)
-            habits = jax.vmap(planner.habit)(seen)
-            action = jnp.where(given < 0, habits.argmax(-1), given).astype(jnp.int32)
+            priors = jax.vmap(planner.prior)(seen)
+            action = jnp.where(given < 0, priors.argmax(-1), given).astype(jnp.int32)
             history = history.choose(action)
             prediction = member.transition(*history.window(schema.STATE_WINDOW))
-            gain = jax.vmap(planner.advantage.of_action)(seen, prediction.mu, habits, action)
-            price = _log(jnp.take_along_axis(habits, action[:, None], -1)[:, 0])
+            gain = jax.vmap(planner.advantage.of_action)(seen, prediction.mu, priors, action)
+            penalty = _log(jnp.take_along_axis(priors, action[:, None], -1)[:, 0])
             eps = jnp.tile(eps, (count, 1))
             history, _ = follow(member, history, prediction, eps, mode="corrected")
-            return history, gain + config.prior_weight * price
+            return history, gain + config.prior_weight * penalty
 
-        _, worth = jax.lax.scan(step, start, (planned.T, noise))
-        total = config.gamma ** jnp.arange(horizon) @ worth
+        _, returns = jax.lax.scan(step, start, (planned.T, noise))
+        total = config.gamma ** jnp.arange(horizon) @ returns
         return total.reshape(count, repeats).mean(1)
 
     return _cautious(jax.lax.map(of_member, planner.world_model.state_model), config)
@@ -140,11 +144,11 @@ def _best_by_first(values: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(
-    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
+    planner: Planner, key: jax.Array, observation: Observation, prior: jax.Array
 ) -> jax.Array:
     config = planner.config
     key_noise, key_draw = jax.random.split(key)
-    allowed = jnp.where(habit >= config.support * habit.max(), habit, 0.0)
+    allowed = jnp.where(prior >= config.support * prior.max(), prior, 0.0)
     start = jnp.broadcast_to(allowed / allowed.sum(), (config.horizon, schema.NUM_ACTIONS))
 
     def iterate(probs: jax.Array, key_iteration: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -160,24 +164,24 @@ def _cross_entropy(
 
 
 def _sequential_halving(
-    planner: Planner, key: jax.Array, observation: Observation, habit: jax.Array
+    planner: Planner, key: jax.Array, observation: Observation, prior: jax.Array
 ) -> jax.Array:
     config = planner.config
     kept = min(config.candidates, schema.NUM_ACTIONS)
-    first = jax.lax.top_k(_one_step(planner, key, observation, habit), kept)[1]
+    first = jax.lax.top_k(_one_step(planner, key, observation, prior), kept)[1]
     values = jnp.full(schema.NUM_ACTIONS, _OUT)
     samples = max(config.samples, 1)
     make = partial(jnp.full, fill_value=-1, dtype=jnp.int32)
     while True:
         key, key_round = jax.random.split(key)
         sequences = make((kept, config.horizon)).at[:, 0].set(first)
-        worth = play(planner, key_round, observation, sequences, samples)
-        # Whoever was dropped keeps a rank below those that went on.
-        values = jnp.where(values > _OUT, values - 1e3, values).at[first].set(worth)
+        returns = play(planner, key_round, observation, sequences, samples)
+        # Actions that were dropped rank below those that remain.
+        values = jnp.where(values > _OUT, values - 1e3, values).at[first].set(returns)
         if kept == 1:
             return values
         kept, samples = (kept + 1) // 2, 2 * samples
-        first = first[jax.lax.top_k(worth, kept)[1]]
+        first = first[jax.lax.top_k(returns, kept)[1]]
 
 
 SEARCHES = ("one-step", "cross-entropy", "sequential-halving")
@@ -185,7 +189,7 @@ SEARCHES = ("one-step", "cross-entropy", "sequential-halving")
 
 @dataclass(frozen=True)
 class PlannerConfig:
-    """How to search.
+    """Settings of the search.
 
     Attributes:
       search: one of `SEARCHES`.
@@ -195,7 +199,7 @@ class PlannerConfig:
       candidates: sequences per iteration of cross-entropy, first actions of sequential halving.
       iterations: of cross-entropy.
       elites: best sequences that the next iteration is drawn around.
-      prior_weight: w, reward units per nat of leaving the clinician's habit.
+      prior_weight: w, reward units per nat of leaving the clinician's policy.
       risk: k, reward units per standard deviation over ensemble members.
       support: least probability of an action, as a share of the clinician's likeliest one's.
       gamma: discount per step.
@@ -253,7 +257,7 @@ def fit_planner(
       episodes: of which the training split is used.
       world_model: to search.
       critic: trained by implicit Q-learning on the same split; its value V is used.
-      clinician: whose habit the planner improves on, such as a clone.
+      clinician: whose prior the planner improves on, such as a clone.
       config: settings.
 
     Raises:
@@ -292,11 +296,13 @@ def temporal_difference(critic: OfflinePolicy, rows: Transitions) -> np.ndarray:
 
     @jax.jit
     def value(features: jax.Array) -> jax.Array:
-        return jax.vmap(lambda net: net(features)[:, 0])(critic.networks["v"]).mean(0)
+        result: jax.Array = jax.vmap(lambda net: net(features)[:, 0])(critic.networks["v"]).mean(0)
+        return result
 
     values = np.asarray(value(rows.features))
     following = np.where(np.asarray(rows.last), 0.0, np.roll(values, -1))
-    return np.asarray(rows.reward) + critic.config.gamma * following - values
+    result: np.ndarray = np.asarray(rows.reward) + critic.config.gamma * following - values
+    return result
 
 
 def _predicted_effects(
@@ -311,4 +317,7 @@ def _predicted_effects(
         mu = world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)).mu
         return effects(mu, world_model.scaler)
 
-    return in_blocks(lambda rows: of_rows(jnp.asarray(index[rows])), len(index), _BLOCK)
+    result: np.ndarray = in_blocks(
+        lambda rows: of_rows(jnp.asarray(index[rows])), len(index), _BLOCK
+    )
+    return result

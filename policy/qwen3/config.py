@@ -53,7 +53,7 @@ class Qwen3Config:
         """The configuration in the contents of a config.json.
 
         Args:
-          values: the parsed file. transformers 5 writes the base of the rotary embedding inside
+          values: the parsed file. transformers 5 writes the base of the rotary embedding within
             `rope_parameters`, older versions at the top level; both are read.
           source: what to call the file in errors.
 

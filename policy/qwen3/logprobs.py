@@ -6,26 +6,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from policy.qwen3.model import Qwen3, map_chunks, project
 
 LOGITS_AT_ONCE = 2**27
-"""Logits that are held at once; 512 MiB of float32."""
+"""Logits in memory at once; 512 MiB of float32."""
 
 
 class TokenLogprobs(NamedTuple):
     """Under the distribution from which each token was, or would be, drawn."""
 
-    logprob: jax.Array  # [B, T] float32
-    entropy: jax.Array  # [B, T] float32, nats
+    logprob: Float[Array, "B T"]  # float32
+    entropy: Float[Array, "B T"]  # float32, nats
 
 
 def token_logprobs(
     model: Qwen3,
-    ids: jax.Array,
+    ids: Int[Array, "B T"],
     *,
-    positions: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    positions: Int[Array, "B T"] | None = None,
+    segments: Int[Array, "B T"] | None = None,
     temperature: float | jax.Array = 1.0,
     remat: str = "none",
     chunk: int | None = None,
@@ -48,16 +49,17 @@ def token_logprobs(
     if segments is None:
         segments = jnp.ones_like(ids)
     predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-    return jax.tree.map(
+    result: TokenLogprobs = jax.tree.map(
         lambda x: jnp.pad(jnp.where(predicted, x, 0.0), ((0, 0), (1, 0))),
         found,
     )
+    return result
 
 
 def chunked_logprobs(
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "B T"],
     *,
     temperature: float | jax.Array = 1.0,
     chunk: int | None = None,
@@ -69,7 +71,7 @@ def chunked_logprobs(
       head: [D, V] output projection.
       targets: [B, T] int token ids.
       temperature: logits are divided by it; positive.
-      chunk: columns whose logits [B, chunk, V] are held at once; as many as `LOGITS_AT_ONCE`
+      chunk: columns whose logits [B, chunk, V] are in memory at once; as many as `LOGITS_AT_ONCE`
         allows if not given. Rows are never mixed, so a batch split over devices stays so.
 
     Returns:
@@ -82,4 +84,7 @@ def chunked_logprobs(
         logprob = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
         return TokenLogprobs(logprob, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
 
-    return map_chunks(one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab)))
+    result: TokenLogprobs = map_chunks(
+        one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
+    )
+    return result

@@ -48,6 +48,7 @@ class Adapter(nnx.Module):
         return self.alpha / self.a.shape[-1]
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] scaled product with the low-rank matrices."""
         low = x @ self.a[...].astype(x.dtype)
         return self.scale * (low @ self.b[...].astype(x.dtype))
 
@@ -117,7 +118,7 @@ def save_adapters(model: Qwen3, path: str | Path, *, base: str) -> Path:
     """Writes the adapters as PEFT does, for PEFT and vLLM to load.
 
     Args:
-      path: folder to make; older adapters there are elsewhere.
+      path: folder to make; older adapters there are replaced.
       base: name or folder of the model beneath, for whoever loads them.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
+from jaxtyping import Array, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
@@ -55,6 +56,7 @@ class Linear(nnx.Module):
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., O] product with the kernel, plus the adapter if there is one."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
@@ -67,6 +69,7 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] normalised by the root mean square, in float32."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
         return (full * self.scale[...].astype(jnp.float32)).astype(x.dtype)
@@ -88,6 +91,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
 
     def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, L, D] attention over the rows, and the new memory of keys and values."""
         batch, length, _ = x.shape
 
         def heads(y: jax.Array) -> jax.Array:
@@ -110,6 +114,7 @@ class MLP(nnx.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, L, D] SwiGLU of [B, L, D]."""
         inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(constrain(inner, "batch", "length", "mlp"))
 
@@ -124,6 +129,7 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+        """[B, L, D] after attention and MLP, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")
         x = x + self.mlp(self.post_attention_layernorm(x))
@@ -138,6 +144,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(config.initializer_range * draw)
 
     def __call__(self, ids: jax.Array) -> jax.Array:
+        """[B, L, D] embeddings of ids [B, L]."""
         return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
 
 
@@ -284,7 +291,7 @@ def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
 
-def logits(model: Qwen3, ids: jax.Array, **where: Any) -> jax.Array:
+def logits(model: Qwen3, ids: Int[Array, "B T"], **where: Any) -> Float[Array, "B T V"]:
     """[B, T, V] float32 logits of the next token after each of `ids` [B, T].
 
     Args:
@@ -294,7 +301,7 @@ def logits(model: Qwen3, ids: jax.Array, **where: Any) -> jax.Array:
 
 
 SCORES_AT_ONCE = 2**28
-"""Scores of queries with keys that are held at once; 1 GiB of float32."""
+"""Scores of queries with keys in memory at once; 1 GiB of float32."""
 
 
 class Tokens(NamedTuple):
@@ -353,7 +360,8 @@ def attend(
         return _attend(part[0], k, v, Tokens(part[1], part[2]), keys)
 
     out = map_chunks(one, (q, queries.position, queries.segment), block)
-    return out.reshape(batch, length, heads, width)
+    result: jax.Array = out.reshape(batch, length, heads, width)
+    return result
 
 
 def _attend(
@@ -365,13 +373,13 @@ def _attend(
     sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 
 
 def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
-    """f applied to pieces of the second axis, one after another, and put together again.
+    """Applies f to pieces of the second axis, one after another, and concatenates the results.
 
     Args:
       f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one

@@ -32,7 +32,7 @@ class Draw:
     seed: int = 0
     temperature: float = 1.0  # 0 takes the most probable token
     top_p: float = 1.0  # the least set of most probable tokens with this mass is drawn from
-    max_new_tokens: int = 128
+    max_completion_length: int = 128
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,15 @@ def generate(
     """
     for draw in draws:
         _check(draw, model)
-    room = model.config.max_position_embeddings
+    context = model.config.max_position_embeddings
     rows = bucket(len(draws), min_rows)
     length = np.ones(rows, np.int32)
     length[: len(draws)] = [len(draw.prompt_ids) for draw in draws]
     limit = np.zeros(rows, np.int32)  # rows that fill the batch are done before they begin
-    limit[: len(draws)] = [min(draw.max_new_tokens, room - len(draw.prompt_ids)) for draw in draws]
-    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), room)), np.int32)
+    limit[: len(draws)] = [
+        min(draw.max_completion_length, context - len(draw.prompt_ids)) for draw in draws
+    ]
+    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), context)), np.int32)
     for row, draw in enumerate(draws):
         ids[row, : length[row]] = draw.prompt_ids
     fill = [Draw((0,))] * (rows - len(draws))
@@ -237,10 +239,10 @@ def _check(draw: Draw, model: Qwen3) -> None:
         )
     if not (min(draw.prompt_ids) >= 0 and max(draw.prompt_ids) < config.vocab_size):
         raise InputError(f"prompt: token ids must be 0 to {config.vocab_size - 1}")
-    if not (draw.temperature >= 0 and 0 <= draw.top_p <= 1 and draw.max_new_tokens > 0):
+    if not (draw.temperature >= 0 and 0 <= draw.top_p <= 1 and draw.max_completion_length > 0):
         raise InputError(
-            f"temperature {draw.temperature}, top_p {draw.top_p}, max_new_tokens "
-            f"{draw.max_new_tokens}: expected at least 0, 0 to 1, at least 1"
+            f"temperature {draw.temperature}, top_p {draw.top_p}, max_completion_length "
+            f"{draw.max_completion_length}: expected at least 0, 0 to 1, at least 1"
         )
 
 

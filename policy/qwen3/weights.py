@@ -168,7 +168,8 @@ class _Tensors:
             raise InputError(
                 f"{self.folder}: tensor {name} gives {tensor.shape}, config.json says {shape}"
             )
-        return tensor
+        result: np.ndarray = tensor
+        return result
 
 
 def _filenames(folder: Path) -> list[str]:

@@ -1,15 +1,14 @@
-"""What a dialogue asks of a language model, wherever it runs.
+"""Interfaces of language models: `Backend` for messages, `Generator` for token ids.
 
-Two contracts. A `Backend` speaks in messages and opens one `Conversation` per patient; it is all
-that the agent needs. A `Generator` speaks in token ids; `policy.serving.tokens` makes a backend
-of any generator, so that what a model reads is exactly what it wrote, id by id.
+A `Backend` opens one `Conversation` per patient; the agent needs nothing else. `TokenBackend` of
+`policy.serving.tokens` makes a backend of any generator.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 STOP, LENGTH, TOOL_CALLS = "stop", "length", "tool_calls"
 
@@ -18,16 +17,20 @@ Message = Mapping[str, Any]
 
 
 class BackendError(Exception):
-    """The model could not be asked, after all retries; nothing was generated."""
+    """Raised when a model cannot be reached after all retries; nothing was generated."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a reply is drawn."""
+    """Settings of sampling."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "max_new_tokens": "max_completion_length",
+    }
 
     temperature: float = 0.7  # 0 takes the most probable token
     top_p: float = 0.95
-    max_new_tokens: int = 1024
+    max_completion_length: int = 1024
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class ToolCall:
     """A call as the model wrote it; neither name nor arguments are checked here."""
 
     id: str
-    name: str  # empty where what was written is no call at all
-    arguments: str  # JSON, or whatever was written instead
+    name: str  # empty if the text is not a valid call
+    arguments: str  # JSON if valid, else the text as it is
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,12 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model said in one turn."""
+    """A reply of the model."""
 
     content: str
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str = STOP  # STOP, LENGTH or TOOL_CALLS
-    reasoning: str = ""  # what a reasoning parser set apart from the content
+    reasoning: str = ""  # set apart by a reasoning parser
     prompt_ids: tuple[int, ...] | None = None  # all the tokens before the reply, if known
     token_ids: tuple[int, ...] | None = None
     logprobs: tuple[float, ...] | None = None
@@ -65,10 +68,10 @@ class Reply:
 
 
 class Conversation(Protocol):
-    """One dialogue; what was said so far is kept here and only ever grows."""
+    """One dialogue; keeps all earlier messages."""
 
     async def ask(self, messages: Sequence[Message], *, sampling: Sampling, seed: int) -> Reply:
-        """Appends messages (system, user or tool), then lets the model speak.
+        """Appends messages (system, user or tool), then asks for a reply.
 
         Args:
           messages: new ones alone, in order; a tool message answers a call of the last reply.
@@ -83,7 +86,7 @@ class Conversation(Protocol):
 
 
 class Backend(Protocol):
-    """A language model that holds dialogues, many at once."""
+    """A language model that takes part in many dialogues at once."""
 
     name: str  # for records: the model's name or folder
 
@@ -92,7 +95,7 @@ class Backend(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of connections and tasks."""
+        """Closes connections and tasks."""
         ...
 
 
@@ -122,7 +125,7 @@ class Generator(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of connections and tasks."""
+        """Closes connections and tasks."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Many small requests answered as one batch."""
+"""Batching of concurrent requests."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def _alike(_: Any) -> Hashable:
 
 
 class Lockstep:
-    """Makes batches of several batchers follow from what is asked, not from the clock.
+    """Makes the batches of several batchers independent of the clock.
 
-    A batch leaves when nobody is at work who could still ask: no other batch is under way, and
-    the event loop brings no further requests. Equal runs then have equal batches, which equal
-    results to the last bit need; it is also the best gathering where all requests come from
-    dialogues that wait for each other's batches.
+    A batch starts when no other batch is running and the event loop has been idle for some rounds,
+    so that no further request can arrive. Equal runs then have equal batches, which bitwise equal
+    results require.
     """
 
     def __init__(self) -> None:
@@ -38,7 +37,7 @@ class Lockstep:
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """Waits until everybody waits; nobody else has the turn meanwhile."""
+        """Waits until no new requests arrive, and excludes other batches meanwhile."""
         async with self._free:
             quiet, seen = 0, self._asked
             while quiet < _SETTLED:
@@ -49,10 +48,10 @@ class Lockstep:
 
 
 class Batcher(Generic[Ask, Answer]):
-    """Gathers requests that wait at the same time and has them answered together, on a thread.
+    """Answers requests that wait at the same time in one call, on a thread.
 
-    The first batch leaves when it is full or its first request has waited long enough; then
-    batches follow each other as long as requests wait. The event loop goes on meanwhile.
+    The first batch starts when it is full or its first request has waited `max_wait_s`; further
+    batches follow while requests wait. The event loop is not blocked.
 
     Args:
       answer: takes one to `capacity` requests, gives their answers in order.
@@ -62,7 +61,7 @@ class Batcher(Generic[Ask, Answer]):
       kind: of a request; a batch holds one kind, that of the request that has waited longest.
       one_by_one: if a batch fails, its requests are tried alone, so that a bad one fails alone;
         otherwise all of them fail.
-      lockstep: shared by the batchers of one event loop; batches leave by its rule, not by time.
+      lockstep: shared by the batchers of one event loop; batches then start by its rule.
     """
 
     def __init__(
@@ -136,7 +135,7 @@ class Batcher(Generic[Ask, Answer]):
         asked = [what for what, _ in batch]
         try:
             answers = await loop.run_in_executor(self._thread, self._answer, asked)
-        except Exception as error:  # whatever it was, those who wait must hear of it
+        except Exception as error:  # passed on to the requests
             if self._one_by_one and len(batch) > 1:
                 for one in batch:
                     await self._run([one])

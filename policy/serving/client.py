@@ -1,7 +1,7 @@
-"""Asks an HTTP endpoint for JSON, patiently but not for ever, and believes nothing unread.
+"""HTTP client for JSON endpoints, with retries and validated replies.
 
-A reply that is cut off, is not JSON or has the wrong types counts as a fault like a dropped
-connection: it is asked for again, and no part of it is used.
+A reply that is truncated, is not JSON or has the wrong types is retried like a dropped connection,
+and no part of it is used.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
     import openai
 
 _LOG = logging.getLogger(__name__)
-_AWAY = (502, 503, 504)  # what proxies and starting servers answer
+_AWAY = (502, 503, 504)  # statuses of proxies and starting servers
 _TRY_AGAIN = (408, 409, 425, 429)
-_SAID = 500  # characters of an endpoint's own words that go into an error
+_QUOTED = 500  # characters of an endpoint's reply that are quoted in errors
 
 T = TypeVar("T")
 
 
 class MalformedError(Exception):
-    """A reply that is not what was asked for; asked for again."""
+    """Raised by readers for a reply of an unexpected form; the request is retried."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model answers, and how patiently it is asked."""
+    """Address of a model server, and limits of retries."""
 
     url: str  # with or without /v1
     model: str
     key_variable: str | None = None  # environment variable with the key; None sends none
     key_file: Path | None = None  # file with the key, where the variable is not set
     timeout_s: float = 600.0  # of one try
-    attempts: int = 6  # tries that fail other than by an absent server
-    patience_s: float = 300.0  # how long a server may be absent, restarting for instance
+    attempts: int = 6  # failed tries at most, those without a server not counted
+    patience_s: float = 300.0  # how long a server may be unreachable
     first_wait_s: float = 0.5  # doubles with every fault, up to `longest_wait_s`
     longest_wait_s: float = 20.0
     concurrency: int = 256  # requests at a time
@@ -58,7 +58,7 @@ class Endpoint:
         return self.url.rstrip("/").removesuffix("/v1")
 
     def read_key(self) -> str:
-        """The key, or "" where none is asked for.
+        """The key, or "" if none is configured.
 
         Raises:
           InputError: neither the variable nor the file holds one.
@@ -79,7 +79,7 @@ class Endpoint:
 class _FaultError(Exception):
     what: str
     away: bool = False
-    after_s: float = 0.0  # the endpoint asks for this much time
+    after_s: float = 0.0  # the Retry-After of the endpoint
 
 
 class Client:
@@ -89,7 +89,7 @@ class Client:
         """Opens no connection yet.
 
         Args:
-          endpoint: whom to ask.
+          endpoint: of the requests.
           key: instead of the endpoint's variable or file.
 
         Raises:
@@ -120,17 +120,19 @@ class Client:
           query: parameters of the URL.
 
         Raises:
-          BackendError: after all tries, or at once where another try cannot help.
+          BackendError: after all tries, or at once where a retry cannot help.
         """
-        return await self._patiently("POST", path, body, read, query or {})
+        found: T = await self._with_retries("POST", path, body, read, query or {})
+        return found
 
     async def tell(self, path: str, body: Mapping[str, Any]) -> None:
-        """Like `post`, where the status alone says how it went."""
-        await self._patiently("POST", path, body, None, {})
+        """Like `post`, for endpoints whose body does not matter."""
+        await self._with_retries("POST", path, body, None, {})
 
     async def get(self, path: str, read: Callable[[Any], T]) -> T:
         """Like `post`, without a body."""
-        return await self._patiently("GET", path, None, read, {})
+        found: T = await self._with_retries("GET", path, None, read, {})
+        return found
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -138,7 +140,7 @@ class Client:
             await self._openai.close()
             self._openai = None
 
-    async def _patiently(
+    async def _with_retries(
         self,
         method: str,
         path: str,
@@ -169,7 +171,7 @@ class Client:
                     raise BackendError(f"{what} (after {faults} tries)") from None
                 wait = min(endpoint.longest_wait_s, endpoint.first_wait_s * 2 ** min(faults - 1, 9))
                 wait = max(fault.after_s, wait * random.uniform(0.5, 1.0))
-                # One line for a server that is gone, not one for each request that waits for it.
+                # One warning for a server that is gone, not one per waiting request.
                 level = logging.DEBUG if self._troubled else logging.WARNING
                 self._troubled = True
                 _LOG.log(level, "%s; another try in %.1f s", what, wait)
@@ -203,7 +205,7 @@ class Client:
     def _connect(self) -> openai.AsyncOpenAI:
         import openai
 
-        # A proxy that the environment names has no business between programs of one machine.
+        # Proxies of the environment are not used for servers on this machine.
         local = is_loopback(urlsplit(self.endpoint.url).hostname or "")
         return openai.AsyncOpenAI(
             base_url=self.endpoint.root,
@@ -229,7 +231,7 @@ def _refuse(name: str) -> None:
 
 
 def _first_words(text: str) -> str:
-    return " ".join(text[:_SAID].split())
+    return " ".join(text[:_QUOTED].split())
 
 
 def _seconds(text: str | None) -> float:

@@ -1,4 +1,4 @@
-"""A language model in this very process: the JAX sampler behind the contract of generators.
+"""Generator in this process: the JAX sampler as a `Generator`.
 
 Requests of many dialogues that wait at the same time are answered in one batch.
 """
@@ -33,10 +33,10 @@ class EmbeddedGenerator:
       stop_ids: tokens that end a completion.
       name: for records.
       version: of the weights.
-      min_batch, max_batch: rows of a batch; powers of two. Smaller ones are filled up, so equal
-        numbers make one size do, and few programs, at the price of idle rows.
+      min_batch, max_batch: rows of a batch; powers of two. Smaller ones are padded; equal
+        numbers need one compiled program per width, and compute idle rows.
       max_wait: seconds that a first request waits for others.
-      lockstep: shared with the pool, for equal batches in equal runs; then nothing waits by time.
+      lockstep: shared with the pool; batches then start by its rule and `max_wait` is not used.
     """
 
     def __init__(
@@ -64,16 +64,18 @@ class EmbeddedGenerator:
             one_by_one=True,
             lockstep=lockstep,
         )
-        self._draws: Batcher[Draw, Completion] = batcher(_telling(self._draw), kind=_width_of_draw)
+        self._draws: Batcher[Draw, Completion] = batcher(
+            _as_backend_error(self._draw), kind=_width_of_draw
+        )
         self._scores: Batcher[Question, list[float]] = batcher(
-            _telling(self._score), kind=_width_of_question
+            _as_backend_error(self._score), kind=_width_of_question
         )
 
     @classmethod
     def from_folder(
         cls, folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, **settings: Any
     ) -> EmbeddedGenerator:
-        """A generator of a Hugging Face folder, that stops at its end-of-sequence tokens.
+        """A generator from a Hugging Face folder, with its end-of-sequence tokens as stop tokens.
 
         Args:
           folder, dtype, param_dtype: as for `qwen3.load`.
@@ -86,7 +88,7 @@ class EmbeddedGenerator:
         return cls(load(folder, dtype=dtype, param_dtype=param_dtype), **settings)
 
     def set_weights(self, model: Qwen3, version: str | None) -> None:
-        """Takes new weights for all batches from now on; one under way ends with the old ones."""
+        """Sets the weights of all later batches; a running batch keeps the old ones."""
         self._weights = _Weights(model, version)
 
     async def generate(
@@ -102,7 +104,7 @@ class EmbeddedGenerator:
             seed=seed,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens,
+            max_completion_length=sampling.max_completion_length,
         )
         return await self._draws.ask(draw)
 
@@ -140,16 +142,16 @@ class EmbeddedGenerator:
         return score(self._weights.model, questions)
 
 
-def _telling(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The same with every failure as a `BackendError`."""
+def _as_backend_error(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Wraps a function so that every exception becomes a `BackendError`."""
 
-    def told(asked: Any) -> Any:
+    def wrapped(asked: Any) -> Any:
         try:
             return answer(asked)
-        except Exception as error:  # whatever it was, the dialogues must hear of it
+        except Exception as error:  # passed on to the dialogues
             raise BackendError(f"{type(error).__name__}: {error}") from error
 
-    return told
+    return wrapped
 
 
 def _width_of_draw(draw: Draw) -> int:

@@ -90,7 +90,7 @@ class OpenAIConversation:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": seed,
-            options.limit: sampling.max_new_tokens,
+            options.limit: sampling.max_completion_length,
         }
         if self._tools:
             body["tools"] = self._tools

@@ -1,8 +1,8 @@
-"""Dialogues token by token: what a model reads is, id by id, what it wrote.
+"""Dialogues in token ids: later prompts contain the sampled ids of earlier replies unchanged.
 
-Rendering a whole dialogue anew for every turn tokenises the model's own words again, sometimes
-into other tokens than it drew; then its log-probabilities belong to a text it never wrote. Here
-ids are only ever appended.
+Rendering the whole dialogue again for every turn would tokenise replies again, sometimes into other
+tokens than were sampled, and log-probabilities would then be of a different sequence. Here ids are
+only appended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from policy.serving.backend import (
 )
 from worldmodel.errors import InputError
 
-_MARK = "\u2063assistant\u2063"  # stands for a reply where a template is asked what follows one
+_MARK = "\u2063assistant\u2063"  # placeholder of a reply, to find what a template appends after it
 
 
 class ChatTokens:
@@ -73,22 +73,25 @@ class ChatTokens:
     def text(self, ids: Sequence[int]) -> str:
         """The text of a reply without its end token; marks of tool calls are kept."""
         kept = list(ids[:-1] if ids and ids[-1] == self.end_id else ids)
-        return self._tokenizer.decode(kept, skip_special_tokens=False)
+        result: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        return result
 
     def encode(self, text: str) -> list[int]:
         """Ids of a piece of a reply."""
         return self._encode(text)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
-        return self._tokenizer.apply_chat_template(
+        result: str = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=True,
         )
+        return result
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        result: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return result
 
 
 class TokenBackend:

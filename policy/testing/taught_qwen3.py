@@ -24,7 +24,8 @@ from policy.simple import GuidelineRules
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, batches, cut, pack, written
 from policy.train.data.qa_sampling import Question, as_dialogue
-from policy.train.loop.learner import Learner, Report, cast
+from policy.train.loop.learner import Learner, cast
+from policy.train.loop.metrics import Report
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
@@ -39,8 +40,8 @@ TEMPLATES = "compact"
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A stretch of training on rows of one length."""
+class TrainingPhase:
+    """Settings of training on rows of one length."""
 
     length: int  # tokens per row
     rows: int  # per update
@@ -48,20 +49,20 @@ class Lesson:
     learning_rate: float
 
 
-LESSONS = (
-    Lesson(length=352, rows=6, updates=60, learning_rate=4e-3),
-    Lesson(length=1056, rows=2, updates=40, learning_rate=3e-3),
-    Lesson(length=2112, rows=1, updates=20, learning_rate=2e-3),
+PHASES = (
+    TrainingPhase(length=352, rows=6, updates=60, learning_rate=4e-3),
+    TrainingPhase(length=1056, rows=2, updates=40, learning_rate=3e-3),
+    TrainingPhase(length=2112, rows=1, updates=20, learning_rate=2e-3),
 )
-"""For stays of three decisions or so.
+"""For stays of about three decisions.
 
-Short rows are cheap and teach what a call is; long ones, which of many turns is the last.
+Short rows are cheap and teach the form of a call; long rows teach dialogues of many turns.
 """
 
 WHOLE_STAYS = (
-    *LESSONS,
-    Lesson(length=4224, rows=1, updates=12, learning_rate=1.5e-3),
-    Lesson(length=6592, rows=1, updates=4, learning_rate=1e-3),
+    *PHASES,
+    TrainingPhase(length=4224, rows=1, updates=12, learning_rate=1.5e-3),
+    TrainingPhase(length=6592, rows=1, updates=4, learning_rate=1e-3),
 )
 """Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
 
@@ -114,7 +115,7 @@ def make_trainable(
 
 
 def tiny_runner(*, max_steps: int | None = None, seed: int = 0) -> EpisodeRunner:
-    """Synthetic patients and a world model to ask, which knows nothing either.
+    """A runner with synthetic patients and an untrained world model.
 
     Args:
       max_steps: decisions per stay at most.
@@ -135,8 +136,8 @@ def taught_tiny(
     *,
     seed: int = 0,
     patients: int = 32,
-    lessons: tuple[Lesson, ...] = LESSONS,
-    teacher: PolicyFn | None = None,
+    phases: tuple[TrainingPhase, ...] = PHASES,
+    demonstrator: PolicyFn | None = None,
     report: Callable[[Report], None] | None = None,
     dtype: Any = "float32",
     **size: Any,
@@ -146,44 +147,44 @@ def taught_tiny(
     Args:
       path: folder to make; an older model there is replaced.
       seed: of the weights, the patients and the order of learning.
-      patients: synthetic ones that the teacher treats.
-      lessons: one after another, such as `LESSONS` or `WHOLE_STAYS`.
-      teacher: shows the dialogue; one that follows the guidelines if not given.
+      patients: number of synthetic patients that the demonstrator treats.
+      phases: of the training, in order, such as `PHASES` or `WHOLE_STAYS`.
+      demonstrator: policy that is imitated; `GuidelineRules` if not given.
       report: called as training goes on.
       dtype: of the weights as written; they are trained in float32.
       size: of the model, as for `make_tiny`.
 
     Raises:
-      InputError: as `save_hf`, or a lesson's rows are too short for the dialogue.
+      InputError: as `save_hf`, or a phase's rows are too short for the dialogue.
     """
-    stays = tiny_runner(seed=seed).demonstrate(teacher or GuidelineRules(), range(patients))
+    stays = tiny_runner(seed=seed).demonstrate(demonstrator or GuidelineRules(), range(patients))
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)
         dialogues = [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
         model = load(untaught)
-        for lesson in lessons:
-            model = _taught(model, dialogues, lesson, seed, report)
+        for phase in phases:
+            model = _taught(model, dialogues, phase, seed, report)
         return save_hf(cast(model, dtype), path, source=untaught)
 
 
 def _taught(
     model: Qwen3,
     dialogues: list[Dialogue],
-    lesson: Lesson,
+    phase: TrainingPhase,
     seed: int,
     report: Callable[[Report], None] | None,
 ) -> Qwen3:
-    parts = [part for one in dialogues for part in _parts(one, lesson.length)]
+    parts = [part for one in dialogues for part in _parts(one, phase.length)]
     config = LearnerConfig(
-        steps=lesson.updates,
-        learning_rate=lesson.learning_rate,
-        warm_up=lesson.updates // 6,
-        report_every=min(20, lesson.updates),
+        max_steps=phase.updates,
+        learning_rate=phase.learning_rate,
+        warmup_steps=phase.updates // 6,
+        logging_steps=min(20, phase.updates),
     )
     learner = Learner(model, cross_entropy, config)
-    rows = pack(parts, lesson.length, seed=seed)
-    learner.run(batches(rows, lesson.rows, seed=seed), report=report)
+    rows = pack(parts, phase.length, seed=seed)
+    learner.run(batches(rows, phase.rows, seed=seed), report=report)
     return learner.model()
 
 

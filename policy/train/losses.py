@@ -6,11 +6,12 @@ The caller adds sums over a whole batch and divides once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
@@ -20,11 +21,11 @@ from worldmodel.errors import InputError
 
 
 class Summed(NamedTuple):
-    """A loss before its division."""
+    """A loss summed over tokens, not yet divided by its weight."""
 
-    total: jax.Array  # [] float32, sum over tokens
-    weight: jax.Array  # [] float32, what the sum over a whole batch is divided by
-    metrics: dict[str, jax.Array]  # [] float32 each, sums that are divided likewise
+    total: Float[Array, ""]  # float32, sum over tokens
+    weight: Float[Array, ""]  # float32, divisor of the sum over a whole batch
+    metrics: dict[str, jax.Array]  # [] float32 each, sums with the same divisor
 
 
 def cross_entropy(
@@ -34,8 +35,9 @@ def cross_entropy(
 
     Args:
       model: the model.
-      rows: [R, L]. The first token of a dialogue is predicted by nothing and counts for nothing.
-      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never held.
+      rows: [R, L]. The first token of a dialogue has no prediction and is left out.
+      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
+        in memory as a whole.
     """
     found = token_logprobs(
         model,
@@ -52,11 +54,11 @@ def cross_entropy(
 
 
 LOG_RATIO_LIMIT = 20.0
-"""Log ratios are held within plus and minus this, so that their exponentials stay finite."""
+"""Bound on the absolute value of log ratios, so that their exponentials stay finite."""
 
 
 def bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    """The ratio, kept finite."""
+    """The exponential of a log ratio clipped to `LOG_RATIO_LIMIT`."""
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
@@ -67,14 +69,14 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 
 
 class SegmentMeans:
-    """Sums and means over the learned tokens of each segment, at each of its places."""
+    """Sums and means over the learned tokens of each segment, repeated at each of its tokens."""
 
     def __init__(self, learned: jax.Array, segments: jax.Array):
         self._segments = segments
         self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """[R, L]; row by row, so that rows may be split over devices."""
+        """[R, L] sums per segment, row by row, so that rows can be sharded over devices."""
 
         def one(x: jax.Array, segments: jax.Array) -> jax.Array:
             length = x.shape[0]
@@ -83,13 +85,14 @@ class SegmentMeans:
         return jax.vmap(one)(x, self._segments)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """[R, L] mean over the learned tokens of each segment."""
         return self.sum(x) / self.count
 
 
 def mismatch(
     sampler_logprobs: np.ndarray, old_logprobs: np.ndarray, mask: np.ndarray
 ) -> dict[str, float]:
-    """How far the trainer's log-probabilities are from the sampler's, before any update.
+    """Difference of the trainer's log-probabilities from the sampler's, before any update.
 
     Args:
       sampler_logprobs, old_logprobs: log-probabilities, of any shape.
@@ -123,8 +126,8 @@ def mismatch(
 class RolloutRows(NamedTuple):
     """Dialogues that were sampled, packed into rows; leaves [..., R, L].
 
-    The float leaves count where `mask` is true and may hold anything elsewhere. Log-probabilities
-    are of the distribution that was sampled from, so at the sampler's temperature.
+    Float leaves are used where `mask` is true only. Log-probabilities are those of the sampling
+    distribution, at the temperature of the sampler.
     """
 
     ids: Any  # int32
@@ -133,36 +136,36 @@ class RolloutRows(NamedTuple):
     mask: Any  # bool, tokens to learn
     sampler_logprobs: Any  # float32, log-probability under the sampler when drawn
     old_logprobs: Any  # float32, under the trainer's weights at the start of the update
-    reference: Any  # float32, under the reference model; unused where kl_weight is 0
+    reference: Any  # float32, under the reference model; unused where beta is 0
     advantage: Any  # float32
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is to be made small; see the module for the formulas.
+    """Settings of the policy-gradient objective.
 
     A "sequence" is a segment with tokens to learn.
 
     Attributes:
-      ratio: "token", or "sequence" for the geometric mean of a sequence's token ratios, in
-        the form of GSPO-token (2507.18071, eq. 14): equal to GSPO where a sequence has one
-        advantage, and usable where its tokens have several.
-      surrogate: "clip", "cispo" or "reinforce".
-      clip_low: the ratio is clipped below 1 - clip_low; 1 sets no bound.
-      clip_high: the ratio is clipped above 1 + clip_high.
-      dual_clip: bound on r where A < 0, above 1 + clip_high; none if not given.
-      normalization: what a batch's sum is divided by.
+      importance_sampling_level: "token", or "sequence" for the geometric mean of a sequence's token
+        ratios in the form of GSPO-token (2507.18071, eq. 14), which equals GSPO where a sequence
+        has one advantage and also allows one advantage per token.
+      loss_type: "clip", "cispo" or "reinforce".
+      epsilon_low: the ratio is clipped below 1 - epsilon_low; 1 disables the bound.
+      epsilon_high: the ratio is clipped above 1 + epsilon_high.
+      dual_clip: bound on r where A < 0, above 1 + epsilon_high; none if not given.
+      normalization: divisor of the sum over a batch.
         "token": the number of its tokens (DAPO).
         "sequence": each sequence's mean over its tokens, then the number of sequences (GRPO).
         "constant": constant_length, then the number of sequences (Dr. GRPO, 2503.20783).
       constant_length: tokens, such as the longest sequence allowed.
-      kl_weight: of the divergence from the reference; 0 leaves the reference out.
-      kl_kind: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
+      beta: weight of the divergence from the reference; at 0 there is no reference.
+      kl_loss_type: with d = reference - logprob, "k3": exp(d) - d - 1 (as GRPO, 2402.03300), or
         "k2": d^2 / 2, whose gradient is that of the reverse KL for tokens drawn on policy. k1
         is not offered: as a loss its gradient has mean zero.
-      kl_corrected: multiply it by r, so that its gradient is unbiased for tokens drawn before the
-        weights changed (DeepSeek-V3.2, 2512.02556).
-      entropy_weight: of the bonus for entropy.
+      use_bias_correction_kl: multiply the divergence by the ratio, so that its gradient is unbiased
+        for tokens sampled from older weights (DeepSeek-V3.2, 2512.02556).
+      entropy_coef: weight of the entropy bonus.
       correction: w, from q = exp(old_logprobs - sampler_logprobs): "none" is 1, "truncate" is
         min(q, cap) (truncated importance sampling), "mask" q within [low, cap] and 0
         outside (IcePop, 2510.18855). 1 wherever old_logprobs is sampler_logprobs.
@@ -171,17 +174,28 @@ class Objective:
       correction_low, correction_cap: bounds of q.
     """
 
-    ratio: str = "token"
-    surrogate: str = "clip"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
+    RENAMED: ClassVar[dict[str, str]] = {
+        "ratio": "importance_sampling_level",
+        "surrogate": "loss_type",
+        "clip_low": "epsilon_low",
+        "clip_high": "epsilon_high",
+        "kl_weight": "beta",
+        "kl_kind": "kl_loss_type",
+        "kl_corrected": "use_bias_correction_kl",
+        "entropy_weight": "entropy_coef",
+    }
+
+    importance_sampling_level: str = "token"
+    loss_type: str = "clip"
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
     dual_clip: float | None = None
     normalization: str = "token"
     constant_length: int = 4096
-    kl_weight: float = 0.0
-    kl_kind: str = "k3"
-    kl_corrected: bool = False
-    entropy_weight: float = 0.0
+    beta: float = 0.0
+    kl_loss_type: str = "k3"
+    use_bias_correction_kl: bool = False
+    entropy_coef: float = 0.0
     correction: str = "truncate"
     correction_level: str = "token"
     correction_low: float = 0.5
@@ -190,35 +204,40 @@ class Objective:
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
             require(self, f"one of {', '.join(known)}", known.__contains__, name)
-        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "clip_low")
-        names = ("clip_high", "kl_weight", "entropy_weight", "correction_low")
+        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "epsilon_low")
+        names = ("epsilon_high", "beta", "entropy_coef", "correction_low")
         require(self, "0 or more", lambda x: x >= 0, *names)
         require(self, "at least 1", lambda n: n >= 1, "constant_length")
         require(self, "at least 1 (no mismatch)", lambda x: x >= 1, "correction_cap")
         require(self, "at most 1 (no mismatch)", lambda x: x <= 1, "correction_low")
-        if self.dual_clip is not None and not self.dual_clip > 1 + self.clip_high:
-            raise InputError(f"dual_clip: got {self.dual_clip}, expected above 1 + clip_high")
+        if self.dual_clip is not None and not self.dual_clip > 1 + self.epsilon_high:
+            raise InputError(f"dual_clip: got {self.dual_clip}, expected above 1 + epsilon_high")
 
 
 _KNOWN = {
-    "ratio": ("token", "sequence"),
-    "surrogate": ("clip", "cispo", "reinforce"),
+    "importance_sampling_level": ("token", "sequence"),
+    "loss_type": ("clip", "cispo", "reinforce"),
     "normalization": ("token", "sequence", "constant"),
-    "kl_kind": ("k2", "k3"),
+    "kl_loss_type": ("k2", "k3"),
     "correction": ("none", "truncate", "mask"),
     "correction_level": ("token", "sequence", "geometric"),
 }
 
 PRESETS = {
-    "GRPO": Objective(normalization="sequence", kl_weight=0.04),
+    "GRPO": Objective(normalization="sequence", beta=0.04),
     "DR_GRPO": Objective(normalization="constant"),
-    "DAPO": Objective(clip_high=0.28),
-    "GSPO": Objective(ratio="sequence", clip_low=3e-4, clip_high=4e-4, normalization="sequence"),
-    "CISPO": Objective(surrogate="cispo", clip_low=1.0, clip_high=4.0),
+    "DAPO": Objective(epsilon_high=0.28),
+    "GSPO": Objective(
+        importance_sampling_level="sequence",
+        epsilon_low=3e-4,
+        epsilon_high=4e-4,
+        normalization="sequence",
+    ),
+    "CISPO": Objective(loss_type="cispo", epsilon_low=1.0, epsilon_high=4.0),
 }
-"""As in DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO (2507.18071)
-and, for CISPO, ScaleRL (2510.13786); all with the truncated correction, of which the papers do
-without."""
+"""Settings of DeepSeekMath (2402.03300), Dr. GRPO (2503.20783), DAPO (2503.14476), GSPO
+(2507.18071) and, for CISPO, ScaleRL (2510.13786), with the truncated correction, which the papers
+do not have."""
 
 
 def policy_loss(
@@ -230,14 +249,15 @@ def policy_loss(
     remat: str = "none",
     chunk: int | None = None,
 ) -> Summed:
-    """The objective of a model's own rows, as `surrogate_loss`.
+    """The policy-gradient loss of a model on sampled rows, see `surrogate_loss`.
 
     Args:
       model: the model.
       rows: [R, L].
       objective: settings.
       temperature: at which the rows were sampled.
-      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never held.
+      remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
+        in memory as a whole.
     """
     found = token_logprobs(
         model,
@@ -252,13 +272,16 @@ def policy_loss(
 
 
 def surrogate_loss(
-    logprob: jax.Array, entropy: jax.Array, rows: RolloutRows, objective: Objective
+    logprob: Float[Array, "R L"],
+    entropy: Float[Array, "R L"],
+    rows: RolloutRows,
+    objective: Objective,
 ) -> Summed:
-    """The objective from log-probabilities; differentiable in the first two arguments.
+    """The policy-gradient loss from log-probabilities and entropies, which it is differentiable in.
 
     Args:
-      logprob: [R, L] of each token now. The first token of a dialogue is predicted by nothing
-        and counts for nothing.
+      logprob: [R, L] of each token under the current weights. The first token of a dialogue has
+        no prediction and is left out.
       entropy: [R, L] nats.
       rows: [R, L].
       objective: settings.
@@ -266,26 +289,27 @@ def surrogate_loss(
     Returns:
       The sum and what to divide it by: the number of tokens or, for "sequence" and "constant", of
       sequences. Metrics are means over tokens or, likewise, means over sequences of their
-      means: ratio, clip_low and clip_high (shares with A < 0 and A > 0; for cispo, of any A),
-      clip_dual, entropy, kl_proximal (k3, of the update's beginning from now), kl_reference (k3,
-      where used), mismatch (of old_logprobs and sampler_logprobs, absolute), kl_behavior (k3),
-      correction (w), corrected (share where w is not q) and masked (share where w is 0).
+      means: ratio, clip_ratio/low and clip_ratio/high (shares of clipped tokens, with A < 0 and
+      A > 0; for cispo, with any A), clip_ratio/dual, entropy, ppo_kl (k3, from old_logprobs
+      to now), kl (k3, from the reference, where it is used), mismatch (absolute difference of
+      old_logprobs and sampler_logprobs), sampler_kl (k3 of the same), correction (w),
+      corrected (share where w is not q) and masked (share where w is 0).
     """
     learned = rows.mask & (rows.positions > 0)
 
     def own(x: Any, other: float = 0.0) -> jax.Array:
-        """What is not learned must not reach the sums or the gradient, not even times zero."""
+        """Replaces values of tokens that are not learned, which may not be finite."""
         return jnp.where(learned, x, other)
 
     now, old_logprobs, advantage = own(logprob), own(rows.old_logprobs), own(rows.advantage)
-    ahead = now - old_logprobs
+    log_ratio = now - old_logprobs
     off = old_logprobs - own(rows.sampler_logprobs)
     mean = SegmentMeans(learned, rows.segments)
 
-    ratio = bounded_exp(ahead)
-    if objective.ratio == "sequence":
+    ratio = bounded_exp(log_ratio)
+    if objective.importance_sampling_level == "sequence":
         one = jax.lax.stop_gradient(now)
-        ratio = bounded_exp(jax.lax.stop_gradient(mean(ahead)) + now - one)
+        ratio = bounded_exp(jax.lax.stop_gradient(mean(log_ratio)) + now - one)
     loss, clipped = _surrogate(ratio, now, advantage, objective)
     weight, corrected = _correction(off, mean, objective)
     loss = weight * loss
@@ -293,20 +317,20 @@ def surrogate_loss(
         "ratio": ratio,
         **clipped,
         "entropy": own(entropy),
-        "kl_proximal": k3(ahead),
+        "ppo_kl": k3(log_ratio),
         "mismatch": jnp.abs(off),
-        "kl_behavior": k3(off),
+        "sampler_kl": k3(off),
         "correction": weight,
         "corrected": corrected,
         "masked": weight == 0,
     }
-    if objective.kl_weight:
+    if objective.beta:
         apart = own(rows.reference) - now
-        metrics["kl_reference"] = kl = k3(apart)
-        kl = kl if objective.kl_kind == "k3" else apart**2 / 2
-        loss = loss + objective.kl_weight * (ratio * kl if objective.kl_corrected else kl)
-    if objective.entropy_weight:
-        loss = loss - objective.entropy_weight * own(entropy)
+        metrics["kl"] = kl = k3(apart)
+        kl = kl if objective.kl_loss_type == "k3" else apart**2 / 2
+        loss = loss + objective.beta * (ratio * kl if objective.use_bias_correction_kl else kl)
+    if objective.entropy_coef:
+        loss = loss - objective.entropy_coef * own(entropy)
 
     share = learned.astype(jnp.float32)
     if objective.normalization != "token":
@@ -324,21 +348,21 @@ def surrogate_loss(
 def _surrogate(
     ratio: jax.Array, logprob: jax.Array, advantage: jax.Array, objective: Objective
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses, and where bounds take hold."""
-    if objective.surrogate == "reinforce":
+    """Losses [R, L], and masks of the tokens whose ratio is clipped."""
+    if objective.loss_type == "reinforce":
         return -advantage * logprob, {}
-    low, high = 1.0 - objective.clip_low, 1.0 + objective.clip_high
+    low, high = 1.0 - objective.epsilon_low, 1.0 + objective.epsilon_high
     bounded = jnp.clip(ratio, low, high)
-    if objective.surrogate == "cispo":
-        where = {"clip_low": ratio < low, "clip_high": ratio > high}
+    if objective.loss_type == "cispo":
+        where = {"clip_ratio/low": ratio < low, "clip_ratio/high": ratio > high}
         return -jax.lax.stop_gradient(bounded) * advantage * logprob, where
     where = {
-        "clip_low": (ratio < low) & (advantage < 0),
-        "clip_high": (ratio > high) & (advantage > 0),
+        "clip_ratio/low": (ratio < low) & (advantage < 0),
+        "clip_ratio/high": (ratio > high) & (advantage > 0),
     }
     gain = jnp.minimum(ratio * advantage, bounded * advantage)
     if objective.dual_clip is not None:
-        where["clip_dual"] = (ratio > objective.dual_clip) & (advantage < 0)
+        where["clip_ratio/dual"] = (ratio > objective.dual_clip) & (advantage < 0)
         gain = jnp.where(advantage < 0, jnp.maximum(gain, objective.dual_clip * advantage), gain)
     return -gain, where
 
@@ -346,7 +370,7 @@ def _surrogate(
 def _correction(
     off: jax.Array, mean: SegmentMeans, objective: Objective
 ) -> tuple[jax.Array, jax.Array]:
-    """w, and where it is not the plain ratio."""
+    """Importance weights w [R, L], and a mask of those that differ from the plain ratio."""
     if objective.correction == "none":
         return jnp.ones_like(off), jnp.zeros_like(off, bool)
     level = objective.correction_level

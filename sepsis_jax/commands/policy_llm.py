@@ -71,15 +71,15 @@ def bc(
     llm: LLM,
     out: Out,
     model: Annotated[
-        Path | None, typer.Option("--model", help="World model that the teacher asks.")
+        Path | None, typer.Option("--model", help="World model for the demonstrations.")
     ] = None,
     episodes: SomeEpisodes = None,
     records: Annotated[
         Path | None,
         typer.Option(
             "--records",
-            help="Run of `sepsis-jax agent run` to learn from instead of a teacher, such as of a "
-            "strong model behind an endpoint; only its good stays count.",
+            help="Run of `sepsis-jax agent run` to learn from instead of demonstrations, such as "
+            "of a strong model behind an endpoint; only its accepted stays are used.",
         ),
     ] = None,
     config: Config = None,
@@ -106,7 +106,7 @@ def rl(
     episodes: SomeEpisodes = None,
     backend: Annotated[
         str,
-        typer.Option("--backend", help="Who generates: embedded, or vllm with --url."),
+        typer.Option("--backend", help="Generator: embedded, or vllm with --url."),
     ] = "embedded",
     url: Annotated[
         str | None,
@@ -131,7 +131,7 @@ def rl(
     resume: Resume = False,
     json: Json = False,
 ) -> None:
-    """Stage III: treat simulated patients and learn from what came of it."""
+    """Stage III: reinforcement learning on simulated patients."""
     from sepsis_jax.pipelines.agent import BackendOptions
     from sepsis_jax.pipelines.llm.rl import run_rl
 
@@ -146,7 +146,7 @@ def rl(
             resume=resume, progress=progress,
         )  # fmt: skip
     if found:
-        print_table("Last iteration", ("what", "value"), list(found.items()))
+        print_table("Last iteration", ("figure", "value"), list(found.items()))
     console.print(f"{out / 'model'}, metrics/, checkpoints/.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), **found})
@@ -170,7 +170,7 @@ def stages(
     resume: Resume = False,
     json: Json = False,
 ) -> None:
-    """All three stages in a row, each judged on fresh patients and on questions."""
+    """All three stages in a row, each evaluated on fresh patients and on questions."""
     from sepsis_jax.pipelines.llm.study import run_study
 
     options = _options(config, setting)
@@ -185,7 +185,7 @@ def stages(
         [row[0], *("-" if value is None or value != value else f"{value:.2f}" for value in row[1:])]
         for row in table[shown].itertuples(index=False)
     ]
-    print_table("What each stage brought, on fresh patients", tuple(shown), rows)
+    print_table("Evaluation of each stage on fresh patients", tuple(shown), rows)
     console.print(f"{out / 'stages.csv'}, curves.png, a folder per stage.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), "rows": table.to_dict("records")})
@@ -211,7 +211,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     sft: "Example: sepsis-jax policy sft --llm models/Qwen3-4B --episodes runs/mimic "
     "--out runs/sft",
     bc: "Example: sepsis-jax policy bc --llm runs/sft/model --model runs/model "
-    "--set bc.teacher=runs/planner --out runs/bc",
+    "--set bc.demonstrator=runs/planner --out runs/bc",
     rl: "Example: sepsis-jax policy rl --llm runs/bc/model --model runs/model --out runs/rl",
     stages: "Example: sepsis-jax policy stages --config configs/train_tiny_cpu.yaml "
     "--out runs/stages",

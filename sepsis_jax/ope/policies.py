@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,30 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from policy.base import Policy
-from policy.simple import GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
+from policy import registry
+from policy.registry import SIMPLE as SIMPLE
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 
-SIMPLE: dict[str, Callable[[], Policy]] = {
-    "random": RandomPolicy,
-    "none": NoTreatment,
-    "max": MaximumTreatment,
-    "guideline": GuidelineRules,
-}
-BUILT_IN = ("clinician", *SIMPLE)
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
 
 
 def built_in(
     name: str, episodes: Episodes, behavior_probs: np.ndarray | None
 ) -> np.ndarray | jax.Array:
-    """[N, T, 25] probabilities of "clinician" or one of `SIMPLE`."""
-    if name in SIMPLE:
-        return SIMPLE[name]().action_probs(episodes)
-    if name != "clinician":
-        raise InputError(f"policy {name!r} is not built in; known: {', '.join(BUILT_IN)}")
+    """[N, T, 25] probabilities of "clinician" or a simple policy of `policy.registry`."""
+    if name != registry.CLINICIAN:
+        return registry.make(name).action_probs(episodes)
     if behavior_probs is None:
         raise InputError(
             "policy 'clinician' needs the clinician's probabilities of all actions; give "

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy import registry
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
@@ -195,7 +196,7 @@ def _policies(
     """Probabilities of all, and those that can be played in a world."""
     if not given:
         raise InputError(
-            f"--policy: none given; use NAME=FILE, NAME=FOLDER, or {', '.join(policies.BUILT_IN)}"
+            f"--policy: none given; use NAME=FILE, NAME=FOLDER, or {', '.join(registry.names())}"
         )
     probs: dict[str, Any] = {}
     played: dict[str, Policy] = {}
@@ -205,8 +206,8 @@ def _policies(
             raise InputError(f"--policy {text!r}: names must be given and differ")
         if not sign:
             probs[name] = policies.built_in(name, episodes, behavior)
-            if name in policies.SIMPLE:
-                played[name] = policies.SIMPLE[name]()
+            if name in registry.SIMPLE:
+                played[name] = registry.make(name)
             continue
         if Path(file).is_dir():
             played[name] = load_policy(file)

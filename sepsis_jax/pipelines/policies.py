@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy import registry
 from policy.base import Policy
-from policy.checkpoint import load_policy
 from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
 from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig, OfflinePolicy
@@ -21,7 +21,7 @@ from policy.offline.data import transitions
 from policy.offline.training import train_offline
 from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
-from sepsis_jax.ope.policies import SIMPLE
+from policy.registry import CLINICIAN as CLINICIAN
 from sepsis_jax.runs import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
@@ -30,8 +30,7 @@ from worldmodel.files import digest_file
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
 
-METHODS = ("iql", "cql", "wd3qne", "dqn", "bcq", "clinician", "planner", "ppo")
-CLINICIAN = "clinician"  # built in, but no policy: what the records or the world say
+METHODS = registry.TRAINED
 
 
 @dataclass(frozen=True)
@@ -188,37 +187,10 @@ def patients_per_call(policy: Policy | None) -> int:
 
 
 def find_policy(text: str) -> tuple[str, Policy | None]:
-    """Name and policy for a built-in name, a folder, or NAME=FOLDER; None is the clinician.
-
-    Raises:
-      InputError: neither a built-in name nor a folder with a policy.
-    """
-    if text == CLINICIAN:
-        return text, None
-    if text in SIMPLE:
-        return text, SIMPLE[text]()
-    name, sign, folder = text.partition("=")
-    path = Path(folder if sign else text)
-    if not path.is_dir():
-        raise InputError(
-            f"--policy {text!r}: neither {', '.join((CLINICIAN, *SIMPLE))} nor a folder that "
-            "`sepsis-jax policy train` wrote"
-        )
-    return (name if sign else path.name), load_policy(path)
+    """The policy that a user named, as `policy.registry.find`."""
+    return registry.find(text, source="--policy")
 
 
 def find_policies(texts: list[str]) -> dict[str, Policy | None]:
-    """Policies by name, in the order given.
-
-    Raises:
-      InputError: none, or two of one name.
-    """
-    if not texts:
-        raise InputError(f"--policy: none given; use a folder, {CLINICIAN}, {', '.join(SIMPLE)}")
-    found: dict[str, Policy | None] = {}
-    for text in texts:
-        name, policy = find_policy(text)
-        if name in found:
-            raise InputError(f"--policy {text!r}: {name} is already there; write NAME=FOLDER")
-        found[name] = policy
-    return found
+    """The policies that a user named, as `policy.registry.find_all`."""
+    return registry.find_all(texts, source="--policy")

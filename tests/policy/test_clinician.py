@@ -56,12 +56,12 @@ def divergence(truth, probs):
 
 def test_networks_recover_a_known_rule():
     episodes, truth, fits = fitted(0)
-    held = np.asarray(episodes.valid) & (np.asarray(episodes.split) == 2)[:, None]
-    far = divergence(truth[held], fits["marginal"].probs[held])
+    held_out = np.asarray(episodes.valid) & (np.asarray(episodes.split) == 2)[:, None]
+    far = divergence(truth[held_out], fits["marginal"].probs[held_out])
     for name in ("logistic", "mlp", "gru"):
-        assert divergence(truth[held], fits[name].probs[held]) < 0.25 * far, name
+        assert divergence(truth[held_out], fits[name].probs[held_out]) < 0.25 * far, name
         assert fits[name].report["ece"] < 0.01
-    assert divergence(truth[held], fits["clusters"].probs[held]) < far
+    assert divergence(truth[held_out], fits["clusters"].probs[held_out]) < far
     order = [fit.report["nll"] for fit in fits.values()]
     assert order == sorted(order)
 

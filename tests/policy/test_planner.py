@@ -88,19 +88,19 @@ def test_residuals_on_residuals_find_a_known_advantage():
     severity = moderator[:, 1]
     levels = np.arange(action_noise) / 24
     logits = 2.0 * severity[:, None] * levels
-    habit = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    action = (habit.cumsum(1) > rng.random((rows, 1))).argmax(1)
+    prior = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    action = (prior.cumsum(1) > rng.random((rows, 1))).argmax(1)
     effect = rng.normal(size=(rows, 8)) + severity[:, None]
     theta = rng.normal(size=(16, 6))
     gain_of_effects = rng.normal(size=8)
     basis = dose_basis()
-    centred = basis[action] - habit @ basis
+    centred = basis[action] - prior @ basis
     gain = (moderator[:, :, None] * centred[:, None]).reshape(rows, -1) @ theta.reshape(-1)
     gain = gain + effect @ gain_of_effects - 8.0 * severity + rng.normal(size=rows)
-    found = fit_advantage(features, moderator, effect, habit, action, gain, SCALER, ridge=1e-3)
+    found = fit_advantage(features, moderator, effect, prior, action, gain, SCALER, ridge=1e-3)
     np.testing.assert_allclose(found.effects, gain_of_effects, atol=0.05)
-    worth = np.einsum("rm,md,ad->ra", moderator[:500], theta - np.asarray(found.doses), basis)
-    assert np.abs(worth - worth.mean(1, keepdims=True)).mean() < 0.15
+    returns = np.einsum("rm,md,ad->ra", moderator[:500], theta - np.asarray(found.doses), basis)
+    assert np.abs(returns - returns.mean(1, keepdims=True)).mean() < 0.15
     np.testing.assert_allclose(found.usual[8], np.ones(8), atol=0.05)  # by severity
 
 
@@ -151,7 +151,7 @@ def test_the_view_leads_back_to_the_history(stay):
 
 def by_hand(planner, stay, observation):
     """J [25] of the one-step search, action by action."""
-    habit = np.asarray(planner.clinician(KEY, observation))
+    prior = np.asarray(planner.clinician(KEY, observation))
     advantage = planner.advantage
     mu = []
     for action in range(25):
@@ -163,7 +163,7 @@ def by_hand(planner, stay, observation):
     mu = np.stack(mu, 1)[:, :, 0]  # [E, 25, 39]
     moderator = np.asarray(moderators(observation, SCALER))
     doses = dose_basis() @ (moderator @ np.asarray(advantage.doses))
-    doses = doses - habit @ doses
+    doses = doses - prior @ doses
     features = np.asarray(
         transitions(stay, SCALER, past=PAST).features[STEP]
     ) @ np.asarray(advantage.usual)  # fmt: skip
@@ -172,7 +172,7 @@ def by_hand(planner, stay, observation):
     )
     total = doses + gains
     config = planner.config
-    return total.mean(0) - config.risk * total.std(0) + config.prior_weight * np.log(habit)
+    return total.mean(0) - config.risk * total.std(0) + config.prior_weight * np.log(prior)
 
 
 def test_one_step_by_hand(stay, observation):
@@ -208,7 +208,7 @@ def test_a_rare_action_is_never_chosen(observation):
     bound = made(replace(config, support=0.01), Timid(), **towards(24))
     assert free(KEY, observation).argmax() == 24
     assert bound(KEY, observation).argmax() == 6
-    # The price of leaving the habit does the same without a bound.
+    # The penalty of leaving the prior does the same without a bound.
     assert (
         made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax()
         == 6
@@ -257,7 +257,7 @@ def test_sequences_meet_the_same_noise_and_add_up(observation):
     assert noisy[0] == pytest.approx(noisy[1], abs=1e-4) and abs(noisy[0] - noisy[2]) > 1e-3
     short = np.asarray(play(planner, KEY, observation, sequences[:, :1], 0))
     longer = np.asarray(play(planner, KEY, observation, sequences[:, :2], 0))
-    # Nothing that comes later is worth anything at a discount of 0.
+    # Nothing that comes later is returns anything at a discount of 0.
     blind = replace(planner, config=replace(planner.config, gamma=0.0))
     np.testing.assert_allclose(play(blind, KEY, observation, sequences[:, :2], 0), short, atol=1e-3)
     assert np.abs(longer - short).max() > 1e-3
@@ -265,7 +265,7 @@ def test_sequences_meet_the_same_noise_and_add_up(observation):
 
 def test_minus_one_is_what_the_clinician_would_do(observation):
     planner = made(PlannerConfig(prior_weight=0.3))
-    usual = int(planner.habit(observation).argmax())
+    usual = int(planner.prior(observation).argmax())
     both = play(planner, KEY, observation, jnp.array([[-1], [usual]]), 0)
     assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-5)
 

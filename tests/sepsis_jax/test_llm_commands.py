@@ -24,24 +24,25 @@ SMALL = """
 sft:
   questions: {count: 6, charts: compact}
   training: &training
-    {row_length: 512, rows: 4, learner: {steps: 4, warm_up: 0, report_every: 2, save_every: 2}}
+    {row_length: 512, micro_batch_size: 4, learner:
+      {max_steps: 4, warmup_steps: 0, logging_steps: 2, save_steps: 2}}
 bc:
   patients: 2
   runner: &runner
     {max_steps: 2, templates: compact, concurrency: 4, forecast: {samples: 2}, dialogue:
       {memory: decision, max_invalid: 1,
-       sampling: {temperature: 1.0, top_p: 1.0, max_new_tokens: 64}}}
+       sampling: {temperature: 1.0, top_p: 1.0, max_completion_length: 64}}}
   replay: {count: 6, charts: compact}
   training: *training
 rl:
   runner: *runner
   samples: 1
-  agentic: {iterations: 3, patients: 4, updates: 1, row_length: 1024, rows: 4}
-  learner: {learning_rate: 0.001, warm_up: 0}
-  judge_every: 2
-  judge_patients: 4
+  agentic: {iterations: 3, patients: 4, num_minibatches: 1, row_length: 1024, micro_batch_size: 4}
+  learner: {learning_rate: 0.001, warmup_steps: 0}
+  eval_steps: 2
+  eval_patients: 4
 baselines: [episode]
-rival_replicas: 2
+baseline_num_generations: 2
 evaluation: {patients: 4, questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
 """
 
@@ -63,7 +64,7 @@ def lines(folder):
 
 
 def test_all_stages(inputs, tmp_path, capsys):
-    """Every stage leaves a model, the next begins with it, and each sits an evaluation."""
+    """Every stage leaves a model, the next begins with it, and each is evaluated."""
     out = tmp_path / "stages"
     given = ("--model", inputs / "model", "--episodes", inputs / "episodes")
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
@@ -129,22 +130,22 @@ def test_bad_requests_end_with_one_line(inputs, taught, tmp_path, capsys):
     for number, (more, word) in enumerate(
         (
             (("--set", "rl.runner.dialogue.sampling.top_p=0.9"), "top_p"),
-            (("--set", "rl.agentic.advantages.kind=step"), "replicas"),
+            (("--set", "rl.agentic.advantages.kind=step"), "num_generations"),
             (("--backend", "openai", "--url", "http://127.0.0.1:9/v1"), "embedded or vllm"),
         )
     ):
         refuse(call(capsys, *rl(inputs, folder, tmp_path / str(number), *more)), word)
-    refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "--records")
+    refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "records")
 
 
-def test_recorded_stays_can_be_the_teacher(inputs, taught, tmp_path, capsys):
-    """An agent's run, of which only the good stays are learned from."""
+def test_recorded_stays_replace_demonstrations(inputs, taught, tmp_path, capsys):
+    """Only the accepted stays of an agent's run are learned from."""
     folder, _ = taught
     run = tmp_path / "agent"
     finish(
         "agent", "run", "--llm", folder, "--model", inputs / "model", "--patients", 8,
         "--templates", "compact", "--set", "max_steps=2", "--set", "forecast.samples=2",
-        "--set", "dialogue.sampling.max_new_tokens=64", "--out", run,
+        "--set", "dialogue.sampling.max_completion_length=64", "--out", run,
     )  # fmt: skip
     asked = ("policy", "bc", "--llm", folder, "--records", run, "--config", inputs / "small.yaml")
     finish(*asked, "--set", "bc.training.row_length=2112",

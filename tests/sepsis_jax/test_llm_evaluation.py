@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, gains, judged
-from tests.policy.train.test_credit import stay
+from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate_stays, gains
+from tests.policy.train.test_advantage_assignment import stay
 
 UNTREATED = {"meanbp": 60.0}  # with action 0: G1 is broken
 
@@ -30,7 +30,7 @@ def kept(evaluation):
 
 
 def test_failed_stays_count_as_deaths_and_their_prescriptions_do_not():
-    found = judged([*treated([3.0, 9.0], [1, 3]), stay(2, [(0, 5.0)], failed=True)])
+    found = evaluate_stays([*treated([3.0, 9.0], [1, 3]), stay(2, [(0, 5.0)], failed=True)])
     assert found.returns.tolist() == [3.0, 9.0, -15.0] and found.value == pytest.approx(-1.0)
     assert found.prescriptions.tolist() == [4, 4, 0] and found.broken.tolist() == [1, 3, 0]
     assert found.adherence == pytest.approx(50.0)
@@ -41,13 +41,13 @@ def test_failed_stays_count_as_deaths_and_their_prescriptions_do_not():
 
 def test_gains_are_of_pairs():
     """Where every patient gains the same there is no doubt, however much patients differ."""
-    before = kept(judged(treated([-10.0, 0.0, 10.0], [0, 2, 3])))
-    after = kept(judged(treated([-8.0, 2.0, 12.0], [0, 2, 3])))
+    before = kept(evaluate_stays(treated([-10.0, 0.0, 10.0], [0, 2, 3])))
+    after = kept(evaluate_stays(treated([-8.0, 2.0, 12.0], [0, 2, 3])))
     assert gains(before, after) == {
         "gain": 2.0, "gain_low": 2.0, "gain_high": 2.0,
         "adherence_gain": 0.0, "adherence_gain_low": 0.0, "adherence_gain_high": 0.0,
     }  # fmt: skip
-    better = kept(judged(treated([-8.0, 2.0, 12.0], [0, 1, 3])))
+    better = kept(evaluate_stays(treated([-8.0, 2.0, 12.0], [0, 1, 3])))
     found = gains(before, better)
     # 1 of 12; influences (-1, 2, -1) / 12, by mean 4: squares add up to 6 / 9 / 16
     assert found["adherence_gain"] == pytest.approx(100 / 12)
@@ -57,5 +57,5 @@ def test_gains_are_of_pairs():
 
 def test_without_a_prescription_there_is_no_adherence():
     nothing = [stay(0, [], failed=True), stay(1, [], failed=True)]
-    found = gains(kept(judged(nothing)), kept(judged(treated([1.0, 2.0], [0, 1]))))
+    found = gains(kept(evaluate_stays(nothing)), kept(evaluate_stays(treated([1.0, 2.0], [0, 1]))))
     assert found["gain"] == 16.5 and np.isnan(found["adherence_gain"])

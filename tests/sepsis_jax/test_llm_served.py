@@ -28,13 +28,18 @@ def options(publish="weights", **agentic):
     runner = {
         "templates": "compact", "max_steps": 2, "concurrency": PATIENTS, "forecast": {"samples": 2},
         "dialogue": {"memory": "decision", "max_invalid": 1,
-                     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 64}},
+                     "sampling": {"temperature": 1.0, "top_p": 1.0, "max_completion_length": 64}},
     }  # fmt: skip
-    values = {"iterations": ITERATIONS, "patients": PATIENTS, "row_length": 1024, "rows": 4}
+    values = {
+        "iterations": ITERATIONS,
+        "patients": PATIENTS,
+        "row_length": 1024,
+        "micro_batch_size": 4,
+    }
     return RLOptions(
         runner=from_mapping(RunnerOptions, runner, source="test"),
         agentic=from_mapping(type(RLOptions().agentic), values | agentic, source="test"),
-        learner=LearnerConfig(learning_rate=5e-3 if publish == "weights" else 0.05, warm_up=0),
+        learner=LearnerConfig(learning_rate=5e-3 if publish == "weights" else 0.05, warmup_steps=0),
         model=ModelOptions(lora_rank=0 if publish == "weights" else RANK),
         publish=publish,
         samples=1,

@@ -15,7 +15,7 @@ from worldmodel.errors import InputError
 KEY_VARIABLE = "VLLM_API_KEY"
 """Environment variable that holds the key of servers started here, and of their clients."""
 
-INSIDE = Path(__file__).with_name("plugins")
+PLUGINS = Path(__file__).with_name("plugins")
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ def check_options(options: ServerOptions) -> None:
     if not is_loopback(options.host):
         if not options.allow_remote:
             raise InputError(
-                f"host {options.host}: not of this machine alone; keep 127.0.0.1, or say "
-                "--allow-remote"
+                f"host {options.host}: not of this machine alone; keep 127.0.0.1, or set "
+                "allow_remote"
             )
         if options.swaps:
             raise InputError(
@@ -133,30 +133,30 @@ def command(environment: ServingEnvironment, options: ServerOptions, port: int) 
 
 
 def variables(environment: ServingEnvironment, options: ServerOptions, key: str) -> dict[str, str]:
-    """The server's environment: ours, with the key, and nothing sent to anybody."""
-    ours = {
+    """Environment variables of the server: those of this process, the key, and no telemetry."""
+    found = {
         name: value
         for name, value in os.environ.items()
         if name not in ("PYTHONHOME", "VIRTUAL_ENV", "VLLM_SERVER_DEV_MODE")
     }
-    ours |= {
+    found |= {
         KEY_VARIABLE: key,
-        "PYTHONPATH": str(INSIDE),
+        "PYTHONPATH": str(PLUGINS),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     if environment.cpu:
-        ours |= {
+        found |= {
             "VLLM_TARGET_DEVICE": "cpu",
             "VLLM_CPU_KVCACHE_SPACE": f"{options.cpu_cache_gib:g}",
         }
     if options.swaps:
-        ours["VLLM_SERVER_DEV_MODE"] = "1"
+        found["VLLM_SERVER_DEV_MODE"] = "1"
         if options.lora_rank:
-            ours["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
-    return ours
+            found["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "True"
+    return found
 
 
 VARIABLE = "SEPSIS_JAX_SERVING"

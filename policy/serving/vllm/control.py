@@ -22,11 +22,11 @@ _RESETS, _RESET_WAIT_S = 20, 0.25
 
 @dataclass(frozen=True)
 class Swap:
-    """What a swap of weights did."""
+    """Result of a swap of weights."""
 
     version: str
-    seconds: float  # in which the server drew no tokens, the draining included
-    changed: bool  # whether the checksums are others than before
+    seconds: float  # without generation, draining included
+    changed: bool  # whether the checksums differ from before
     unseen: int  # tensors without a checksum
 
 
@@ -37,8 +37,8 @@ class WeightControl:
         """Opens no connection yet.
 
         Args:
-          endpoint: the server. Nothing is tried twice, except when it is briefly out of reach.
-          folder: of the weights that it serves now; gone back to when a swap fails.
+          endpoint: the server. Requests are retried only while it is unreachable.
+          folder: of the weights that it serves now; loaded again when a swap fails.
           key: instead of the endpoint's variable or file.
 
         Raises:
@@ -52,15 +52,15 @@ class WeightControl:
         self._lock = asyncio.Lock()
 
     async def swap(self, folder: Path, version: str) -> Swap:
-        """Loads other weights of the same architecture between two tokens of nobody.
+        """Loads other weights of the same architecture while no request is running.
 
-        What runs is finished with the old weights, what comes meanwhile waits for the new ones;
+        Running requests finish with the old weights, and new requests wait for the new weights;
         nothing is aborted. The prefix cache is emptied. Before tokens are drawn again the
         server's checksums are compared with those of an earlier load of the same files.
 
         Args:
           folder: Hugging Face folder, as the server's machine names it.
-          version: what completions are tagged with from then on.
+          version: tag of later completions.
 
         Raises:
           BackendError: the folder is unfit and nothing was touched; or the swap failed and the
@@ -97,7 +97,7 @@ class WeightControl:
     async def checksums(self) -> dict[str, str]:
         """SHA-256 by name of the server's tensors and of what its packed ones make of an input.
 
-        What a server cannot see has the checksum of nothing.
+        Tensors that the server cannot read have the checksum of no bytes.
         """
         sums = await self._client.post("/weight_checker", {"action": "checksum"}, _checksums)
         call = {"method": "sepsis_jax_packed_checksums"}
@@ -128,7 +128,7 @@ class WeightControl:
         await self._client.tell("/v1/load_lora_adapter", body)
 
     async def unload_adapter(self, name: str) -> None:
-        """Forgets a LoRA adapter.
+        """Unloads a LoRA adapter.
 
         Raises:
           BackendError: there is none of that name.
@@ -176,7 +176,7 @@ class WeightControl:
 
 
 def _ignore(value: Any) -> None:
-    """Any JSON will do."""
+    """Accepts any JSON."""
 
 
 def _checksums(value: Any) -> dict[str, str]:

@@ -23,7 +23,7 @@ class VLLMGenerator:
 
     Attributes:
       weight_version: of the last reply; it salts the server's prefix cache. Set it after a swap,
-        and what other weights left there is out of reach even if nobody cleared it.
+        and what other weights left there is never used, even if it was not cleared.
     """
 
     def __init__(self, endpoint: Endpoint, *, key: str | None = None) -> None:
@@ -60,7 +60,7 @@ class VLLMGenerator:
             prompt_ids,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=sampling.max_completion_length,
             seed=seed % 2**63,
             logprobs=0,
         )

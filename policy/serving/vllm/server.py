@@ -21,7 +21,7 @@ from typing import Self
 
 from policy.serving.backend import BackendError
 from policy.serving.vllm.command import (
-    INSIDE,
+    PLUGINS,
     ServerOptions,
     ServingEnvironment,
     check_options,
@@ -123,7 +123,7 @@ class VLLMServer:
         """Starts the server and waits until it answers; again on the same port after it died.
 
         Args:
-          progress: told the phase and the share done, 0 to 1.
+          progress: called with the phase and the share done, 0 to 1.
 
         Raises:
           ServerError: it died or was late; it is stopped then.
@@ -138,7 +138,7 @@ class VLLMServer:
             self.log = Path(name)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         words = command(self.environment, self.options, self.port)
-        guard = [sys.executable, "-I", str(INSIDE / "guard.py")]
+        guard = [sys.executable, "-I", str(PLUGINS / "guard.py")]
         with self.log.open("ab") as log:
             self._begin = log.tell()
             self._guard = subprocess.Popen(
@@ -234,7 +234,7 @@ class VLLMServer:
         self._progress(*(reached[-1] if reached else ("starting", 0.0)))
         time.sleep(_POLL_S)
 
-    def _answers(self, method: str, path: str, body: dict | None = None) -> bool:
+    def _answers(self, method: str, path: str, body: dict[str, object] | None = None) -> bool:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.options.host, self.options.host)
         # Not urllib, which might ask a proxy.
         connection = http.client.HTTPConnection(host, self.port, timeout=60.0 if body else 5.0)
@@ -265,11 +265,12 @@ class VLLMServer:
 
 
 def _silent(phase: str, share: float) -> None:
-    """Tells nobody."""
+    """Reports no progress."""
 
 
 def _free_port(host: str) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((host, 0))
-        return probe.getsockname()[1]
+        result: int = probe.getsockname()[1]
+        return result

@@ -1,7 +1,7 @@
-"""Tokenised dialogues on disk: made once, read through the page cache, never out of date.
+"""Cache of tokenised dialogues on disk, memory-mapped when read.
 
-A file is named after all that its contents depend on: the tokenizer's files, the source, the
-settings and the code itself. Where any of them changes, the name does, and a new file is made.
+The name of a file is a digest of all that its contents depend on: the tokenizer, the source, the
+settings and the code. If one of them changes, a new file is made.
 """
 
 from __future__ import annotations
@@ -97,11 +97,11 @@ class CachedDialogues(Sequence[Dialogue]):
         self.path = Path(path)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            held = (reader.schema.metadata or {}).get(_KEY)
+            found = (reader.schema.metadata or {}).get(_KEY)
             batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: not readable ({error}); delete it") from None
-        if held is None or (key is not None and held.decode() != key):
+        if found is None or (key is not None and found.decode() != key):
             raise InputError(f"{path}: made from something else than its name says; delete it")
         self._ids, self._own = ([batch.column(c) for batch in batches] for c in (0, 1))
         ends = [column.offsets.to_numpy() for column in self._ids]

@@ -74,7 +74,7 @@ def neighbours(action: int) -> list[int]:
 def demonstrate(
     policy: PolicyFn,
     env: SepsisEnv,
-    admission: EnvBatch,
+    batch: EnvBatch,
     forecaster: Forecaster | None,
     prompts: Prompts,
     config: DialogueConfig | None = None,
@@ -86,30 +86,30 @@ def demonstrate(
 
     Args:
       policy: such as `GuidelineRules()` or a planner.
-      env, admission, forecaster, capacity: as for `policy.agent.env_pool.EnvPool`.
+      env, batch, forecaster, capacity: as for `policy.agent.env_pool.EnvPool`.
       prompts, config, seed: as for `policy.agent.dialogue.treat`.
 
     Returns:
-      The stays in the order of admission, all completed.
+      The stays in the order of the batch, all completed.
 
     Raises:
       InputError: the policy looks back on more rows than the environment shows, or failed a stay.
     """
     state_scorer = probabilities(policy, jax.random.key(seed))
-    pool = EnvPool(env, admission, forecaster, capacity=capacity, state_scorer=state_scorer)
+    pool = EnvPool(env, batch, forecaster, capacity=capacity, state_scorer=state_scorer)
     try:
-        stays = asyncio.run(_demonstrate(pool, admission, prompts, config, seed=seed))
+        stays = asyncio.run(_demonstrate(pool, batch, prompts, config, seed=seed))
     finally:
         pool.close()
     for stay in stays:
         if stay.status != COMPLETED:
-            raise InputError(f"teacher: failed stay {stay.patient} ({stay.detail})")
+            raise InputError(f"demonstrator: failed stay {stay.patient} ({stay.detail})")
     return stays
 
 
 async def _demonstrate(
     pool: EnvPool,
-    admission: EnvBatch,
+    batch: EnvBatch,
     prompts: Prompts,
     config: DialogueConfig | None,
     *,
@@ -122,7 +122,7 @@ async def _demonstrate(
         )
 
     return await asyncio.gather(
-        *(stay(slot, patient) for slot, patient in enumerate(admission.patients.tolist()))
+        *(stay(slot, patient) for slot, patient in enumerate(batch.patients.tolist()))
     )
 
 

@@ -1,7 +1,6 @@
-"""Dialogues as training sequences: ids that were only ever appended, and which of them to learn.
+"""Dialogues as training sequences: token ids, and a mask of the tokens to learn.
 
-A token is learned where the model spoke it, its end token included; what the model was told is
-read and never learned.
+Tokens of the model's replies are learned, including the end token; tokens of prompts are not.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ class Dialogue:
     """One dialogue, or a part of it, of T tokens."""
 
     ids: np.ndarray  # [T] int32
-    own: np.ndarray  # [T] bool, spoken by the model
+    own: np.ndarray  # [T] bool, sampled by the model
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,10 +47,10 @@ class Rows(NamedTuple):
 
 
 def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> list[Dialogue]:
-    """A stay as a model with these tokens would have read and written it.
+    """Training sequences of a stay, tokenised for another model.
 
     Args:
-      stay: held by a teacher of any kind; its replies' own ids are not looked at.
+      stay: of any demonstrator; the ids of its replies are not used.
       tokens: of the model that is to learn.
       tools: that the stay was opened with.
 
@@ -68,28 +67,28 @@ def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) 
         begins = turn.opens or not found
         if begins:
             found.append([])
-        told = (tokens.first if begins else tokens.more)(turn.messages, tools)
-        said = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
-        found[-1] += [(told, False), (said, True)]
+        prompt = (tokens.first if begins else tokens.more)(turn.messages, tools)
+        reply_ids = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
+        found[-1] += [(prompt, False), (reply_ids, True)]
     return [_joined(parts) for parts in found]
 
 
 def as_read(stay: Stay) -> list[Dialogue]:
-    """A stay by the ids that its model did read and write.
+    """Training sequences of a stay, with the ids that its model read and sampled.
 
     Returns:
-      One dialogue; a new one wherever a prompt did not begin with all that was said before.
+      One dialogue; a new one wherever a prompt did not begin with all earlier ids.
 
     Raises:
       InputError: a reply came without ids.
     """
     found: list[list[tuple[Sequence[int], bool]]] = []
-    for turn, (told, restarts) in zip(stay.turns, newly_read(stay.turns), strict=True):
-        if told is None or turn.reply.token_ids is None:
+    for turn, (prompt, restarts) in zip(stay.turns, newly_read(stay.turns), strict=True):
+        if prompt is None or turn.reply.token_ids is None:
             raise InputError(f"stay {stay.patient}: a reply came without its token ids")
         if restarts or not found:
             found.append([])
-        found[-1] += [(told, False), (turn.reply.token_ids, True)]
+        found[-1] += [(prompt, False), (turn.reply.token_ids, True)]
     return [_joined(parts) for parts in found]
 
 
@@ -112,8 +111,8 @@ def cut(dialogue: Dialogue, length: int, *, rest: bool = False) -> list[Dialogue
     Args:
       dialogue: of any length.
       length: tokens.
-      rest: keep what follows the first part too, in parts that have forgotten what came before;
-        otherwise it is dropped, so that all that is learned is learned in its true context.
+      rest: keep what follows the first part too, in parts without the context before them;
+        otherwise it is dropped, so that every token is learned in its true context.
 
     Raises:
       InputError: a single turn is longer.
@@ -132,9 +131,9 @@ def cut(dialogue: Dialogue, length: int, *, rest: bool = False) -> list[Dialogue
 
 
 def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
-    """Rows [R, length] of whole dialogues, none of which sees another.
+    """Rows [R, length] of whole dialogues, which do not attend to one another.
 
-    Each goes, in an order drawn by the seed, into the first row with enough room.
+    Each goes, in an order drawn by the seed, into the first row with enough space.
 
     Args:
       dialogues: of at most `length` tokens each.
@@ -164,7 +163,7 @@ class Place(NamedTuple):
 
 
 def layout(lengths: Sequence[int], length: int, *, seed: int) -> list[Place]:
-    """Places for dialogues in rows, each in the first row with enough room.
+    """Places for dialogues in rows, each in the first row with enough space.
 
     Args:
       lengths: tokens of each dialogue.
@@ -179,22 +178,22 @@ def layout(lengths: Sequence[int], length: int, *, seed: int) -> list[Place]:
     longest = max(lengths, default=0)
     if not 0 < longest <= length:
         raise InputError(f"dialogues: the longest has {longest} tokens, expected 1 to {length}")
-    room: list[int] = []
+    space: list[int] = []
     members: list[int] = []
     shortest = min(lengths)
-    usable: list[int] = []  # rows with room for the shortest
+    usable: list[int] = []  # rows with space for the shortest
     places: dict[int, Place] = {}
     for index in np.random.default_rng(seed).permutation(len(lengths)).tolist():
         needed = lengths[index]
-        row = next((row for row in usable if room[row] >= needed), len(room))
-        if row == len(room):
-            room.append(length)
+        row = next((row for row in usable if space[row] >= needed), len(space))
+        if row == len(space):
+            space.append(length)
             members.append(0)
             usable.append(row)
         members[row] += 1
-        places[index] = Place(row, length - room[row], members[row])
-        room[row] -= needed
-        if room[row] < shortest:
+        places[index] = Place(row, length - space[row], members[row])
+        space[row] -= needed
+        if space[row] < shortest:
             usable.remove(row)
     return [places[index] for index in range(len(lengths))]
 

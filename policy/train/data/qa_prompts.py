@@ -20,6 +20,7 @@ class Asked(NamedTuple):
 
     @property
     def unit(self) -> str:
+        """Physical unit of the feature."""
         return schema.FEATURES[schema.INDEX[self.name]].unit
 
 
@@ -76,5 +77,5 @@ class QAPrompts:
 
 def short_state(values: np.ndarray, which: np.ndarray) -> str:
     """Values [F] of `ASKED`, of those at the indices `which`, within their physiologic ranges."""
-    inside = np.clip(values, schema.LOW[_COLUMNS], schema.HIGH[_COLUMNS])
-    return " ".join(f"{ASKED[i].short} {inside[i]:.{_DECIMALS[i]}f}" for i in which)
+    clipped = np.clip(values, schema.LOW[_COLUMNS], schema.HIGH[_COLUMNS])
+    return " ".join(f"{ASKED[i].short} {clipped[i]:.{_DECIMALS[i]}f}" for i in which)

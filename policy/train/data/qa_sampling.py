@@ -1,7 +1,7 @@
-"""Where in recorded stays a question may be asked, and which answer the record gives.
+"""Questions about recorded stays, sampled with the answers that the records give.
 
-A place is a stay and a step. Values are asked for only where they were measured in both rows, and
-a vasopressor only where the whole window is on record, for either answer.
+A candidate is a stay and a step. Values are asked for only where they were measured in both rows,
+and a vasopressor only where the whole window was recorded.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WINDOW = 6
 
 
 class Candidates(NamedTuple):
-    """Places to ask at."""
+    """M steps of stays at which a question can be asked."""
 
     stay: np.ndarray  # [M] row of the episodes
     step: np.ndarray  # [M]
@@ -49,12 +49,13 @@ class Candidates(NamedTuple):
     donor: np.ndarray  # [M, 2] stay and step whose change makes the other state of an effect
 
     def take(self, index: np.ndarray) -> Candidates:
+        """The candidates at some indices."""
         return Candidates(*(leaf[index] for leaf in self))
 
 
 @dataclass(frozen=True)
 class Records:
-    """Episodes in NumPy, and what of the asked features changed; [N, T, ...]."""
+    """Episodes as NumPy arrays [N, T, ...], with the features that are asked about."""
 
     episodes: Any
     value: np.ndarray  # [N, T, F] of `ASKED`
@@ -63,24 +64,27 @@ class Records:
 
     @classmethod
     def of(cls, episodes: Episodes) -> Records:
-        held: Any = jax.tree.map(np.asarray, episodes)
-        steps = np.arange(held.dynamic.shape[1])
-        valid = steps < held.length[:, None]
-        after = steps < held.length[:, None] - 1
+        """Records of episodes."""
+        arrays: Any = jax.tree.map(np.asarray, episodes)
+        steps = np.arange(arrays.dynamic.shape[1])
+        valid = steps < arrays.length[:, None]
+        after = steps < arrays.length[:, None] - 1
         columns = [schema.INDEX[asked.name] for asked in ASKED]
         always = np.ones((*valid.shape, 1), bool)  # urine output has no mask
-        measured = np.concatenate([held.measured, always], -1)[..., columns]
+        measured = np.concatenate([arrays.measured, always], -1)[..., columns]
         known = measured & np.roll(measured, -1, axis=1) & after[..., None]
-        return cls(held, held.dynamic[..., columns], known, valid)
+        return cls(arrays, arrays.dynamic[..., columns], known, valid)
 
     def next(self, stay: Any, step: Any) -> np.ndarray:
-        return self.value[stay, step + 1]
+        """[..., F] values one step later."""
+        result: np.ndarray = self.value[stay, step + 1]
+        return result
 
 
 def draw_candidates(
     records: Records, kind: str, count: int, draw: np.random.Generator, *, balanced: bool
 ) -> Candidates:
-    """Places to ask a kind of question at, in random order.
+    """Candidates for a kind of question, in random order.
 
     Args:
       records: where to look.
@@ -92,9 +96,9 @@ def draw_candidates(
     Raises:
       InputError: there is no such place or, to be balanced, none of some answer.
     """
-    cases = _FINDERS[kind](records, draw)
-    _require_answers(kind, cases, balanced)
-    return _drawn(cases, len(OPTIONS[kind]) if balanced else 0, count, draw)
+    candidates = _FINDERS[kind](records, draw)
+    _require_answers(kind, candidates, balanced)
+    return _drawn(candidates, len(OPTIONS[kind]) if balanced else 0, count, draw)
 
 
 def states_after(records: Records, here: Any, donor: Any) -> tuple[str, str]:
@@ -105,7 +109,7 @@ def states_after(records: Records, here: Any, donor: Any) -> tuple[str, str]:
     return short_state(true, both), short_state(other, both)
 
 
-def _cases(where: np.ndarray, label: np.ndarray | int = 0) -> Candidates:
+def _candidates(where: np.ndarray, label: np.ndarray | int = 0) -> Candidates:
     """All places [N, T] or [N, T, F] that are true."""
     stay, step, *rest = np.nonzero(where)
     none = np.zeros(len(stay), np.int64)
@@ -114,24 +118,24 @@ def _cases(where: np.ndarray, label: np.ndarray | int = 0) -> Candidates:
 
 
 def _next_states(records: Records, draw: np.random.Generator) -> Candidates:
-    return _cases(records.known.sum(-1) >= 2)
+    return _candidates(records.known.sum(-1) >= 2)
 
 
 def _trends(records: Records, draw: np.random.Generator) -> Candidates:
     change = np.roll(records.value, -1, axis=1) - records.value
     steady = np.array([asked.steady for asked in ASKED])
-    return _cases(records.known, 1 + np.sign(change) * (np.abs(change) >= steady))
+    return _candidates(records.known, 1 + np.sign(change) * (np.abs(change) >= steady))
 
 
 def _effects(records: Records, draw: np.random.Generator) -> Candidates:
-    cases = _next_states(records, draw)
-    cases = cases.take(draw.permutation(len(cases.stay)))
+    candidates = _next_states(records, draw)
+    candidates = candidates.take(draw.permutation(len(candidates.stay)))
     action = records.episodes.vasopressor, records.episodes.fluid
     kept, donors = [], []
-    for place in range(len(cases.stay)):
-        here = cases.stay[place], cases.step[place]
-        for other in draw.integers(len(cases.stay), size=8):
-            there = cases.stay[other], cases.step[other]
+    for place in range(len(candidates.stay)):
+        here = candidates.stay[place], candidates.step[place]
+        for other in draw.integers(len(candidates.stay), size=8):
+            there = candidates.stay[other], candidates.step[other]
             same = all(levels[here] == levels[there] for levels in action)
             if (
                 here[0] != there[0]
@@ -141,14 +145,14 @@ def _effects(records: Records, draw: np.random.Generator) -> Candidates:
                 kept.append(place)
                 donors.append(there)
                 break
-    cases = cases.take(np.array(kept, np.int64))
+    candidates = candidates.take(np.array(kept, np.int64))
     label = draw.permutation(np.arange(len(kept)) % 2)
-    return cases._replace(label=label, donor=np.array(donors, np.int64).reshape(-1, 2))
+    return candidates._replace(label=label, donor=np.array(donors, np.int64).reshape(-1, 2))
 
 
 def _deaths(records: Records, draw: np.random.Generator) -> Candidates:
     died = records.episodes.died_in_hospital[:, None].astype(np.int64)
-    return _cases(records.valid, died)
+    return _candidates(records.valid, died)
 
 
 def _vasopressors(records: Records, draw: np.random.Generator) -> Candidates:
@@ -158,7 +162,7 @@ def _vasopressors(records: Records, draw: np.random.Generator) -> Candidates:
     ahead = np.pad(given, ((0, 0), (0, WINDOW)))
     soon = np.any([ahead[:, k : k + steps] for k in range(WINDOW)], axis=0)
     whole = np.arange(steps) + WINDOW <= records.episodes.length[:, None]
-    return _cases(whole & ~before, soon.astype(np.int64))
+    return _candidates(whole & ~before, soon.astype(np.int64))
 
 
 _FINDERS = {
@@ -170,10 +174,10 @@ _FINDERS = {
 }
 
 
-def _require_answers(kind: str, cases: Candidates, balanced: bool) -> None:
-    if not len(cases.stay):
+def _require_answers(kind: str, candidates: Candidates, balanced: bool) -> None:
+    if not len(candidates.stay):
         raise InputError(f"episodes: hold no question of the kind {kind}")
-    missing = set(range(len(OPTIONS[kind]))) - set(cases.label.tolist())
+    missing = set(range(len(OPTIONS[kind]))) - set(candidates.label.tolist())
     if balanced and missing:
         answers = ", ".join(OPTIONS[kind][label] for label in sorted(missing))
         raise InputError(
@@ -182,19 +186,21 @@ def _require_answers(kind: str, cases: Candidates, balanced: bool) -> None:
         )
 
 
-def _drawn(cases: Candidates, options: int, count: int, draw: np.random.Generator) -> Candidates:
-    """At most `count` cases in random order, with equally many of each answer if options > 0."""
-    order = draw.permutation(len(cases.stay))
+def _drawn(
+    candidates: Candidates, options: int, count: int, draw: np.random.Generator
+) -> Candidates:
+    """At most `count` candidates in random order, balanced over the answers if options > 0."""
+    order = draw.permutation(len(candidates.stay))
     if options > 1:
-        by_label = [order[cases.label[order] == label] for label in range(options)]
+        by_label = [order[candidates.label[order] == label] for label in range(options)]
         each = min(count // options, *map(len, by_label))
         order = draw.permutation(np.concatenate([part[:each] for part in by_label]))
-    return cases.take(order[:count])
+    return candidates.take(order[:count])
 
 
 @dataclass(frozen=True)
 class QuestionConfig:
-    """Which questions to ask.
+    """Settings of questions.
 
     Attributes:
       kinds: of `OPTIONS`.
@@ -242,7 +248,7 @@ def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Questi
       seed: equal seeds, equal questions; each kind's are independent of the other kinds.
 
     Raises:
-      InputError: the records hold no question of some kind or, to be balanced, no case of an
+      InputError: the records hold no question of some kind or, to be balanced, no example of an
         answer.
     """
     records = Records.of(episodes)
@@ -251,45 +257,47 @@ def ask(episodes: Episodes, config: QuestionConfig, *, seed: int) -> list[Questi
     for number, kind in enumerate(OPTIONS):
         if kind in config.kinds:
             draw = np.random.default_rng([seed, number])
-            cases = draw_candidates(records, kind, config.count, draw, balanced=config.balanced)
-            found += _worded(kind, records, cases, qa_prompts)
+            candidates = draw_candidates(
+                records, kind, config.count, draw, balanced=config.balanced
+            )
+            found += _written(kind, records, candidates, qa_prompts)
     return found
 
 
 def as_dialogue(question: Question, tokens: ChatTokens) -> Dialogue:
     """A question as a training sequence: the answer and its end token are learned."""
-    told = tokens.first(question.messages, ())
-    said = [*tokens.encode(question.answer), tokens.end_id]
-    own = np.arange(len(told) + len(said)) >= len(told)
-    return Dialogue(np.array([*told, *said], np.int32), own)
+    prompt = tokens.first(question.messages, ())
+    answer_ids = [*tokens.encode(question.answer), tokens.end_id]
+    own = np.arange(len(prompt) + len(answer_ids)) >= len(prompt)
+    return Dialogue(np.array([*prompt, *answer_ids], np.int32), own)
 
 
-def _worded(
-    kind: str, records: Records, cases: Candidates, qa_prompts: QAPrompts
+def _written(
+    kind: str, records: Records, candidates: Candidates, qa_prompts: QAPrompts
 ) -> Iterator[Question]:
-    """Stay by stay, so that each chart is written once, and then in the order of the cases."""
-    found: list[Question | None] = [None] * len(cases.stay)
-    order = np.lexsort((cases.step, cases.stay))
-    for stay, places in groupby(order, key=lambda place: int(cases.stay[place])):
+    """Stay by stay, so that each chart is written once, and then in the order of the candidates."""
+    found: list[Question | None] = [None] * len(candidates.stay)
+    order = np.lexsort((candidates.step, candidates.stay))
+    for stay, places in groupby(order, key=lambda place: int(candidates.stay[place])):
         chart, step = Chart.of(_timestep(records.episodes, stay, 0)), 0
         for place in places:
-            while step < cases.step[place]:
+            while step < candidates.step[place]:
                 action = schema.action_index(
                     records.episodes.vasopressor[stay, step], records.episodes.fluid[stay, step]
                 )
                 step += 1
                 chart.add(int(action), _timestep(records.episodes, stay, step))
-            found[place] = _one(kind, records, cases.take(place), chart, qa_prompts)
+            found[place] = _one(kind, records, candidates.take(place), chart, qa_prompts)
     return (question for question in found if question is not None)
 
 
 def _one(
-    kind: str, records: Records, case: Candidates, chart: Chart, qa_prompts: QAPrompts
+    kind: str, records: Records, candidate: Candidates, chart: Chart, qa_prompts: QAPrompts
 ) -> Question:
-    here = int(case.stay), int(case.step)
+    here = int(candidate.stay), int(candidate.step)
     episodes, options = records.episodes, OPTIONS[kind]
     context: dict[str, Any] = {}
-    answer = options[int(case.label)] if options else ""
+    answer = options[int(candidate.label)] if options else ""
     if kind in ("next_state", "trend", "effect"):
         context["given"] = Treatment(int(episodes.vasopressor[here]), int(episodes.fluid[here]))
     if kind == "next_state":
@@ -297,10 +305,10 @@ def _one(
         context["features"] = [ASKED[i] for i in known]
         answer = short_state(records.next(*here), known)
     if kind == "trend":
-        context["feature"] = ASKED[int(case.feature)]
+        context["feature"] = ASKED[int(candidate.feature)]
     if kind == "effect":
-        states = states_after(records, here, tuple(case.donor))
-        context["states"] = states[::-1] if case.label else states
+        states = states_after(records, here, tuple(candidate.donor))
+        context["states"] = states[::-1] if candidate.label else states
     messages = qa_prompts.messages(kind, chart, options=options, **context)
     return Question(kind, messages, answer, options, int(episodes.stay_id[here[0]]), here[1])
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which it goes on as if it had never stopped."""
+"""Checkpoints of a training run, for exact resumption."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RUN_FILE, _STEPS = "run.json", "steps"
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held."""
+    """Contents of a checkpoint."""
 
     state: Any  # like the template
     extra: dict[str, Any]
@@ -28,8 +28,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The newest states of one run in a folder.
 
-    A checkpoint appears whole or not at all, so that a run which is killed at any moment leaves
-    the one before. With several processes all of them call every method, on a folder they share.
+    Checkpoints are written atomically: a run that is killed leaves the previous one. With several
+    processes, all of them call every method, on a shared folder.
 
     Args:
       folder: made at once; of this run alone.
@@ -65,7 +65,8 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest checkpoint's step; None if there is none."""
-        return self._manager.latest_step()
+        result: int | None = self._manager.latest_step()
+        return result
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any], arrays: Any = None) -> None:
         """Saves, then removes what is too old.
@@ -184,7 +185,8 @@ def _check(metadata: Any, template: Any, source: Path) -> None:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),  # type: ignore[no-untyped-call]
+        tree,
     )
 
 

@@ -1,7 +1,7 @@
-"""Several processes that train one model, and arrays that none of them holds alone.
+"""Training with several processes, and arrays that are sharded over their devices.
 
-Every process runs the same program on the same data and keeps its share of every array; what
-goes to files but checkpoints, the first one writes.
+Every process runs the same program on the same data and keeps its shard of every array. All of them
+write checkpoints; the first process writes all other files.
 """
 
 from __future__ import annotations
@@ -73,10 +73,10 @@ def is_first() -> bool:
 
 
 def wait(name: str) -> None:
-    """Returns when every process has come to the same place.
+    """Waits until all processes have called this function (a barrier).
 
     Args:
-      name: of the place, for the message if one never comes.
+      name: of the barrier, for the message on a timeout.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
@@ -90,10 +90,10 @@ def whole(tree: Any) -> Any:
 
 
 def from_first(tree: Any, like: Any) -> Any:
-    """What the first process has, such as a batch that it alone could make, in every process.
+    """Broadcasts arrays of the first process to all processes.
 
     Args:
-      tree: PyTree of NumPy arrays; the others' is not looked at.
+      tree: PyTree of NumPy arrays; ignored in the other processes.
       like: PyTree of the same structure with the same types and numbers of axes, of any shape.
     """
     if jax.process_count() == 1:
@@ -124,8 +124,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     """Micro-batches laid out over a mesh: rows over data and fsdp.
 
     Args:
-      batch: PyTree of leaves [accumulate, rows, ...], the same in every process; leaves with a
-        single axis lie whole on every device.
+      batch: PyTree of leaves [gradient_accumulation_steps, rows, ...], the same in every process;
+        leaves with a single axis are replicated on every device.
 
     Raises:
       InputError: the rows do not divide.
@@ -140,7 +140,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch: {leaf.shape[1]} rows per micro-batch are no multiple of the {count} "
                 "devices along data and fsdp"
             )
-        spec = PartitionSpec(None, rows) if split else PartitionSpec()
+        spec = PartitionSpec(None, rows) if split else PartitionSpec()  # type: ignore[no-untyped-call]
         return _place(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, batch)
@@ -148,7 +148,8 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
-        return jax.device_put(leaf, sharding)
+        result: jax.Array = jax.device_put(leaf, sharding)
+        return result
     host = np.asarray(leaf)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 

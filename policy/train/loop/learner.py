@@ -29,9 +29,8 @@ class Learner:
     """A model in training.
 
     Args:
-      model: to start from; it stays as it is. Parameters that are trained are kept in the
-        configured types (products are made in the model's `dtype`), others are shared and keep
-        theirs.
+      model: to start from; it is not changed. Trained parameters are kept in the configured types
+        (products are computed in the model's `dtype`), others are shared and keep their type.
       loss: summed over a micro-batch; the gradient is that of the sum over all micro-batches of
         an update, divided by their summed weight.
       config: settings.
@@ -60,7 +59,7 @@ class Learner:
             params, self._frozen = place_state((params, self._frozen), mesh)
             places = shardings(jax.eval_shape(make, params), mesh)
             make = jax.jit(make, out_shardings=places)
-            everywhere = NamedSharding(mesh, PartitionSpec())
+            everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
             of_update = {"out_shardings": (places, everywhere, everywhere)}
         # Copies, since an update gives away the memory of what it replaces.
         self.state = make(params)
@@ -76,14 +75,14 @@ class Learner:
     @property
     def consumed(self) -> int:
         """Micro-batches that `run` has taken, at which the data of a resumed run begin."""
-        return self.step * self.config.accumulate
+        return self.step * self.config.gradient_accumulation_steps
 
     def update(self, batch: Any) -> tuple[Summed, jax.Array]:
         """One update.
 
         Args:
-          batch: PyTree of leaves [accumulate, ...], one micro-batch each; with a mesh, of
-            [accumulate, rows, ...].
+          batch: PyTree of leaves [gradient_accumulation_steps, ...], one micro-batch each; with a
+            mesh, of [gradient_accumulation_steps, rows, ...].
 
         Returns:
           The loss and its metrics summed over the batch, and the norm of the gradient; on the
@@ -120,13 +119,13 @@ class Learner:
         checkpoints: Checkpoints | None = None,
         extra: Callable[[], Mapping[str, Any]] = dict,
     ) -> list[Report]:
-        """Updates up to `config.steps`.
+        """Updates up to `config.max_steps`.
 
         Args:
-          batches: micro-batches, `accumulate` of which make an update; of a resumed run, those
-            after the first `consumed`.
-          report: called every `report_every` updates, and before a checkpoint is written.
-          checkpoints: written every `save_every` updates and at the end.
+          batches: micro-batches, `gradient_accumulation_steps` per update; a resumed run is given
+            those after the first `consumed`.
+          report: called every `logging_steps` updates, and before a checkpoint is written.
+          checkpoints: written every `save_steps` updates and at the end.
           extra: JSON to save with a checkpoint.
 
         Returns:
@@ -142,34 +141,40 @@ class Learner:
         waiting: list[tuple[Summed, jax.Array]] = []
         read = 0
         began = time.perf_counter()
-        for batch in islice(self._stacked(batches), config.steps - done):
+        for batch in islice(self._stacked(batches), config.max_steps - done):
             waiting.append(self.update(batch))
             read += tokens_read(batch)
             done += 1
-            if done % config.report_every == 0 or done == config.steps:
+            if done % config.logging_steps == 0 or done == config.max_steps:
                 found = self._report(jax.device_get(waiting), read, done, began)
                 reports.append(found)
                 if report is not None:
                     report(found)
-                due = done == config.steps or (config.save_every and done % config.save_every == 0)
+                due = done == config.max_steps or (
+                    config.save_steps and done % config.save_steps == 0
+                )
                 if checkpoints is not None and due:
                     checkpoints.save(done, self.state, extra())
                 waiting, read, began = [], 0, time.perf_counter()
-        if done < config.steps:
-            raise InputError(f"batches: ended after {done} of {config.steps} updates")
+        if done < config.max_steps:
+            raise InputError(f"batches: ended after {done} of {config.max_steps} updates")
         return reports
 
     def model(self) -> Qwen3:
         """A copy of the model as it is now, trained parameters in the types they are kept in."""
         params = jax.tree.map(lambda x: jnp.array(x, copy=True), self.state.params)
-        return nnx.merge(self._graphdef, params, self._frozen)
+        result: Qwen3 = nnx.merge(self._graphdef, params, self._frozen)
+        return result
 
     def _on_mesh(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _stacked(self, batches: Iterable[Any]) -> Iterator[Any]:
         source = iter(batches)
-        while len(group := list(islice(source, self.config.accumulate))) == self.config.accumulate:
+        while (
+            len(group := list(islice(source, self.config.gradient_accumulation_steps)))
+            == self.config.gradient_accumulation_steps
+        ):
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *group)
 
     def _report(
@@ -188,7 +193,7 @@ class Learner:
             tokens_read=read / len(found),
             tokens_per_s=tokens / seconds,
             seconds=seconds / len(found),
-            gradient_norm=float(np.mean(norms)),
+            grad_norm=float(np.mean(norms)),
             learning_rate=float(self._schedule(step - 1)),
             metrics={
                 name: share * float(sum(loss.metrics[name] for loss in losses))

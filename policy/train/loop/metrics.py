@@ -24,7 +24,7 @@ METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 
 @dataclass(frozen=True)
 class Report:
-    """Means since the report before."""
+    """Means since the previous report."""
 
     step: int  # updates made
     loss: float  # per token
@@ -32,7 +32,7 @@ class Report:
     tokens_read: float  # per update, padding apart; 0 for batches without `segments`
     tokens_per_s: float  # learned; the first report includes compilation
     seconds: float  # per update, likewise
-    gradient_norm: float  # before clipping
+    grad_norm: float  # before clipping
     learning_rate: float  # of the last update
     metrics: dict[str, float]  # of the loss
 
@@ -40,9 +40,8 @@ class Report:
 class MetricsLog:
     """A folder's metrics: one JSON line per report, and event files of TensorBoard.
 
-    `metrics.jsonl` holds what follows from data and seeds alone, so that it is the same file
-    however often a run was stopped; `timing.jsonl` holds what a clock said. Of several processes
-    the first writes, the others' logs do nothing.
+    `metrics.jsonl` depends on data and seeds only, so that a resumed run has the same file;
+    `timing.jsonl` has measured times. With several processes only the first writes.
 
     Args:
       folder: made if need be.
@@ -78,7 +77,7 @@ class MetricsLog:
         """Writes a learner's report; to be given to `Learner.run`."""
         values = {
             name: getattr(report, name)
-            for name in ("loss", "tokens", "tokens_read", "gradient_norm", "learning_rate")
+            for name in ("loss", "tokens", "tokens_read", "grad_norm", "learning_rate")
         }
         timing = {"tokens_per_s": report.tokens_per_s, "seconds": report.seconds}
         if self._throughput is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,19 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class LearnerConfig:
-    """How to learn.
+    """Settings of the optimizer and of the training loop.
 
     Attributes:
-      steps: updates; the schedule ends with the last.
+      max_steps: updates; the schedule ends with the last.
       learning_rate: peak of a linear warm-up and a cosine decay.
-      warm_up: updates until the peak.
-      final_share: of the peak, that remains at the end.
+      warmup_steps: updates until the peak.
+      final_share: learning rate at the end, as a share of the peak.
       weight_decay: decoupled, on matrices only.
-      beta1, beta2: decay of Adam's moments.
-      clip_norm: of the gradient over all parameters.
-      accumulate: micro-batches per update; their tokens weigh alike, wherever they are.
-      report_every: updates between two reports, and between two checks of the loss.
-      save_every: updates between two checkpoints, a multiple of `report_every`; 0 for one at the
+      adam_beta1, adam_beta2: decay of Adam's moments.
+      max_grad_norm: bound on the global norm of the gradient.
+      gradient_accumulation_steps: micro-batches per update; all their tokens have equal weight.
+      logging_steps: updates between two reports, and between two checks of the loss.
+      save_steps: updates between two checkpoints, a multiple of `logging_steps`; 0 for one at the
         end alone.
       param_dtype: of trained matrices; bfloat16 is rounded stochastically after each update.
         Norms are float32 in any case.
@@ -42,34 +42,50 @@ class LearnerConfig:
       seed: of the rounding.
     """
 
-    steps: int = 1000
+    RENAMED: ClassVar[dict[str, str]] = {
+        "steps": "max_steps",
+        "warm_up": "warmup_steps",
+        "beta1": "adam_beta1",
+        "beta2": "adam_beta2",
+        "clip_norm": "max_grad_norm",
+        "accumulate": "gradient_accumulation_steps",
+        "report_every": "logging_steps",
+        "save_every": "save_steps",
+    }
+
+    max_steps: int = 1000
     learning_rate: float = 1e-5
-    warm_up: int = 20
+    warmup_steps: int = 20
     final_share: float = 0.1
     weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_norm: float = 1.0
-    accumulate: int = 1
-    report_every: int = 10
-    save_every: int = 0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    logging_steps: int = 10
+    save_steps: int = 0
     param_dtype: str = "float32"
     moment_dtype: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda n: n >= 1, "steps", "accumulate", "report_every")
-        require(self, "0 or more", lambda x: x >= 0, "learning_rate", "warm_up", "weight_decay")
-        require(self, "above 0", lambda x: x > 0, "clip_norm")
+        counts = ("max_steps", "gradient_accumulation_steps", "logging_steps")
+        require(self, "at least 1", lambda n: n >= 1, *counts)
+        require(
+            self, "0 or more", lambda x: x >= 0, "learning_rate", "warmup_steps", "weight_decay"
+        )
+        require(self, "above 0", lambda x: x > 0, "max_grad_norm")
         require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "final_share")
-        require(self, "within [0, 1)", lambda x: 0 <= x < 1, "beta1", "beta2")
+        require(self, "within [0, 1)", lambda x: 0 <= x < 1, "adam_beta1", "adam_beta2")
         require(self, f"one of {DTYPES}", DTYPES.__contains__, "param_dtype", "moment_dtype")
-        if self.warm_up > self.steps:
-            raise InputError(f"warm_up: got {self.warm_up}, more than the {self.steps} steps")
-        if self.save_every < 0 or self.save_every % self.report_every:
+        if self.warmup_steps > self.max_steps:
             raise InputError(
-                f"save_every: got {self.save_every}, expected a multiple of report_every "
-                f"({self.report_every}), so that no report spans a checkpoint; or 0"
+                f"warmup_steps: got {self.warmup_steps}, more than the {self.max_steps} steps"
+            )
+        if self.save_steps < 0 or self.save_steps % self.logging_steps:
+            raise InputError(
+                f"save_steps: got {self.save_steps}, expected a multiple of logging_steps "
+                f"({self.logging_steps}), so that no report spans a checkpoint; or 0"
             )
 
 
@@ -80,7 +96,7 @@ Loss = Callable[[Qwen3, Any], Summed]
 class State(NamedTuple):
     """What learning changes."""
 
-    params: nnx.State  # matrices in the configured type, the rest float32
+    params: nnx.State[Any, Any]  # matrices in the configured type, the rest float32
     optimizer: optax.OptState
     step: jax.Array  # [] int32 updates made
 
@@ -88,10 +104,10 @@ class State(NamedTuple):
 def schedule(config: LearnerConfig) -> optax.Schedule:
     """The learning rate by update."""
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if config.warm_up else config.learning_rate,
+        init_value=0.0 if config.warmup_steps else config.learning_rate,
         peak_value=config.learning_rate,
-        warmup_steps=config.warm_up,
-        decay_steps=max(config.steps, config.warm_up + 1),
+        warmup_steps=config.warmup_steps,
+        decay_steps=max(config.max_steps, config.warmup_steps + 1),
         end_value=config.final_share * config.learning_rate,
     )
 
@@ -99,11 +115,11 @@ def schedule(config: LearnerConfig) -> optax.Schedule:
 def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     """AdamW behind a clipped gradient."""
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        optax.clip_by_global_norm(config.max_grad_norm),
         optax.adamw(
             schedule(config),
-            b1=config.beta1,
-            b2=config.beta2,
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
             weight_decay=config.weight_decay,
             mask=partial(jax.tree.map_with_path, _is_matrix),
         ),
@@ -131,7 +147,7 @@ def update(
       loss: summed over a micro-batch; the gradient is that of the sum over all micro-batches,
         divided by their summed weight.
       config: as at `initial_state`.
-      batch: PyTree of leaves [accumulate, ...].
+      batch: PyTree of leaves [gradient_accumulation_steps, ...].
 
     Returns:
       The next state; the loss summed over the batch; the norm of the gradient before clipping.
@@ -183,7 +199,7 @@ def _of_matrices(tree: Any, dtype: str) -> Any:
 def _sum_in_float32(path: Any, leaf: jax.Array) -> jax.Array:
     """Outside of the layers: embeddings collect many gradients, one per token or chunk of logits.
 
-    A layer's matrices get one each, whose sum is float32 inside the product.
+    A layer's matrices get one each, whose sum is float32 within the product.
     """
     return leaf if "layers" in jax.tree_util.keystr(path) else widen(leaf)
 

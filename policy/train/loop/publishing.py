@@ -1,4 +1,4 @@
-"""New weights for whoever generates, with the version that their tokens are tagged with."""
+"""Publishing of new weights to a generator, with the version that tags its tokens."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from policy.train.loop.learner import cast
 
 
 class Publisher(Protocol):
-    """Gives weights to a generator."""
+    """Sends weights to a generator."""
 
     async def publish(self, model: Qwen3, version: str) -> None:
-        """Tokens asked for after this are drawn with these weights, and say so.
+        """Makes all later tokens of the generator come from these weights and carry the version.
 
         Raises:
           BackendError: the generator could not take them.
@@ -46,7 +46,7 @@ class ServerPublisher:
     served are removed.
 
     Args:
-      control: of the server; it is told the folder's name as it is here.
+      control: of the server, which reads folders under the same path.
       folder: where versions are written.
       source: Hugging Face folder that everything but the weights is copied from.
       dtype: of the weights as written, such as "bfloat16".
@@ -76,7 +76,7 @@ class AdapterPublisher:
     Every version is an adapter of its own, named after it, so that no cache of another is met.
 
     Args:
-      control: of the server; it is told the folder's name as it is here.
+      control: of the server, which reads folders under the same path.
       generator: that is to speak with the adapters.
       folder: where versions are written.
       base: Hugging Face folder of the weights beneath, which the server serves.

@@ -1,4 +1,4 @@
-"""What a language model knows of patients without a simulator: its answers, graded.
+"""Evaluation of a language model on questions about patients, without the simulator.
 
 SepsisAgent (arXiv 2605.14723) is evaluated on two questions, "mortality" (death in hospital) and
 "vasopressor" (within the next 24 hours), by AUROC and AUPRC. The model generates nothing: the
@@ -86,7 +86,8 @@ async def answer(
         async with gate:
             logprobs = await generator.score(tokens.first(question.messages, ()), options)
         weights = np.exp(np.array(logprobs, np.float64) - max(logprobs))
-        return weights / weights.sum()
+        result: np.ndarray = weights / weights.sum()
+        return result
 
     return list(await asyncio.gather(*map(one, questions)))
 
@@ -98,7 +99,7 @@ def grade(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Grade]:
-    """Answers beside the record, by kind.
+    """Grades answers against the records, by kind of question.
 
     Args:
       questions: with options; for AUPRC and Brier score in the proportions of the records
@@ -118,8 +119,8 @@ def grade(
     pairs = sorted(zip(questions, probabilities, strict=True), key=lambda pair: pair[0].kind)
     found: dict[str, Grade] = {}
     for kind, members in groupby(pairs, key=lambda pair: pair[0].kind):
-        asked, told = zip(*members, strict=True)
-        found[kind] = _graded(asked, np.stack(told), resamples, np.random.default_rng(seed))
+        asked, answered = zip(*members, strict=True)
+        found[kind] = _graded(asked, np.stack(answered), resamples, np.random.default_rng(seed))
     return found
 
 

@@ -1,1 +1,1 @@
-"""Reinforcement learning of a language model inside the simulator."""
+"""Reinforcement learning of a language model in the simulator."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from policy.agent.dialogue import COMPLETED, Decision, Stay
 from worldmodel import schema
@@ -25,20 +26,20 @@ def group_relative(
     scale: bool = True,
     leave_one_out: bool = False,
     epsilon: float = 1e-4,
-) -> np.ndarray:
-    """Returns less their group's mean.
+) -> Float[np.ndarray, " N"]:
+    """Returns minus the mean of their group.
 
     Args:
       returns: [N].
       groups: [N].
       scale: divide by the group's standard deviation (of a sample, n - 1) plus epsilon, as GRPO
-        does (arXiv 2402.03300); Dr. GRPO (2503.20783) does not, since it favours groups that
-        hardly differ.
+        does (arXiv 2402.03300); Dr. GRPO (2503.20783) does not, since it gives more weight to
+        groups whose returns are nearly equal.
       leave_one_out: subtract the mean of the others (RLOO, 2402.14740) instead.
       epsilon: in units of returns.
 
     Returns:
-      [N] float32; 0 where a group has one member, which nothing can be compared with.
+      [N] float32; 0 where a group has one member.
 
     Raises:
       InputError: lengths differ, or a return is not finite.
@@ -56,13 +57,15 @@ def group_relative(
     return np.where(count[index] > 1, advantage, 0.0).astype(np.float32)
 
 
-def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6) -> np.ndarray:
-    """Whose group differs in its returns; the others have no gradient (DAPO, arXiv 2503.14476).
+def informative(
+    returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6
+) -> Bool[np.ndarray, " N"]:
+    """Mask of returns whose group is not constant; others have no gradient (DAPO, 2503.14476).
 
     Args:
       returns: [N].
       groups: [N].
-      tolerance: on the range within a group.
+      tolerance: a group counts as constant if its range is at most this.
 
     Returns:
       [N] bool.
@@ -74,11 +77,14 @@ def informative(returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6)
     lowest, highest = (np.full(index.max(initial=-1) + 1, end) for end in (np.inf, -np.inf))
     np.minimum.at(lowest, index, values)
     np.maximum.at(highest, index, values)
-    return (highest - lowest > tolerance)[index]
+    result: np.ndarray = (highest - lowest > tolerance)[index]
+    return result
 
 
-def returns_to_go(rewards: np.ndarray, episodes: Labels, *, discount: float) -> np.ndarray:
-    """Discounted sums of each step's reward and those after it in its episode.
+def returns_to_go(
+    rewards: np.ndarray, episodes: Labels, *, discount: float
+) -> Float[np.ndarray, " M"]:
+    """Discounted sum of the rewards from each step to the end of its episode.
 
     Args:
       rewards: [M] of steps, those of an episode in order (other episodes may lie between).
@@ -94,11 +100,11 @@ def returns_to_go(rewards: np.ndarray, episodes: Labels, *, discount: float) -> 
     if not 0 <= discount <= 1:
         raise InputError(f"discount: got {discount}, expected within [0, 1]")
     values, index = _grouped(rewards, episodes)
-    ahead = np.zeros(index.max(initial=-1) + 1)
+    later = np.zeros(index.max(initial=-1) + 1)
     found = np.empty(len(values))
     for step in range(len(values) - 1, -1, -1):
-        ahead[index[step]] = values[step] + discount * ahead[index[step]]
-        found[step] = ahead[index[step]]
+        later[index[step]] = values[step] + discount * later[index[step]]
+        found[step] = later[index[step]]
     return found.astype(np.float32)
 
 
@@ -109,18 +115,18 @@ def step_relative(
     *,
     scale: bool = True,
     epsilon: float = 1e-4,
-) -> np.ndarray:
-    """Returns to go beside those of other steps that began in an equal state.
+) -> Float[np.ndarray, " M"]:
+    """Returns to go, relative to those of other steps that began in an equal state.
 
     Args:
       to_go: [M] of `returns_to_go`.
-      anchors: [M] the state before each step; states of real numbers meet again only where they
-        are rounded, or where rollouts begin.
+      anchors: [M] label of the state before each step; real-valued states are equal only where
+        they are rounded, or where rollouts begin.
       groups: [M]; anchors are compared within a group.
       scale, epsilon: as for `group_relative`.
 
     Returns:
-      [M] float32; 0 where nobody else was in that state.
+      [M] float32; 0 where no other step began in that state.
 
     Raises:
       InputError: as `group_relative`.
@@ -141,7 +147,7 @@ def gigpo(
     weight: float = 1.0,
     scale: bool = True,
     epsilon: float = 1e-4,
-) -> np.ndarray:
+) -> Float[np.ndarray, " M"]:
     """Advantages of steps: that of the episode plus that of the step (GiGPO, arXiv 2505.10978).
 
     Args:
@@ -150,7 +156,7 @@ def gigpo(
       to_go: [M] of steps.
       anchors: [M] the state before each step.
       episodes: [M] int, the index within N of each step's episode.
-      weight: of the step's part.
+      weight: of the advantage of the step.
       scale, epsilon: as for `group_relative`.
 
     Returns:
@@ -167,11 +173,12 @@ def gigpo(
     step = step_relative(
         to_go, anchors, [labels[place] for place in places], scale=scale, epsilon=epsilon
     )
-    return whole[places] + np.float32(weight) * step
+    result: np.ndarray = whole[places] + np.float32(weight) * step
+    return result
 
 
 def _grouped(values: np.ndarray, groups: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Values as float64, and the number of each one's group."""
+    """Values as float64, and the index of each value's group."""
     checked = np.asarray(values, np.float64)
     if checked.ndim != 1 or len(checked) != len(groups):
         raise InputError(
@@ -190,28 +197,30 @@ def _listed(labels: Labels) -> Sequence[Hashable]:
 
 
 SMALLEST_SPREAD = 0.1
-"""In units of rewards; what divides advantages that hardly differ."""
+"""Smallest divisor when advantages are scaled, in units of reward."""
 
 EPISODE, STEP, COUNTERFACTUAL = KINDS = ("episode", "step", "counterfactual")
 
 
 @dataclass(frozen=True)
 class AdvantageConfig:
-    """Who deserves what.
+    """Settings of advantages and of the penalties in them.
 
     Attributes:
-      kind: "episode": a stay's return beside those of the same patient (GRPO, 2402.03300); "step":
-        with it, each decision's return beside those from an equal state (GiGPO, 2505.10978);
-        "counterfactual": each decision beside the other 24 actions from the same state
+      kind: "episode": a stay's return relative to those of the same patient (GRPO, 2402.03300);
+        "step": also each decision's return relative to those from an equal state (GiGPO,
+        2505.10978);
+        "counterfactual": each decision relative to the other 24 actions from the same state
         (`policy.train.rl.counterfactual`).
       scale: divide by a standard deviation: of the group for the first two (Dr. GRPO, 2503.20783,
         leaves it out); for the third, of all decisions of the batch, whose mean is subtracted.
-      bound: on the size of advantages, after scaling; none if not given. What is said in a failed
-        dialogue is far from all that was learned, and a strong push away from it harms the rest.
-      step_weight: of a decision's share, in "step".
+      bound: on the absolute value of advantages, after scaling; none if not given. Tokens of a
+        failed dialogue are improbable, and a large negative advantage there harms the rest.
+      step_weight: weight of the advantage of the step, for "step".
       failure: reward of a stay that fails.
       refusal: reward of a refused call or reply.
-      violation: reward of breaking a guideline rule, G1 or G2, on top of what the world gives.
+      violation: reward of breaking a guideline rule, G1 or G2, in addition to the reward of the
+        environment.
     """
 
     kind: str = COUNTERFACTUAL
@@ -231,10 +240,10 @@ class AdvantageConfig:
 
 
 class Advantages(NamedTuple):
-    """Advantages by stay, and whom there is something to learn from."""
+    """Advantages by stay, and which stays have a gradient."""
 
     of_decisions: list[np.ndarray]  # [decisions (+ 1 of a failed stay)] float32 each
-    kept: np.ndarray  # [stays] bool; not where all of a group earned the same
+    kept: np.ndarray  # [stays] bool; false where all returns of a group are equal
 
 
 def assign_advantages(stays: Sequence[Stay], config: AdvantageConfig) -> Advantages:
@@ -250,19 +259,19 @@ def assign_advantages(stays: Sequence[Stay], config: AdvantageConfig) -> Advanta
     if config.kind == COUNTERFACTUAL:
         found = _counterfactual(stays, config)
         return Advantages(_bounded(found, config), np.array([len(one) > 0 for one in found]))
-    earned = [rewards(stay, config) for stay in stays]
+    step_rewards = [rewards(stay, config) for stay in stays]
     groups = [stay.patient for stay in stays]
-    totals = np.array([one.sum() for one in earned])
-    episodes = np.repeat(np.arange(len(stays)), [len(one) for one in earned])
+    totals = np.array([one.sum() for one in step_rewards])
+    episodes = np.repeat(np.arange(len(stays)), [len(one) for one in step_rewards])
     if config.kind == EPISODE:
         flat = group_relative(totals, groups, scale=config.scale)[episodes]
     else:
-        to_go = returns_to_go(np.concatenate(earned), episodes, discount=1.0)
+        to_go = returns_to_go(np.concatenate(step_rewards), episodes, discount=1.0)
         flat = gigpo(
-            totals, groups, to_go, _anchors(stays, earned), episodes,
+            totals, groups, to_go, _anchors(stays, step_rewards), episodes,
             weight=config.step_weight, scale=config.scale,
         )  # fmt: skip
-    found = np.split(flat, np.cumsum([len(one) for one in earned])[:-1])
+    found = np.split(flat, np.cumsum([len(one) for one in step_rewards])[:-1])
     return Advantages(_bounded(found, config), informative(totals, groups))
 
 
@@ -273,25 +282,26 @@ def _bounded(found: list[np.ndarray], config: AdvantageConfig) -> list[np.ndarra
 
 
 def rewards(stay: Stay, config: AdvantageConfig) -> np.ndarray:
-    """[decisions (+ 1)] what each decision earned; a failed stay ends with one that was not made.
+    """[decisions (+ 1)] reward of each decision; a failed stay has one more, of its failure.
 
     Args:
-      stay: completed or failed; refused calls and replies are priced at the decision that they
-        came before.
+      stay: completed or failed; refused calls and replies count for the next decision.
       config: penalties.
     """
-    earned = [decision.reward for decision in stay.decisions] + penalties(stay.decisions, config)
-    return np.append(earned, _of_failure(stay, config)).astype(np.float32)
+    step_rewards = [decision.reward for decision in stay.decisions] + penalties(
+        stay.decisions, config
+    )
+    return np.append(step_rewards, _of_failure(stay, config)).astype(np.float32)
 
 
 def penalties(decisions: Sequence[Decision], config: AdvantageConfig) -> np.ndarray:
-    """[decisions] what refusals and broken rules cost."""
+    """[decisions] rewards, 0 or less, of refused replies and of broken rules."""
     refused = np.array([decision.invalid for decision in decisions])
     return config.refusal * refused + config.violation * breaks_rules(decisions)
 
 
 def breaks_rules(decisions: Sequence[Decision]) -> np.ndarray:
-    """[decisions] bool; whether G1 or G2 is broken, of which only one can be."""
+    """[decisions] bool; whether G1 or G2 is broken; never both at once."""
 
     def column(name: str) -> Any:
         return np.array([getattr(decision, name) for decision in decisions])
@@ -311,7 +321,7 @@ def _of_failure(stay: Stay, config: AdvantageConfig) -> list[float]:
 
 
 def _counterfactual(stays: Sequence[Stay], config: AdvantageConfig) -> list[np.ndarray]:
-    """An action's advantage and its penalty; of a failure, its penalty."""
+    """Per stay: the advantage of each decision plus its penalties, and the penalty of a failure."""
     found = []
     for stay in stays:
         gains = []
@@ -330,10 +340,10 @@ def _counterfactual(stays: Sequence[Stay], config: AdvantageConfig) -> list[np.n
     return found
 
 
-def _anchors(stays: Sequence[Stay], earned: list[np.ndarray]) -> list[tuple[int, ...]]:
-    """States before all decisions: with equal luck, equal actions lead to equal states."""
+def _anchors(stays: Sequence[Stay], step_rewards: list[np.ndarray]) -> list[tuple[int, ...]]:
+    """Labels of states: with equal random numbers, equal actions lead to equal states."""
     return [
         tuple(decision.action for decision in stay.decisions[:taken])
-        for stay, one in zip(stays, earned, strict=True)
+        for stay, one in zip(stays, step_rewards, strict=True)
         for taken in range(len(one))
     ]

@@ -1,16 +1,15 @@
-"""Credit for a decision from the futures of all 25 actions.
+"""Advantages of decisions from simulated futures of all 25 actions.
 
-In the simulator a decision can be taken back. From the very state in which the model decided,
-every action is played on under common random numbers, and what it brings is compared with what a
-continuation policy brings:
+From the state in which the model decided, every action is simulated under common random numbers,
+and followed by a continuation policy p. The advantage of an action is
 
     A(s, a) = Q(s, a) - sum_a' p(a' | s) Q(s, a'),
-    Q(s, a) = E[r + return of p afterwards | s, a],
+    Q(s, a) = E[r + return of p afterwards | s, a].
 
-with p the continuation policy. By the performance difference lemma (Kakade & Langford 2002) the sum
-of A over the model's decisions is what the model gains over p; improving on A improves on p as
-rollout algorithms do (Bertsekas 2013). Nothing of an episode's own luck, nor of the model's later
-decisions, is in it, which is where the variance of whole returns comes from.
+By the performance difference lemma (Kakade & Langford 2002) the sum of A over the model's decisions
+is the gain of the model over p, and improving on A improves on p as in rollout algorithms
+(Bertsekas 2013). The estimate depends neither on the random numbers of the real episode nor on the
+model's later decisions, which are the main sources of variance of whole returns.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn, as_pytree, draw_action, recent
 
-_LUCK = np.uint32(0xCF000000)  # sets the imagined futures apart from the real one
+_FUTURES = np.uint32(
+    0xCF000000
+)  # separates the random numbers of simulated futures from those of the episode
 
 
 def counterfactual(
@@ -39,16 +40,16 @@ def counterfactual(
     horizon: int | None = None,
     smooth: bool = False,
 ) -> StateScorer:
-    """A state scorer that notes the advantages [25] of all actions over a policy.
+    """A state scorer: advantages [25] of all actions over a continuation policy.
 
     Args:
-      env: the world, with as many rows of the past as the policy looks back on.
-      policy: how it goes on after the action.
+      env: environment whose observations have as many past rows as the policy needs.
+      policy: continuation policy, which acts after the first action.
       samples: futures per action; the same random numbers for all actions of a state.
-      horizon: steps that are played on after the action; to the end of the episode if not given.
-      smooth: take for Q its least-squares fit by a polynomial of degree two in both levels, which
-        has a fourth of the noise where the noise of actions is independent, and a bias where Q is
-        no such surface.
+      horizon: steps after the first action; to the end of the episode if not given.
+      smooth: replace Q by its least-squares fit by a polynomial of degree two in both levels. This
+        has a quarter of the variance if the noise of actions is independent, and a bias where Q
+        is not quadratic.
 
     Raises:
       InputError: a size below 1.
@@ -64,7 +65,7 @@ def counterfactual(
 
 
 def smoothing() -> np.ndarray:
-    """[25, 25]: values of all actions times this are their fit by degree two in both levels."""
+    """[25, 25] projection of action values onto polynomials of degree two in both levels."""
     vasopressor, fluid = schema.action_levels(np.arange(schema.NUM_ACTIONS))
     powers = [vasopressor**i * fluid**j for i in range(3) for j in range(3 - i)]
     basis = np.stack(powers, -1).astype(np.float64)
@@ -82,7 +83,7 @@ def _advantages(
     horizon: int,
     smooth: bool,
 ) -> jax.Array:
-    """[B, 25]; 0 for who is not treated any more."""
+    """[B, 25]; 0 where the episode is over."""
     keys = jax.vmap(_keys, (0, None))(states, samples)  # [B, S]
 
     def begin(state: EnvState, key: jax.Array, action: jax.Array) -> tuple[EnvState, jax.Array]:
@@ -103,7 +104,8 @@ def _advantages(
 
     def unfinished(carry: Any) -> jax.Array:
         step, (state, _) = carry
-        return (step < horizon) & ~state.last.done.all()
+        result: jax.Array = (step < horizon) & ~state.last.done.all()
+        return result
 
     def advance(carry: Any) -> Any:
         step, (state, total) = carry
@@ -111,15 +113,15 @@ def _advantages(
         return step + 1, (state, total + reward)
 
     _, (_, returns) = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), futures))
-    worth = returns.mean(1)  # [B, 25]
+    values = returns.mean(1)  # [B, 25]
     if smooth:
-        worth = worth @ jnp.asarray(smoothing(), jnp.float32)
+        values = values @ jnp.asarray(smoothing(), jnp.float32)
     observations = recent(states.last.observation, past)
-    habit = jax.vmap(policy)(keys[:, 0], observations)
-    gain = worth - jnp.sum(habit * worth, -1, keepdims=True)
+    continuation = jax.vmap(policy)(keys[:, 0], observations)
+    gain = values - jnp.sum(continuation * values, -1, keepdims=True)
     return jnp.where(states.last.done[:, None], 0.0, gain)
 
 
 def _keys(state: EnvState, samples: int) -> jax.Array:
-    own = jax.random.fold_in(state.dynamics.key, _LUCK + state.taken.astype(jnp.uint32))
+    own = jax.random.fold_in(state.dynamics.key, _FUTURES + state.taken.astype(jnp.uint32))
     return jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(samples))

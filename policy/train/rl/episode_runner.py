@@ -1,4 +1,4 @@
-"""Where dialogues are held for training: a world, a world model to ask, and what is told."""
+"""Runs episodes for training: an environment, a world model for simulations, and prompts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from worldmodel.synthetic import patient_keys
 
 @dataclass(frozen=True)
 class EpisodeRunner:
-    """A world with patients without end, each of a luck of their own.
+    """An environment with an unlimited number of patients, each with its own random key.
 
     Attributes:
-      env: the world; its observations look back `Forecaster.past` rows.
-      forecaster: the world model that answers simulations; None where there is none to ask.
-      prompts: what is told.
-      dialogue: bounds of dialogues, and how replies are drawn.
-      seed: of the patients; another seed, other patients.
-      concurrency: stays in treatment at the same time, and patients in a batch.
+      env: environment; its observations include `Forecaster.past` past rows.
+      forecaster: world model that answers simulations; None for none.
+      prompts: texts of the dialogue.
+      dialogue: limits of dialogues, and sampling of replies.
+      seed: of the patients.
+      concurrency: stays in treatment at the same time.
     """
 
     env: SepsisEnv
@@ -66,8 +66,8 @@ class EpisodeRunner:
 
         Args:
           backend: the model.
-          patients: [N] numbers; one may come several times.
-          seeds: [N] of the replies; a patient who comes again needs another.
+          patients: [N] numbers, which may repeat.
+          seeds: [N] of the replies; repetitions of a patient need different seeds.
           state_scorer, lockstep: as for `policy.agent.env_pool.EnvPool`.
         """
         pool = EnvPool(
@@ -83,7 +83,7 @@ class EpisodeRunner:
             pool.close()
 
     def replace(self, *, env: SepsisEnv | None = None, seed: int | None = None) -> EpisodeRunner:
-        """The same with other patients, or in another world."""
+        """A copy with other patients or another environment."""
         return replace(
             self, env=self.env if env is None else env, seed=self.seed if seed is None else seed
         )

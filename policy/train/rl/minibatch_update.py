@@ -21,10 +21,12 @@ from policy.train.losses import RolloutRows, mismatch
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A conversation of T tokens as it was drawn."""
+    """A sampled conversation of T tokens."""
 
     dialogue: Dialogue
-    sampler_logprobs: np.ndarray  # [T] float32 log-probability when drawn; 0 on what was told
+    sampler_logprobs: (
+        np.ndarray
+    )  # [T] float32 log-probability when sampled; 0 on tokens of the prompt
     advantage: np.ndarray  # [T] float32
 
     def __len__(self) -> int:
@@ -42,7 +44,7 @@ def trajectories(stay: Stay, advantages: Sequence[float] | np.ndarray) -> list[T
 
     Args:
       stay: with ids and log-probabilities of its replies.
-      advantages: [decisions], and one more for what was said after the last.
+      advantages: [decisions], and one more for turns after the last decision.
 
     Raises:
       InputError: a reply came without its ids.
@@ -89,29 +91,29 @@ def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) 
 
 
 class MinibatchUpdate:
-    """Learns from one batch after the other.
+    """Updates the weights on one batch of trajectories after the other.
 
     Args:
-      learner: its loss is `objectives.policy_loss`.
-      count: updates per batch, at most one per row.
+      learner: its loss is `policy.train.losses.policy_loss`.
+      num_minibatches: parts of a batch; one update each, at most one per row.
       row_length: tokens per row; no trajectory may be longer.
-      rows: per micro-batch.
-      temperature: at which the batches are sampled.
-      reference: model that the objective's divergence is from; none where its weight is 0.
+      micro_batch_size: rows per micro-batch.
+      temperature: of the sampler.
+      reference: model of the KL term; None where beta is 0.
     """
 
     def __init__(
         self,
         learner: Learner,
         *,
-        count: int,
+        num_minibatches: int,
         row_length: int,
-        rows: int,
+        micro_batch_size: int,
         temperature: float,
         reference: Qwen3 | None = None,
     ):
-        self._learner, self._count, self._reference = learner, count, reference
-        self._row_length, self._rows = row_length, rows
+        self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
+        self._row_length, self._micro_batch_size = row_length, micro_batch_size
         self._logprobs = jax.jit(partial(_logprobs, temperature=temperature), static_argnums=0)
 
     def learn(self, members: Sequence[Trajectory], *, seed: int) -> dict[str, float]:
@@ -138,8 +140,10 @@ class MinibatchUpdate:
             for name, value in mismatch(rows.sampler_logprobs, rows.old_logprobs, rows.mask).items()
         }
         found = []
-        for part in _parts(rows, self._count, seed=seed):
-            summed, norm = jax.device_get(learner.update(_micro_batches(part, self._rows)))
+        for part in _parts(rows, self._num_minibatches, seed=seed):
+            summed, norm = jax.device_get(
+                learner.update(_micro_batches(part, self._micro_batch_size))
+            )
             require_finite(learner.step, summed, norm)
             found.append((summed, norm))
         tokens = sum(float(summed.weight) for summed, _ in found)
@@ -149,14 +153,14 @@ class MinibatchUpdate:
         }
         return figures | {
             "loss": sum(float(summed.total) for summed, _ in found) / tokens,
-            "gradient_norm": float(np.mean([norm for _, norm in found])),
+            "grad_norm": float(np.mean([norm for _, norm in found])),
             "learned_tokens": float(rows.mask.sum()),
             "read_tokens": float(np.count_nonzero(rows.segments)),
         }
 
     def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
         graphdef, state = nnx.split(model)
-        batches = _micro_batches(rows, self._rows)
+        batches = _micro_batches(rows, self._micro_batch_size)
         found = [
             np.asarray(self._logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3])))
             for i in range(len(batches.ids))

@@ -1,10 +1,9 @@
-"""Agentic reinforcement learning: the model treats simulated patients and learns from what came.
+"""Agentic reinforcement learning: the model treats simulated patients and learns from the rewards.
 
-One iteration is a batch of stays, held by the generator with one version of the weights, and a
-few updates on all tokens of these stays. With a staleness of S, batch k is held with the weights
-that had learned from batch k - S - 1 and before, while the learner is still at work on the
-batches between: generator and learner never wait for each other by more than that, and which
-weights drew which token does not depend on who was faster.
+One iteration samples a batch of stays with one version of the weights and makes a few updates on
+their tokens. With a staleness of S, batch k is sampled with the weights after batch k - S - 1,
+while the learner works on the batches between. Which version sampled a token therefore does
+not depend on the relative speed of generator and learner.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flax import nnx
@@ -36,64 +35,80 @@ from worldmodel.errors import InputError
 
 @dataclass(frozen=True)
 class AgenticConfig:
-    """What is played, and how it is learned.
+    """Settings of agentic reinforcement learning.
 
     Attributes:
-      iterations: batches of stays.
-      patients: in a batch.
-      replicas: stays of each patient in a batch; what compares stays of a patient needs several.
-      updates: of the weights per batch, each on another part of it.
-      row_length: tokens per row; conversations that are longer are left out, and counted.
-      rows: per micro-batch.
-      staleness: versions that the generator may be behind the learner.
+      iterations: number of batches of stays.
+      patients: per batch.
+      num_generations: stays of each patient in a batch; advantages that compare the stays of a
+        patient need at least 2.
+      num_minibatches: parts of a batch; the weights are updated once per part.
+      row_length: tokens per row; longer conversations are left out and counted.
+      micro_batch_size: rows per micro-batch.
+      staleness: number of versions that the generator may be behind the learner.
       remat: as for `qwen3.logprobs.token_logprobs`.
-      advantages: who deserves what.
-      objective: what is made small.
+      advantages: kind of advantages, and penalties.
+      objective: the loss.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "replicas": "num_generations",
+        "updates": "num_minibatches",
+        "rows": "micro_batch_size",
+        "credit": "advantages",
+    }
 
     iterations: int = 50
     patients: int = 64
-    replicas: int = 1
-    updates: int = 2
+    num_generations: int = 1
+    num_minibatches: int = 2
     row_length: int = 4096
-    rows: int = 8
+    micro_batch_size: int = 8
     staleness: int = 0
     remat: str = "none"
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: Objective = PRESETS["DAPO"]
 
     def __post_init__(self) -> None:
-        counts = ("iterations", "patients", "replicas", "updates", "row_length", "rows")
+        counts = (
+            "iterations",
+            "patients",
+            "num_generations",
+            "num_minibatches",
+            "row_length",
+            "micro_batch_size",
+        )
         require(self, "at least 1", lambda n: n >= 1, *counts)
         require(self, "0 or more", lambda n: n >= 0, "staleness")
-        if self.advantages.kind in (EPISODE, STEP) and self.replicas < 2:
+        if self.advantages.kind in (EPISODE, STEP) and self.num_generations < 2:
             raise InputError(
-                f"replicas: got {self.replicas}, but {self.advantages.kind!r} advantages compare "
-                "stays of the same patient; expected at least 2"
+                f"num_generations: got {self.num_generations}, but {self.advantages.kind!r} "
+                "advantages compare stays of the same patient; expected at least 2"
             )
 
 
 def agentic_loss(config: AgenticConfig, temperature: float) -> Callable[[Qwen3, Any], Any]:
-    """The loss that the learner of an `AgenticTrainer` must have been made with."""
+    """The loss that the learner of an `AgenticTrainer` has to be made with."""
     return partial(
         policy_loss, objective=config.objective, temperature=temperature, remat=config.remat
     )
 
 
 class AgenticTrainer:
-    """Generator, world and learner in one loop.
+    """Samples stays, computes advantages and updates the weights, asynchronously.
 
     Args:
-      learner: with `agentic_loss`; its updates are `config.updates` per iteration.
-      runner: where patients are treated; drawn from with `top_p` 1, since trainer and sampler
-        would otherwise speak of different distributions.
-      backend: the model as the dialogues see it.
-      publisher: gives it new weights.
+      learner: made with `agentic_loss`; makes at most `config.num_minibatches` updates
+        per iteration.
+      runner: runs the episodes; `top_p` must be 1, since the trainer computes log-probabilities of
+        the whole distribution.
+      backend: the language model that the runner asks.
+      publisher: sends new weights to the generator.
       config: settings.
-      reference: model that the objective's divergence is from; needed where its weight is not 0.
-      state_scorer: of the pool, for counterfactual advantages.
-      lockstep: as for `EpisodeRunner.treat`; with the embedded generator equal runs are then equal.
-      dtype: of the weights that are published.
+      reference: model of the KL term; needed if beta is not 0.
+      state_scorer: computes the action values of counterfactual advantages.
+      lockstep: as for `EpisodeRunner.treat`; makes runs with the embedded generator reproducible.
+      dtype: of published weights.
 
     Raises:
       InputError: `top_p` is not 1, or a reference or a state scorer is missing.
@@ -118,44 +133,46 @@ class AgenticTrainer:
                 f"sampling: got top_p {sampling.top_p} and temperature {sampling.temperature}; "
                 "reinforcement learning needs top_p 1 and a temperature above 0"
             )
-        if config.objective.kl_weight and reference is None:
-            raise InputError("objective: kl_weight needs a reference model")
+        if config.objective.beta and reference is None:
+            raise InputError("objective: beta needs a reference model")
         self.learner, self.runner, self.config = learner, runner, config
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
         self._state_scorer, self._dtype = state_scorer, dtype
         self._updates = MinibatchUpdate(
             learner,
-            count=config.updates,
+            num_minibatches=config.num_minibatches,
             row_length=config.row_length,
-            rows=config.rows,
+            micro_batch_size=config.micro_batch_size,
             temperature=sampling.temperature,
-            reference=reference if config.objective.kl_weight else None,
+            reference=reference if config.objective.beta else None,
         )
-        self.iteration = 0  # batches learned from
-        self._weights: dict[int, Qwen3] = {0: self._copy()}  # by version, what may still be drawn
+        self.iteration = 0  # number of batches learned from
+        self._weights: dict[int, Qwen3] = {
+            0: self._copy()
+        }  # by version, those that may still be needed
 
     async def run(
         self,
         report: Callable[[int, dict[str, float], Sequence[Stay]], Awaitable[None]],
         *,
         checkpoints: Checkpoints | None = None,
-        save_every: int = 1,
+        save_steps: int = 1,
     ) -> None:
         """Iterates up to `config.iterations`.
 
         Args:
           report: awaited after each iteration with its number from 1 on, figures, and the stays;
-            the generator still holds the weights that these were drawn with, or older ones.
-          checkpoints: written every `save_every` iterations and at the end.
+            the generator still has the weights that sampled these stays, or older ones.
+          checkpoints: written every `save_steps` iterations and at the end.
 
         Raises:
-          InputError: the loss is not finite, the model's server was lost, or a checkpoint cannot be
+          InputError: the loss is not finite, the model server failed, or a checkpoint cannot be
             written; the last checkpoint is good.
         """
-        played: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
+        sampled: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
         changed = asyncio.Condition()
 
-        async def play() -> None:
+        async def sample() -> None:
             for number in range(self.iteration, self.config.iterations):
                 version = max(number - self.config.staleness, 0)
                 async with changed:
@@ -164,11 +181,11 @@ class AgenticTrainer:
                 for old in [known for known in self._weights if known < oldest]:
                     del self._weights[old]
                 await self._publisher.publish(self._weights[version], str(version))
-                await played.put((version, await self._play(number)))
+                await sampled.put((version, await self._sample(number)))
 
         async def learn() -> None:
             for number in range(self.iteration, self.config.iterations):
-                version, stays = await played.get()
+                version, stays = await sampled.get()
                 self._require_served(stays, number)
                 figures = await asyncio.to_thread(self._learn, number, stays)
                 figures["staleness"] = float(number - version)
@@ -177,25 +194,25 @@ class AgenticTrainer:
                 async with changed:
                     self._weights[self.iteration] = self._copy()
                     changed.notify_all()
-                due = self.iteration % save_every == 0 or self.iteration == self.config.iterations
+                due = self.iteration % save_steps == 0 or self.iteration == self.config.iterations
                 if checkpoints is not None and due:
                     self.save(checkpoints)
 
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(play())
+                group.create_task(sample())
                 group.create_task(learn())
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Writes a checkpoint, with the weights that the next batches are drawn with."""
+        """Writes a checkpoint, including the weights that sample the next batches."""
         checkpoints.save(
             self.iteration, self.learner.state, {"iteration": self.iteration}, self._lagged()
         )
 
     def resume(self, checkpoints: Checkpoints) -> bool:
-        """Takes the newest checkpoint's state; whether there was one."""
+        """Restores the newest checkpoint; returns false if there is none."""
         if checkpoints.latest() is None:
             return False
         found = checkpoints.restore(self.learner.state, arrays=self._lagged())
@@ -222,48 +239,48 @@ class AgenticTrainer:
     def _copy(self) -> Qwen3:
         return cast(self.learner.model(), self._dtype)
 
-    async def _play(self, number: int) -> list[Stay]:
-        """A batch: its patients, each as often as there are replicas."""
+    async def _sample(self, number: int) -> list[Stay]:
+        """A batch: its patients, each each `num_generations` times."""
         config = self.config
         first = number * config.patients
-        patients = np.repeat(np.arange(first, first + config.patients), config.replicas)
-        replicas = np.tile(np.arange(config.replicas), config.patients)
+        patients = np.repeat(np.arange(first, first + config.patients), config.num_generations)
+        sample = np.tile(np.arange(config.num_generations), config.patients)
         return await self.runner.treat(
             self._backend,
             patients,
-            seeds=(1_000_003 * number + replicas).tolist(),
+            seeds=(1_000_003 * number + sample).tolist(),
             state_scorer=self._state_scorer,
             lockstep=self._lockstep,
         )
 
     def _require_served(self, stays: Sequence[Stay], number: int) -> None:
-        """A few stays may be lost to the server; with most of them it is gone."""
+        """Raises an error if the server failed in more than half of the stays."""
         lost = [stay for stay in stays if stay.failure == NO_BACKEND]
         if 2 * len(lost) > len(stays):
             raise InputError(
                 f"iteration {number + 1}: the language model failed {len(lost)} of {len(stays)} "
-                f"stays ({lost[0].detail}); start it again and go on with --resume"
+                f"stays ({lost[0].detail}); start it again and resume the run"
             )
 
     def _learn(self, number: int, stays: Sequence[Stay]) -> dict[str, float]:
-        """All updates of a batch."""
+        """Computes advantages of a batch and makes its updates."""
         config = self.config
-        held = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
-        advantages = assign_advantages(held, config.advantages)
+        used = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
+        advantages = assign_advantages(used, config.advantages)
         members = [
             one
             for stay, advantage, kept in zip(
-                held, advantages.of_decisions, advantages.kept, strict=True
+                used, advantages.of_decisions, advantages.kept, strict=True
             )
             if kept
             for one in trajectories(stay, advantage)
         ]
         fitting = [one for one in members if len(one) <= config.row_length]
         figures = {
-            "lost_stays": float(len(stays) - len(held)),
+            "lost_stays": float(len(stays) - len(used)),
             "uninformative_stays": float((~advantages.kept).sum()),
             "too_long": float(len(members) - len(fitting)),
-            **_gain(held),
+            **_gain(used),
         }
         if not fitting:
             return figures
@@ -271,7 +288,7 @@ class AgenticTrainer:
 
 
 def _gain(stays: Sequence[Stay]) -> dict[str, float]:
-    """What a decision gained over the continuation policy, on average, where that is known."""
+    """Mean advantage of the decisions over the continuation policy, where it was computed."""
     gains = [
         decision.values[decision.action]
         for stay in stays

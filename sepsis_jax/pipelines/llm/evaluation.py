@@ -1,4 +1,4 @@
-"""What a language model's treatment is worth, and how well it keeps to form and rules."""
+"""Evaluation of a language model that treats patients: return, valid calls, guideline rules."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0
-"""Of a stay that failed: as bad as a death, so that failing cannot look good."""
+"""Return of a failed stay, equal to that of a death, so that failures never improve the mean."""
 
 OF_STAYS = ("returns", "prescriptions", "broken")
-"""What is kept of every stay, so that stages can be compared patient by patient."""
+"""Fields with one value per stay, from which stages are compared patient by patient."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Of N stays; rates in percent, NaN where there is nothing to count."""
+    """Figures of N stays; rates in percent, NaN where there is nothing to count."""
 
     stays: int
     value: float  # mean total reward, failed stays with FAILED_RETURN
@@ -47,14 +47,14 @@ class Evaluation:
     broken: np.ndarray = field(repr=False)  # [N] of these, that broke a rule
 
     def figures(self) -> dict[str, float]:
-        """Those of all stays together, by name."""
+        """Figures of all stays together, by name."""
         return {
             one.name: getattr(self, one.name) for one in fields(self) if one.name not in OF_STAYS
         }
 
 
-def judged(stays: Sequence[Stay]) -> Evaluation:
-    """What stays amount to."""
+def evaluate_stays(stays: Sequence[Stay]) -> Evaluation:
+    """Figures of stays."""
     found = summarize(to_record(stay) for stay in stays)
     returns = np.array(
         [stay.total_reward if stay.status == COMPLETED else FAILED_RETURN for stay in stays],
@@ -88,18 +88,18 @@ def judged(stays: Sequence[Stay]) -> Evaluation:
 async def evaluate(
     runner: EpisodeRunner, backend: Backend, patients: int, *, lockstep: Lockstep | None = None
 ) -> Evaluation:
-    """The first patients of a runner under a model."""
+    """Lets a model treat the first patients of a runner, and evaluates the stays."""
     stays = await runner.treat(
         backend, np.arange(patients), seeds=[0] * patients, lockstep=lockstep
     )
-    return judged(stays)
+    return evaluate_stays(stays)
 
 
 def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """What the same patients in the same random numbers have of another model, with 95% intervals.
+    """Paired gains of another model on the same patients and random numbers, with 95% intervals.
 
     Args:
-      before, after: what is kept of every stay, by the names of `OF_STAYS`.
+      before, after: values per stay, by the names of `OF_STAYS`.
 
     Returns:
       `gain`, `gain_low`, `gain_high`, and as much of `adherence_gain`, in percentage points.

@@ -1,4 +1,4 @@
-"""Stage III: a language model treats simulated patients and learns from what came of it."""
+"""Stage III: reinforcement learning of a language model on simulated patients."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from policy.agent.dialogue import Stay
 from policy.serving.batching import Lockstep
@@ -26,14 +26,14 @@ from policy.train.rl.advantages import COUNTERFACTUAL
 from policy.train.rl.counterfactual import counterfactual
 from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
-from sepsis_jax.pipelines.llm.evaluation import evaluate, judged
+from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (
     CHECKPOINTS,
     METRICS,
     ModelOptions,
     RunnerOptions,
     TrainableModel,
-    judging,
+    evaluation_runner,
     open_generator,
     open_policy,
     open_runner,
@@ -48,27 +48,35 @@ VERSIONS, ADAPTERS = "versions", "adapters"
 
 @dataclass(frozen=True)
 class RLOptions:
-    """Stage III.
+    """Settings of stage III.
 
     Attributes:
-      runner: where patients are treated.
-      agentic: what is played, and how it is learned.
-      learner: how the weights change; `steps` is set to what `agentic` takes.
-      model: what is trained.
-      publish: what travels to a vLLM server: "weights", with adapters merged, or "adapters", for
-        one that was started with their rank.
-      continuation: policy that goes on after each of the 25 actions, for counterfactual advantages:
+      runner: environment and dialogues.
+      agentic: batches, advantages and loss.
+      learner: optimizer; `max_steps` is set to the updates of `agentic`.
+      model: types, sharding and adapters of the model.
+      publish: what is sent to a vLLM server: "weights", with adapters merged, or "adapters", if
+        the server was started with their rank.
+      continuation: policy that acts after each of the 25 actions, for counterfactual advantages:
         guideline, clinician, or the folder of a policy.
       samples: futures per action.
-      horizon: steps that are played on; to the end of the stay if not given.
+      horizon: steps after the action; to the end of the stay if not given.
       smooth: as for `policy.train.rl.counterfactual.counterfactual`.
-      judge_every: iterations between two evaluations on held-out patients of the synthetic
+      eval_steps: iterations between two evaluations on held-out patients of the synthetic
         world; 0 for none.
-      judge_patients: in an evaluation.
-      judge_seed: of these patients.
-      save_every: iterations between two checkpoints.
+      eval_patients: number of patients in an evaluation.
+      eval_seed: of these patients.
+      save_steps: iterations between two checkpoints.
       seed: of adapters and rounding.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "clinic": "runner",
+        "judge_every": "eval_steps",
+        "judge_patients": "eval_patients",
+        "judge_seed": "eval_seed",
+        "save_every": "save_steps",
+    }
 
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     agentic: AgenticConfig = field(default_factory=AgenticConfig)
@@ -79,15 +87,15 @@ class RLOptions:
     samples: int = 4
     horizon: int | None = None
     smooth: bool = False
-    judge_every: int = 0
-    judge_patients: int = 256
-    judge_seed: int = 1_000_000
-    save_every: int = 1
+    eval_steps: int = 0
+    eval_patients: int = 256
+    eval_seed: int = 1_000_000
+    save_steps: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda n: n >= 1, "judge_patients", "save_every", "samples")
-        require(self, "0 or more", lambda n: n >= 0, "judge_every")
+        require(self, "at least 1", lambda n: n >= 1, "eval_patients", "save_steps", "samples")
+        require(self, "0 or more", lambda n: n >= 0, "eval_steps")
         require(self, "weights or adapters", ("weights", ADAPTERS).__contains__, "publish")
         if self.publish == ADAPTERS and not self.model.lora_rank:
             raise InputError("publish: got adapters, but model.lora_rank is 0")
@@ -104,18 +112,18 @@ def run_rl(
     resume: bool = False,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Plays and learns; writes `out/model`, `out/metrics` and `out/checkpoints`.
+    """Samples stays and learns from them; writes `out/model`, `out/metrics` and `out/checkpoints`.
 
     Args:
       out: folder to write, or to go on with.
       options: settings.
       llm: Hugging Face folder to start from, such as stage II left it.
-      model: world model that answers simulations.
+      model: folder of the world model that answers simulations.
       episodes: recorded stays, for the "learned" world.
-      backend: who generates: the sampler of this process, or a vLLM server of the same folder that
-        was started with swaps; weights go to it through `out/versions`.
+      backend: generator: the sampler of this process, or a vLLM server of the same folder that was
+        started with swaps, which reads weights from `out/versions`.
       resume: go on with an earlier run of the same request.
-      progress: told of iterations.
+      progress: called with each iteration.
 
     Returns:
       Figures of the last iteration.
@@ -147,11 +155,13 @@ async def _run(
     config = options.agentic
     runner = open_runner(options.runner, model, episodes)
     trainable = TrainableModel.load(llm, options.model, seed=options.seed)
-    steps = config.iterations * config.updates
+    steps = config.iterations * config.num_minibatches
     temperature = options.runner.dialogue.sampling.temperature
     learner = trainable.learner(
         agentic_loss(config, temperature),
-        replace(options.learner, steps=steps, warm_up=min(options.learner.warm_up, steps)),
+        replace(
+            options.learner, max_steps=steps, warmup_steps=min(options.learner.warmup_steps, steps)
+        ),
     )
     state_scorer = None
     if config.advantages.kind == COUNTERFACTUAL:
@@ -170,16 +180,16 @@ async def _run(
     )  # fmt: skip
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     trainer.resume(checkpoints)
-    judge = judging(runner, options.runner, seed=options.judge_seed)
+    evaluator = evaluation_runner(runner, options.runner, seed=options.eval_seed)
     last: dict[str, float] = {}
 
     async def report(number: int, figures: dict[str, float], stays: Sequence[Stay]) -> None:
         nonlocal last
-        found = judged(stays)
+        found = evaluate_stays(stays)
         last = figures | {f"played_{name}": x for name, x in found.figures().items()}
-        if options.judge_every and number % options.judge_every == 0:
+        if options.eval_steps and number % options.eval_steps == 0:
             held_out = await evaluate(
-                judge, served.backend, options.judge_patients, lockstep=served.lockstep
+                evaluator, served.backend, options.eval_patients, lockstep=served.lockstep
             )
             last |= {f"held_out_{name}": x for name, x in held_out.figures().items()}
         log.write(number, last)
@@ -188,7 +198,7 @@ async def _run(
 
     try:
         with MetricsLog(out / METRICS, resume_at=trainer.iteration) as log:
-            await trainer.run(report, checkpoints=checkpoints, save_every=options.save_every)
+            await trainer.run(report, checkpoints=checkpoints, save_steps=options.save_steps)
     finally:
         await served.close()
         checkpoints.close()
@@ -197,7 +207,7 @@ async def _run(
 
 
 class _Served:
-    """Who generates, and how new weights reach it."""
+    """The generator, and the publisher that sends it new weights."""
 
     def __init__(
         self, backend: BackendOptions, trainable: TrainableModel, out: Path, options: RLOptions
@@ -215,18 +225,20 @@ class _Served:
             self.publisher = EmbeddedPublisher(generator)
         elif backend.kind == VLLM:
             server = endpoint(backend)
-            speaker, versions = VLLMGenerator(server), out / VERSIONS
-            self.backend = TokenBackend(speaker, tokens)
+            generator, versions = VLLMGenerator(server), out / VERSIONS
+            self.backend = TokenBackend(generator, tokens)
             self._control = control = WeightControl(server, trainable.folder)
             if options.publish == ADAPTERS:
-                self.publisher = AdapterPublisher(control, speaker, versions, base=trainable.folder)
+                self.publisher = AdapterPublisher(
+                    control, generator, versions, base=trainable.folder
+                )
             else:
                 self.publisher = ServerPublisher(
                     control, versions, source=trainable.folder, dtype=trainable.dtype
                 )
         else:
             raise InputError(
-                f"--backend: got {backend.kind!r}; learning needs tokens and their probabilities, "
+                f"backend: got {backend.kind!r}; learning needs tokens and log-probabilities, "
                 f"so {EMBEDDED} or {VLLM}"
             )
 

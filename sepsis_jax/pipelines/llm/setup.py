@@ -1,4 +1,4 @@
-"""What the three stages share: the model to train, training data, and the environment to act in."""
+"""Parts that the three stages share: the model to train, supervised training, and the runner."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from policy import registry
 from policy.agent.dialogue import DECISION, DialogueConfig
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.base import Policy
-from policy.checkpoint import load_policy
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
@@ -34,8 +34,7 @@ from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
-from sepsis_jax.ope.policies import SIMPLE
-from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
+from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
@@ -49,13 +48,13 @@ MODEL, CHECKPOINTS, METRICS = "model", "checkpoints", "metrics"
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How the model lies in memory, and what of it is trained.
+    """Types and sharding of the model, and which parameters are trained.
 
     Attributes:
       dtype: of activations and products; that of the files if not given.
-      save_dtype: of the weights that a stage leaves; that of the files if not given.
+      save_dtype: of saved weights; that of the files if not given.
       lora_rank: trains adapters of this rank alone, which are merged in the end; 0 trains all.
-      lora_alpha: their strength.
+      lora_alpha: scale of the adapters.
       fsdp, tensor: devices that share parameters, and that share each product; the others share
         rows. 0 takes all that are left.
       remat: what is computed again in the backward pass: none, dots or full.
@@ -75,7 +74,7 @@ class ModelOptions:
         require(self, "above 0", lambda x: x > 0, "lora_alpha")
 
     def mesh(self) -> Mesh | None:
-        """Of all devices; None where there is one."""
+        """Mesh of all devices; None if there is only one."""
         count = jax.device_count()
         if count == 1:
             return None
@@ -137,22 +136,26 @@ class TrainableModel:
 
 @dataclass(frozen=True)
 class SupervisedOptions:
-    """How sequences are learned.
+    """Settings of supervised training.
 
     Attributes:
       row_length: tokens per row.
-      rows: per micro-batch.
-      model: what is trained.
-      learner: how.
+      micro_batch_size: rows per micro-batch.
+      model: types, sharding and adapters of the model.
+      learner: optimizer and training loop.
     """
 
+    RENAMED: ClassVar[dict[str, str]] = {
+        "rows": "micro_batch_size",
+    }
+
     row_length: int = 4096
-    rows: int = 8
+    micro_batch_size: int = 8
     model: ModelOptions = field(default_factory=ModelOptions)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda n: n >= 1, "row_length", "rows")
+        require(self, "at least 1", lambda n: n >= 1, "row_length", "micro_batch_size")
 
 
 def learn(
@@ -167,7 +170,7 @@ def learn(
 ) -> list[Report]:
     """Trains a model on sequences and writes `out/model`, `out/metrics` and `out/checkpoints`.
 
-    What was done before, by checkpoints of the same request, is not done again.
+    Resumes from checkpoints of the same request.
 
     Raises:
       InputError: as `Learner.run`, `Checkpoints` and `cut`.
@@ -178,12 +181,12 @@ def learn(
     learner.resume(checkpoints)
     parts = [part for one in dialogues for part in cut(one, options.row_length)]
     rows = pack(parts, options.row_length, seed=seed)
-    todo = islice(batches(rows, options.rows, seed=seed), learner.consumed, None)
+    todo = islice(batches(rows, options.micro_batch_size, seed=seed), learner.consumed, None)
     throughput = trainable.throughput(options.row_length)
     with MetricsLog(out / METRICS, resume_at=learner.step, throughput=throughput) as log:
         reports = learner.run(
             todo,
-            report=_both(log.report, partial(_tell, progress, options.learner.steps)),
+            report=_both(log.report, partial(_tell, progress, options.learner.max_steps)),
             checkpoints=checkpoints,
         )
     checkpoints.close()
@@ -205,22 +208,22 @@ def _tell(progress: Progress, steps: int, report: Report) -> None:
 
 
 SYNTHETIC, LEARNED = WORLDS = ("synthetic", "learned")
-_FORECASTS = 0x0F0D  # sets the simulator's noise apart from the patients'
+_FORECASTS = 0x0F0D  # separates the random numbers of simulations from those of patients
 
 
 @dataclass(frozen=True)
 class RunnerOptions:
-    """A runner.
+    """Settings of a runner.
 
     Attributes:
-      world: where patients live: "synthetic", or "learned", which is in the world model, from
-        recorded stays on.
+      world: environment: "synthetic", or "learned" for the world model, started from recorded
+        stays.
       max_steps: decisions per stay at most.
       templates: as for the agent.
-      intervals: tell 90% intervals.
+      intervals: show 90% intervals of forecasts.
       concurrency: stays in treatment at the same time.
-      forecast: how simulations are answered.
-      dialogue: bounds of dialogues, and how replies are drawn.
+      forecast: settings of simulations.
+      dialogue: limits of dialogues, and sampling of replies.
       seed: of patients.
     """
 
@@ -239,7 +242,7 @@ class RunnerOptions:
 
 
 def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
-    """A runner with a world model to ask.
+    """A runner whose world model answers simulations.
 
     Args:
       options: settings.
@@ -255,7 +258,9 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     else:
         if episodes is None:
-            raise InputError("--episodes: patients of the learned world start from recorded stays")
+            raise InputError(
+                "episodes: none given, but patients of the learned world start from recorded stays"
+            )
         env = SepsisEnv.learned(
             world_model, load_episodes(episodes).of_split("train"), past=Forecaster.past,
             mortality_each_step=False, max_steps=options.max_steps,
@@ -278,10 +283,10 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
 def open_generator(
     model: Qwen3, folder: Path, options: RunnerOptions, lockstep: Lockstep
 ) -> EmbeddedGenerator:
-    """The sampler of this process, for all dialogues that a runner holds at a time.
+    """The sampler of this process, for all concurrent dialogues of a runner.
 
-    Batches are filled up to an eighth of these, not to all: near the end of a batch of stays few
-    dialogues are left, and an idle row costs as much as a busy one.
+    Batches are padded to at least an eighth of these, since few dialogues are left near the end of
+    a batch of stays and a padded row costs as much as any other.
 
     Args:
       model: the model.
@@ -296,26 +301,28 @@ def open_generator(
     )  # fmt: skip
 
 
-def judging(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
-    """The same runner with fresh patients of the synthetic world, whose outcomes are the truth."""
+def evaluation_runner(runner: EpisodeRunner, options: RunnerOptions, *, seed: int) -> EpisodeRunner:
+    """A copy of a runner with fresh patients of the synthetic environment."""
     env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     return replace(runner, env=env, seed=seed)
 
 
 def open_policy(name: str, episodes: Path | None = None) -> Policy:
-    """A built-in policy such as guideline, the clinician of records, or the policy of a folder.
+    """A simple policy such as guideline, a clone of the clinician, or the policy of a folder.
 
     Args:
-      name: of `SIMPLE`; "clinician", which is cloned from the episodes first; or a folder.
+      name: of a simple policy; "clinician", which is cloned from the episodes first; or a folder.
       episodes: recorded stays.
 
     Raises:
       InputError: none of these, or the clinician's records are missing.
     """
-    if name in SIMPLE:
-        return SIMPLE[name]()
-    if name == CLINICIAN:
+
+    def clone() -> Policy:
         if episodes is None:
-            raise InputError("--episodes: the clinician is cloned from records; name some")
+            raise InputError(
+                "episodes: none given, but the clinician is cloned from recorded stays"
+            )
         return fit_clone(load_episodes(episodes), CloneConfig()).policy
-    return load_policy(name)
+
+    return registry.open_policy(name, clinician=clone)

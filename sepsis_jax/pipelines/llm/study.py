@@ -1,4 +1,4 @@
-"""All stages in a row, and a table of what each of them brought."""
+"""All stages in a row, and a table with the evaluation of each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.setup import (
     METRICS,
     MODEL,
-    judging,
+    evaluation_runner,
     open_generator,
     open_policy,
     open_runner,
@@ -45,10 +45,10 @@ TABLE, CURVES = "stages.csv", "curves.png"
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """How each stage is judged.
+    """Settings of the evaluation of each stage.
 
     Attributes:
-      patients: held-out ones of the synthetic world that the model treats.
+      patients: number of held-out synthetic patients that the model treats.
       seed: of these patients.
       questions: about the test split, answered without the simulator.
     """
@@ -64,16 +64,22 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """All stages.
+    """Settings of all stages.
 
     Attributes:
-      patients: synthetic ones to learn a world from, where no episodes are given.
-      tiny: the model to begin with, where none is given.
-      sft, bc, rl: the stages; all are held in the runner of `rl`.
-      baselines: kinds of advantages beside that of `rl`, to compare at the same number of stays.
-      rival_replicas: stays of a patient for these.
-      evaluation: how stages are judged.
+      patients: number of synthetic stays that the world model is trained on, without episodes.
+      tiny: the first model, if none is given.
+      sft, bc, rl: the stages; all are evaluated in the runner of `rl`.
+      baselines: other kinds of advantages, compared with that of `rl` at equal numbers of stays.
+      baseline_num_generations: stays of each patient for the baselines.
+      evaluation: settings of the evaluation.
     """
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "exam": "evaluation",
+        "rivals": "baselines",
+        "rival_replicas": "baseline_num_generations",
+    }
 
     patients: int = 4000
     tiny: TinyOptions = field(default_factory=TinyOptions)
@@ -81,7 +87,7 @@ class StudyOptions:
     bc: BCOptions = field(default_factory=BCOptions)
     rl: RLOptions = field(default_factory=RLOptions)
     baselines: tuple[str, ...] = ()
-    rival_replicas: int = 8
+    baseline_num_generations: int = 8
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
 
@@ -95,7 +101,7 @@ def run_study(
     resume: bool = False,
     progress: Progress = silent,
 ) -> pd.DataFrame:
-    """Runs all stages and judges each; writes a folder per stage, `stages.csv` and `curves.png`.
+    """Runs and evaluates all stages; writes a folder per stage, `stages.csv` and `curves.png`.
 
     Args:
       out: folder to write, or to go on with.
@@ -104,7 +110,7 @@ def run_study(
       model: world model; one is trained on the episodes if not given.
       episodes: recorded stays; synthetic ones if not given.
       resume: go on with an earlier run of the same request.
-      progress: told of all that goes on.
+      progress: called with each phase.
 
     Returns:
       One row per stage, with its paired gain over the stage before.
@@ -126,10 +132,13 @@ def run_study(
     sft, bc = out / "sft", out / "bc"
     common: dict[str, Any] = {"episodes": episodes, "resume": True}
 
-    def rl(advantages: AdvantageConfig, replicas: int) -> Callable[[Path], Any]:
-        batch = options.rl.agentic.patients * options.rl.agentic.replicas
+    def rl(advantages: AdvantageConfig, num_generations: int) -> Callable[[Path], Any]:
+        batch = options.rl.agentic.patients * options.rl.agentic.num_generations
         agentic = replace(
-            options.rl.agentic, advantages=advantages, patients=batch // replicas, replicas=replicas
+            options.rl.agentic,
+            advantages=advantages,
+            patients=batch // num_generations,
+            num_generations=num_generations,
         )
         chosen = replace(options.rl, agentic=agentic)
         return lambda to: run_rl(
@@ -148,10 +157,10 @@ def run_study(
         ),
     )  # fmt: skip
     main = options.rl.agentic.advantages
-    runs["rl"] = (out / "rl", rl(main, options.rl.agentic.replicas))
+    runs["rl"] = (out / "rl", rl(main, options.rl.agentic.num_generations))
     for kind in options.baselines:
         name = f"rl_{kind}"
-        runs[name] = (out / name, rl(replace(main, kind=kind), options.rival_replicas))
+        runs[name] = (out / name, rl(replace(main, kind=kind), options.baseline_num_generations))
     rows = []
     evaluations: dict[str, dict[str, np.ndarray]] = {}
     for name, (folder, run) in runs.items():
@@ -183,12 +192,12 @@ def _evaluate_stage(
     episodes: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What a stage's model can do; kept in its folder."""
+    """Evaluation of a stage, saved in its folder."""
     file = folder / "evaluation.json"
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
         runner = open_runner(options.rl.runner, model, episodes)
-        judge = judging(runner, options.rl.runner, seed=options.evaluation.seed)
+        evaluator = evaluation_runner(runner, options.rl.runner, seed=options.evaluation.seed)
         questions = ask(
             load_episodes(episodes).of_split("test"),
             options.evaluation.questions,
@@ -202,7 +211,9 @@ def _evaluate_stage(
         backend = TokenBackend(generator, tokens)
 
         async def run() -> tuple[Any, Any]:
-            treated = await evaluate(judge, backend, options.evaluation.patients, lockstep=lockstep)
+            treated = await evaluate(
+                evaluator, backend, options.evaluation.patients, lockstep=lockstep
+            )
             answers = await answer(generator, tokens, questions)
             await backend.close()
             return treated, answers
@@ -245,7 +256,7 @@ def _tiny(
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
         runner = open_runner(options.bc.runner, model, episodes)
-        stays = runner.demonstrate(open_policy(options.bc.teacher, episodes), range(32))
+        stays = runner.demonstrate(open_policy(options.bc.demonstrator, episodes), range(32))
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
         make_trainable(folder, options.tiny, stays, ask(recorded, few, seed=0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -63,7 +64,7 @@ def run_sft(
       llm: Hugging Face folder to start from.
       episodes: folder of recorded stays.
       resume: go on with an earlier run of the same request.
-      progress: told of questions and updates.
+      progress: called with questions and updates.
 
     Raises:
       InputError: inputs that cannot be read, another run in the folder, or a training that fails.
@@ -109,18 +110,23 @@ class BCOptions:
     """Stage II.
 
     Attributes:
-      teacher: whose treatment is written out as dialogues: guideline, clinician (cloned from the
-        episodes), random, or the folder of a policy, such as a planner.
-      patients: that the teacher treats.
-      runner: where.
-      rejection: which stays of recorded dialogues are good enough, where these are the teacher.
-      replay: questions of stage I that are learned again beside the dialogues, so that they are
-        not forgotten; none without episodes.
-      training: how.
-      seed: of batches.
+      demonstrator: policy that is imitated: guideline, clinician (cloned from the episodes),
+        random, or the folder of a policy, such as a planner.
+      patients: number of patients that the demonstrator treats.
+      runner: environment and dialogue settings of the demonstrations.
+      rejection: bounds that recorded stays must keep to be learned from.
+      replay: questions of stage I that are mixed with the dialogues, so that they are not
+        forgotten; without episodes there are none.
+      training: settings of the supervised training.
+      seed: of the order of the batches.
     """
 
-    teacher: str = "guideline"
+    RENAMED: ClassVar[dict[str, str]] = {
+        "teacher": "demonstrator",
+        "clinic": "runner",
+    }
+
+    demonstrator: str = "guideline"
     patients: int = 256
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
@@ -143,18 +149,18 @@ def run_bc(
     resume: bool = False,
     progress: Progress = silent,
 ) -> list[Report]:
-    """Trains on dialogues of a teacher; writes `out/model` and what `learn` writes.
+    """Trains on demonstrations; writes `out/model` and what `learn` writes.
 
     Args:
       out: folder to write, or to go on with.
       options: settings.
       llm: Hugging Face folder to start from, such as stage I left it.
-      model: world model that the teacher's dialogues ask.
+      model: world model that answers simulations in the demonstrations.
       episodes: recorded stays, for replayed questions and for the "learned" world.
       records: run of an agent (`sepsis-jax agent run`), such as of a strong model behind an
-        endpoint; its good stays take the place of the teacher's.
+        endpoint; its accepted stays replace the demonstrations.
       resume: go on with an earlier run of the same request.
-      progress: told of dialogues and updates.
+      progress: called with dialogues and updates.
 
     Raises:
       InputError: inputs that cannot be read, another run in the folder, no stay that is good
@@ -162,7 +168,7 @@ def run_bc(
     """
     if (model is None) == (records is None):
         raise InputError(
-            "--model or --records: name the world model that a teacher asks, or a run of an agent"
+            "model or records: give one of a world model for demonstrations and a run of an agent"
         )
     inputs = {"llm": llm, "model": model, "episodes": episodes, "records": records}
     request = {
@@ -180,8 +186,8 @@ def run_bc(
         else:
             assert model is not None
             runner = open_runner(options.runner, model, episodes)
-            teacher = open_policy(options.teacher, episodes)
-            stays = runner.demonstrate(teacher, np.arange(options.patients))
+            demonstrator = open_policy(options.demonstrator, episodes)
+            stays = runner.demonstrate(demonstrator, np.arange(options.patients))
         return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
 
     source = records / RECORDS_FILE if records is not None else None

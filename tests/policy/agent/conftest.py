@@ -40,7 +40,7 @@ def make_ward(env, forecaster):
         patients = np.asarray(order, np.int32)
         assert len(patients) == PATIENTS  # other numbers need other programs
         keys = patient_keys(jax.random.key(3), patients)
-        admission = reset_batch(env, keys, patients)
-        return EnvPool(env, admission, forecaster if simulator else None, capacity=capacity)
+        batch = reset_batch(env, keys, patients)
+        return EnvPool(env, batch, forecaster if simulator else None, capacity=capacity)
 
     return make

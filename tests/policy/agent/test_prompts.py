@@ -1,4 +1,4 @@
-"""Prompts: what the agent is told is what is known, and users' templates stay in their sandbox."""
+"""Prompts: the agent sees only what is known, and templates of users are sandboxed."""
 
 import numpy as np
 import pytest

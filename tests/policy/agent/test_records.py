@@ -104,7 +104,7 @@ def test_only_new_prompt_ids_are_kept():
 
 
 def test_a_record_is_a_stay_again(tmp_path):
-    """Through JSON, with a conversation that was begun anew, and one whose ids nobody told."""
+    """Through JSON, with a conversation that was begun anew, and one without ids."""
     whole = stay(5)
     whole.turns[1] = replace(turn((7, 8), (9,)), opens=True)
     whole.decisions = [replace(DECISION, probabilities=(0.04,) * 25, turn=1)]

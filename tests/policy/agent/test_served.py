@@ -32,7 +32,9 @@ pytestmark = NEEDS_VLLM
 
 LONGEST = 4096
 TEMPERATURE = 0.5
-CONFIG = DialogueConfig(sampling=Sampling(temperature=TEMPERATURE, top_p=1.0, max_new_tokens=96))
+CONFIG = DialogueConfig(
+    sampling=Sampling(temperature=TEMPERATURE, top_p=1.0, max_completion_length=96)
+)
 CLOSE = 2e-3  # between float32 of two programs, in nats
 
 
@@ -50,7 +52,7 @@ class Served:
 
 
 def moved(folder, to, seed):
-    """The same folder with its weights a little elsewhere."""
+    """The same folder with its weights slightly changed."""
     to.mkdir()
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
@@ -143,7 +145,7 @@ def test_weights_are_swapped_under_dialogues_without_a_stale_token(served, make_
             np.testing.assert_allclose(reply.logprobs, expected[version][part], atol=CLOSE)
             versions.add(version)
     assert versions == {"a", "b"}
-    # The two versions can be told apart by what is compared.
+    # The two versions can be distinguished by what is compared.
     assert np.abs(expected["a"] - expected["b"]).max() > 10 * CLOSE
 
 
@@ -154,12 +156,12 @@ def test_tool_calls_are_parsed_by_the_server_as_by_us(served, make_ward):
     turns = [turn for stay in stays for turn in stay.turns]
     assert sum(stay.tool_calls for stay in stays) >= 0.9 * len(turns)
     for turn in turns:
-        ours = hermes.parse(served.tokens.text(turn.reply.token_ids)).tool_calls
-        theirs = turn.reply.tool_calls
-        if any(not call.name for call in ours):
+        parsed = hermes.parse(served.tokens.text(turn.reply.token_ids)).tool_calls
+        served_calls = turn.reply.tool_calls
+        if any(not call.name for call in parsed):
             continue  # what is no call is text to the server
-        assert [read_call(replace(call, id="")) for call in theirs] == [
-            read_call(replace(call, id="")) for call in ours
+        assert [read_call(replace(call, id="")) for call in served_calls] == [
+            read_call(replace(call, id="")) for call in parsed
         ]
 
 

@@ -195,7 +195,7 @@ def test_fuzzed_calls_never_treat():
 
 
 def test_fuzzed_replies_are_read_only_as_they_were_written():
-    """Calls inside noise: what is obeyed stands in the reply, word for word."""
+    """Calls within noise: only a call that is in the reply verbatim is obeyed."""
     rng = random.Random(1)
     obeyed = 0
     for _ in range(20_000):

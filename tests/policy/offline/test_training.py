@@ -184,10 +184,10 @@ def test_progress_comes_to_the_end_and_the_loss_falls():
         data,
         SCALER,
         config_of("dqn", updates=400, seeds=3),
-        progress=lambda *told: seen.append(told),
+        progress=lambda *values: seen.append(values),
     )
     jax.effects_barrier()
-    assert sorted(told[:2] for told in seen) == [(20 * n, 400) for n in range(1, RECORDS + 1)]
+    assert sorted(values[:2] for values in seen) == [(20 * n, 400) for n in range(1, RECORDS + 1)]
     assert learned.losses[0, -1] < 0.5 * learned.losses[0, 0]
 
 

@@ -213,9 +213,9 @@ def test_what_is_cut_off_is_valued_by_the_critic(max_steps, steps):
 
 
 def test_it_learns_the_toy():
-    told = []
+    reports = []
     policy, history = train_ppo(
-        jax.random.key(0), toy_env(), SCALER, SMALL, progress=lambda *values: told.append(values)
+        jax.random.key(0), toy_env(), SCALER, SMALL, progress=lambda *values: reports.append(values)
     )
     jax.effects_barrier()
     # 10 for the end, and 1 for each of 2.5 steps at best.
@@ -223,8 +223,8 @@ def test_it_learns_the_toy():
     assert history.entropy[-1] < 0.5 * history.entropy[0]
     assert history.value_error[-5:].mean() < 0.3 * history.value_error[0]
     assert policy(jax.random.key(1), toy_env().dynamics.seen).argmax() == 7
-    assert [values[0] for values in told] == list(range(1, 41)) and told[3][1] == 40
-    np.testing.assert_allclose([values[2] for values in told], history.mean_return, rtol=1e-5)
+    assert [values[0] for values in reports] == list(range(1, 41)) and reports[3][1] == 40
+    np.testing.assert_allclose([values[2] for values in reports], history.mean_return, rtol=1e-5)
     again, _ = train_ppo(jax.random.key(0), toy_env(), SCALER, SMALL)
     for a, b in zip(jax.tree.leaves(again.actor), jax.tree.leaves(policy.actor), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
@@ -253,9 +253,9 @@ def test_it_starts_from_the_first_seed_of_iql():
     start, observation = iql_policy(), toy_env().dynamics.seen
     still = replace(SMALL, iterations=1, learning_rate=1e-9)
     policy, _ = train_ppo(jax.random.key(0), toy_env(), SCALER, still, start=start)
-    mine, theirs = jax.nn.log_softmax(policy.logits(observation)), start.scores(observation)
-    np.testing.assert_allclose(mine, theirs[0], atol=1e-4)
-    assert np.abs(mine - theirs[1]).max() > 1e-3
+    mine, reference = jax.nn.log_softmax(policy.logits(observation)), start.scores(observation)
+    np.testing.assert_allclose(mine, reference[0], atol=1e-4)
+    assert np.abs(mine - reference[1]).max() > 1e-3
 
 
 def iql_policy(*, algorithm="iql", hidden=(16,), past=0, width=NUM_STATE_FEATURES):
@@ -308,7 +308,7 @@ def test_environments_it_cannot_play():
         {"final_rate": 2.0},
         {"learning_rate": 0.0},
         {"clip": 0.0},
-        {"clip_norm": 0.0},
+        {"max_grad_norm": 0.0},
         {"entropy": -1.0},
         {"value_weight": -1.0},
         {"past": 13},

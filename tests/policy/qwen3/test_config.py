@@ -44,7 +44,7 @@ def test_both_spellings_give_the_same():
     assert old == Qwen3Config.from_hf(NEW, source="new")
     assert old.rope_theta == 5e6
     assert old.tie_word_embeddings and old.num_key_value_heads == 8
-    assert Qwen3Config.from_hf(old.to_hf(dtype="bfloat16"), source="ours") == old
+    assert Qwen3Config.from_hf(old.to_hf(dtype="bfloat16"), source="test") == old
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,9 @@ def test_logits_are_those_of_transformers(tmp_path, one_torch_thread, theta, tie
     )
     model = qwen3.load(folder)
     assert (model.lm_head is None) == tied
-    ours = nnx.jit(qwen3.logits)(model, IDS)
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, torch_logits(folder, IDS), atol=1e-4)
+    found = nnx.jit(qwen3.logits)(model, IDS)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, torch_logits(folder, IDS), atol=1e-4)
 
 
 @pytest.fixture(scope="module")

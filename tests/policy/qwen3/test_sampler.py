@@ -17,7 +17,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    return generate(model, [Draw(ids, temperature=0, max_new_tokens=NEW) for ids in PROMPTS])
+    return generate(model, [Draw(ids, temperature=0, max_completion_length=NEW) for ids in PROMPTS])
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def drawn(model):
 
 def draws(*, seeds=(0, 1, 2), limits=(NEW, NEW, NEW)):
     return [
-        Draw(ids, seed=seed, temperature=0.8, top_p=0.9, max_new_tokens=limit)
+        Draw(ids, seed=seed, temperature=0.8, top_p=0.9, max_completion_length=limit)
         for ids, seed, limit in zip(PROMPTS, seeds, limits, strict=True)
     ]
 
@@ -37,13 +37,13 @@ def test_greedy_tokens_are_those_of_transformers(folder, greedy, one_torch_threa
     import torch
     from transformers import AutoModelForCausalLM
 
-    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    reference = AutoModelForCausalLM.from_pretrained(folder)
     for ids, reply in zip(PROMPTS, greedy, strict=True):
-        out = theirs.generate(
+        out = reference.generate(
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             do_sample=False,
-            max_new_tokens=NEW,
+            max_completion_length=NEW,
             min_new_tokens=NEW,
         )
         # min_new_tokens forbids the end of turn, which must not have been due anyway.
@@ -63,7 +63,7 @@ def test_greedy_tokens_are_those_without_a_cache(model, greedy):
 
 def test_draws_depend_on_neither_batch_nor_padding(model, drawn):
     alone = generate(model, draws()[1:2], min_rows=4)[0]
-    reordered = generate(model, [*draws()[::-1], Draw((5,) * 40, max_new_tokens=2)])
+    reordered = generate(model, [*draws()[::-1], Draw((5,) * 40, max_completion_length=2)])
     for other in (alone, reordered[1]):
         assert other.token_ids == drawn[1].token_ids
         np.testing.assert_allclose(other.logprobs, drawn[1].logprobs, atol=1e-4)
@@ -99,7 +99,7 @@ def test_logprobs_are_those_of_the_distributions(model, drawn):
 
 def test_one_program_per_bucket(model, drawn):
     programs = sampler._generate._cache_size()
-    generate(model, [Draw((5,) * count, max_new_tokens=count) for count in (1, 8, 32)])
+    generate(model, [Draw((5,) * count, max_completion_length=count) for count in (1, 8, 32)])
     assert sampler._generate._cache_size() == programs
 
 
@@ -114,7 +114,7 @@ def test_stop_tokens_end_rows(model, drawn):
 
 def test_limits_are_per_row(model, drawn):
     mixed = [
-        Draw(**(vars(draw) | {"max_new_tokens": n}))
+        Draw(**(vars(draw) | {"max_completion_length": n}))
         for draw, n in zip(draws(), (1, 5, 9), strict=True)
     ]
     for reply, whole, count in zip(generate(model, mixed), drawn, (1, 5, 9), strict=True):
@@ -166,7 +166,7 @@ def test_scores_are_sums_of_logprobs(model, drawn, monkeypatch):
         (Draw((640,)), "token ids must be 0 to 639"),
         (Draw((1,), temperature=-1.0), "temperature -1"),
         (Draw((1,), top_p=1.5), "top_p 1.5"),
-        (Draw((1,), max_new_tokens=0), "max_new_tokens 0"),
+        (Draw((1,), max_completion_length=0), "max_completion_length 0"),
     ],
 )
 def test_bad_requests_are_refused(model, draw, message):

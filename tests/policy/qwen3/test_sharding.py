@@ -32,7 +32,7 @@ one = qwen3.load(folder)
 value, gradient = step(*nnx.split(one), ids)
 forward = nnx.jit(qwen3.logits)
 expected = forward(one, ids)
-draws = [Draw((5, 6, 7), seed=seed, max_new_tokens=4) for seed in range(8)]
+draws = [Draw((5, 6, 7), seed=seed, max_completion_length=4) for seed in range(8)]
 drawn = generate(one, draws)
 for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
     mesh = sharding.make_mesh(**shape)
@@ -52,9 +52,9 @@ for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
         return optax.adamw(1e-3).init(params())
 
     size = sharding.bytes_per_device(sharding.abstract(params, mesh))
-    held = nnx.state(model, nnx.Param)
-    assert size == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held))
-    whole = sum(x.nbytes for x in jax.tree.leaves(held))
+    params = nnx.state(model, nnx.Param)
+    assert size == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
+    whole = sum(x.nbytes for x in jax.tree.leaves(params))
     assert whole / parts < size < 1.05 * whole / parts  # norms lie on every device
     of_moments = sharding.bytes_per_device(sharding.abstract(moments, mesh))
     assert of_moments == 2 * size + 4  # and the count of steps

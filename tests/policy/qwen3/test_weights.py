@@ -21,10 +21,10 @@ def assert_equal(a, b):
 
 def edit(folder, **tensors):
     """Changes tensors of a folder; None takes one out."""
-    held = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        held[name] = tensor
-    save_file({n: t for n, t in held.items() if t is not None}, folder / "model.safetensors")
+        tensors[name] = tensor
+    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -50,12 +50,12 @@ def test_transformers_reads_what_was_saved(
     files = sorted(saved.glob("*.safetensors"))
     assert (len(files) == 1) == (max_file_bytes == 2**30)
     assert all(len(files) == 1 or file.stat().st_size < 400_000 for file in files[1:])
-    theirs, report = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
+    reloaded, report = AutoModelForCausalLM.from_pretrained(saved, output_loading_info=True)
     assert not any(report.values())
-    assert theirs.config.rope_parameters["rope_theta"] == 1e6
+    assert reloaded.config.rope_parameters["rope_theta"] == 1e6
     ids = np.arange(14)[None]
     expected = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(ids)).logits
-    assert torch.equal(theirs(torch.tensor(ids)).logits, expected)
+    assert torch.equal(reloaded(torch.tensor(ids)).logits, expected)
     assert_equal(qwen3.load(saved), model)
     assert len(AutoTokenizer.from_pretrained(saved)) == 640
     assert (saved / "generation_config.json").exists()
@@ -66,10 +66,10 @@ def test_what_transformers_saves_is_read(folder, model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(
-        tmp_path / "theirs", max_shard_size="300KB"
+        tmp_path / "reloaded", max_shard_size="300KB"
     )
-    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    assert_equal(qwen3.load(tmp_path / "theirs"), model)
+    assert len(list((tmp_path / "reloaded").glob("*.safetensors"))) > 1
+    assert_equal(qwen3.load(tmp_path / "reloaded"), model)
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):

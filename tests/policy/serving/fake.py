@@ -1,4 +1,4 @@
-"""An HTTP endpoint that answers as told, with the standard library alone."""
+"""An HTTP endpoint that gives prepared replies, with the standard library only."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from policy.serving.backend import LENGTH, STOP, BackendError, Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.testing.tiny_qwen3 import make_tiny
 
-SAMPLING = Sampling(temperature=0.8, top_p=0.9, max_new_tokens=8)
+SAMPLING = Sampling(temperature=0.8, top_p=0.9, max_completion_length=8)
 PROMPTS = [list(range(10, 13 + row)) for row in range(7)]
 
 

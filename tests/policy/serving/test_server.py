@@ -68,19 +68,19 @@ def running(pid):
 
 def test_a_server_starts_answers_and_leaves_nothing(serving, model, monkeypatch, tmp_path):
     monkeypatch.setenv("FAKE_VLLM", "stubborn")  # its child would outlive it
-    told, log = [], tmp_path / "logs" / "server.log"
+    reported, log = [], tmp_path / "logs" / "server.log"
     server = VLLMServer(ServerOptions(model, name="tiny"), log=log)
     assert server.tail() == ""
     with pytest.raises(ServerError, match="not running"):
         server.check()
-    server.start(lambda phase, share: told.append((phase, share)))
+    server.start(lambda phase, share: reported.append((phase, share)))
     with server:
         server.check()
         found = started(log)
         assert all(running(pid) for pid in found["pids"])
         assert server.url == f"http://127.0.0.1:{server.port}" and server.port
     assert gone(found["pids"], 0.5) and not server.alive
-    assert told[-1] == ("ready", 1.0)
+    assert reported[-1] == ("ready", 1.0)
     assert server.key not in json.dumps(found["args"]) + repr(server) + server.tail()
     assert "the key is ***" in server.tail()
     server.stop()

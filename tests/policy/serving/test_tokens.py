@@ -14,7 +14,9 @@ from worldmodel.errors import InputError
 
 CALL = hermes.write("prescription", prescription_arguments(7))
 FIRST = [{"role": "user", "content": "MAP 60"}]
-TOLD = [{"role": "tool", "tool_call_id": "call-1-0", "name": "prescription", "content": "MAP 65"}]
+TOOL_REPLY = [
+    {"role": "tool", "tool_call_id": "call-1-0", "name": "prescription", "content": "MAP 65"}
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +64,12 @@ def talk(tokens, texts, *asked):
 
 
 def test_a_dialogue_is_what_the_template_renders(tokens):
-    replies, generator, conversation = talk(tokens, [CALL, CALL], FIRST, TOLD)
+    replies, generator, conversation = talk(tokens, [CALL, CALL], FIRST, TOOL_REPLY)
     assert [read_call(reply.tool_calls[0]) for reply in replies] == [Prescribe(7)] * 2
     assert [reply.finish_reason for reply in replies] == [TOOL_CALLS] * 2
     assert replies[0].tool_calls[0].id != replies[1].tool_calls[0].id
     # The whole dialogue rendered anew, the model's words as content.
-    whole = [*FIRST, {"role": "assistant", "content": CALL}, *TOLD]
+    whole = [*FIRST, {"role": "assistant", "content": CALL}, *TOOL_REPLY]
     assert generator.prompts[1] == tokens.first(whole, SCHEMAS)
     assert replies[1].prompt_ids[: len(generator.prompts[0])] == tuple(generator.prompts[0])
     assert conversation.ids == [*generator.prompts[1], *replies[1].token_ids]
@@ -96,7 +98,7 @@ def test_what_was_drawn_is_never_tokenised_again(tokens):
 
     generator = Speller(tokens)
     conversation = TokenBackend(generator, tokens).open(SCHEMAS)
-    for messages in (FIRST, TOLD):
+    for messages in (FIRST, TOOL_REPLY):
         asyncio.run(conversation.ask(messages, sampling=Sampling(), seed=0))
     start = len(generator.prompts[0])
     assert generator.prompts[1][start : start + len(spelled)] == spelled

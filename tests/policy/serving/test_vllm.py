@@ -30,7 +30,7 @@ from tests.policy.serving.real import NEEDS_VLLM
 pytestmark = NEEDS_VLLM
 
 LONGEST = 512
-GREEDY = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=12)
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_completion_length=12)
 CLOSE = 1e-3  # between float32 of two programs, in nats
 TOOLS = [
     {
@@ -153,7 +153,10 @@ def test_greedy_tokens_and_logprobs_are_our_models(served):
 
 
 def test_logprobs_are_of_the_distribution_drawn_from(served):
-    prompt, sampling = prompts(1, 30)[0], Sampling(temperature=0.5, top_p=0.8, max_new_tokens=1)
+    prompt, sampling = (
+        prompts(1, 30)[0],
+        Sampling(temperature=0.5, top_p=0.8, max_completion_length=1),
+    )
 
     async def draw():
         generator = served.generator()
@@ -180,7 +183,7 @@ def test_logprobs_are_of_the_distribution_drawn_from(served):
 
 def test_seeds_under_load_draw_the_same_again(served):
     many = prompts(64, 100)  # more than is read at once
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=8)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_completion_length=8)
 
     async def draw():
         generator = served.generator(attempts=1, patience_s=0.0)
@@ -226,8 +229,8 @@ def test_a_dialogue_with_tools(served):
         try:
             dialogue = backend.open(TOOLS)
             first = await dialogue.ask(asked, sampling=Sampling(1.0, 1.0, 150), seed=5)
-            told = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
-            second = await dialogue.ask([told], sampling=Sampling(1.0, 1.0, 150), seed=5)
+            answered = {"role": "tool", "tool_call_id": first.tool_calls[0].id, "content": "done"}
+            second = await dialogue.ask([answered], sampling=Sampling(1.0, 1.0, 150), seed=5)
             return first, second
         finally:
             await backend.close()
@@ -390,7 +393,7 @@ def test_adapters_are_loaded_while_serving(served, tmp_path):
 
 def test_requests_outlive_a_server_that_is_killed_and_comes_back(served):
     many = prompts(32, 100, seed=5)
-    long = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=400)
+    long = Sampling(temperature=0.0, top_p=1.0, max_completion_length=400)
 
     async def survive():
         generator = served.generator(patience_s=300.0, longest_wait_s=2.0)

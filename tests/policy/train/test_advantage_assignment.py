@@ -1,4 +1,4 @@
-"""Credit by hand, and where it lands."""
+"""Advantages computed by hand, and the tokens that get them."""
 
 from dataclasses import replace
 
@@ -61,8 +61,8 @@ def test_broken_rules_have_a_price():
     assert penalties([], AdvantageConfig(violation=-2.0)).shape == (0,)
 
 
-def test_episode_credit_by_hand():
-    """Patient 1 earned 1 and 3: mean 2, sample SD sqrt(2); patient 2 twice the same."""
+def test_episode_advantages_by_hand():
+    """Returns of patient 1 are 1 and 3: mean 2, sample SD sqrt(2); patient 2 twice the same."""
     stays = [
         stay(1, [(0, 1.0)]), stay(1, [(1, 1.0), (2, 2.0)]), stay(2, [(0, 5.0)]), stay(2, [(9, 5.0)])
     ]  # fmt: skip
@@ -73,8 +73,8 @@ def test_episode_credit_by_hand():
     np.testing.assert_allclose(scaled[1], 1 / np.sqrt(2), rtol=1e-3)
 
 
-def test_step_credit_meets_where_the_actions_so_far_are_equal():
-    """Both begin in one state and go on in one after action 4; the third went elsewhere.
+def test_step_advantages_meet_where_the_actions_so_far_are_equal():
+    """Both begin in one state and go on in one after action 4; the third took another action.
 
     Returns 6, 2, 1: mean 3. First decisions: to go 6, 2, 1, the same. Second: after action 4 to go
     5 and 1, mean 3; after action 8 alone: 0.
@@ -88,7 +88,7 @@ def test_step_credit_meets_where_the_actions_so_far_are_equal():
         np.testing.assert_allclose(one, by_hand, atol=1e-5)
 
 
-def test_counterfactual_credit_is_the_value_of_the_action():
+def test_counterfactual_advantage_is_the_value_of_the_action():
     values = tuple(float(action) - 12.0 for action in range(25))
     stays = [stay(1, [(4, 1.0), (20, 5.0)], values=values), stay(2, [(12, 0.0)], values=values)]
     stays[1].decisions[0] = decision(12, 0.0, 1, invalid=2, values=values)
@@ -106,7 +106,7 @@ def test_counterfactual_credit_is_the_value_of_the_action():
     )
     last = (-2.0 - center) / spread  # -0.2, which is within the bound
     assert [one.tolist() for one in bounded.of_decisions] == [[-0.5, 0.5], [pytest.approx(last)]]
-    with pytest.raises(InputError, match="state_scorer"):
+    with pytest.raises(InputError, match="state scorer"):
         assign_advantages([stay(1, [(0, 1.0)])], AdvantageConfig())
 
 
@@ -117,20 +117,20 @@ def test_a_batch_in_which_all_failed_alike_is_not_blown_up():
     assert all(np.abs(one).max() < 1.0 for one in scaled)
 
 
-def test_every_spoken_token_gets_the_credit_of_its_decision():
+def test_every_sampled_token_gets_the_advantage_of_its_decision():
     one = stay(1, [(4, 1.0), (20, 5.0)], failed=True)
     first, second, last = trajectories(one, [0.5, -2.0, -15.0])
     assert first.dialogue.ids.tolist() == [100, 50, 0, 7, 101, 50, 1, 7]
     assert first.dialogue.own.tolist() == [False, False, True, True] * 2
     assert first.advantage.tolist() == [0, 0, 0.5, 0.5] * 2
-    assert first.behavior.tolist() == [0, 0, -0.5, 0.0, 0, 0, -0.5, -0.25]
+    assert first.sampler_logprobs.tolist() == [0, 0, -0.5, 0.0, 0, 0, -0.5, -0.25]
     assert second.advantage.tolist() == [0, 0, -2.0, -2.0] * 2
     assert last.advantage.tolist() == [0, 0, -15.0, -15.0]
 
     rows = pack_trajectories([first, second, last], 13, seed=1)
     assert rows.ids.shape == (2, 13)
     assert rows.advantage[rows.mask].sum() == 4 * 0.5 - 4 * 2.0 - 2 * 15.0
-    np.testing.assert_array_equal(rows.proximal, rows.behavior)
-    assert not rows.advantage[~rows.mask].any() and not rows.behavior[~rows.mask].any()
-    for leaf in (rows.ids, rows.advantage, rows.behavior):
+    np.testing.assert_array_equal(rows.old_logprobs, rows.sampler_logprobs)
+    assert not rows.advantage[~rows.mask].any() and not rows.sampler_logprobs[~rows.mask].any()
+    for leaf in (rows.ids, rows.advantage, rows.sampler_logprobs):
         assert not leaf[rows.segments == 0].any()

@@ -115,8 +115,9 @@ from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Summed
 from policy.train.loop.metrics import MetricsLog
 
-config = LearnerConfig(steps=12, learning_rate=1e-2, warm_up=0, accumulate=2, report_every=1,
-                       save_every=2, moment_dtype="bfloat16", param_dtype="bfloat16")
+config = LearnerConfig(max_steps=12, learning_rate=1e-2, warmup_steps=0,
+                       gradient_accumulation_steps=2, logging_steps=1, save_steps=2,
+                       moment_dtype="bfloat16", param_dtype="bfloat16")
 
 
 def loss(model, number):

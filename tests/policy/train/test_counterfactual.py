@@ -7,7 +7,7 @@ import pytest
 
 from policy.agent.env_pool import reset_batch
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.rl.counterfactual import _LUCK, counterfactual, smoothing
+from policy.train.rl.counterfactual import _FUTURES, counterfactual, smoothing
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.observation import draw_action
@@ -30,7 +30,7 @@ def states(env):
 
 def played(env, policy, state, sample, action, horizon):
     """The return of one future, step by step."""
-    own = jax.random.fold_in(state.dynamics.key, _LUCK + state.taken.astype(jnp.uint32))
+    own = jax.random.fold_in(state.dynamics.key, _FUTURES + state.taken.astype(jnp.uint32))
     key = jax.random.fold_in(own, sample)
     step = jax.jit(env.step)
     state, timestep = step(env.with_key(state, key), action)
@@ -52,14 +52,14 @@ def test_equals_futures_that_are_played_one_by_one(env, states, horizon):
     one = jax.tree.map(lambda leaf: leaf[1], states)
     chosen = int(policy(jax.random.key(0), one.last.observation).argmax())
 
-    def worth(action):
+    def value_of(action):
         futures = [
             played(env, policy, one, sample, action, horizon or STEPS) for sample in range(SAMPLES)
         ]
         return np.mean(futures)
 
     for action in (0, 7, 24):
-        expected = worth(action) - worth(chosen)
+        expected = value_of(action) - value_of(chosen)
         np.testing.assert_allclose(found[1, action], expected, atol=2e-4)
     assert abs(found[1, chosen]) < 1e-5
 
@@ -78,10 +78,10 @@ def test_who_is_not_treated_any_more_gains_nothing(env, states):
 
 
 def test_futures_are_not_the_real_one(env, states):
-    """The luck of the episode itself must not leak into what actions are said to be worth."""
+    """The random numbers of the episode do not affect the values of actions."""
     one = jax.tree.map(lambda leaf: leaf[0], states)
     real = env.step(one, jnp.int32(6))[0].last.observation.dynamic
-    own = jax.random.fold_in(one.dynamics.key, _LUCK)
+    own = jax.random.fold_in(one.dynamics.key, _FUTURES)
     other = env.step(env.with_key(one, own), jnp.int32(6))[0].last.observation.dynamic
     assert float(jnp.abs(real - other).max()) > 0
     same = env.step(env.with_key(one, one.dynamics.key), jnp.int32(6))[0]

@@ -18,7 +18,7 @@ from policy.train.loop.optimizer import LearnerConfig, schedule
 from policy.train.losses import Summed, cross_entropy
 from worldmodel.errors import InputError
 
-CONFIG = LearnerConfig(steps=4, learning_rate=1e-2, warm_up=0, report_every=2)
+CONFIG = LearnerConfig(max_steps=4, learning_rate=1e-2, warmup_steps=0, logging_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +67,14 @@ def test_an_update_is_adamw_on_the_mean_over_tokens(model):
     expected = jax.tree.map_with_path(moved, params_of(model), gradient)
     sure = jax.tree.map(lambda g: jnp.abs(g) > 1e-6, gradient)
     changed = params_of(learner.model())
-    for x, y, told in zip(*map(jax.tree.leaves, (changed, expected, sure)), strict=True):
-        np.testing.assert_allclose(x[told], y[told], atol=2e-4)
+    for x, y, mask in zip(*map(jax.tree.leaves, (changed, expected, sure)), strict=True):
+        np.testing.assert_allclose(x[mask], y[mask], atol=2e-4)
 
 
 def test_tokens_weigh_alike_in_whatever_micro_batch(model):
     rows = some_rows(1, [2, 15, 7, 1])
     whole = Learner(model, cross_entropy, CONFIG)
-    parts = Learner(model, cross_entropy, replace(CONFIG, accumulate=4))
+    parts = Learner(model, cross_entropy, replace(CONFIG, gradient_accumulation_steps=4))
     one, norm = whole.update(jax.tree.map(lambda leaf: leaf[None], rows))
     four, norm_of_parts = parts.update(jax.tree.map(lambda leaf: leaf[:, None], rows))
     assert float(one.weight) == float(four.weight) == 25
@@ -86,7 +86,9 @@ def test_it_learns_and_leaves_the_first_model_alone(model):
     before = jax.tree.map(np.array, params_of(model))
     rows = some_rows(2, [12, 12])
     seen = []
-    config = replace(CONFIG, steps=20, warm_up=2, report_every=5, accumulate=2)
+    config = replace(
+        CONFIG, max_steps=20, warmup_steps=2, logging_steps=5, gradient_accumulation_steps=2
+    )
     learner = Learner(model, cross_entropy, config)
     reports = learner.run(batches(rows, 1, seed=0), report=seen.append)
     assert seen == reports
@@ -132,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_it(model):
 
 
 def test_a_run_goes_on_from_before_a_bad_update(model, tmp_path):
-    config = replace(CONFIG, steps=6, save_every=2)
+    config = replace(CONFIG, max_steps=6, save_steps=2)
     good = [np.float32(n) for n in range(1, 7)]
     whole = Learner(model, of_weights, config)
     expected = whole.run(good)
@@ -153,11 +155,15 @@ def test_a_run_goes_on_from_before_a_bad_update(model, tmp_path):
 
 def test_too_few_batches(model):
     with pytest.raises(InputError, match="ended after 1 of 4 updates"):
-        Learner(model, of_weights, replace(CONFIG, accumulate=2)).run([np.float32(1)] * 3)
+        Learner(model, of_weights, replace(CONFIG, gradient_accumulation_steps=2)).run(
+            [np.float32(1)] * 3
+        )
 
 
 def test_schedule():
-    rate = schedule(LearnerConfig(steps=100, learning_rate=1.0, warm_up=10, final_share=0.1))
+    rate = schedule(
+        LearnerConfig(max_steps=100, learning_rate=1.0, warmup_steps=10, final_share=0.1)
+    )
     found = [float(rate(step)) for step in (0, 5, 10, 55, 100)]
     np.testing.assert_allclose(found, [0.0, 0.5, 1.0, 0.55, 0.1], atol=1e-6)
 
@@ -165,12 +171,12 @@ def test_schedule():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps: got 0"),
-        ({"warm_up": 2000}, "warm_up: got 2000"),
-        ({"clip_norm": 0.0}, "clip_norm"),
-        ({"beta2": 1.0}, "beta2"),
+        ({"max_steps": 0}, "max_steps: got 0"),
+        ({"warmup_steps": 2000}, "warmup_steps: got 2000"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm"),
+        ({"adam_beta2": 1.0}, "adam_beta2"),
         ({"param_dtype": "float16"}, "param_dtype: got float16"),
-        ({"save_every": 15}, "save_every: got 15, expected a multiple of report_every"),
+        ({"save_steps": 15}, "save_steps: got 15, expected a multiple of logging_steps"),
     ],
 )
 def test_settings_without_meaning(wrong, message):

@@ -73,5 +73,5 @@ def test_beside_transformers(untaught, model, tokens):
     with torch.no_grad():
         expected = float(reference(input_ids=ids, labels=labels).loss)
     rows = Rows(*(jnp.asarray(leaf) for leaf in pack([found], len(found) + 7, seed=0)))
-    ours = jax.jit(partial(cross_entropy, chunk=64))(model, rows)
-    assert abs(float(ours.total / ours.weight) - expected) < 1e-5
+    chunked = jax.jit(partial(cross_entropy, chunk=64))(model, rows)
+    assert abs(float(chunked.total / chunked.weight) - expected) < 1e-5

@@ -1,4 +1,4 @@
-"""The log beside what went in, the file after a resume, FLOPs beside figures known elsewhere."""
+"""The log beside what went in, the file after a resume, FLOPs beside published figures."""
 
 import json
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_a_report_becomes_a_line(tmp_path):
         "loss": 1.5,
         "tokens": 8.0,
         "tokens_read": 10.0,
-        "gradient_norm": 0.5,
+        "grad_norm": 0.5,
         "learning_rate": 1e-3,
         "entropy": 0.25,
     }

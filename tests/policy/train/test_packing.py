@@ -35,7 +35,7 @@ class Parrot:
 
 
 def replayed(stay, tokens):
-    """The same dialogue held by a `TokenBackend`: its stay, and all ids at the end."""
+    """The same dialogue with a `TokenBackend`: its stay, and all ids at the end."""
     said = [
         [*tokens.encode(hermes.write(c.name, c.arguments)), tokens.end_id]
         for c in (turn.reply.tool_calls[0] for turn in stay.turns)
@@ -106,8 +106,8 @@ def test_a_stay_without_turns_teaches_nothing(tokens):
 
 
 def dialogue(*turns, start=0):
-    """Turns as (told, spoken) numbers of tokens; ids count up."""
-    own = np.concatenate([[False] * told + [True] * spoken for told, spoken in turns])
+    """Turns as (prompt, reply) numbers of tokens; ids count up."""
+    own = np.concatenate([[False] * prompt + [True] * reply for prompt, reply in turns])
     return Dialogue(np.arange(start, start + len(own), dtype=np.int32), own)
 
 

@@ -63,12 +63,12 @@ def drift(model, rows):
 def test_small_updates_arrive_on_average(untaught, moment_dtype):
     model = qwen3.load(untaught)
     config = LearnerConfig(
-        steps=50,
+        max_steps=50,
         learning_rate=1e-5,
-        warm_up=0,
+        warmup_steps=0,
         final_share=1.0,
         weight_decay=0.0,
-        report_every=50,
+        logging_steps=50,
         param_dtype="bfloat16",
         moment_dtype=moment_dtype,
     )
@@ -93,7 +93,7 @@ def test_equal_seeds_round_alike(untaught):
 
     def embedding(seed):
         config = LearnerConfig(
-            steps=2, warm_up=0, report_every=2, param_dtype="bfloat16", seed=seed
+            max_steps=2, warmup_steps=0, logging_steps=2, param_dtype="bfloat16", seed=seed
         )
         learner = Learner(model, drift, config)
         learner.run([np.float32(1)] * 2)
@@ -106,7 +106,7 @@ def test_equal_seeds_round_alike(untaught):
 def test_gradients_of_embeddings_are_summed_in_float32(untaught):
     """A token that is read 1,000 times gets 1,000 gradients, which bfloat16 would not add up."""
     model = qwen3.load(untaught)
-    config = LearnerConfig(steps=1, warm_up=0, clip_norm=1e9, param_dtype="bfloat16")
+    config = LearnerConfig(max_steps=1, warmup_steps=0, max_grad_norm=1e9, param_dtype="bfloat16")
 
     def reading(model, ids):
         return Summed(jnp.sum(model.embed_tokens(ids)), jnp.float32(1), {})
@@ -114,4 +114,4 @@ def test_gradients_of_embeddings_are_summed_in_float32(untaught):
     learner = Learner(model, reading, config)
     learner.update(np.full((1, 1, 1000), 7))
     first = learner.state.optimizer[1][0].mu["embed_tokens"]["embedding"][...]
-    np.testing.assert_allclose(first[7], (1 - config.beta1) * 1000, rtol=1e-6)
+    np.testing.assert_allclose(first[7], (1 - config.adam_beta1) * 1000, rtol=1e-6)

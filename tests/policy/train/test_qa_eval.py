@@ -1,4 +1,4 @@
-"""Exams without a simulator: probabilities of replies, grades by hand, intervals by stay."""
+"""Evaluation on questions: probabilities of replies, grades by hand, intervals by stay."""
 
 import asyncio
 from dataclasses import replace
@@ -56,18 +56,18 @@ def test_probabilities_are_those_of_the_replies(untaught, tokens):
         model, rows.ids, positions=rows.positions, segments=rows.segments
     ).logprob
     by_hand = np.exp(np.where(rows.mask, each, 0).sum(-1, dtype=np.float64))
-    for probabilities, ours in zip(found, (by_hand[:3], by_hand[3:]), strict=True):
-        np.testing.assert_allclose(probabilities, ours / ours.sum(), atol=1e-4)
+    for probabilities, weights in zip(found, (by_hand[:3], by_hand[3:]), strict=True):
+        np.testing.assert_allclose(probabilities, weights / weights.sum(), atol=1e-4)
 
 
-def _marked(told, spoken):
-    own = np.arange(len(told) + len(spoken)) >= len(told)
-    return np.array([*told, *spoken], np.int32), own
+def _marked(prompt, spoken):
+    own = np.arange(len(prompt) + len(spoken)) >= len(prompt)
+    return np.array([*prompt, *spoken], np.int32), own
 
 
 def test_grades_by_hand():
     answers = ["yes", "no", "yes", "no"]
-    questions = [question("mortality", told, stay) for stay, told in enumerate(answers)]
+    questions = [question("mortality", prompt, stay) for stay, prompt in enumerate(answers)]
     # Of four pairs of a yes and a no, the yes is above in three. Precision at the first yes is 1,
     # at the second 2/3. Right at one half: 0.9, 0.2, 0.6; wrong: 0.7 for a no.
     found = grade(questions, said(0.9, 0.7, 0.6, 0.2), resamples=50)["mortality"]
@@ -134,9 +134,9 @@ def test_what_the_chart_shows_is_learned(tmp_path):
     episodes = jax.tree.map(np.asarray, toy_episodes(num_stays=200))
     episodes = replace(episodes, died_in_hospital=episodes.static[:, 1] > 0.5)
     config = QuestionConfig(("mortality",), count=240, charts="compact")
-    lessons = ask(episodes.select(np.arange(120)), config, seed=0)
+    training = ask(episodes.select(np.arange(120)), config, seed=0)
     evaluation = ask(episodes.select(np.arange(120, 200)), replace(config, count=40), seed=1)
-    assert not {q.stay for q in lessons} & {q.stay for q in evaluation}
+    assert not {q.stay for q in training} & {q.stay for q in evaluation}
 
     async def graded(model):
         generator = EmbeddedGenerator(model, stop_ids=(tokens.end_id,))
@@ -146,9 +146,9 @@ def test_what_the_chart_shows_is_learned(tmp_path):
             await generator.close()
         return grade(evaluation, found, resamples=50)["mortality"].auroc
 
-    dialogues = [as_dialogue(question, tokens) for question in lessons]
+    dialogues = [as_dialogue(question, tokens) for question in training]
     rows = pack(dialogues, 2 * max(map(len, dialogues)), seed=0)
-    learner = Learner(model, cross_entropy, LearnerConfig(steps=80, learning_rate=3e-3))
+    learner = Learner(model, cross_entropy, LearnerConfig(max_steps=80, learning_rate=3e-3))
     before = asyncio.run(graded(model))
     learner.run(batches(rows, 4, seed=0))
     after = asyncio.run(graded(learner.model()))

@@ -133,9 +133,9 @@ def test_nothing_of_the_future_is_shown(episodes, charts):
     other = jax.tree.map(np.array, toy_episodes(num_stays=40, num_steps=14, seed=9))
     now = 4
 
-    def mixed(ours, theirs):
-        new = ours.copy()
-        new[:, now + 1 :] = theirs[:, now + 1 :]
+    def mixed(old, other_values):
+        new = old.copy()
+        new[:, now + 1 :] = other_values[:, now + 1 :]
         return new
 
     rows = ("dynamic", "vasopressor", "fluid", "ventilated", "sofa", "urine_24h")
@@ -181,24 +181,24 @@ def test_balance_and_seeds(episodes):
     assert alone == [q for q in found if q.kind == "effect"]
 
 
-def test_a_lesson_is_the_answer_and_its_end(episodes, tokens):
+def test_a_dialogue_is_the_answer_and_its_end(episodes, tokens):
     (question, *_) = ask(episodes, QuestionConfig(count=3, charts="compact"), seed=0)
-    lesson = as_dialogue(question, tokens)
-    assert lesson.ids[:-1][lesson.own[:-1]].tolist() == tokens.encode(question.answer)
-    assert lesson.own[-1] and lesson.ids[-1] == tokens.end_id
-    told = lesson.ids[~lesson.own].tolist()
-    assert told == tokens.first(question.messages, ())
-    assert lesson.ends().tolist() == [len(lesson)]
+    dialogue = as_dialogue(question, tokens)
+    assert dialogue.ids[:-1][dialogue.own[:-1]].tolist() == tokens.encode(question.answer)
+    assert dialogue.own[-1] and dialogue.ids[-1] == tokens.end_id
+    prompt = dialogue.ids[~dialogue.own].tolist()
+    assert prompt == tokens.first(question.messages, ())
+    assert dialogue.ends().tolist() == [len(dialogue)]
 
 
 def test_records_without_a_kind_are_refused(episodes):
     short = toy_episodes(num_stays=3, num_steps=2)
     with pytest.raises(InputError, match="no question of the kind vasopressor"):
         ask(short, replace(ALL, kinds=("vasopressor",)), seed=0)
-    nobody = replace(episodes, died_in_hospital=np.zeros_like(episodes.died_in_hospital))
+    survivors = replace(episodes, died_in_hospital=np.zeros_like(episodes.died_in_hospital))
     mortality = replace(ALL, kinds=("mortality",))
-    assert {q.answer for q in ask(nobody, mortality, seed=0)} == {"no"}
+    assert {q.answer for q in ask(survivors, mortality, seed=0)} == {"no"}
     with pytest.raises(InputError, match="kind mortality with the answer yes"):
-        ask(nobody, replace(mortality, balanced=True), seed=0)
+        ask(survivors, replace(mortality, balanced=True), seed=0)
     with pytest.raises(InputError, match="kinds"):
         QuestionConfig(kinds=("weather",))

@@ -33,7 +33,7 @@ PATIENTS, DECISIONS, ROWS = 4, 2, 4
 @pytest.fixture(scope="module")
 def runner():
     tiny = tiny_runner(max_steps=DECISIONS)
-    sampling = Sampling(temperature=1.0, top_p=1.0, max_new_tokens=64)
+    sampling = Sampling(temperature=1.0, top_p=1.0, max_completion_length=64)
     dialogue = DialogueConfig(memory="decision", max_invalid=1, sampling=sampling)
     return replace(tiny, dialogue=dialogue, concurrency=PATIENTS)
 
@@ -51,14 +51,17 @@ class Loop:
         self.generator = EmbeddedGenerator(
             model, stop_ids=load_stop_ids(folder), min_batch=ROWS, max_batch=ROWS, lockstep=lockstep
         )
-        replicas = 1 if kind == "counterfactual" else 2
-        objective = Objective(kl_weight=0.1) if reference else Objective()
+        num_generations = 1 if kind == "counterfactual" else 2
+        objective = Objective(beta=0.1) if reference else Objective()
         config = AgenticConfig(
-            patients=PATIENTS // replicas, replicas=replicas, updates=2, row_length=1024, rows=ROWS,
+            patients=PATIENTS // num_generations, num_generations=num_generations,
+            num_minibatches=2, row_length=1024, micro_batch_size=ROWS,
             advantages=AdvantageConfig(kind=kind), objective=objective, **settings,
         )  # fmt: skip
         learner = Learner(
-            model, agentic_loss(config, 1.0), LearnerConfig(steps=20, warm_up=0, learning_rate=1e-3)
+            model,
+            agentic_loss(config, 1.0),
+            LearnerConfig(max_steps=20, warmup_steps=0, learning_rate=1e-3),
         )
         state_scorer = counterfactual(runner.env, GuidelineRules(), samples=1)
         self.trainer = AgenticTrainer(
@@ -118,12 +121,12 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(runner, taught, tmp_path,
 
 
 @pytest.mark.parametrize("kind", ["episode", "step"])
-def test_credit_of_groups_and_a_reference(runner, taught, kind):
+def test_advantages_of_groups_and_a_reference(runner, taught, kind):
     folder, _ = taught
     loop = Loop(runner, folder, kind=kind, reference=True, iterations=2).run()
     for _, figures, _, said in loop.reports:
-        assert "kl_reference" in figures or figures["uninformative_stays"] == PATIENTS
-        assert len(set(said)) > PATIENTS // 2  # replicas of a patient speak differently
+        assert "kl" in figures or figures["uninformative_stays"] == PATIENTS
+        assert len(set(said)) > PATIENTS // 2  # stays of a patient speak differently
     moved = jax.tree.leaves(nnx.state(loop.trainer.learner.model()))
     assert all(np.isfinite(leaf).all() for leaf in moved)
 
@@ -152,7 +155,7 @@ def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(runner, tau
 def test_what_does_not_fit_is_refused(runner, taught):
     folder, _ = taught
     with pytest.raises(InputError, match="at least 2"):
-        AgenticConfig(advantages=AdvantageConfig(kind="episode"), replicas=1)
+        AgenticConfig(advantages=AdvantageConfig(kind="episode"), num_generations=1)
     nucleus = DialogueConfig(sampling=Sampling(top_p=0.9))
     with pytest.raises(InputError, match="top_p 1"):
         Loop(replace(runner, dialogue=nucleus), folder)

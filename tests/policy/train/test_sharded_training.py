@@ -27,7 +27,8 @@ from policy.train.loop.learner import Learner
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Summed, cross_entropy
 
-config = LearnerConfig(steps=2, learning_rate=1e-4, warm_up=0, accumulate=2, report_every=1)
+config = LearnerConfig(max_steps=2, learning_rate=1e-4, warmup_steps=0,
+                       gradient_accumulation_steps=2, logging_steps=1)
 draw = np.random.default_rng(0)
 ids = draw.integers(3, 600, (4, 8, 12), np.int32)
 positions = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
@@ -49,7 +50,7 @@ def gradients(learner):
     def note(report):
         found.append(jax.device_get(optax.tree.get(learner.state.optimizer, "mu")))
     reports = learner.run(batches, report=note)
-    return reports, jax.tree.map(lambda x: x / (1 - config.beta1), found[0])
+    return reports, jax.tree.map(lambda x: x / (1 - config.adam_beta1), found[0])
 
 
 def model_of(folder, kind, **where):
@@ -79,16 +80,16 @@ for kind in ("full", "lora"):
     assert max(np.abs(x).max() for x in jax.tree.leaves(expected)) > 0.01
     for a, b in zip(again, reports, strict=True):
         np.testing.assert_allclose(a.loss, b.loss, atol=1e-5)
-        np.testing.assert_allclose(a.gradient_norm, b.gradient_norm, rtol=1e-4)
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-4)
     assert jax.tree.map(lambda x: x.sharding, split.state) == places
-    held = jax.tree.leaves((split.state.params, split.state.optimizer))
-    largest = max(held, key=lambda x: x.size)
+    leaves = jax.tree.leaves((split.state.params, split.state.optimizer))
+    largest = max(leaves, key=lambda x: x.size)
     parts = largest.size // largest.addressable_shards[0].data.size
     assert parts == (4 if kind == "full" else 2)
     jax.tree.map(assert_alike, split.state, one.state)
 
 # Rounding does not depend on how arrays lie.
-half = LearnerConfig(steps=2, warm_up=0, param_dtype="bfloat16", moment_dtype="bfloat16")
+half = LearnerConfig(max_steps=2, warmup_steps=0, param_dtype="bfloat16", moment_dtype="bfloat16")
 def constant(model, rows):
     params = jax.tree.leaves(nnx.state(model, nnx.Param))
     total = sum(jnp.sum(x.astype(jnp.float32)) for x in params)

@@ -1,4 +1,4 @@
-"""Teachers, and the tiny model that they teach."""
+"""Demonstrations, and the tiny model that learns them."""
 
 import asyncio
 import json
@@ -33,15 +33,15 @@ def runner():
 
 def treated(runner, folder, temperature):
     """Stays of fresh patients under a model in this process."""
-    admission = runner.replace(seed=1234).reset_batch(range(PATIENTS))
-    pool = EnvPool(runner.env, admission, runner.forecaster)
+    batch = runner.replace(seed=1234).reset_batch(range(PATIENTS))
+    pool = EnvPool(runner.env, batch, runner.forecaster)
     backend = TokenBackend(EmbeddedGenerator.from_folder(folder), ChatTokens.load(folder))
-    sampling = Sampling(temperature=temperature, max_new_tokens=64)
+    sampling = Sampling(temperature=temperature, max_completion_length=64)
     stays = []
 
     async def run():
         await treat_all(
-            admission.patients.tolist(),
+            batch.patients.tolist(),
             backend,
             pool,
             Prompts(TEMPLATES),
@@ -73,11 +73,11 @@ def test_taught_replies_are_valid_calls(runner, taught):
         assert len(dialogue.ends()) == len(stay.turns)
 
 
-def test_a_teacher_follows_its_policy(runner):
+def test_a_demonstrator_follows_its_policy(runner):
     policy = GuidelineRules()
     stays = runner.replace(seed=1).demonstrate(policy, range(PATIENTS))
-    admission = runner.replace(seed=1).reset_batch(range(PATIENTS))
-    observations = admission.states.last.observation
+    batch = runner.replace(seed=1).reset_batch(range(PATIENTS))
+    observations = batch.states.last.observation
     first = jax.vmap(policy, (None, 0))(jax.random.key(0), observations).argmax(-1)
     assert [stay.decisions[0].action for stay in stays] == first.tolist()
     for stay in stays:
@@ -128,12 +128,12 @@ class Backwards(GuidelineRules):
         return jax.nn.one_hot(jnp.where(observation.step == 0, 7, action), 25)
 
 
-def test_a_teacher_may_look_back(runner):
+def test_a_demonstrator_may_look_back(runner):
     for stay in runner.replace(seed=1).demonstrate(Backwards(), range(PATIENTS)):
         assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
 
 
-def test_a_teacher_cannot_look_farther_than_the_world(runner):
+def test_a_demonstrator_cannot_look_farther_than_the_world(runner):
     class Farther(Backwards):
         past = 13
 

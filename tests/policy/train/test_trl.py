@@ -27,7 +27,7 @@ GROUP, LENGTHS = 3, (4, 9, 6, 11, 3, 7)  # completions of two prompts
 
 @dataclass(frozen=True)
 class Samples:
-    """Two groups of three completions, some of whose tokens were told by a tool."""
+    """Two groups of three completions, some of whose tokens are of a tool reply."""
 
     prompts: list
     completions: list
@@ -59,19 +59,19 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ours(samples, folders):
+def found_here(samples, folders):
     """Rows with everything but advantages, log-probabilities now, and their pull-back."""
     ids = [[*p, *c] for p, c in zip(samples.prompts, samples.completions, strict=True)]
     lengths = np.array([len(one) for one in ids])
     shape = (len(ids), int(lengths.max()))
-    own, inside = np.zeros(shape, bool), np.arange(shape[1]) < lengths[:, None]
+    own, within = np.zeros(shape, bool), np.arange(shape[1]) < lengths[:, None]
     tokens, sampler_logprobs = np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32)
     for row, one in enumerate(ids):
         tokens[row, : len(one)] = one
         start = len(samples.prompts[row])
         own[row, start : len(one)] = samples.own[row]
         sampler_logprobs[row, start : len(one)] = samples.sampler_logprobs[row]
-    positions = np.where(inside, np.arange(shape[1]), 0).astype(np.int32)
+    positions = np.where(within, np.arange(shape[1]), 0).astype(np.int32)
 
     @jax.jit
     def logprobs(model):
@@ -79,7 +79,7 @@ def ours(samples, folders):
             model,
             tokens,
             positions=positions,
-            segments=inside.astype(np.int32),
+            segments=within.astype(np.int32),
             temperature=TEMPERATURE,
         )
 
@@ -90,7 +90,7 @@ def ours(samples, folders):
     rows = RolloutRows(
         ids=tokens,
         positions=positions,
-        segments=inside.astype(np.int32),
+        segments=within.astype(np.int32),
         mask=own,
         sampler_logprobs=sampler_logprobs,
         advantage=np.zeros(shape, np.float32),
@@ -164,7 +164,7 @@ def _as_hf(gradient, folder):
 
 
 NONE = {"correction": "none"}
-CASES = {
+SETTINGS = {
     "grpo": (
         {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
         replace(PRESETS["GRPO"], **NONE),
@@ -186,7 +186,7 @@ CASES = {
             "use_bias_correction_kl": True,
             "entropy_coef": 0.05,
         },
-        replace(PRESETS["DAPO"], kl_weight=0.1, kl_corrected=True, entropy_weight=0.05, **NONE),
+        replace(PRESETS["DAPO"], beta=0.1, use_bias_correction_kl=True, entropy_coef=0.05, **NONE),
     ),
     "bnpo": ({"loss_type": "bnpo"}, Objective(**NONE)),
     "gspo": (
@@ -196,11 +196,11 @@ CASES = {
             "epsilon": 0.02,
             "epsilon_high": 0.03,
         },
-        replace(PRESETS["GSPO"], clip_low=0.02, clip_high=0.03, **NONE),
+        replace(PRESETS["GSPO"], epsilon_low=0.02, epsilon_high=0.03, **NONE),
     ),
     "cispo": (
         {"loss_type": "cispo", "epsilon_high": 1.2},
-        replace(PRESETS["CISPO"], clip_high=0.2, **NONE),
+        replace(PRESETS["CISPO"], epsilon_high=0.2, **NONE),
     ),
 }
 for mode, level, correction in (
@@ -212,7 +212,7 @@ for mode, level, correction in (
     bounds = {"vllm_importance_sampling_clip_max": 1.25}
     if correction == "mask":
         bounds["vllm_importance_sampling_clip_min"] = 0.75
-    CASES[mode] = (
+    SETTINGS[mode] = (
         {
             "loss_type": "dapo",
             "beta": 0.1,
@@ -222,8 +222,8 @@ for mode, level, correction in (
             **bounds,
         },
         Objective(
-            kl_weight=0.1,
-            kl_corrected=True,
+            beta=0.1,
+            use_bias_correction_kl=True,
             correction=correction,
             correction_level=level,
             correction_low=0.75,
@@ -232,15 +232,15 @@ for mode, level, correction in (
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_beside_grpo_trainer(case, samples, folders, ours, tmp_path):
-    settings, objective = CASES[case]
+@pytest.mark.parametrize("case", SETTINGS)
+def test_beside_grpo_trainer(case, samples, folders, found_here, tmp_path):
+    settings, objective = SETTINGS[case]
     expected, gradients, advantages = of_trl(samples, folders, tmp_path, **settings)
     scale = settings.get("scale_rewards") != "none"
     found = group_relative(np.array(samples.rewards), [0] * GROUP + [1] * GROUP, scale=scale)
     np.testing.assert_allclose(found, advantages, atol=1e-5)
 
-    rows, now, pull = ours
+    rows, now, pull = found_here
     rows = rows._replace(advantage=np.where(rows.mask, found[:, None], np.nan))
 
     @partial(jax.grad, has_aux=True)
@@ -251,14 +251,17 @@ def test_beside_grpo_trainer(case, samples, folders, ours, tmp_path):
     cotangent, summed = solve(now)
     loss = float(summed.total / summed.weight)
     assert loss == pytest.approx(expected, abs=1e-5)
-    ours_by_name = _as_hf(pull(cotangent), tmp_path / "gradient")
-    assert sorted(ours_by_name) == sorted(gradients)
-    for name, theirs in gradients.items():
+    by_name = _as_hf(pull(cotangent), tmp_path / "gradient")
+    assert sorted(by_name) == sorted(gradients)
+    for name, expected_gradient in gradients.items():
         np.testing.assert_allclose(
-            ours_by_name[name], theirs, atol=1e-5 * np.abs(theirs).max() + 1e-7, err_msg=name
+            by_name[name],
+            expected_gradient,
+            atol=1e-5 * np.abs(expected_gradient).max() + 1e-7,
+            err_msg=name,
         )
     # The case does what it is there for: some bound holds somewhere, and not everywhere.
-    bound = {"truncate": "corrected", "mask": "masked"}.get(objective.correction, "clip_high")
+    bound = {"truncate": "corrected", "mask": "masked"}.get(objective.correction, "clip_ratio/high")
     assert 0 < float(summed.metrics[bound] / summed.weight) < 1
 
 

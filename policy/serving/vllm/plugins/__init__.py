@@ -1,1 +1,1 @@
-"""What runs beside or inside a vLLM server, outside this environment: standard library alone."""
+"""Plugins of a vLLM server, which run in its environment and import the standard library only."""

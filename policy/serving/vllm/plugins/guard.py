@@ -24,7 +24,7 @@ def _process_control(option: int, value: int) -> None:
 
 
 def _die_with_guard() -> None:
-    # Should the guard itself be killed outright, Linux ends the server; elsewhere nothing does.
+    # Should the guard itself be killed outright, Linux ends the server; other systems do not.
     _process_control(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -46,7 +46,9 @@ def main() -> None:
         asked = True
 
     signal.signal(signal.SIGTERM, ask)
-    _process_control(_PR_SET_CHILD_SUBREAPER, 1)  # the server's orphans become ours to wait for
+    _process_control(
+        _PR_SET_CHILD_SUBREAPER, 1
+    )  # the server's orphans become children of this process
     # This process has one thread, which makes code between fork and exec safe.
     server = subprocess.Popen(command, preexec_fn=_die_with_guard)
     while server.poll() is None and not asked and os.getppid() == starter:

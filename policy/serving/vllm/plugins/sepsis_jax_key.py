@@ -1,7 +1,7 @@
 """Asks for the key on every path of a server; vLLM itself leaves some open.
 
 vLLM 0.32 checks its key below /v1, /v2, /inference and /cohere only. The endpoints that swap
-weights, run code in workers or tokenise lie elsewhere.
+weights, run code in workers or tokenise have other paths.
 """
 
 from __future__ import annotations

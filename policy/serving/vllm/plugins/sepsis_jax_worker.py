@@ -31,7 +31,7 @@ class WeightTools:
 
         sums = {}
         for name, module in self._sepsis_jax_packed():
-            # An emptied weight has no width; linear layers and embeddings know theirs.
+            # An emptied weight has no width; linear layers and embeddings keep it.
             width = getattr(module, "input_size_per_partition", None) or module.embedding_dim
             dtype = module.weight.dtype
             probe = torch.sin(torch.arange(1, width + 1, dtype=torch.float32)).to(dtype)
