@@ -43,7 +43,7 @@ def begin_run(out: Path, kind: str, request: dict[str, Any], *, resume: bool) ->
         changed = _first_difference(found.get("request"), request)
         raise InputError(f"{out}: was begun with another {changed}; choose another folder")
     if not resume:
-        raise InputError(f"{out}: holds a run; go on with --resume, or choose another folder")
+        raise InputError(f"{out}: holds a run; resume it, or choose another folder")
 
 
 def _first_difference(found: Any, wanted: dict[str, Any], prefix: str = "") -> str:

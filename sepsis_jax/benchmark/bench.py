@@ -86,7 +86,7 @@ class BenchOptions:
         require(self, "at least 1", lambda value: value >= 1, *counts)
         unknown = [name for name in self.only if name not in NAMES]
         if unknown:
-            raise InputError(f"--only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
+            raise InputError(f"only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
         for branches in self.branches:
             shape_of(branches, plans=self.plans, samples=self.samples)
 

@@ -40,7 +40,7 @@ def model_to_measure(path: Path | None, precision: str | None) -> tuple[WorldMod
       InputError: no such model or precision.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"--precision: got {precision!r}, expected one of {PRECISIONS}")
+        raise InputError(f"precision: got {precision!r}, expected one of {PRECISIONS}")
     if path is None:
         world_model = untrained_model(precision or "highest")
         what = "untrained, of the published shape (reference variant)"
@@ -142,6 +142,6 @@ def shape_of(branches: int, *, plans: int, samples: int) -> Shape:
     patients, rest = divmod(branches, plans * samples)
     if rest or not patients:
         raise InputError(
-            f"--branches: got {branches}, expected a multiple of {plans} plans x {samples} samples"
+            f"branches: got {branches}, expected a multiple of {plans} plans x {samples} samples"
         )
     return Shape(patients, plans, samples)

@@ -70,7 +70,9 @@ def evaluate(
         return
     from dataclasses import replace
 
-    from sepsis_jax.pipelines.ope import HEADLINES, OPEOptions, evaluate_policies, records
+    from sepsis_jax.pipelines.ope import evaluate_policies
+    from sepsis_jax.pipelines.ope_estimates import OPEOptions
+    from sepsis_jax.report.ope import HEADLINES, records
     from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 

@@ -37,7 +37,7 @@ def built_in(
     if behavior_probs is None:
         raise InputError(
             "policy 'clinician' needs the clinician's probabilities of all actions; give "
-            "--behavior as a table, or a model to fit"
+            "`behavior` as a table, or a model to fit"
         )
     return behavior_probs
 

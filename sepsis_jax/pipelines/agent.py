@@ -66,13 +66,11 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"--backend: got {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise InputError(f"backend: got {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.kind != SCRIPTED and not self.llm:
-            raise InputError("--llm: name the model's folder, or the endpoint's name of it")
+            raise InputError("llm: name the model's folder, or its name at the endpoint")
         if self.kind in (VLLM, OPENAI) and not self.url:
-            raise InputError(
-                f"--url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1"
-            )
+            raise InputError(f"url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1")
 
 
 def open_backend(options: BackendOptions) -> Backend:
@@ -124,7 +122,7 @@ def _parameters(texts: tuple[str, ...]) -> dict[str, Any]:
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise InputError(f"--extra: {text!r} is not NAME=VALUE")
+            raise InputError(f"extra: {text!r} is not NAME=VALUE")
         found[name] = yaml.safe_load(value)
     return found
 
@@ -228,7 +226,7 @@ def run_agent(
       InputError: inputs that cannot be read or do not fit, or a folder in the way.
     """
     if episodes is not None and model is None:
-        raise InputError("--model: recorded stays live in a world model; name one")
+        raise InputError("model: recorded stays are simulated in a world model; name one")
     world_model = None if model is None else load_world_model(model)
     forecaster = None
     if world_model is not None:

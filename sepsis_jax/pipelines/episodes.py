@@ -118,7 +118,7 @@ def export_transitions(
       InputError: an unknown format or split, or something is in the way.
     """
     if form not in WRITERS:
-        raise InputError(f"--format: got {form!r}, expected one of {', '.join(WRITERS)}")
+        raise InputError(f"format: got {form!r}, expected one of {', '.join(WRITERS)}")
     progress("reading", 0.0)
     episodes, _ = of_split(load_episodes(episodes_path), split)
     progress(form, 0.3)

@@ -138,7 +138,7 @@ def of_iql(policy: Policy) -> OfflinePolicy:
       InputError: it was not trained by implicit Q-learning.
     """
     if not isinstance(policy, OfflinePolicy) or policy.config.algorithm != "iql":
-        raise InputError("--critic: expected a policy of `sepsis-jax policy train --method iql`")
+        raise InputError("critic: expected a policy trained by method iql")
     return policy
 
 
@@ -201,7 +201,7 @@ def find_policy(text: str) -> tuple[str, Policy | None]:
     path = Path(folder if sign else text)
     if not path.is_dir():
         raise InputError(
-            f"--policy {text!r}: neither {', '.join((CLINICIAN, *SIMPLE))} nor a folder that "
+            f"policy {text!r}: neither {', '.join((CLINICIAN, *SIMPLE))} nor a folder that "
             "`sepsis-jax policy train` wrote"
         )
     return (name if sign else path.name), load_policy(path)
@@ -214,11 +214,11 @@ def find_policies(texts: list[str]) -> dict[str, Policy | None]:
       InputError: none, or two of one name.
     """
     if not texts:
-        raise InputError(f"--policy: none given; use a folder, {CLINICIAN}, {', '.join(SIMPLE)}")
+        raise InputError(f"policy: none given; use a folder, {CLINICIAN}, {', '.join(SIMPLE)}")
     found: dict[str, Policy | None] = {}
     for text in texts:
         name, policy = find_policy(text)
         if name in found:
-            raise InputError(f"--policy {text!r}: {name} is already there; write NAME=FOLDER")
+            raise InputError(f"policy {text!r}: {name} is already there; write NAME=FOLDER")
         found[name] = policy
     return found

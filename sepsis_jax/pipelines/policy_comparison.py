@@ -211,7 +211,9 @@ def _world(
     if truth:
         made = manifest.get("options", {})
         if manifest.get("source", SOURCE) != SOURCE:
-            raise InputError(f"--truth: {path} comes from {manifest['source']}; use --no-truth")
+            raise InputError(
+                f"truth: {path} comes from {manifest['source']}; only synthetic patients have a truth"
+            )
         if made.get("seed") == options.seed:
             raise InputError(
                 f"seed: {options.seed} made the episodes too; choose another for fresh patients"

@@ -74,16 +74,16 @@ def train_policy(
       InputError: an input is missing or is not what the method needs.
     """
     if method not in METHODS:
-        raise InputError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
+        raise InputError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     if method in ("planner", "ppo") and model is None:
-        raise InputError(f"--model: {method} needs a world model; see sepsis-jax world-model train")
+        raise InputError(f"model: {method} needs a world model; see sepsis-jax world-model train")
     for option, given, users in (
-        ("--model", model, ("planner", "ppo")),
-        ("--critic", critic, ("planner", "ppo")),
-        ("--clinician", clinician, ("planner",)),
+        ("model", model, ("planner", "ppo")),
+        ("critic", critic, ("planner", "ppo")),
+        ("clinician", clinician, ("planner",)),
     ):
         if given is not None and method not in users:
-            raise InputError(f"{option}: only for --method {' and '.join(users)}")
+            raise InputError(f"{option}: only for method {' and '.join(users)}")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)

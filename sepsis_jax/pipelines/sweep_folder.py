@@ -37,7 +37,7 @@ class Shard:
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         shard = cls(int(found[1]), int(found[2])) if found else cls(1, 1)
         if shard.index >= shard.count:
-            raise InputError(f"--shard: got {text!r}, expected i/n with i from 0 to n - 1")
+            raise InputError(f"shard: got {text!r}, expected i/n with i from 0 to n - 1")
         return shard
 
     def owns(self, block: Block) -> bool:
@@ -83,8 +83,7 @@ class SweepFolder:
             _compare(read_json(file), manifest, file)
             if not resume and any(self.part(block).exists() for block in own):
                 raise InputError(
-                    f"{self.path}: holds blocks of this sweep; go on with --resume, or choose "
-                    "another folder"
+                    f"{self.path}: holds blocks of this sweep; resume it, or choose another folder"
                 )
         else:
             write_json(file, manifest)

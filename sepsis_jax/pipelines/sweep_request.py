@@ -214,9 +214,11 @@ def _load_policies(texts: tuple[str, ...], plans: tuple[str, ...]) -> dict[str, 
     policies: dict[str, Policy] = {}
     for name, policy in found.items():
         if policy is None:
-            raise InputError(f"--policy {CLINICIAN}: what was really given is --plan {CLINICIAN}")
+            raise InputError(
+                f"policy {CLINICIAN}: for the recorded treatments use plan {CLINICIAN}"
+            )
         if name in plans:
-            raise InputError(f"--policy {name}: a plan has that name; write NAME=FOLDER")
+            raise InputError(f"policy {name}: a plan has that name; write NAME=FOLDER")
         policies[name] = policy
     return policies
 

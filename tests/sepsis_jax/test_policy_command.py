@@ -273,14 +273,14 @@ def test_export_writes_transitions(run, cohort, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--method", "sarsa"), ("--method: got 'sarsa'", "iql")),
-        (("--method", "planner"), ("--model: planner needs a world model",)),
-        (("--method", "iql", "--model", "m"), ("--model: only for --method planner and ppo",)),
+        (("--method", "sarsa"), ("method: got 'sarsa'", "iql")),
+        (("--method", "planner"), ("model: planner needs a world model",)),
+        (("--method", "iql", "--model", "m"), ("model: only for method planner and ppo",)),
         (("--method", "iql", "--set", "updates=0"), ("updates: got 0",)),
         (("--method", "iql", "--set", "nope=0"), ("unknown setting 'nope'",)),
         (("--method", "clinician", "--set", "model=best"), ("behaviour model",)),
         (("--method", "planner", "--model", "{model}", "--critic", "{clone}"),
-         ("--critic: expected a policy of", "iql")),
+         ("critic: expected a policy of", "iql")),
         (("--method", "iql", "--episodes", "none"), ("none: no such folder",)),
     ],
 )  # fmt: skip
@@ -295,7 +295,7 @@ def test_bad_training_is_refused(run, cohort, model, clone, tmp_path, arguments,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("--policy: none given",)),
+        ((), ("policy: none given",)),
         (("--policy", "nothing"), ("'nothing': neither clinician, random",)),
         (("--policy", "{cohort}"), ("policy.json: no such file",)),
         (("--policy", "none", "--policy", "none"), ("none is already there",)),
@@ -328,7 +328,7 @@ def test_bad_comparisons_are_refused(run, cohort, model, tmp_path, arguments, wo
 
 def test_an_unknown_format_and_a_stranger_in_the_way_are_refused(run, cohort, model, tmp_path):
     result = run("export", "--episodes", cohort, "--out", tmp_path / "x", "--format", "csv")
-    refuse(result, "--format: got 'csv', expected one of d3rlpy, minari")
+    refuse(result, "format: got 'csv', expected one of d3rlpy, minari")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").touch()
     for command in (("train", "--method", "iql"), ("describe", "--policy", "none"),

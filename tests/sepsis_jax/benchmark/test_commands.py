@@ -92,7 +92,7 @@ def test_profile(small_model, tmp_path, capfd):
     [
         (("--branches", 7), ("--branches", "multiple of 4 plans x 16 samples")),
         (("--only", "numpy"), ("--only", "known")),
-        (("--precision", "half"), ("--precision", "highest")),
+        (("--precision", "half"), ("precision: got", "highest")),
         (("--repeats", 0), ("repeats",)),
     ],
 )
