@@ -54,7 +54,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     """Traces rollouts and sums up their parts.
 
     Args:
-      job: what every device plays at a time; all devices play at once.
+      job: workload of every device; all devices simulate at once.
       out: folder for the trace.
       progress: told of phases.
 
@@ -154,7 +154,7 @@ def parts_of(hlo: str) -> dict[str, str]:
     Args:
       hlo: the program's text, `compiled.as_text()`.
     """
-    inside: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
+    parts: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
     found: dict[str, tuple[str | None, str, list[str]]] = {}
     computation = ""
     for line in hlo.splitlines():
@@ -166,12 +166,12 @@ def parts_of(hlo: str) -> dict[str, str]:
             scope = _scope(op_name[1]) if op_name else None
             found[name] = (scope, opcode, _CALLS.findall(line))
             if scope:
-                inside.setdefault(computation, Counter())[scope] += 1
+                parts.setdefault(computation, Counter())[scope] += 1
     parts = {}
     for name, (scope, opcode, calls) in found.items():
         for called in calls if scope is None else ():
-            if called in inside:
-                scope = inside[called].most_common(1)[0][0]
+            if called in parts:
+                scope = parts[called].most_common(1)[0][0]
         parts[name] = CONTAINER if opcode in _CONTAINERS else scope or OTHER
     return parts
 
@@ -179,7 +179,7 @@ def parts_of(hlo: str) -> dict[str, str]:
 def _scope(op_name: str) -> str | None:
     """The innermost of our scopes in a path such as jit(f)/while/body/heads/dot_general.
 
-    What runs inside of the outcome model or of a policy is theirs.
+    Operations within the outcome model or a policy are counted as its own.
     """
     named = [part for part in op_name.split("/") if part in SCOPES]
     whole = [part for part in named if part in ("outcome", "policy")]

@@ -56,13 +56,13 @@ class _Trunk:
         self.gru.to(device).eval()
         with torch.no_grad():
             for layer, cell in enumerate(cells):
-                for ours, theirs in (("input", "ih"), ("hidden", "hh")):
-                    weight = getattr(cell, f"weight_{ours}")
-                    bias = getattr(cell, f"bias_{ours}")
-                    getattr(self.gru, f"weight_{theirs}_l{layer}").copy_(
+                for jax_name, torch_name in (("input", "ih"), ("hidden", "hh")):
+                    weight = getattr(cell, f"weight_{jax_name}")
+                    bias = getattr(cell, f"bias_{jax_name}")
+                    getattr(self.gru, f"weight_{torch_name}_l{layer}").copy_(
                         tensor(weight, transposed=True)
                     )
-                    getattr(self.gru, f"bias_{theirs}_l{layer}").copy_(tensor(bias))
+                    getattr(self.gru, f"bias_{torch_name}_l{layer}").copy_(tensor(bias))
         # Apart from the module, into which the compiler does not look.
         self.layers = [[weight.detach() for weight in weights] for weights in self.gru.all_weights]
         # Embedded once: 25 joint actions, and the empty rows before admission at index -1.
