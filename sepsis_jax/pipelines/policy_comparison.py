@@ -212,7 +212,8 @@ def _world(
         made = manifest.get("options", {})
         if manifest.get("source", SOURCE) != SOURCE:
             raise InputError(
-                f"truth: {path} comes from {manifest['source']}; only synthetic patients have a truth"
+                f"truth: {path} comes from {manifest['source']}; only synthetic patients have a "
+                "truth"
             )
         if made.get("seed") == options.seed:
             raise InputError(
