@@ -111,4 +111,4 @@ Progress = Callable[[str, float], None]
 
 
 def silent(phase: str, share: float) -> None:
-    """Tells nobody."""
+    """Reports no progress."""

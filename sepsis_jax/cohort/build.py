@@ -73,7 +73,7 @@ def build_cohort(
 
     Args:
       data: folder with `hosp/` and `icu/`, or a DuckDB file.
-      out: folder to write; it appears whole or not at all.
+      out: folder to write, atomically.
       options: choices; the defaults are in docs/cohort.md.
       progress: called with the name of each phase and the share done (0 to 1) before it.
 
@@ -260,8 +260,8 @@ def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
     padded = {}
     for name, value in fields.items():
         if value.shape[:2] == valid.shape:
-            inside = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
-            value = np.where(inside, value, np.zeros((), value.dtype))
+            within = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
+            value = np.where(within, value, np.zeros((), value.dtype))
         padded[name] = jnp.asarray(value)
     return Episodes(**padded)
 

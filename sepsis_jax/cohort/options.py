@@ -1,4 +1,4 @@
-"""What a cohort is made with: every choice that sources make differently has a name here."""
+"""Options of a cohort: one for every choice that published definitions make differently."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CohortOptions:
       extended_vasopressors: also count the newer phenylephrine items and angiotensin II, which
         mimic-code leaves out.
       vasopressor_dose: the "max" rate within a step or the "time-weighted" mean.
-      cap_vasopressors: bring implausible rates down to the cap of the drug (counted).
+      cap_vasopressors: reduce implausible rates to the cap of the drug (counted).
       base_excess: "keep" every sign, or "positive-only" as the reference system's scaler shows.
       gcs_intubated: "raw" charted parts (verbal 1 when intubated), or the "mimic-code" rule
         (a patient who cannot speak for a tube counts as 15).

@@ -1,4 +1,4 @@
-"""Where MIMIC-IV lies and how it is read: files in the official layout, or a DuckDB file.
+"""Sources of MIMIC-IV: files in the official layout, or a DuckDB file.
 
 Every needed table and column is found before any large file is read, and every column has an
 explicit type, so that nothing depends on what a reader guesses from the first rows.

@@ -89,7 +89,7 @@ def run(
         Path | None,
         typer.Option(
             "--episodes",
-            help="Recorded stays to start from, played on by --model; by default patients of the "
+            help="Recorded stays to start from, continued by --model; by default patients of the "
             "synthetic world.",
         ),
     ] = None,

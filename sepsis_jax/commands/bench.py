@@ -13,7 +13,7 @@ from sepsis_jax.console import Json, Out, Seed, console, phases, print_json, pri
 OptionalModel = Annotated[
     Path | None,
     typer.Option(
-        "--model", help="World model to play; default: an untrained one of the published shape."
+        "--model", help="World model to simulate; default: an untrained one of the published shape."
     ),
 ]
 Precision = Annotated[

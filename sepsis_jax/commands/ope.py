@@ -1,4 +1,4 @@
-"""`sepsis-jax ope`: off-policy evaluation, and how far to believe it."""
+"""`sepsis-jax ope`: off-policy evaluation with intervals and diagnostics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def evaluate(
     ] = "recorded",
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="World model in which policies are played as well."),
+        typer.Option("--model", help="World model in which policies are simulated as well."),
     ] = None,
     config: Config = None,
     setting: Annotated[

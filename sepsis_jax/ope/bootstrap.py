@@ -111,7 +111,7 @@ def resample(
 
     Args:
       key: consumed.
-      batch: of the whole sample.
+      batch: all stays.
       table, widths: from `join`.
       names: E estimators.
       resamples: B.

@@ -1,4 +1,4 @@
-"""What off-policy evaluation needs of recorded stays, and the checks that refuse flawed input."""
+"""Input of off-policy evaluation: recorded stays as arrays, and the checks of that input."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class OPEData:
 
     @property
     def num_stays(self) -> int:
+        """Number of stays N."""
         return self.reward.shape[0]
 
     @property
     def num_steps(self) -> int:
+        """Number of padded steps T."""
         return self.reward.shape[1]
 
     @property

@@ -1,4 +1,4 @@
-"""What has to be learned before the fitted estimators can be had, in one place."""
+"""Fitted models that some estimators need: values, densities and weights."""
 
 from __future__ import annotations
 

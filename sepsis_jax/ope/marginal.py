@@ -1,11 +1,11 @@
-"""Marginal ratios: how much more often a policy is in a state at step t than the clinician.
+"""Marginal density ratios: visits of a state at step t by a policy over those by the clinician.
 
     omega_0 = 1,   omega_t+1(s') = E[omega_t(s_t) rho_t | s_t+1 = s', still in the unit],
     mu_t = omega_t(s_t) rho_t
 
 (Xie, Ma & Wang 2019). The expectation is a mean over visits of a discrete state, or a ridge
-regression on features, held at or above 0. Weights no longer multiply over the whole past, at the
-price of believing that the state is all that matters (Markov).
+regression on features, held at or above 0. Weights are not products over all earlier
+steps; in return the state is assumed to be Markov.
 """
 
 from __future__ import annotations

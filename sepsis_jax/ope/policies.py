@@ -1,4 +1,4 @@
-"""Where target policies' action probabilities come from."""
+"""Action probabilities of target policies: built in, from tables, softened."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class AgentOptions:
     Attributes:
       patients: synthetic patients, or at most so many recorded stays; None takes all of these.
       split: of recorded stays: train, validation, test or all.
-      max_steps: decisions per stay at most; None plays to the end.
+      max_steps: decisions per stay at most; None for no limit.
       mode: "corrected", or "reference" for SepsisAgent's rules.
       follow_record: recorded rows follow as long as the agent gives what was given.
       templates: "full", "compact", or a folder of templates.
@@ -217,7 +217,7 @@ def run_agent(
         synthetic world.
       behavior: cloned clinician, for warnings where a treatment has no support.
       resume: go on with what an earlier run of the same request left.
-      progress: told of stays that ended.
+      progress: called when stays end.
 
     Returns:
       The summary, as `policy.agent.summary.summarize`.

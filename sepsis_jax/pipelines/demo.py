@@ -1,4 +1,4 @@
-"""The whole slice in one call: cohort, world model, futures, report."""
+"""The demo: cohort, world model, futures and report in one call."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def run_demo(
       samples: futures per plan.
       config: of training; None for settings that fit the size of the cohort.
       seed: of every random choice.
-      say: told of each part as it begins.
+      say: called with the name of each part as it begins.
       training_progress: called after each epoch.
 
     Returns:

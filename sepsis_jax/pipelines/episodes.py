@@ -108,7 +108,7 @@ def export_transitions(
       out: file (d3rlpy) or folder (minari) to write.
       form: one of `WRITERS`.
       split: "train", "validation", "test" or "all".
-      past: rows that the observations look back on.
+      past: earlier rows in each observation.
       progress: called with (phase, share done).
 
     Returns:

@@ -95,13 +95,13 @@ class Trained(NamedTuple):
 
 
 def train_offline_policy(
-    episodes: Episodes, scaler: Scaler, config: OfflineConfig, told: Progress = silent
+    episodes: Episodes, scaler: Scaler, config: OfflineConfig, progress: Progress = silent
 ) -> Trained:
     """Offline reinforcement learning on the training split."""
     recorded = transitions(episodes.of_split("train"), scaler, past=config.past)
 
     def progress(done: int, total: int, loss: float) -> None:
-        told(f"{config.algorithm}, loss {loss:.3g}", done / total)
+        progress(f"{config.algorithm}, loss {loss:.3g}", done / total)
 
     learned = train_offline(recorded, scaler, config, progress=progress)
     records = learned.losses.shape[1]
@@ -110,9 +110,9 @@ def train_offline_policy(
     return Trained(learned.policy, losses)
 
 
-def fit_clone(episodes: Episodes, config: CloneConfig, told: Progress = silent) -> Trained:
+def fit_clone(episodes: Episodes, config: CloneConfig, progress: Progress = silent) -> Trained:
     """A clone of the clinician, calibrated on the validation split."""
-    told(f"clinician, {config.model}", 0.0)
+    progress(f"clinician, {config.model}", 0.0)
     key = jax.random.key(config.seed)
     fit = fit_behavior(key, episodes, models=(config.model,), config=config.fit)[0]
     return Trained(fit.policy, fit=fit)
@@ -124,10 +124,10 @@ def make_planner(
     critic: Policy,
     clone: Policy,
     config: PlannerConfig,
-    told: Progress = silent,
+    progress: Progress = silent,
 ) -> Trained:
     """A planner whose advantage is learned from the training split."""
-    told("planner", 0.0)
+    progress("planner", 0.0)
     return Trained(fit_planner(episodes, world_model, of_iql(critic), clone, config))
 
 
@@ -147,12 +147,12 @@ def optimise(
     scaler: Scaler,
     options: PPOOptions,
     start: OfflinePolicy | None = None,
-    told: Progress = silent,
+    progress: Progress = silent,
 ) -> Trained:
     """PPO in an environment, from a policy or from nothing."""
 
     def progress(done: int, total: int, value: float) -> None:
-        told(f"ppo, return {value:.3g}", done / total)
+        progress(f"ppo, return {value:.3g}", done / total)
 
     policy, history = train_ppo(
         jax.random.key(options.seed), env, scaler, options.ppo, start=start, progress=progress

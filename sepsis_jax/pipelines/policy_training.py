@@ -95,29 +95,29 @@ def train_policy(
         config = with_algorithm(config, method)
     start = None if critic is None else of_iql(load_policy(critic))
 
-    def told(what: str, share: float) -> None:
+    def report(what: str, share: float) -> None:
         progress(what, 0.05 + 0.85 * share)
 
     if method in OFFLINE:
-        trained = train_offline_policy(episodes, scaler, config, told)
+        trained = train_offline_policy(episodes, scaler, config, report)
     elif method == CLINICIAN:
-        trained = fit_clone(episodes, config, told)
+        trained = fit_clone(episodes, config, report)
     else:
         assert world_model is not None
         if isinstance(config, PPOOptions):
             env = SepsisEnv.learned(world_model, episodes.of_split("train"), past=config.ppo.past)
-            trained = optimise(env, scaler, config, start, told)
+            trained = optimise(env, scaler, config, start, report)
         else:
             assert isinstance(config, PlannerOptions)
             if start is None:
                 settings = with_algorithm(config.critic, "iql")
-                start = of_iql(train_offline_policy(episodes, scaler, settings, told).policy)
+                start = of_iql(train_offline_policy(episodes, scaler, settings, report).policy)
             clone: Policy
             if clinician is None:
-                clone = fit_clone(episodes, config.clone, told).policy
+                clone = fit_clone(episodes, config.clone, report).policy
             else:
                 clone = load_policy(clinician)
-            trained = make_planner(episodes, world_model, start, clone, config.search, told)
+            trained = make_planner(episodes, world_model, start, clone, config.search, report)
     inputs = {
         "episodes": digest_file(episodes_path / EPISODES_FILE),
         **{
@@ -139,7 +139,7 @@ def write_policy(
     inputs: dict[str, str | None],
     episodes: Episodes,
 ) -> dict[str, Any]:
-    """Writes a policy with its record and pictures; the folder appears whole.
+    """Writes a policy with its record and pictures; the folder is written atomically.
 
     Args:
       out: folder to write.

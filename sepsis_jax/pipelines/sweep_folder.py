@@ -1,4 +1,4 @@
-"""The folder of a sweep: one file per block, written whole, and its summary."""
+"""The folder of a sweep: one file per block, written atomically, and its summary."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Shard:
         """Reads "i/n".
 
         Raises:
-          InputError: it is not two whole numbers, the first below the second.
+          InputError: it is not two integers, the first below the second.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         shard = cls(int(found[1]), int(found[2])) if found else cls(1, 1)
@@ -107,7 +107,7 @@ class SweepFolder:
         return sum(not self.holds(block) for block in self.grid.blocks)
 
     def write(self, block: Block, table: pa.Table) -> None:
-        """Writes a block; the file appears whole or not at all."""
+        """Writes a block; the write is atomic."""
         with atomic_file(self.part(block)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 

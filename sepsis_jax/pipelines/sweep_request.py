@@ -58,7 +58,7 @@ class SweepOptions:
       mode: "corrected" or "reference".
       precision: of matrix products; "" for the model's own.
       block: branches per file, about; 0 for what suits the kind of device.
-      task: branches that a device plays at a time; 0 likewise.
+      task: branches that a device simulates at a time; 0 likewise.
     """
 
     plans: tuple[str, ...] = ()
@@ -98,13 +98,13 @@ class Sweep:
 
     Attributes:
       options: as given.
-      world_model: to play in.
+      world_model: to simulate in.
       episodes: the stays asked for; NumPy leaves.
       grid: the work.
       plan_set: the K plans.
       policies: by name; their groups are numbered after the plans.
       behavior: the behaviour policy of the support flag.
-      task: branches that a device plays at a time.
+      task: branches that a device simulates at a time.
       manifest: everything that the result depends on, and nothing else but the code revision.
     """
 
@@ -254,7 +254,7 @@ def _digest(text: str) -> str:
 
 
 def _readable(actions: np.ndarray) -> str:
-    """A plan as "V,F" per step, or what stands for the record."""
+    """A plan as "V,F" per step, or the name of the recorded treatments."""
     levels = (schema.action_levels(int(action)) for action in actions)
     return ";".join("recorded" if v < 0 else f"{v},{f}" for v, f in levels)
 

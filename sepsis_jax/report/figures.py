@@ -17,7 +17,7 @@ from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
 matplotlib.use("Agg")
 
 
-# Okabe-Ito: told apart by people with colour-blind eyes, and in grey.
+# Okabe-Ito: distinguishable with colour blindness and in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DPI = 130
 _PANELS = (

@@ -48,7 +48,7 @@ class Section:
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
-    """Writes a page with its pictures inside it.
+    """Writes a page with its pictures embedded.
 
     Args:
       path: HTML file to write.

@@ -181,12 +181,10 @@ def test_all_blocks_of_a_section_are_one_program(cohort, ensemble, clone):
     options = SweepOptions(plans=("constant",), steps=(0,), samples=4, horizon=3, patients=5,
                            block=200, task=50)  # fmt: skip
     sweep = load_sweep(cohort, ensemble, options, clone)
-    sharded_rollouts = pipeline._ShardedRollouts(sweep)
-    sizes = [
-        pipeline.block_table(sweep, sharded_rollouts, block).num_rows for block in sweep.grid.blocks
-    ]
+    rollouts = pipeline._RolloutCache(sweep)
+    sizes = [pipeline.block_table(sweep, rollouts, block).num_rows for block in sweep.grid.blocks]
     assert sizes == [50, 50, 25]
-    (sharded_rollout,) = sharded_rollouts._found.values()
+    (sharded_rollout,) = rollouts._found.values()
     assert sharded_rollout.call._cache_size() == 1
     assert pipeline._jitted_probs._cache_size() >= 1
 
