@@ -65,7 +65,8 @@ def plain(options: Any) -> dict[str, Any]:
             return [convert(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return convert(asdict(options))
+    found: dict[str, Any] = convert(asdict(options))
+    return found
 
 
 _PACKAGES = ("sepsis-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pandas", "duckdb")

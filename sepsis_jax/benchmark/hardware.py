@@ -95,7 +95,8 @@ def _jax_product(shape: tuple[int, int, int], devices: int, precision: str) -> C
             return x.at[0, 0].set(out[0, 0].astype(x.dtype)), out
 
         empty = jnp.zeros((x.shape[0], weight.shape[1]))
-        return jax.lax.fori_loop(0, calls, again, (x, empty))[1]
+        product: jax.Array = jax.lax.fori_loop(0, calls, again, (x, empty))[1]
+        return product
 
     flops = 2.0 * devices * rows * depth * columns
     calls = _calls(jax.default_backend(), flops)
@@ -134,7 +135,9 @@ def torch_products(torch: Any, device: str) -> list[Contender]:
         flops = 2.0 * rows * depth * columns
         calls = _calls("gpu" if device == "cuda" else "cpu", flops)
 
-        def run(repeat: int, x=x, weight=weight, out=out, calls=calls) -> None:
+        def run(
+            repeat: int, x: Any = x, weight: Any = weight, out: Any = out, calls: int = calls
+        ) -> None:
             for _ in range(calls):
                 torch.mm(x, weight, out=out)
             if device == "cuda":

@@ -118,7 +118,8 @@ def _carry(values: np.ndarray) -> np.ndarray:
     last = np.maximum.accumulate(np.where(known, step, -1), axis=1)
     first = np.argmax(known, axis=1)[:, None]
     carried = np.take_along_axis(values, np.where(last >= 0, last, first), axis=1)
-    return np.nan_to_num(carried)
+    filled: np.ndarray = np.nan_to_num(carried)
+    return filled
 
 
 QUARTILES = (0.25, 0.5, 0.75)
@@ -161,7 +162,8 @@ def fit_dose_edges(
         given = given[given > 0]
         if not given.size:
             defaulted.append(name)
-            return getattr(schema.DEFAULT_DOSE_EDGES, name)
+            default: tuple[float, float, float] = getattr(schema.DEFAULT_DOSE_EDGES, name)
+            return default
         first, second, third = (float(edge) for edge in np.quantile(given, QUARTILES))
         return first, second, third
 

@@ -10,7 +10,7 @@ import csv
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,9 @@ def describe_files(tables: dict[str, RawTable]) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _file_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+def _file_finder(
+    connection: duckdb.DuckDBPyConnection, data: Path
+) -> Callable[[str, str], RawTable]:
     for module in TABLES:
         if not (data / module).is_dir():
             raise InputError(f"{data}: has no folder {module}/; {_HINT}")
@@ -205,7 +207,9 @@ def _parquet_table(
     return RawTable(name, str(place), reader, _columns(connection, reader, str(place)), parts)
 
 
-def _duckdb_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+def _duckdb_finder(
+    connection: duckdb.DuckDBPyConnection, data: Path
+) -> Callable[[str, str], RawTable]:
     try:
         connection.execute(f"ATTACH {_quoted(str(data))} AS source (READ_ONLY)")
     except duckdb.Error as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -93,7 +93,7 @@ def bench(
         print_json({"out": str(out), **result})
 
 
-def _show(result: dict) -> None:
+def _show(result: dict[str, Any]) -> None:
     print_table(
         "Branch-steps per second",
         ("", "branches", "median", "min", "max", "of peak", "compile s", "MB"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -124,7 +124,7 @@ def export(model: Model, out: Out) -> None:
     console.print(f"written to {out}")
 
 
-def _show(metrics: dict) -> None:
+def _show(metrics: dict[str, Any]) -> None:
     from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
     print_table(

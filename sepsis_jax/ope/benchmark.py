@@ -222,7 +222,8 @@ class Sample(NamedTuple):
 
     def probs(self, policy: np.ndarray) -> np.ndarray:
         """[N, T, A] probabilities of a policy [S, A] along the stays."""
-        return policy[self.state].astype(np.float32)
+        found: np.ndarray = policy[self.state].astype(np.float32)
+        return found
 
 
 def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -> Sample:
@@ -233,7 +234,8 @@ def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -
 
     def draw(cumulative: np.ndarray) -> np.ndarray:
         total = cumulative[:, -1:]
-        return (cumulative < rng.random((len(cumulative), 1)) * total).sum(-1)
+        drawn: np.ndarray = (cumulative < rng.random((len(cumulative), 1)) * total).sum(-1)
+        return drawn
 
     shape = (stays, horizon)
     state, action = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

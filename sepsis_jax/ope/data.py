@@ -45,7 +45,8 @@ class OPEData:
 
     def select(self, index: Any) -> OPEData:
         """The stays picked by an index array or boolean mask [N]."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        selected: OPEData = jax.tree.map(lambda leaf: leaf[index], self)
+        return selected
 
     def returns(self, gamma: float = 1.0) -> jax.Array:
         """[N] sum_t gamma^t r_t."""
@@ -140,7 +141,7 @@ def pad(data: OPEData, steps: int) -> OPEData:
         widths = ((0, 0), (0, steps), *((0, 0),) * (leaf.ndim - 2))
         return jnp.pad(leaf, widths, constant_values=value)
 
-    padded = jax.tree.map(lambda leaf: more(leaf, 0), data)
+    padded: OPEData = jax.tree.map(lambda leaf: more(leaf, 0), data)
     return replace(padded, behavior_prob=more(data.behavior_prob, 1.0))
 
 
@@ -176,7 +177,8 @@ class Inspected(NamedTuple):
 
     def stays(self, index: np.ndarray) -> OPEData:
         """[n, T] fields of stays, trimmed; without features and `behavior_probs`."""
-        return jax.tree.map(lambda leaf: leaf[index, : self.steps], self.small)
+        trimmed: OPEData = jax.tree.map(lambda leaf: leaf[index, : self.steps], self.small)
+        return trimmed
 
 
 def inspect(

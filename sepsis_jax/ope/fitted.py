@@ -31,7 +31,8 @@ class Fitted:
 
     def select(self, index: Any, steps: int) -> Fitted:
         """The stays picked by an index [N], cut to a number of steps."""
-        return jax.tree.map(lambda leaf: leaf[:, index, :steps], self)
+        selected: Fitted = jax.tree.map(lambda leaf: leaf[:, index, :steps], self)
+        return selected
 
     def into(self, batch: Batch) -> Batch:
         """The batch with these ingredients."""

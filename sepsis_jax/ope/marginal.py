@@ -92,13 +92,14 @@ def _recurse(
     def of_fold(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         rho, used = inputs  # [N, T], [N]
 
-        def step(product: jax.Array, given: tuple) -> tuple[jax.Array, jax.Array]:
+        def step(product: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             t, rho_t, alive = given
             ratio = jnp.where(t == 0, 1.0, regress(product, used, alive, t))
             mu = jnp.where(alive, ratio * rho_t, product)
             return mu, mu
 
         steps = (jnp.arange(data.num_steps), rho.T, data.alive.T)
+        mu: jax.Array
         _, mu = jax.lax.scan(step, jnp.ones(data.num_stays), steps)
         return mu.T
 
@@ -106,6 +107,8 @@ def _recurse(
         rho = jnp.exp(log_rho)
         train = jnp.stack([(fold != f) | (folds == 1) for f in range(folds)])
         every = jax.lax.map(lambda used: of_fold((rho, used)), train)
-        return every[fold % folds, stays]
+        chosen: jax.Array = every[fold % folds, stays]
+        return chosen
 
-    return jax.lax.map(of_policy, log_ratio)
+    found: jax.Array = jax.lax.map(of_policy, log_ratio)
+    return found

@@ -105,7 +105,8 @@ class ModelWorld:
 
 def recorded_returns(episodes: Episodes) -> np.ndarray:
     """[N] undiscounted total reward of recorded stays."""
-    return np.asarray(episode_rewards(episodes), np.float64).sum(1)
+    total: np.ndarray = np.asarray(episode_rewards(episodes), np.float64).sum(1)
+    return total
 
 
 def typical_horizon(episodes: Episodes) -> int:
@@ -230,4 +231,5 @@ def prescribed_rates(
 
 def taken(episodes: Episodes) -> np.ndarray:
     """[N, T, 25] one-hot actions that were taken."""
-    return np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
+    one_hot: np.ndarray = np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
+    return one_hot

@@ -202,9 +202,10 @@ def _probs(policy: Policy, episodes: Episodes, step: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="past")
 def _jitted_probs(policy: Any, episodes: Episodes, step: jax.Array, *, past: int) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), step.shape[0])
-    return jax.vmap(policy)(
+    probs: jax.Array = jax.vmap(policy)(
         keys, observation_at(episodes, jnp.arange(step.shape[0]), step, past=past)
     )
+    return probs
 
 
 class _ProgressLog:

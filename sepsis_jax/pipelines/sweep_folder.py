@@ -100,7 +100,7 @@ class SweepFolder:
             rows = pq.read_metadata(path).num_rows
         except (OSError, pa.ArrowInvalid):
             return False
-        return rows == block.size * len(self.grid.sections[block.section].plans)
+        return bool(rows == block.size * len(self.grid.sections[block.section].plans))
 
     def missing(self) -> int:
         """Blocks that no host has written yet."""

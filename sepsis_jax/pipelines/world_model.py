@@ -108,10 +108,14 @@ def learned_next_state(
             mu = world_model.transition(window.obs, window.observed, window.static, changed).mu
             return world_model.scaler.denormalize(mu)
 
-        return jax.lax.map(of_action, jnp.arange(schema.NUM_ACTIONS)).swapaxes(0, 1)
+        by_action: jax.Array = jax.lax.map(of_action, jnp.arange(schema.NUM_ACTIONS))
+        return by_action.swapaxes(0, 1)
 
     block = min(_STATES_PER_CALL, len(index))
-    return in_blocks(lambda rows: of_states(jnp.asarray(index[rows])), len(index), block)
+    found: np.ndarray = in_blocks(
+        lambda rows: of_states(jnp.asarray(index[rows])), len(index), block
+    )
+    return found
 
 
 def compare_effects(

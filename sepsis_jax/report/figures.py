@@ -10,6 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.patches import Polygon
 
 from worldmodel import schema
 from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
@@ -291,7 +292,7 @@ def _map(axis: Any, rows: pd.DataFrame, measure: _Measure) -> None:
         ink = "white" if dark else "black"
         if supported[vasopressor, fluid] < _RARE:
             corner = [(fluid + dx, vasopressor + dy) for dx, dy in _CORNER]
-            axis.add_patch(plt.Polygon(corner, color=ink, lw=0, alpha=0.55))
+            axis.add_patch(Polygon(corner, color=ink, lw=0, alpha=0.55))
         axis.text(fluid, vasopressor, text, ha="center", va="center", fontsize=8, color=ink)
     axis.set(xticks=_LEVELS, yticks=_LEVELS, xlabel="fluid level")
     axis.set_title(measure.title, fontsize=10)

@@ -150,7 +150,8 @@ def action_shares(probs: np.ndarray, valid: np.ndarray) -> np.ndarray:
     rows = np.asarray(probs)[np.asarray(valid)]
     if not len(rows):
         raise InputError("action shares: no recorded row to average over")
-    return 100.0 * rows.mean(0).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
+    shares: np.ndarray = 100.0 * rows.mean(0).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
+    return shares
 
 
 def action_heat_map(shares: Mapping[str, np.ndarray], title: str, path: Path) -> None:
