@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import jax
 import matplotlib
@@ -33,7 +33,7 @@ from sepsis_jax.benchmark.torch_runners import (
     torch_device,
 )
 from sepsis_jax.report.figures import COLORS
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
@@ -97,7 +97,7 @@ class BenchOptions:
 
 def run_bench(
     world_model: WorldModel, options: BenchOptions, progress: Progress = silent
-) -> dict[str, Any]:
+) -> JsonDict:
     """Measures and compares.
 
     Args:
@@ -163,7 +163,7 @@ def run_bench(
 
 
 def _rollout_contenders(
-    jobs: Sequence[Workload], options: BenchOptions, torch: Any, progress: Progress
+    jobs: Sequence[Workload], options: BenchOptions, torch: ModuleType, progress: Progress
 ) -> list[Contender]:
     """Compiled rollouts, of JAX and of torch; one of torch's simulates a single branch."""
     found: list[Contender] = []
@@ -206,7 +206,7 @@ def _drift_job(jobs: Sequence[Workload]) -> Workload:
 
 def _row(
     found: Timed, jobs: Sequence[Workload], peak: Timed, minimal: dict[int, float]
-) -> dict[str, Any]:
+) -> JsonDict:
     contender = found.contender
     engine = contender.name in JAX_ROLLOUTS and contender.name != "plain model"
     if engine:
@@ -225,7 +225,7 @@ def _row(
     }
 
 
-def _bound(rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> dict[str, Any]:
+def _bound(rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> JsonDict:
     """The rate that matrix products alone allow, and the share of it that JAX rollouts reach."""
     shares = {}
     for name in _FLOAT32:
@@ -244,7 +244,7 @@ def _bound(rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]) ->
     }
 
 
-def _ratios(rollouts: Sequence[Timed]) -> dict[str, Any]:
+def _ratios(rollouts: Sequence[Timed]) -> JsonDict:
     """JAX rates divided by torch's, each at its best number of branches, repeat by repeat."""
 
     def champion(*names: str) -> Timed | None:
@@ -252,7 +252,7 @@ def _ratios(rollouts: Sequence[Timed]) -> dict[str, Any]:
         return best(named) if named else None
 
     fastest = champion(*_FLOAT32)
-    out: dict[str, Any] = {}
+    out: JsonDict = {}
     others = {"batched torch": champion(EAGER, COMPILED), "torch, one branch": champion(ONE_BRANCH)}
     for name, other in others.items():
         if fastest and other:
@@ -268,7 +268,7 @@ def _title(found: Timed) -> str:
     return f"{found.contender.name}, {found.contender.branches} branches"
 
 
-def _answer(found: Timed) -> dict[str, Any]:
+def _answer(found: Timed) -> JsonDict:
     """Latency of one question in ms."""
     return {
         "name": found.contender.name,
@@ -286,7 +286,7 @@ RESULT = "bench.json"
 _MARKERS = "osD^vP*X"
 
 
-def write_bench(result: dict[str, Any], out: Path) -> None:
+def write_bench(result: JsonDict, out: Path) -> None:
     """Writes a result of `run_bench`: bench.json, bench.csv, scaling.png.
 
     Raises:
@@ -300,7 +300,7 @@ def write_bench(result: dict[str, Any], out: Path) -> None:
             scaling_figure(table, result, folder / "scaling.png")
 
 
-def scaling_figure(table: pd.DataFrame, result: dict[str, Any], path: Path) -> None:
+def scaling_figure(table: pd.DataFrame, result: JsonDict, path: Path) -> None:
     """Branch-steps per second against branches, log-log, with the range of the repeats.
 
     Args:

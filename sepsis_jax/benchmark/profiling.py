@@ -15,7 +15,7 @@ import pandas as pd
 
 from sepsis_jax.benchmark.setup import Workload
 from sepsis_jax.benchmark.timing import seconds_of
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.simulate.rollout import CHART_FEATURES
 from worldmodel.simulate.sharded import (
@@ -36,8 +36,8 @@ def default_branches() -> int:
 
 
 def write_profile(
-    job: Workload, out: Path, extra: dict[str, Any], *, progress: Progress = silent
-) -> dict[str, Any]:
+    job: Workload, out: Path, extra: JsonDict, *, progress: Progress = silent
+) -> JsonDict:
     """Profiles a job into profile.json, profile.csv and trace/; returns what profile.json holds.
 
     Raises:
@@ -50,7 +50,7 @@ def write_profile(
     return result
 
 
-def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
+def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) -> JsonDict:
     """Traces rollouts and sums up their parts.
 
     Args:
@@ -91,7 +91,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     progress("reading the trace", 0.9)
     busy = busy_seconds(read_spans(out), parts_of(compiled.as_text()))
     wall = seconds / _RUNS
-    rows: list[dict[str, Any]] = [
+    rows: list[JsonDict] = [
         {
             "part": part,
             "device_seconds": busy[part] / _RUNS,
@@ -110,14 +110,14 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     }
 
 
-def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], object]:
     """A call of a compiled program with its inputs where it wants them."""
     arguments, _ = compiled.input_shardings
     leaves = jax.device_put((job.world_model, None, *inputs), arguments)
     return lambda: jax.block_until_ready(compiled(*leaves))
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[[], object]) -> float:
     """Median seconds, warm."""
     jax.block_until_ready(call())
     runs = [seconds_of(lambda: jax.block_until_ready(call()))[1] for _ in range(_RUNS)]
@@ -154,7 +154,7 @@ def parts_of(hlo: str) -> dict[str, str]:
     Args:
       hlo: the program's text, `compiled.as_text()`.
     """
-    parts: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
+    counted: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
     found: dict[str, tuple[str | None, str, list[str]]] = {}
     computation = ""
     for line in hlo.splitlines():
@@ -166,12 +166,12 @@ def parts_of(hlo: str) -> dict[str, str]:
             scope = _scope(op_name[1]) if op_name else None
             found[name] = (scope, opcode, _CALLS.findall(line))
             if scope:
-                parts.setdefault(computation, Counter())[scope] += 1
-    parts = {}
+                counted.setdefault(computation, Counter())[scope] += 1
+    parts: dict[str, str] = {}
     for name, (scope, opcode, calls) in found.items():
         for called in calls if scope is None else ():
-            if called in parts:
-                scope = parts[called].most_common(1)[0][0]
+            if called in counted:
+                scope = counted[called].most_common(1)[0][0]
         parts[name] = CONTAINER if opcode in _CONTAINERS else scope or OTHER
     return parts
 
@@ -198,7 +198,7 @@ def read_spans(folder: Path) -> list[Span]:
         ended: dict[int, float] = {}
         for line in plane.lines:
             for event in line.events:
-                stats: dict[str, Any] = dict(event.stats)
+                stats: JsonDict = dict(event.stats)
                 stop = event.start_ns + event.duration_ns
                 if "hlo_op" in stats:
                     device = f"{plane.name} {stats.get('device_ordinal', 0)}"

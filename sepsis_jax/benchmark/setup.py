@@ -60,7 +60,8 @@ def _at(world_model: WorldModel, precision: str) -> WorldModel:
     other = init_world_model(jax.random.key(0), world_model.scaler, config)
 
     def weights(source: T, like: T) -> T:
-        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(source))
+        found: T = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(source))
+        return found
 
     return replace(
         world_model,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def load_torch(precision: str) -> Any:
 class _Trunk:
     """Embeddings, GRU and linear layers of one model."""
 
-    def __init__(self, torch: Any, model: Any, device: str, *, unrolled: bool):
+    def __init__(self, torch: ModuleType, model: Any, device: str, *, unrolled: bool):
         def tensor(parameter: Any, *, transposed: bool = False) -> Tensor:
             value = np.asarray(parameter[...])
             return torch.tensor(value.T.copy() if transposed else value, device=device)
@@ -124,7 +125,7 @@ class TorchModels:
       unrolled: write the GRU's steps out, for `torch.compile`.
     """
 
-    def __init__(self, torch: Any, world_model: WorldModel, device: str, *, unrolled: bool):
+    def __init__(self, torch: ModuleType, world_model: WorldModel, device: str, *, unrolled: bool):
         def first(model: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[0], model)
 

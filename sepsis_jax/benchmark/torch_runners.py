@@ -6,7 +6,7 @@ Rollouts follow the rules of `worldmodel.simulate` in corrected mode, written in
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ EAGER = "torch, eager"
 COMPILED = "torch, compiled"
 
 
-def torch_device(torch: Any, backend: str) -> str:
+def torch_device(torch: ModuleType, backend: str) -> str:
     """Where torch runs: beside JAX on its GPU if it can, else on the CPU."""
     return "cuda" if backend == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def torch_contender(torch: Any, job: Workload, device: str, name: str) -> Contender:
+def torch_contender(torch: ModuleType, job: Workload, device: str, name: str) -> Contender:
     """A rollout of a job in torch; all of its branches are one batch.
 
     Args:
@@ -114,7 +114,7 @@ class TorchRollout:
       compiled: compile the whole step with `torch.compile`.
     """
 
-    def __init__(self, torch: Any, world_model: WorldModel, device: str, *, compiled: bool):
+    def __init__(self, torch: ModuleType, world_model: WorldModel, device: str, *, compiled: bool):
         self.torch, self.device = torch, device
         self.models = TorchModels(torch, world_model, device, unrolled=compiled)
         scaler = world_model.scaler

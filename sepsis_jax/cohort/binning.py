@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from sepsis_jax.cohort.workspace import Workspace
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 
 
@@ -56,7 +55,7 @@ def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, i
     return values, problems
 
 
-def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
     """Urine volume of each step and of the 24 h up to its end.
 
     A single record above `max_urine_ml` is left out; a step with more irrigant in than urine out

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -137,7 +138,7 @@ class CohortOptions:
         """Threads in effect."""
         return self.threads or os.cpu_count() or 1
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """JSON-ready form."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["split"] = list(self.split)

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
 _ID, _TIME, _TEXT, _NUMBER = "BIGINT", "TIMESTAMP", "VARCHAR", "DOUBLE"
@@ -142,9 +142,9 @@ def reading(table: RawTable) -> Iterator[None]:
         ) from None
 
 
-def describe_files(tables: dict[str, RawTable]) -> list[dict[str, Any]]:
+def describe_files(tables: dict[str, RawTable]) -> list[JsonDict]:
     """Name, size and a cheap hash (first and last MiB) of every input file."""
-    seen: dict[Path, dict[str, Any]] = {}
+    seen: dict[Path, JsonDict] = {}
     for table in tables.values():
         for file in table.files:
             if file not in seen:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sepsis_jax.console import Json, Out, Seed, console, phases, print_json, print_table
+from sepsis_jax.runs import JsonDict
 
 OptionalModel = Annotated[
     Path | None,
@@ -93,7 +94,7 @@ def bench(
         print_json({"out": str(out), **result})
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(result: JsonDict) -> None:
     print_table(
         "Branch-steps per second",
         ("", "branches", "median", "min", "max", "of peak", "compile s", "MB"),

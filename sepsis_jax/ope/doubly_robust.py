@@ -103,7 +103,9 @@ def fit_mrdr(
     x, taken = data.features, basis[data.action]
     behavior = jnp.maximum(data.behavior_probs, _LEAST)
 
-    def to_come(carry: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def to_come(
+        carry: jax.Array, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         reward, rho = inputs
         total = reward + gamma * carry
         return rho * total, total

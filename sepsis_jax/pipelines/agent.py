@@ -21,7 +21,7 @@ from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
-from sepsis_jax.runs import Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
@@ -115,7 +115,7 @@ def endpoint(options: BackendOptions) -> Any:
     )
 
 
-def _parameters(texts: tuple[str, ...]) -> dict[str, Any]:
+def _parameters(texts: tuple[str, ...]) -> JsonDict:
     import yaml
 
     found = {}
@@ -186,7 +186,7 @@ class _Unit:
     patients: np.ndarray  # [N] int32 identities
     keys: jax.Array  # [N]
     stays: np.ndarray | None  # [N] indices of recorded stays
-    real: dict[int, dict[str, Any]]  # recorded courses by patient
+    real: dict[int, JsonDict]  # recorded courses by patient
 
     def pool(self, forecaster: Forecaster | None, slots: np.ndarray) -> EnvPool:
         """Some of the patients, at the start."""
@@ -205,7 +205,7 @@ def run_agent(
     behavior: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Treats all patients; writes records.jsonl, summary.json and a manifest.
 
     Args:
@@ -342,7 +342,7 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
     return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))
 
 
-def _recorded_courses(episodes: Episodes) -> dict[int, dict[str, Any]]:
+def _recorded_courses(episodes: Episodes) -> dict[int, JsonDict]:
     rewards = np.asarray(episode_rewards(episodes)).sum(1)
     found = {}
     for i, stay in enumerate(np.asarray(episodes.stay_id).tolist()):

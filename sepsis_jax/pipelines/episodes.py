@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from policy.offline.data import write_d3rlpy, write_minari
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes, load_scaler, save_episodes
 from worldmodel.episodes import Episodes
@@ -27,7 +26,7 @@ def make_synthetic_cohort(
     confounding: float = 0.0,
     seed: int = 0,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Generates patients and writes them as a folder of episodes.
 
     Args:

@@ -108,13 +108,13 @@ def _behavior(
 
 def _policies(
     given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None, options: OPEOptions
-) -> tuple[dict[str, np.ndarray], dict[str, Policy]]:
+) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Policy]]:
     """Probabilities of all, and those that can be run in a world model."""
     if not given:
         raise InputError(
             f"policy: none given; use NAME=FILE, NAME=FOLDER, or {', '.join(policies.BUILT_IN)}"
         )
-    probs: dict[str, np.ndarray] = {}
+    probs: dict[str, np.ndarray | jax.Array] = {}
     runnable: dict[str, Policy] = {}
     for text in given:
         name, sign, file = text.partition("=")

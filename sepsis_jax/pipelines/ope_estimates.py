@@ -114,7 +114,7 @@ class OPEResult:
 
 def estimate_policies(
     episodes: Episodes,
-    probs: Mapping[str, npt.NDArray[np.float32]],
+    probs: Mapping[str, np.ndarray | jax.Array],
     policies: Mapping[str, Policy],
     *,
     keys: OPEKeys,

@@ -100,10 +100,10 @@ def train_offline_policy(
     """Offline reinforcement learning on the training split."""
     recorded = transitions(episodes.of_split("train"), scaler, past=config.past)
 
-    def progress(done: int, total: int, loss: float) -> None:
+    def update(done: int, total: int, loss: float) -> None:
         progress(f"{config.algorithm}, loss {loss:.3g}", done / total)
 
-    learned = train_offline(recorded, scaler, config, progress=progress)
+    learned = train_offline(recorded, scaler, config, progress=update)
     records = learned.losses.shape[1]
     losses = pd.DataFrame(learned.losses.T, columns=[f"seed {s}" for s in range(config.seeds)])
     losses.insert(0, "update", (np.arange(records) + 1) * config.updates // records)
@@ -151,11 +151,11 @@ def optimise(
 ) -> Trained:
     """PPO in an environment, from a policy or from nothing."""
 
-    def progress(done: int, total: int, value: float) -> None:
+    def update(done: int, total: int, value: float) -> None:
         progress(f"ppo, return {value:.3g}", done / total)
 
     policy, history = train_ppo(
-        jax.random.key(options.seed), env, scaler, options.ppo, start=start, progress=progress
+        jax.random.key(options.seed), env, scaler, options.ppo, start=start, progress=update
     )
     course = pd.DataFrame(history._asdict())
     course.insert(0, "update", np.arange(len(course)) + 1)

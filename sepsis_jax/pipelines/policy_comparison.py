@@ -40,7 +40,7 @@ from sepsis_jax.pipelines.policy_values import (
     value_table,
 )
 from sepsis_jax.report.policies import write_comparison
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import (
     EPISODES_FILE,
@@ -201,7 +201,7 @@ def compare_policies(
 
 def _world(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: JsonDict,
     episodes: Episodes,
     world_model: WorldModel,
     options: ComparisonOptions,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, find_policies,
 from sepsis_jax.pipelines.policy_values import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
 from worldmodel.episodes import Episodes
@@ -150,7 +149,7 @@ _TEXT = (
 
 
 def _write(
-    out: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: dict[str, Any]
+    out: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: JsonDict
 ) -> None:
     others = {name: share for name, share in shares.items() if name != CLINICIAN}
     with atomic_folder(out, marker=MARKER) as folder:

@@ -34,7 +34,7 @@ from sepsis_jax.report.policies import (
     course_figure,
     reliability_figure,
 )
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
 from worldmodel.episodes import Episodes
@@ -53,7 +53,7 @@ def train_policy(
     critic: str | Path | None = None,
     clinician: str | Path | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Trains one policy on the training split and writes it with its pictures.
 
     Args:
@@ -138,7 +138,7 @@ def write_policy(
     config: Any,
     inputs: dict[str, str | None],
     episodes: Episodes,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Writes a policy with its record and pictures; the folder is written atomically.
 
     Args:
@@ -183,7 +183,7 @@ def write_policy(
     return record
 
 
-def _facts(trained: Trained) -> dict[str, Any]:
+def _facts(trained: Trained) -> JsonDict:
     if trained.fit is not None:
         return {"report": trained.fit.report}
     if trained.losses is not None:

@@ -6,7 +6,7 @@ In the synthetic world values are true values, else those of a world model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import simulated_value
 from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.report.policies import action_shares
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.reward import episode_rewards
@@ -141,7 +142,7 @@ def value_table(
     gap = gap if gap > 0 else np.nan  # nothing to close
     rows = []
     for name, found in outcomes.items():
-        row: dict[str, Any] = {"policy": name, "kind": kinds[name]}
+        row: JsonDict = {"policy": name, "kind": kinds[name]}
         total = mean_of(found.total)
         row |= {"value": total.value, "low": total.low, "high": total.high, "value_se": total.se}
         row |= _against("less_clinician", found, outcomes[baseline], same=name == baseline)

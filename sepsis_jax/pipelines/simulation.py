@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
 from sepsis_jax.report.figures import fan_chart
-from sepsis_jax.runs import provenance
+from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -136,7 +135,7 @@ def trajectory_table(
     """
     series = {name: np.asarray(rollouts.feature(name)[0]) for name in rollouts.features}
     series |= {"sofa": np.asarray(rollouts.sofa[0])}
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonDict] = []
     for k, plan in enumerate(plans):
         for name, values in series.items():
             unit = "points" if name == "sofa" else schema.FEATURES[schema.INDEX[name]].unit

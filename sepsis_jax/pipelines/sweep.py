@@ -18,7 +18,7 @@ from policy.base import Policy
 from sepsis_jax.pipelines.sweep_folder import Shard, SweepFolder
 from sepsis_jax.pipelines.sweep_request import Sweep, SweepOptions, load_sweep
 from sepsis_jax.report.figures import sweep_figure
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.files import atomic_file
@@ -40,7 +40,7 @@ class SweepResult(NamedTuple):
     missing: int  # that no host has written yet
     branch_steps: int  # simulated by this run
     seconds: float  # of simulation
-    groups: dict[str, Any]  # of the manifest
+    groups: JsonDict  # of the manifest
 
 
 def run_sweep(

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, check_replaceable, read_json, write_json
 from worldmodel.simulate.sweep import Block, Grid
@@ -60,7 +61,7 @@ class SweepFolder:
         """Where a block is."""
         return self.path / PARTS / f"part-{block.number:05d}.parquet"
 
-    def begin(self, manifest: dict[str, Any], shard: Shard, *, resume: bool) -> list[Block]:
+    def begin(self, manifest: JsonDict, shard: Shard, *, resume: bool) -> list[Block]:
         """Claims the folder, or finds it begun by the same request.
 
         Args:
@@ -128,7 +129,7 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def _compare(found: Any, wanted: dict[str, Any], file: Path) -> None:
+def _compare(found: Any, wanted: JsonDict, file: Path) -> None:
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise InputError(f"{file}: not of a sweep; choose another folder")
     difference = _difference({**found, _REVISION: None}, {**wanted, _REVISION: None})

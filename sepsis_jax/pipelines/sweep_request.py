@@ -16,7 +16,7 @@ from policy.planner import Planner
 from sepsis_jax.ope.policies import SIMPLE
 from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder, find_policies
 from sepsis_jax.pipelines.sweep_folder import KIND
-from sepsis_jax.runs import provenance
+from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
@@ -116,7 +116,7 @@ class Sweep:
     policies: dict[str, Policy]
     behavior: Policy | None
     task: int
-    manifest: dict[str, Any]
+    manifest: JsonDict
 
     @property
     def settings(self) -> Settings:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,7 @@ def sections(tables: Mapping[str, pd.DataFrame]) -> list[Section]:
     return [_section(name, content, attrs) for name, content in tables.items()]
 
 
-def _section(name: str, content: pd.DataFrame, attrs: Mapping[object, object]) -> Section:
+def _section(name: str, content: pd.DataFrame, attrs: Mapping[Hashable, Any]) -> Section:
     columns = [c for c in ("group", "stays", *SHOWN) if c in content] if (
         name in ("estimates", "subgroups")
     ) else list(content.columns)  # fmt: skip
