@@ -163,7 +163,7 @@ def run_bench(
 
 
 def _rollout_contenders(
-    jobs: Sequence[Workload], options: BenchOptions, torch: ModuleType, progress: Progress
+    jobs: Sequence[Workload], options: BenchOptions, torch: ModuleType | None, progress: Progress
 ) -> list[Contender]:
     """Compiled rollouts, of JAX and of torch; one of torch's simulates a single branch."""
     found: list[Contender] = []
