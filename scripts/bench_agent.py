@@ -75,7 +75,7 @@ def main() -> None:
 def whole_run(
     env: SepsisEnv, forecaster: Forecaster, templates: str, arguments: argparse.Namespace, seed: int
 ) -> int:
-    """Treats everybody from admission on; the tool calls that were answered."""
+    """Treats all patients from admission; returns the number of answered tool calls."""
     patients = np.arange(arguments.patients)
     keys = patient_keys(jax.random.key(seed), patients)
     pool = EnvPool(env, reset_batch(env, keys, patients), forecaster)

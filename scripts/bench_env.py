@@ -2,7 +2,7 @@
 
     python scripts/bench_env.py --json benchmarks/env_cpu.json
 
-A step is one 4-hour step of one patient: state model, projection, SOFA, reward. All play the same
+A step is one 4-hour step of one patient: state model, projection, SOFA, reward. All run the same
 world model (full size, untrained weights) with random actions, 20 decisions per episode:
 
 - `gymnasium`: a Gymnasium environment as one writes it by hand over the plain model, one jitted
@@ -101,8 +101,8 @@ def loop(env: gymnasium.Env, steps: int) -> None:
 
 
 @partial(jax.jit, static_argnames="batch")
-def play(env: SepsisEnv, key: jax.Array, batch: int) -> jax.Array:
-    """Returns [batch] of whole episodes under random actions."""
+def random_episodes(env: SepsisEnv, key: jax.Array, batch: int) -> jax.Array:
+    """Returns [batch] of episodes under random actions."""
 
     def one(key: jax.Array) -> jax.Array:
         state, _ = env.reset(key)
@@ -143,7 +143,7 @@ def main() -> None:
         for env, label in ((once, ""), (each, ", each")):
             runs[f"sepsis_env {batch}{label}"] = (
                 batch * (HORIZON + 1),
-                partial(play, env, jax.random.key(2), batch),
+                partial(random_episodes, env, jax.random.key(2), batch),
             )
     for _, run in runs.values():
         jax.block_until_ready(run())

@@ -143,7 +143,7 @@ def main() -> None:
     table = evaluate(data, probs, fitted, 10)(0)
     estimators = table["estimator"].nunique()  # type: ignore[index]
     python, vectorised = loop(data, probs, 5)
-    # Credit the loops with the same number of estimators at the cost of their four.
+    # Assume for the loops the same number of estimators at the cost of their four.
     share = arguments.resamples * estimators / LOOP_ESTIMATORS
     median = float(np.median(seconds))
     result: dict[str, object] = {

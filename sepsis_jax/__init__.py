@@ -1,1 +1,1 @@
-"""Is it true, and who can use it? Cohorts, pipelines, reports, the command line."""
+"""Cohorts, off-policy evaluation, pipelines, reports and the command line."""

@@ -42,13 +42,28 @@ app.command("profile", epilog="Example: sepsis-jax profile --model runs/model --
 )
 
 
+# What to add to a message of the library, which names settings, for readers of the command line.
+_FLAGS = {
+    "resume it,": "resume it (--resume),",
+    "only synthetic patients have a truth": "only synthetic patients have a truth (--no-truth)",
+    "give `behavior` as a table": "give --behavior as a table",
+}
+
+
+def _with_flags(message: str) -> str:
+    """The message with the command line's own options."""
+    for words, flagged in _FLAGS.items():
+        message = message.replace(words, flagged)
+    return message
+
+
 def main() -> None:
     """Entry point: bad input ends with one line and status 2."""
     try:
         app()
     except InputError as error:
         line = " ".join(str(error).split())  # what libraries say may take several lines
-        errors.print(f"sepsis-jax: {line}", soft_wrap=True)
+        errors.print(f"sepsis-jax: {_with_flags(line)}", soft_wrap=True)
         sys.exit(2)
     except OSError as error:
         if error.filename is None:

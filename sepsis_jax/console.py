@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sepsis_jax.runs import JsonDict
 from sepsis_jax.runs import Progress as PhaseProgress
 
 DISCLAIMER = "Research software. Not for clinical use."
@@ -26,7 +27,7 @@ console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty
 errors = Console(stderr=True, highlight=False, markup=False)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table; numbers are aligned right and shown with up to four significant digits."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="")
     kept = [[format_value(value) for value in row] for row in rows]
@@ -39,7 +40,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console.print(table)
 
 
-def format_value(value: Any) -> str:
+def format_value(value: object) -> str:
     """Text of a table cell; None is a dash."""
     if value is None:
         return "-"
@@ -56,7 +57,7 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def print_json(value: dict[str, Any]) -> None:
+def print_json(value: JsonDict) -> None:
     """The closing line of `--json`: one line of JSON, never wrapped or styled."""
     print(json.dumps(value, allow_nan=False), flush=True)
 
@@ -90,7 +91,7 @@ def phases(title: str, *, log_every: float | None = None) -> Iterator[PhaseProgr
 def epochs(title: str) -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
     """A progress bar per model for training: `update(model, epoch, epochs, metrics)`."""
     with _bar() as progress:
-        tasks: dict[str, Any] = {}
+        tasks: JsonDict = {}
 
         def update(name: str, epoch: int, total: int, metrics: dict[str, float]) -> None:
             if name not in tasks:

@@ -15,10 +15,13 @@ from typing import Any
 from worldmodel.errors import InputError
 from worldmodel.files import check_replaceable, read_json, write_json
 
+# A JSON object: its values are of several types.
+JsonDict = dict[str, Any]
+
 MANIFEST = "manifest.json"
 
 
-def begin_run(out: Path, kind: str, request: dict[str, Any], *, resume: bool) -> None:
+def begin_run(out: Path, kind: str, request: JsonDict, *, resume: bool) -> None:
     """Claims a folder for a run, or makes sure that it holds an earlier part of the same.
 
     Args:
@@ -43,10 +46,10 @@ def begin_run(out: Path, kind: str, request: dict[str, Any], *, resume: bool) ->
         changed = _first_difference(found.get("request"), request)
         raise InputError(f"{out}: was begun with another {changed}; choose another folder")
     if not resume:
-        raise InputError(f"{out}: holds a run; go on with --resume, or choose another folder")
+        raise InputError(f"{out}: holds a run; resume it, or choose another folder")
 
 
-def _first_difference(found: Any, wanted: dict[str, Any], prefix: str = "") -> str:
+def _first_difference(found: Any, wanted: JsonDict, prefix: str = "") -> str:
     for name, value in wanted.items():
         there = found.get(name) if isinstance(found, dict) else None
         if there != value:
@@ -55,7 +58,7 @@ def _first_difference(found: Any, wanted: dict[str, Any], prefix: str = "") -> s
     return prefix.rstrip(".") or "request"
 
 
-def plain(options: Any) -> dict[str, Any]:
+def plain(options: Any) -> JsonDict:
     """A dataclass as JSON holds it: paths as text, tuples as lists."""
 
     def convert(value: Any) -> Any:
@@ -65,13 +68,14 @@ def plain(options: Any) -> dict[str, Any]:
             return [convert(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return convert(asdict(options))
+    found: JsonDict = convert(asdict(options))
+    return found
 
 
 _PACKAGES = ("sepsis-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pandas", "duckdb")
 
 
-def provenance(**extra: Any) -> dict[str, Any]:
+def provenance(**extra: Any) -> JsonDict:
     """A JSON-ready record to keep in a manifest, with `extra` fields added."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -111,4 +115,4 @@ Progress = Callable[[str, float], None]
 
 
 def silent(phase: str, share: float) -> None:
-    """Tells nobody."""
+    """Reports no progress."""

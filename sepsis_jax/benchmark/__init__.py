@@ -1,1 +1,1 @@
-"""How fast the simulator is, beside torch and beside what the machine can do at most."""
+"""Speed of the simulator, compared with torch and with the machine's peak rate."""

@@ -1,11 +1,11 @@
-"""One benchmark: contenders built, timed in turns, compared, and written to files."""
+"""The benchmark: builds the contenders, times them in turns, compares and writes the results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import jax
 import matplotlib
@@ -33,7 +33,7 @@ from sepsis_jax.benchmark.torch_runners import (
     torch_device,
 )
 from sepsis_jax.report.figures import COLORS
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
@@ -42,7 +42,7 @@ from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
 
-OURS: dict[str, Callable[[Workload], Contender]] = {
+JAX_ROLLOUTS: dict[str, Callable[[Workload], Contender]] = {
     "rollout": jitted_rollout,
     "rollout, all features": lambda job: jitted_rollout(
         job, "rollout, all features", features=schema.FEATURE_NAMES
@@ -51,10 +51,10 @@ OURS: dict[str, Callable[[Workload], Contender]] = {
     "sharded, bfloat16": lambda job: sharded(job, "sharded, bfloat16", precision=BFLOAT16),
     "plain model": plain_model,
 }
-_FLOAT32 = ("rollout", "sharded")  # of ours, what is compared with torch and with the bound
-NAMES = (*OURS, EAGER, COMPILED, ONE_BRANCH, QUESTION)
+_FLOAT32 = ("rollout", "sharded")  # those compared with torch and with the bound
+NAMES = (*JAX_ROLLOUTS, EAGER, COMPILED, ONE_BRANCH, QUESTION)
 BRANCHES = {"cpu": (64, 256, 1024, 4096)}
-_BRANCHES_ELSEWHERE = (1024, 8192, 65_536, 524_288)
+_BRANCHES_ACCELERATOR = (1024, 8192, 65_536, 524_288)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class BenchOptions:
         require(self, "at least 1", lambda value: value >= 1, *counts)
         unknown = [name for name in self.only if name not in NAMES]
         if unknown:
-            raise InputError(f"--only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
+            raise InputError(f"only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
         for branches in self.branches:
             shape_of(branches, plans=self.plans, samples=self.samples)
 
@@ -97,13 +97,13 @@ class BenchOptions:
 
 def run_bench(
     world_model: WorldModel, options: BenchOptions, progress: Progress = silent
-) -> dict[str, Any]:
+) -> JsonDict:
     """Measures and compares.
 
     Args:
-      world_model: whose first member is played.
+      world_model: model whose first member is simulated.
       options: what to measure.
-      progress: told of phases.
+      progress: called with (phase, share done).
 
     Returns:
       JSON-ready: `table` (a row per contender and number of branches), `peak`, `bound`,
@@ -114,7 +114,7 @@ def run_bench(
     assert precision in PRECISIONS
     torch = load_torch(precision) if torch_installed() else None
     pool = patient_pool(world_model, options.seed)
-    default = BRANCHES.get(jax.default_backend(), _BRANCHES_ELSEWHERE)
+    default = BRANCHES.get(jax.default_backend(), _BRANCHES_ACCELERATOR)
     jobs = [
         workload(
             world_model,
@@ -125,7 +125,7 @@ def run_bench(
         )
         for branches in sorted(options.branches or default)
     ]
-    contenders = _players(jobs, options, torch, progress)
+    contenders = _rollout_contenders(jobs, options, torch, progress)
     questions = (
         agent_questions(world_model, pool, options.question_samples)
         if options.asks(QUESTION)
@@ -137,15 +137,17 @@ def run_bench(
     if torch is not None:
         products += torch_products(torch, torch_device(torch, jax.default_backend()))
     timed = take_turns([*contenders, *questions, *products], options.repeats, progress)
-    sharded_rollouts, rest = timed[: len(contenders)], timed[len(contenders) :]
+    rollouts, rest = timed[: len(contenders)], timed[len(contenders) :]
     answered, multiplied = rest[: len(questions)], rest[len(questions) :]
-    of_jax = [found for found in multiplied if found.contender.name.startswith(f"JAX {precision}")]
+    jax_timed = [
+        found for found in multiplied if found.contender.name.startswith(f"JAX {precision}")
+    ]
     minimal = {job.shape.branches: _minimal(job) for job in jobs}
     return {
-        "table": [_row(found, jobs, best(of_jax), minimal) for found in sharded_rollouts],
+        "table": [_row(found, jobs, best(jax_timed), minimal) for found in rollouts],
         "peak": [{"name": found.contender.name, **summary(found.rates)} for found in multiplied],
-        "bound": _bound(sharded_rollouts, best(of_jax), minimal),
-        "ratios": _ratios(sharded_rollouts),
+        "bound": _bound(rollouts, best(jax_timed), minimal),
+        "ratios": _ratios(rollouts),
         "question": [_answer(found) for found in answered],
         "drift": {
             name: drift(_drift_job(jobs), name)
@@ -160,14 +162,14 @@ def run_bench(
     }
 
 
-def _players(
-    jobs: Sequence[Workload], options: BenchOptions, torch: Any, progress: Progress
+def _rollout_contenders(
+    jobs: Sequence[Workload], options: BenchOptions, torch: ModuleType | None, progress: Progress
 ) -> list[Contender]:
-    """Contenders that play, compiled; torch's loop of one plays a single branch."""
+    """Compiled rollouts, of JAX and of torch; one of torch's simulates a single branch."""
     found: list[Contender] = []
     for index, job in enumerate(jobs):
         progress(f"compiling, {job.shape.branches} branches", index / len(jobs))
-        found += [make(job) for name, make in OURS.items() if options.asks(name)]
+        found += [make(job) for name, make in JAX_ROLLOUTS.items() if options.asks(name)]
         if torch is not None:
             device = torch_device(torch, jax.default_backend())
             found += [
@@ -191,22 +193,22 @@ def _minimal(job: Workload) -> float:
 
 
 def _reduced(precision: str) -> list[str]:
-    """Precisions whose drift is worth knowing: on a CPU, float32 is float32."""
+    """Precisions whose drift is measured; on a CPU float32 products are exact, so not those."""
     own = [precision] if precision != "highest" and jax.default_backend() != "cpu" else []
     return [*own, BFLOAT16]
 
 
 def _drift_job(jobs: Sequence[Workload]) -> Workload:
-    """The largest job of at most 1,024 branches, else the smallest."""
+    """The largest workload of at most 1,024 branches, else the smallest."""
     small = [job for job in jobs if job.shape.branches <= 1024]
     return small[-1] if small else jobs[0]
 
 
 def _row(
     found: Timed, jobs: Sequence[Workload], peak: Timed, minimal: dict[int, float]
-) -> dict[str, Any]:
+) -> JsonDict:
     contender = found.contender
-    engine = contender.name in OURS and contender.name != "plain model"
+    engine = contender.name in JAX_ROLLOUTS and contender.name != "plain model"
     if engine:
         flops = minimal[contender.branches]
     else:
@@ -223,13 +225,11 @@ def _row(
     }
 
 
-def _bound(
-    sharded_rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]
-) -> dict[str, Any]:
-    """What products alone would allow, and how near to it the best of ours come."""
+def _bound(rollouts: Sequence[Timed], peak: Timed, minimal: dict[int, float]) -> JsonDict:
+    """The rate that matrix products alone allow, and the share of it that JAX rollouts reach."""
     shares = {}
     for name in _FLOAT32:
-        named = [found for found in sharded_rollouts if found.contender.name == name]
+        named = [found for found in rollouts if found.contender.name == name]
         if named:
             top = best(named)
             flops = minimal[top.contender.branches]
@@ -244,22 +244,22 @@ def _bound(
     }
 
 
-def _ratios(sharded_rollouts: Sequence[Timed]) -> dict[str, Any]:
-    """Ours to torch's, each at its best number of branches, repeat by repeat."""
+def _ratios(rollouts: Sequence[Timed]) -> JsonDict:
+    """JAX rates divided by torch's, each at its best number of branches, repeat by repeat."""
 
     def champion(*names: str) -> Timed | None:
-        named = [found for found in sharded_rollouts if found.contender.name in names]
+        named = [found for found in rollouts if found.contender.name in names]
         return best(named) if named else None
 
-    ours = champion(*_FLOAT32)
-    out: dict[str, Any] = {}
+    fastest = champion(*_FLOAT32)
+    out: JsonDict = {}
     others = {"batched torch": champion(EAGER, COMPILED), "torch, one branch": champion(ONE_BRANCH)}
     for name, other in others.items():
-        if ours and other:
+        if fastest and other:
             out[name] = {
-                "ours": _title(ours),
+                "ours": _title(fastest),
                 "other": _title(other),
-                **summary(ours.rates / other.rates),
+                **summary(fastest.rates / other.rates),
             }
     return out
 
@@ -268,8 +268,8 @@ def _title(found: Timed) -> str:
     return f"{found.contender.name}, {found.contender.branches} branches"
 
 
-def _answer(found: Timed) -> dict[str, Any]:
-    """Latency in ms; the rate is of questions."""
+def _answer(found: Timed) -> JsonDict:
+    """Latency of one question in ms."""
     return {
         "name": found.contender.name,
         "branches": found.contender.branches,
@@ -286,8 +286,8 @@ RESULT = "bench.json"
 _MARKERS = "osD^vP*X"
 
 
-def write_bench(result: dict[str, Any], out: Path) -> None:
-    """Writes a result of `run_bench` with what it was made on.
+def write_bench(result: JsonDict, out: Path) -> None:
+    """Writes a result of `run_bench`: bench.json, bench.csv, scaling.png.
 
     Raises:
       InputError: something else is in the way.
@@ -300,7 +300,7 @@ def write_bench(result: dict[str, Any], out: Path) -> None:
             scaling_figure(table, result, folder / "scaling.png")
 
 
-def scaling_figure(table: pd.DataFrame, result: dict[str, Any], path: Path) -> None:
+def scaling_figure(table: pd.DataFrame, result: JsonDict, path: Path) -> None:
     """Branch-steps per second against branches, log-log, with the range of the repeats.
 
     Args:

@@ -16,7 +16,7 @@ _ROW = schema.NUM_FEATURES + schema.NUM_MASKED + schema.ACTION_WIDTH
 
 
 class Shape(NamedTuple):
-    """Branches of a job: P patients under K plans with S samples each."""
+    """Branches of a workload: P patients under K plans with S samples each."""
 
     patients: int
     plans: int
@@ -70,24 +70,24 @@ def minimal_flops(config: ModelConfig, shape: Shape, horizon: int) -> float:
     """
     count = _Count(config, shape)
     patient, plan, branch = count.levels
-    flow: list[int] = []  # of each window in flight, how many different hidden states it has
+    in_flight: list[int] = []  # of each window in flight, how many different hidden states it has
     window = schema.STATE_WINDOW
     for _ in range(window - 1):
         count.project(patient, patient, patient, lags=count.lags)
-        for index, level in enumerate(flow):
-            flow[index] = count.advance(level, patient)
-        flow.append(count.start(patient))
-    flow = flow[:horizon]
+        for index, level in enumerate(in_flight):
+            in_flight[index] = count.advance(level, patient)
+        in_flight.append(count.start(patient))
+    in_flight = in_flight[:horizon]
     obs = patient
     trail: list[tuple[int, int]] = []  # of every row, how many observations and actions
     for h in range(horizon):
         trail.append((obs, plan))
         count.project(obs, plan, patient, lags=count.lags)
         projected = max(obs, plan)
-        flow = [count.advance(level, projected) for level in flow]
+        in_flight = [count.advance(level, projected) for level in in_flight]
         if h + window <= horizon:
-            flow.append(count.start(projected))
-        count.heads(flow.pop(0))
+            in_flight.append(count.start(projected))
+        count.heads(in_flight.pop(0))
         obs = branch
     rows = [(patient, patient)] * (schema.OUTCOME_WINDOW - 1) + [*trail, (obs, plan)]
     chain: int | None = None

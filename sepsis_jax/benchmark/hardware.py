@@ -6,6 +6,7 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sepsis_jax.benchmark.timing import Contender
+from sepsis_jax.runs import JsonDict
 from worldmodel.compilation import BFLOAT16, compiler_options
 from worldmodel.simulate.sharded import AXIS, branch_mesh
 
 
-def hardware() -> dict[str, Any]:
+def hardware() -> JsonDict:
     """Devices, processor, cores and memory."""
     device = jax.devices()[0]
     return {
@@ -95,7 +97,8 @@ def _jax_product(shape: tuple[int, int, int], devices: int, precision: str) -> C
             return x.at[0, 0].set(out[0, 0].astype(x.dtype)), out
 
         empty = jnp.zeros((x.shape[0], weight.shape[1]))
-        return jax.lax.fori_loop(0, calls, again, (x, empty))[1]
+        product: jax.Array = jax.lax.fori_loop(0, calls, again, (x, empty))[1]
+        return product
 
     flops = 2.0 * devices * rows * depth * columns
     calls = _calls(jax.default_backend(), flops)
@@ -124,7 +127,7 @@ def _jax_product(shape: tuple[int, int, int], devices: int, precision: str) -> C
     return Contender(f"JAX {precision}, {text}, {places}", run, calls * flops)
 
 
-def torch_products(torch: Any, device: str) -> list[Contender]:
+def torch_products(torch: ModuleType, device: str) -> list[Contender]:
     """Products in torch, in float32 at the precision that was set."""
     contenders = []
     for rows, depth, columns in _shapes("gpu" if device == "cuda" else "cpu"):
@@ -134,7 +137,9 @@ def torch_products(torch: Any, device: str) -> list[Contender]:
         flops = 2.0 * rows * depth * columns
         calls = _calls("gpu" if device == "cuda" else "cpu", flops)
 
-        def run(repeat: int, x=x, weight=weight, out=out, calls=calls) -> None:
+        def run(
+            repeat: int, x: Any = x, weight: Any = weight, out: Any = out, calls: int = calls
+        ) -> None:
             for _ in range(calls):
                 torch.mm(x, weight, out=out)
             if device == "cuda":

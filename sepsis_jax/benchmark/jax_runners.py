@@ -1,4 +1,4 @@
-"""This package's ways to simulate branches, as contenders of a benchmark."""
+"""JAX rollouts as contenders of the benchmark."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _leaves(found: Any) -> list[Any]:
 
 
 def plain_model(job: Workload) -> Contender:
-    """Whole windows in every step, in one jitted scan: the model as it is written."""
+    """The plain model: reads full windows in every step, in one jitted scan."""
     start, plans = job.flat()
     branches = job.shape.branches
 
@@ -111,7 +111,7 @@ def _compiled(
 
 
 def sharded(job: Workload, name: str = "sharded", *, precision: str | None = None) -> Contender:
-    """Tasks of one shape over all devices, folded into summaries that end on the host."""
+    """`ShardedRollout`: tasks of one shape over all devices, summarised on the host."""
     mesh = branch_mesh()
     most = BRANCHES_PER_DEVICE.get(jax.default_backend(), 65_536)
     per_device = min(most, -(-job.shape.branches // mesh.devices.size))
@@ -154,7 +154,7 @@ def drift(job: Workload, precision: str) -> dict[str, float]:
     """Difference in z-scores to float32 after the last step, with the same noise.
 
     Args:
-      job: what is played.
+      job: workload to simulate.
       precision: of matrix products, compared with "highest".
     """
     patients, _, samples = job.shape
@@ -162,12 +162,12 @@ def drift(job: Workload, precision: str) -> dict[str, float]:
     noise = jax.random.normal(jax.random.key(7), shape)
 
     def last_row(precision: str) -> jax.Array:
-        played = rollout(
+        simulated = rollout(
             job.world_model, jax.random.key(0), job.start, job.plans,
             samples=samples, noise=noise, features=schema.FEATURE_NAMES, precision=precision,
             mortality=False,
         )  # fmt: skip
-        return job.world_model.scaler.normalize(played.values[:, :, :, -1])
+        return job.world_model.scaler.normalize(simulated.values[:, :, :, -1])
 
     difference = jnp.abs(last_row(precision) - last_row("highest"))
     return {"mean": float(difference.mean()), "max": float(difference.max())}

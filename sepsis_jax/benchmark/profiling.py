@@ -15,7 +15,7 @@ import pandas as pd
 
 from sepsis_jax.benchmark.setup import Workload
 from sepsis_jax.benchmark.timing import seconds_of
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.simulate.rollout import CHART_FEATURES
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE, ShardedRollout, Task, branch_mesh
@@ -31,8 +31,8 @@ def default_branches() -> int:
 
 
 def write_profile(
-    job: Workload, out: Path, extra: dict[str, Any], *, progress: Progress = silent
-) -> dict[str, Any]:
+    job: Workload, out: Path, extra: JsonDict, *, progress: Progress = silent
+) -> JsonDict:
     """Profiles a job into profile.json, profile.csv and trace/; returns what profile.json holds.
 
     Raises:
@@ -45,11 +45,11 @@ def write_profile(
     return result
 
 
-def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) -> dict[str, Any]:
+def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) -> JsonDict:
     """Traces rollouts and sums up their parts.
 
     Args:
-      job: what every device plays at a time; all devices play at once.
+      job: workload of every device; all devices simulate at once.
       out: folder for the trace.
       progress: told of phases.
 
@@ -86,7 +86,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     progress("reading the trace", 0.9)
     busy = busy_seconds(read_spans(out), parts_of(compiled.as_text()))
     wall = seconds / _RUNS
-    rows: list[dict[str, Any]] = [
+    rows: list[JsonDict] = [
         {
             "part": part,
             "device_seconds": busy[part] / _RUNS,
@@ -105,14 +105,14 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     }
 
 
-def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], object]:
     """A call of a compiled program with its inputs where it wants them."""
     arguments, _ = compiled.input_shardings
     leaves = jax.device_put((job.world_model, None, *inputs), arguments)
     return lambda: jax.block_until_ready(compiled(*leaves))
 
 
-def _timed(call: Callable[[], Any]) -> float:
+def _timed(call: Callable[[], object]) -> float:
     """Median seconds, warm."""
     jax.block_until_ready(call())
     runs = [seconds_of(lambda: jax.block_until_ready(call()))[1] for _ in range(_RUNS)]
@@ -149,7 +149,7 @@ def parts_of(hlo: str) -> dict[str, str]:
     Args:
       hlo: the program's text, `compiled.as_text()`.
     """
-    inside: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
+    counted: dict[str, Counter[str]] = {}  # of each computation, its instructions by part
     found: dict[str, tuple[str | None, str, list[str]]] = {}
     computation = ""
     for line in hlo.splitlines():
@@ -161,12 +161,12 @@ def parts_of(hlo: str) -> dict[str, str]:
             scope = _scope(op_name[1]) if op_name else None
             found[name] = (scope, opcode, _CALLS.findall(line))
             if scope:
-                inside.setdefault(computation, Counter())[scope] += 1
-    parts = {}
+                counted.setdefault(computation, Counter())[scope] += 1
+    parts: dict[str, str] = {}
     for name, (scope, opcode, calls) in found.items():
         for called in calls if scope is None else ():
-            if called in inside:
-                scope = inside[called].most_common(1)[0][0]
+            if called in counted:
+                scope = counted[called].most_common(1)[0][0]
         parts[name] = CONTAINER if opcode in _CONTAINERS else scope or OTHER
     return parts
 
@@ -174,7 +174,7 @@ def parts_of(hlo: str) -> dict[str, str]:
 def _scope(op_name: str) -> str | None:
     """The innermost of our scopes in a path such as jit(f)/while/body/heads/dot_general.
 
-    What runs inside of the outcome model or of a policy is theirs.
+    Operations within the outcome model or a policy are counted as its own.
     """
     named = [part for part in op_name.split("/") if part in SCOPES]
     whole = [part for part in named if part in ("outcome", "policy")]
@@ -193,7 +193,7 @@ def read_spans(folder: Path) -> list[Span]:
         ended: dict[int, float] = {}
         for line in plane.lines:
             for event in line.events:
-                stats: dict[str, Any] = dict(event.stats)
+                stats: JsonDict = dict(event.stats)
                 stop = event.start_ns + event.duration_ns
                 if "hlo_op" in stats:
                     device = f"{plane.name} {stats.get('device_ordinal', 0)}"

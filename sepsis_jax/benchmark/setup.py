@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,11 @@ from worldmodel.simulate.history import History, start_history
 from worldmodel.simulate.sharded import use_every_core
 from worldmodel.synthetic import generate
 
+T = TypeVar("T")
+
 
 def begin_devices() -> None:
-    """Every core a device, and GPU memory shared with torch; to be called before JAX is used."""
+    """Makes every CPU core a device and leaves GPU memory to torch; call before JAX is used."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     use_every_core()
 
@@ -40,7 +42,7 @@ def model_to_measure(path: Path | None, precision: str | None) -> tuple[WorldMod
       InputError: no such model or precision.
     """
     if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"--precision: got {precision!r}, expected one of {PRECISIONS}")
+        raise InputError(f"precision: got {precision!r}, expected one of {PRECISIONS}")
     if path is None:
         world_model = untrained_model(precision or "highest")
         what = "untrained, of the published shape (reference variant)"
@@ -57,8 +59,9 @@ def _at(world_model: WorldModel, precision: str) -> WorldModel:
     config = replace(world_model.config, precision=precision)
     other = init_world_model(jax.random.key(0), world_model.scaler, config)
 
-    def weights(ours: Any, theirs: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(theirs), jax.tree.leaves(ours))
+    def weights(source: T, like: T) -> T:
+        found: T = jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(source))
+        return found
 
     return replace(
         world_model,
@@ -68,7 +71,7 @@ def _at(world_model: WorldModel, precision: str) -> WorldModel:
     )
 
 
-_POOL = 256  # different patients; more branches start from these again, with noise of their own
+_POOL = 256  # distinct patients; further branches start from them again with other noise
 _STEP = 2
 
 
@@ -98,7 +101,7 @@ class Workload:
         return self.shape.branches * self.horizon
 
     def flat(self) -> tuple[History, np.ndarray]:
-        """Every branch with a start of its own, [B], and its plan [B, H]."""
+        """One start per branch, [B], and its plan [B, H]."""
         patients, plans, samples = self.shape
         rows = np.repeat(np.arange(patients), plans * samples)
         start = jax.tree.map(lambda leaf: leaf[rows], self.start)
@@ -107,7 +110,7 @@ class Workload:
 
 
 def untrained_model(precision: str) -> WorldModel:
-    """The reference variant in its published shape, with weights as they are initialised."""
+    """The reference variant in its published shape, with initial weights."""
     config = ModelConfig(variant="reference", precision=precision)
     return init_world_model(jax.random.key(1), published_scaler(), config)
 
@@ -142,6 +145,6 @@ def shape_of(branches: int, *, plans: int, samples: int) -> Shape:
     patients, rest = divmod(branches, plans * samples)
     if rest or not patients:
         raise InputError(
-            f"--branches: got {branches}, expected a multiple of {plans} plans x {samples} samples"
+            f"branches: got {branches}, expected a multiple of {plans} plans x {samples} samples"
         )
     return Shape(patients, plans, samples)

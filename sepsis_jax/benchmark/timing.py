@@ -1,4 +1,4 @@
-"""Taking turns: every contender once per repeat, so that a busy machine slows all of them."""
+"""Timing in turns: every contender runs once per repeat, so that other load slows all alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Summary = dict[str, float]  # median, min, max
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to be timed.
+    """A function to be timed.
 
     Attributes:
       name: of what is measured.
@@ -58,7 +58,7 @@ def take_turns(
     Args:
       contenders: in the order of their turns.
       repeats: timed runs of each.
-      progress: told of every turn.
+      progress: called with (phase, share done).
     """
     checksums: list[float | None] = []
     seconds = np.zeros((len(contenders), repeats))
@@ -98,7 +98,7 @@ def best(timed: Sequence[Timed]) -> Timed:
 
 
 def seconds_of(function: Callable[[], Any]) -> tuple[Any, float]:
-    """What a call returns, and how long it took."""
+    """The result of a call, and its seconds."""
     start = time.perf_counter()
     found = function()
     return found, time.perf_counter() - start

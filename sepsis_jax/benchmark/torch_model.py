@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ def load_torch(precision: str) -> Any:
 class _Trunk:
     """Embeddings, GRU and linear layers of one model."""
 
-    def __init__(self, torch: Any, model: Any, device: str, *, unrolled: bool):
+    def __init__(self, torch: ModuleType, model: Any, device: str, *, unrolled: bool):
         def tensor(parameter: Any, *, transposed: bool = False) -> Tensor:
             value = np.asarray(parameter[...])
             return torch.tensor(value.T.copy() if transposed else value, device=device)
@@ -56,13 +57,13 @@ class _Trunk:
         self.gru.to(device).eval()
         with torch.no_grad():
             for layer, cell in enumerate(cells):
-                for ours, theirs in (("input", "ih"), ("hidden", "hh")):
-                    weight = getattr(cell, f"weight_{ours}")
-                    bias = getattr(cell, f"bias_{ours}")
-                    getattr(self.gru, f"weight_{theirs}_l{layer}").copy_(
+                for jax_name, torch_name in (("input", "ih"), ("hidden", "hh")):
+                    weight = getattr(cell, f"weight_{jax_name}")
+                    bias = getattr(cell, f"bias_{jax_name}")
+                    getattr(self.gru, f"weight_{torch_name}_l{layer}").copy_(
                         tensor(weight, transposed=True)
                     )
-                    getattr(self.gru, f"bias_{theirs}_l{layer}").copy_(tensor(bias))
+                    getattr(self.gru, f"bias_{torch_name}_l{layer}").copy_(tensor(bias))
         # Apart from the module, into which the compiler does not look.
         self.layers = [[weight.detach() for weight in weights] for weights in self.gru.all_weights]
         # Embedded once: 25 joint actions, and the empty rows before admission at index -1.
@@ -124,7 +125,7 @@ class TorchModels:
       unrolled: write the GRU's steps out, for `torch.compile`.
     """
 
-    def __init__(self, torch: Any, world_model: WorldModel, device: str, *, unrolled: bool):
+    def __init__(self, torch: ModuleType, world_model: WorldModel, device: str, *, unrolled: bool):
         def first(model: Any) -> Any:
             return jax.tree.map(lambda leaf: leaf[0], model)
 

@@ -6,7 +6,7 @@ Rollouts follow the rules of `worldmodel.simulate` in corrected mode, written in
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -25,28 +25,28 @@ EAGER = "torch, eager"
 COMPILED = "torch, compiled"
 
 
-def torch_device(torch: Any, backend: str) -> str:
+def torch_device(torch: ModuleType, backend: str) -> str:
     """Where torch runs: beside JAX on its GPU if it can, else on the CPU."""
     return "cuda" if backend == "gpu" and torch.cuda.is_available() else "cpu"
 
 
-def torch_contender(torch: Any, job: Workload, device: str, name: str) -> Contender:
+def torch_contender(torch: ModuleType, job: Workload, device: str, name: str) -> Contender:
     """A rollout of a job in torch; all of its branches are one batch.
 
     Args:
       torch: from `load_torch`.
-      job: what to play.
+      job: workload to simulate.
       device: of torch.
       name: one of the names above.
     """
-    sharded_rollout = TorchRollout(torch, job.world_model, device, compiled=name == COMPILED)
+    torch_rollout = TorchRollout(torch, job.world_model, device, compiled=name == COMPILED)
     start, plans = job.flat()
-    begun = sharded_rollout.start(start)
+    started = torch_rollout.start(start)
     actions = torch.tensor(np.asarray(plans, np.int64), device=device)
 
     def run(repeat: int) -> Any:
         torch.manual_seed(repeat)
-        found = sharded_rollout.play(begun, actions)
+        found = torch_rollout.run(started, actions)
         if device == "cuda":
             torch.cuda.synchronize()
         return found
@@ -81,7 +81,7 @@ _LIMITS = (
 
 
 class StepState(NamedTuple):
-    """Where B branches stand before a treatment."""
+    """State of B branches before a treatment."""
 
     window: Tensor  # [B, 6, F] encoded rows up to the one before the newest, oldest first
     newest: Tensor  # [B, linear_rows, 87] the rows up to that one for the autoregression
@@ -100,13 +100,12 @@ class Constant(NamedTuple):
     embedded: Tensor  # [B, embed]
 
 
-Begun = tuple[
-    Any, StepState, Constant
-]  # the start's fields as tensors; where it stands; what stays
+# The start's fields as tensors; the state before the first treatment; what stays the same.
+Started = tuple[Any, StepState, Constant]
 
 
 class TorchRollout:
-    """Plays branches forward in torch.
+    """Simulates branches in torch.
 
     Args:
       torch: from `load_torch`.
@@ -115,7 +114,7 @@ class TorchRollout:
       compiled: compile the whole step with `torch.compile`.
     """
 
-    def __init__(self, torch: Any, world_model: WorldModel, device: str, *, compiled: bool):
+    def __init__(self, torch: ModuleType, world_model: WorldModel, device: str, *, compiled: bool):
         self.torch, self.device = torch, device
         self.models = TorchModels(torch, world_model, device, unrolled=compiled)
         scaler = world_model.scaler
@@ -139,8 +138,8 @@ class TorchRollout:
             self.step = torch.compile(self._step, fullgraph=True, dynamic=False)
             self.mortality = torch.compile(self.mortality, fullgraph=True, dynamic=False)
 
-    def start(self, begin: History) -> Begun:
-        """B branches at their start: their rows as tensors, their state, what stays."""
+    def start(self, begin: History) -> Started:
+        """B branches at their start: their rows as tensors, their state, their constants."""
         torch, state = self.torch, self.models.state
         with torch.inference_mode():
             history = SimpleNamespace(
@@ -155,7 +154,7 @@ class TorchRollout:
             expanded = embedded[:, None].expand(-1, schema.STATE_WINDOW, -1)
             newest = torch.cat([obs, observed, state.pairs[past]], -1)
             lactate = history.obs[:, -1, _LACTATE] * self.std[_LACTATE] + self.mean[_LACTATE]
-            now = StepState(
+            state_now = StepState(
                 window=state.encode(obs, observed, expanded, past),
                 newest=newest[:, schema.STATE_WINDOW - self.rows :].contiguous(),
                 obs=history.obs[:, -1].contiguous(),
@@ -165,19 +164,19 @@ class TorchRollout:
                 step=history.step,
             )
             constant = Constant(history.observed[:, -1].contiguous(), history.static, embedded)
-        now = StepState(*(value.contiguous() for value in now))
-        return history, now, constant
+        state_now = StepState(*(value.contiguous() for value in state_now))
+        return history, state_now, constant
 
-    def play(
+    def run(
         self,
-        begun: Begun,
+        started: Started,
         plans: Tensor,
         noise: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Plays all branches to the end.
+        """Simulates all branches to the end.
 
         Args:
-          begun: from `start`.
+          started: from `start`.
           plans: [B, H] int64 joint actions.
           noise: [B, H, 39] standard normals; drawn where None.
 
@@ -186,7 +185,7 @@ class TorchRollout:
           ventilation [B, H]; mortality and projected [B].
         """
         torch = self.torch
-        history, now, constant = begun
+        history, state_now, constant = started
         branches, horizon = plans.shape
         actions = [plans[:, h].clone() for h in range(horizon)]  # aligned alike
         kept: list[tuple[Tensor, ...]] = []
@@ -196,8 +195,8 @@ class TorchRollout:
                     eps = torch.randn(branches, schema.NUM_FEATURES, device=self.device)
                 else:
                     eps = noise[:, h]
-                now, brought = self.step(now, constant, actions[h], eps)
-                kept.append((now.obs, *brought))
+                state_now, outputs = self.step(state_now, constant, actions[h], eps)
+                kept.append((state_now.obs, *outputs))
             obs, values, sofas, rewards, ventilation, projected = (
                 torch.stack(column, 1) for column in zip(*kept, strict=True)
             )
@@ -205,7 +204,7 @@ class TorchRollout:
             rows = torch.cat([history.obs, obs], 1)[:, -schema.OUTCOME_WINDOW :]
             masks = constant.observed[:, None].expand(-1, horizon, -1)
             masks = torch.cat([history.observed, masks], 1)[:, -schema.OUTCOME_WINDOW :]
-            # The last treatment goes on.
+            # The last treatment is continued.
             given = torch.cat([history.action[:, :past], plans, plans[:, -1:]], 1).long()
             given = given[:, -schema.OUTCOME_WINDOW :]
             mortality = self.mortality(rows, masks, constant.static, given)
@@ -215,29 +214,31 @@ class TorchRollout:
         }  # fmt: skip
 
     def _step(
-        self, now: StepState, constant: Constant, action: Tensor, eps: Tensor
+        self, state_now: StepState, constant: Constant, action: Tensor, eps: Tensor
     ) -> tuple[StepState, tuple[Tensor, ...]]:
-        """One step; returns where the branches stand and what the step brought."""
+        """One step; returns the next state and (values, SOFA, reward, ventilation, projected)."""
         torch, state = self.torch, self.models.state
-        row = state.encode(now.obs, constant.observed, constant.embedded, action)
-        window = torch.cat([now.window[:, 1:], row[:, None]], 1)
-        newest = now.newest
+        row = state.encode(state_now.obs, constant.observed, constant.embedded, action)
+        window = torch.cat([state_now.window[:, 1:], row[:, None]], 1)
+        newest = state_now.newest
         if self.rows:
-            raw = torch.cat([now.obs, constant.observed, state.pairs[action]], -1)
+            raw = torch.cat([state_now.obs, constant.observed, state.pairs[action]], -1)
             newest = torch.cat([newest[:, 1:], raw[:, None]], 1)
         mu, log_sigma, logit = self.models.predict(window, newest, constant.static)
         obs, projected = self._project(mu + torch.exp(log_sigma) * eps)
         physical = obs * self.std + self.mean
         drained = torch.clamp(torch.expm1(physical[:, schema.URINE]), min=0.0)
-        urine = torch.cat([now.urine[:, 1:], drained[:, None]], 1)
-        step, ventilation = now.step + 1, torch.sigmoid(logit)
+        urine = torch.cat([state_now.urine[:, 1:], drained[:, None]], 1)
+        step, ventilation = state_now.step + 1, torch.sigmoid(logit)
         length = urine.shape[1]
         per_day = urine.sum(1) * (length / torch.clamp(step + 1, max=length))
         score = self._sofa(physical, ventilation > 0.5, action // schema.NUM_LEVELS, per_day)
         lactate = physical[:, _LACTATE].clone()
-        same = (score == now.sofa) & (score > 0)
+        same = (score == state_now.sofa) & (score > 0)
         reward = (
-            -0.025 * same - 0.125 * (score - now.sofa) - 2.0 * torch.tanh(lactate - now.lactate)
+            -0.025 * same
+            - 0.125 * (score - state_now.sofa)
+            - 2.0 * torch.tanh(lactate - state_now.lactate)
         )
         values = torch.stack([physical[:, _MEANBP], lactate, drained], 1)
         moved = StepState(window, newest, obs, lactate, score, urine, step)

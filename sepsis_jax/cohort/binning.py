@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from sepsis_jax.cohort.workspace import Workspace
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 
 
@@ -56,7 +55,7 @@ def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, i
     return values, problems
 
 
-def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
     """Urine volume of each step and of the 24 h up to its end.
 
     A single record above `max_urine_ml` is left out; a step with more irrigant in than urine out
@@ -118,7 +117,8 @@ def _carry(values: np.ndarray) -> np.ndarray:
     last = np.maximum.accumulate(np.where(known, step, -1), axis=1)
     first = np.argmax(known, axis=1)[:, None]
     carried = np.take_along_axis(values, np.where(last >= 0, last, first), axis=1)
-    return np.nan_to_num(carried)
+    filled: np.ndarray = np.nan_to_num(carried)
+    return filled
 
 
 QUARTILES = (0.25, 0.5, 0.75)
@@ -161,7 +161,8 @@ def fit_dose_edges(
         given = given[given > 0]
         if not given.size:
             defaulted.append(name)
-            return getattr(schema.DEFAULT_DOSE_EDGES, name)
+            default: tuple[float, float, float] = getattr(schema.DEFAULT_DOSE_EDGES, name)
+            return default
         first, second, third = (float(edge) for edge in np.quantile(given, QUARTILES))
         return first, second, third
 

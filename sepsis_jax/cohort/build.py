@@ -10,7 +10,6 @@ import time
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from sepsis_jax.cohort import binning, sepsis3, workspace
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import attach_source, describe_files
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.episode_files import save_episodes
 from worldmodel.episodes import Episodes
@@ -56,11 +55,11 @@ class CohortReport:
     stays: int
     patients: int
     rows: int
-    consort: tuple[dict[str, Any], ...]
-    counts: dict[str, Any]
+    consort: tuple[JsonDict, ...]
+    counts: JsonDict
     seconds: dict[str, float]
     peak_memory_mb: float
-    manifest: dict[str, Any]
+    manifest: JsonDict
 
 
 def build_cohort(
@@ -73,7 +72,7 @@ def build_cohort(
 
     Args:
       data: folder with `hosp/` and `icu/`, or a DuckDB file.
-      out: folder to write; it appears whole or not at all.
+      out: folder to write, atomically.
       options: choices; the defaults are in docs/cohort.md.
       progress: called with the name of each phase and the share done (0 to 1) before it.
 
@@ -93,7 +92,7 @@ def build_cohort(
         sepsis3.narrow_scope(work)
         workspace.read_diagnoses(work, tables)
         clock.start("read treatments", 0.08)
-        counts: dict[str, Any] = {"treatments": workspace.read_inputs(work, tables)}
+        counts: JsonDict = {"treatments": workspace.read_inputs(work, tables)}
         workspace.read_outputs(work, tables)
         clock.start("read charts", 0.15)
         workspace.read_chart(work, tables)
@@ -178,7 +177,7 @@ def _uniform(text: str) -> float:
     return int.from_bytes(digest, "big") / 2.0**64
 
 
-def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, dict[str, Any]]:
+def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDict]:
     options = work.options
     stays = work.execute(
         "SELECT c.stay_id, c.subject_id, c.steps, c.age, "
@@ -260,8 +259,8 @@ def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
     padded = {}
     for name, value in fields.items():
         if value.shape[:2] == valid.shape:
-            inside = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
-            value = np.where(inside, value, np.zeros((), value.dtype))
+            within = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
+            value = np.where(within, value, np.zeros((), value.dtype))
         padded[name] = jnp.asarray(value)
     return Episodes(**padded)
 

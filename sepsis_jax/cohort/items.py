@@ -1,4 +1,4 @@
-"""Which MIMIC-IV items mean what: item numbers, units, ranges and factors.
+"""MIMIC-IV items: numbers, units, ranges and factors.
 
 Item numbers and limits agree with mimic-code where it defines the concept; the extra numbers of
 the same laboratory test (`FEATURE_LABS`) are used for features only, never for Sepsis-3.
@@ -162,7 +162,7 @@ NE_FACTORS: dict[str, dict[str, float]] = {
     },
 }
 
-# Fluids: item -> volume of isotonic fluid that one mL stands for (AI Clinician).
+# Fluids: item -> equivalent volume of isotonic fluid per mL (AI Clinician).
 FLUIDS: dict[int, float] = {
     225158: 1.0,  # NaCl 0.9%
     225828: 1.0,  # lactated Ringer's

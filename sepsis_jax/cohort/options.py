@@ -1,4 +1,4 @@
-"""What a cohort is made with: every choice that sources make differently has a name here."""
+"""Options of a cohort: one for every choice that published definitions make differently."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -45,7 +46,7 @@ class CohortOptions:
       extended_vasopressors: also count the newer phenylephrine items and angiotensin II, which
         mimic-code leaves out.
       vasopressor_dose: the "max" rate within a step or the "time-weighted" mean.
-      cap_vasopressors: bring implausible rates down to the cap of the drug (counted).
+      cap_vasopressors: reduce implausible rates to the cap of the drug (counted).
       base_excess: "keep" every sign, or "positive-only" as the reference system's scaler shows.
       gcs_intubated: "raw" charted parts (verbal 1 when intubated), or the "mimic-code" rule
         (a patient who cannot speak for a tube counts as 15).
@@ -137,7 +138,7 @@ class CohortOptions:
         """Threads in effect."""
         return self.threads or os.cpu_count() or 1
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonDict:
         """JSON-ready form."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["split"] = list(self.split)

@@ -1,4 +1,4 @@
-"""Who has Sepsis-3, and who is left after every exclusion.
+"""Sepsis-3 stays, and the number left after every exclusion.
 
 Definitions as in mimic-code: an antibiotic order with a culture, and a SOFA of at least 2 (worst
 of the last 24 h, hourly) from 48 h before to 24 h after the suspected infection.

@@ -1,4 +1,4 @@
-"""Where MIMIC-IV lies and how it is read: files in the official layout, or a DuckDB file.
+"""Sources of MIMIC-IV: files in the official layout, or a DuckDB file.
 
 Every needed table and column is found before any large file is read, and every column has an
 explicit type, so that nothing depends on what a reader guesses from the first rows.
@@ -10,14 +10,14 @@ import csv
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import duckdb
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
 _ID, _TIME, _TEXT, _NUMBER = "BIGINT", "TIMESTAMP", "VARCHAR", "DOUBLE"
@@ -142,9 +142,9 @@ def reading(table: RawTable) -> Iterator[None]:
         ) from None
 
 
-def describe_files(tables: dict[str, RawTable]) -> list[dict[str, Any]]:
+def describe_files(tables: dict[str, RawTable]) -> list[JsonDict]:
     """Name, size and a cheap hash (first and last MiB) of every input file."""
-    seen: dict[Path, dict[str, Any]] = {}
+    seen: dict[Path, JsonDict] = {}
     for table in tables.values():
         for file in table.files:
             if file not in seen:
@@ -159,7 +159,9 @@ def describe_files(tables: dict[str, RawTable]) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _file_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+def _file_finder(
+    connection: duckdb.DuckDBPyConnection, data: Path
+) -> Callable[[str, str], RawTable]:
     for module in TABLES:
         if not (data / module).is_dir():
             raise InputError(f"{data}: has no folder {module}/; {_HINT}")
@@ -205,7 +207,9 @@ def _parquet_table(
     return RawTable(name, str(place), reader, _columns(connection, reader, str(place)), parts)
 
 
-def _duckdb_finder(connection: duckdb.DuckDBPyConnection, data: Path):
+def _duckdb_finder(
+    connection: duckdb.DuckDBPyConnection, data: Path
+) -> Callable[[str, str], RawTable]:
     try:
         connection.execute(f"ATTACH {_quoted(str(data))} AS source (READ_ONLY)")
     except duckdb.Error as error:

@@ -16,6 +16,7 @@ import pandas as pd
 from sepsis_jax.cohort import charlson, items
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import RawTable, reading
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.errors import InputError
 
@@ -70,7 +71,7 @@ class Workspace:
         statuses = ["InvasiveVent"]
         if self.options.ventilation == "invasive-or-tracheostomy":
             statuses.append("Tracheostomy")
-        variables: dict[str, Any] = {
+        variables: JsonDict = {
             "step_seconds": self.options.step_hours * 3600,
             "mimic_code": self.options.mimic_code,
             "age": self.options.age,
@@ -250,7 +251,7 @@ def read_diagnoses(work: Workspace, tables: dict[str, RawTable]) -> None:
     )
 
 
-def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> dict[str, Any]:
+def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
     """Tables `vasoactive_rows` and `fluid_rows`; returns counts of what was set aside.
 
     Raises:
@@ -324,7 +325,7 @@ def _listed(numbers: Iterable[int]) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-def _unknown_units(work: Workspace, table: RawTable) -> list[dict[str, Any]]:
+def _unknown_units(work: Workspace, table: RawTable) -> list[JsonDict]:
     unknown = [
         {"column": column, "item": item, "unit": unit, "rows": rows}
         for column, item, unit, rows in work.rows(

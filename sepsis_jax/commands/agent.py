@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
+from sepsis_jax.runs import JsonDict
 
 app = typer.Typer(
     help="Let a language model treat simulated patients, and read what it did.",
@@ -89,7 +90,7 @@ def run(
         Path | None,
         typer.Option(
             "--episodes",
-            help="Recorded stays to start from, played on by --model; by default patients of the "
+            help="Recorded stays to start from, continued by --model; by default patients of the "
             "synthetic world.",
         ),
     ] = None,
@@ -128,7 +129,7 @@ def run(
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(AgentOptions, config, setting, source="--set")
-    flags: dict[str, Any] = {"patients": patients, "templates": templates, "seed": seed}
+    flags: JsonDict = {"patients": patients, "templates": templates, "seed": seed}
     options = replace(options, **{name: x for name, x in flags.items() if x is not None})
     chosen = BackendOptions(
         kind=backend, llm=llm, url=url, key_variable=key_variable, key_file=key_file,
@@ -215,7 +216,7 @@ def show(
         print_json(found)
 
 
-def _print_summary(found: dict[str, Any]) -> None:
+def _print_summary(found: JsonDict) -> None:
     rows = [(title, found[name]) for name, title in _SHOWN.items()]
     for kind in ("failures", "invalid"):
         rows += [(f"{kind}: {reason}", count) for reason, count in sorted(found[kind].items())]

@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from sepsis_jax.console import Json, Out, Seed, console, phases, print_json, print_table
+from sepsis_jax.runs import JsonDict
 
 OptionalModel = Annotated[
     Path | None,
     typer.Option(
-        "--model", help="World model to play; default: an untrained one of the published shape."
+        "--model", help="World model to simulate; default: an untrained one of the published shape."
     ),
 ]
 Precision = Annotated[
@@ -93,7 +94,7 @@ def bench(
         print_json({"out": str(out), **result})
 
 
-def _show(result: dict) -> None:
+def _show(result: JsonDict) -> None:
     print_table(
         "Branch-steps per second",
         ("", "branches", "median", "min", "max", "of peak", "compile s", "MB"),

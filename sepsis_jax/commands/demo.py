@@ -1,4 +1,4 @@
-"""`sepsis-jax demo`: everything once, small."""
+"""`sepsis-jax demo`: cohort, world model, futures and report, small."""
 
 from __future__ import annotations
 

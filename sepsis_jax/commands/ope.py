@@ -1,4 +1,4 @@
-"""`sepsis-jax ope`: off-policy evaluation, and how far to believe it."""
+"""`sepsis-jax ope`: off-policy evaluation with intervals and diagnostics."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def evaluate(
     ] = "recorded",
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="World model in which policies are played as well."),
+        typer.Option("--model", help="World model in which policies are simulated as well."),
     ] = None,
     config: Config = None,
     setting: Annotated[
@@ -70,7 +70,9 @@ def evaluate(
         return
     from dataclasses import replace
 
-    from sepsis_jax.pipelines.ope import HEADLINES, OPEOptions, evaluate_policies, records
+    from sepsis_jax.pipelines.ope import evaluate_policies
+    from sepsis_jax.pipelines.ope_estimates import OPEOptions
+    from sepsis_jax.report.ope import HEADLINES, records
     from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 

@@ -177,7 +177,7 @@ def export(
     split: Annotated[
         str, typer.Option("--split", help="train, validation, test or all.")
     ] = "train",
-    past: Annotated[int, typer.Option("--past", help="Rows that the features look back on.")] = 4,
+    past: Annotated[int, typer.Option("--past", help="Earlier rows in the features.")] = 4,
     json: Json = False,
 ) -> None:
     """Write recorded stays as a data set of another library for offline learning."""

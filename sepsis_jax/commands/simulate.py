@@ -21,6 +21,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
+from sepsis_jax.runs import JsonDict
 
 DEFAULT_PLANS = ["nothing=0,0", "fluids=0,3", "vasopressor=3,0", "both=3,3;2,1"]
 
@@ -160,7 +161,7 @@ def sweep(
     from sepsis_jax.pipelines.sweep_request import SweepOptions
     from worldmodel.configuration import resolve_config
 
-    flags: dict[str, Any] = {
+    flags: JsonDict = {
         "plans": tuple(plan) if plan else None, "policies": tuple(policy) if policy else None,
         "then": then, "every": every, "horizon": horizon, "samples": samples, "split": split,
         "seed": seed, **_start_rows(steps, every),
@@ -198,7 +199,7 @@ def sweep(
                     "plans": rows})  # fmt: skip
 
 
-def _start_rows(steps: str | None, every: int | None) -> dict[str, Any]:
+def _start_rows(steps: str | None, every: int | None) -> JsonDict:
     from worldmodel.errors import InputError
 
     if steps is None:
@@ -213,7 +214,7 @@ def _start_rows(steps: str | None, every: int | None) -> dict[str, Any]:
         raise InputError(f"--steps: got {steps!r}, expected such as 0,2,4, or all") from None
 
 
-def _show(summary: Any, groups: dict[str, Any]) -> None:
+def _show(summary: Any, groups: JsonDict) -> None:
     columns = {
         "mortality": "mortality_mean", "reward": "reward_mean", "MAP": "meanbp_mean",
         "lactate": "lactate_mean", "SOFA change": "sofa_change", "MAP < 65": "map_below_65",
@@ -230,7 +231,7 @@ def _show(summary: Any, groups: dict[str, Any]) -> None:
     )
 
 
-def _plain(summary: Any) -> list[dict[str, Any]]:
+def _plain(summary: Any) -> list[JsonDict]:
     """Rows with None for NaN."""
     return [
         {name: None if value != value else value for name, value in row.items()}

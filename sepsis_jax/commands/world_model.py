@@ -19,6 +19,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
+from sepsis_jax.runs import JsonDict
 
 app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
 
@@ -124,7 +125,7 @@ def export(model: Model, out: Out) -> None:
     console.print(f"written to {out}")
 
 
-def _show(metrics: dict) -> None:
+def _show(metrics: JsonDict) -> None:
     from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
     print_table(

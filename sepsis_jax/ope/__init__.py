@@ -1,9 +1,9 @@
-"""Off-policy evaluation: what would a policy be worth, judged from recorded stays?
+"""Off-policy evaluation: the value of a policy, estimated from recorded stays.
 
     table = evaluate(data, {"policy": probs}, key=jax.random.key(0))
 
 Every estimate comes with an interval, diagnostics and a verdict. Conventions, formulas and advice
-drawn from worlds where the truth is known: docs/ope.md.
+from synthetic data with known values: docs/ope.md.
 """
 
 from sepsis_jax.ope.data import InputPolicy, OPEData, check, from_episodes

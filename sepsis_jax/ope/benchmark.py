@@ -1,4 +1,4 @@
-"""Every estimator beside the truth, over many data sets.
+"""Benchmark of all estimators against true values, over many data sets.
 
 Two worlds: the synthetic patient (values by Monte Carlo, continuous state, confounding on a dial)
 and ICU-Sepsis (values by dynamic programming, discrete state). Target policies are mixtures of the
@@ -91,9 +91,13 @@ class Pool(NamedTuple):
 
 
 def _mixed(
-    share: jax.Array, better: jax.Array, habits: Any, key: jax.Array, observation: Observation
+    share: jax.Array,
+    better: jax.Array,
+    clinician: Any,
+    key: jax.Array,
+    observation: Observation,
 ) -> jax.Array:
-    visible = clinicians.probabilities(observation, jnp.zeros(()), habits)
+    visible = clinicians.probabilities(observation, jnp.zeros(()), clinician)
     other = jnp.where(better, titration(key, observation), random_policy(key, observation))
     return (1 - share) * visible + share * other
 
@@ -124,10 +128,10 @@ def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> It
         for name, policy in targets.items()
     }
     for dial in dict.fromkeys(options.confounding):
-        habits = replace(params.clinician, confounding=dial)
+        clinician = replace(params.clinician, confounding=dial)
         for repeats, first, stays in _parts(options, at_once):
             episodes, hidden = generate(
-                world_key, stays, params=replace(params, clinician=habits), keep_latent=False,
+                world_key, stays, params=replace(params, clinician=clinician), keep_latent=False,
                 first_patient=first,
             )  # fmt: skip
             behavior: Any = hidden.probabilities
@@ -218,7 +222,8 @@ class Sample(NamedTuple):
 
     def probs(self, policy: np.ndarray) -> np.ndarray:
         """[N, T, A] probabilities of a policy [S, A] along the stays."""
-        return policy[self.state].astype(np.float32)
+        found: np.ndarray = policy[self.state].astype(np.float32)
+        return found
 
 
 def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -> Sample:
@@ -229,7 +234,8 @@ def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -
 
     def draw(cumulative: np.ndarray) -> np.ndarray:
         total = cumulative[:, -1:]
-        return (cumulative < rng.random((len(cumulative), 1)) * total).sum(-1)
+        drawn: np.ndarray = (cumulative < rng.random((len(cumulative), 1)) * total).sum(-1)
+        return drawn
 
     shape = (stays, horizon)
     state, action = np.zeros(shape, np.int32), np.zeros(shape, np.int32)

@@ -111,7 +111,7 @@ def resample(
 
     Args:
       key: consumed.
-      batch: of the whole sample.
+      batch: all stays.
       table, widths: from `join`.
       names: E estimators.
       resamples: B.
@@ -175,4 +175,5 @@ def leave_one_out(
         means = ((total - rows) / (stays - 1)).reshape(policies, -1)
         return evaluate_means(split(means, widths), batch, names)
 
-    return jax.lax.map(without, table, batch_size=min(stays, 4096))
+    values: jax.Array = jax.lax.map(without, table, batch_size=min(stays, 4096))
+    return values

@@ -1,4 +1,4 @@
-"""What off-policy evaluation needs of recorded stays, and the checks that refuse flawed input."""
+"""Input of off-policy evaluation: recorded stays as arrays, and the checks of that input."""
 
 from __future__ import annotations
 
@@ -30,10 +30,12 @@ class OPEData:
 
     @property
     def num_stays(self) -> int:
+        """Number of stays N."""
         return self.reward.shape[0]
 
     @property
     def num_steps(self) -> int:
+        """Number of padded steps T."""
         return self.reward.shape[1]
 
     @property
@@ -43,7 +45,8 @@ class OPEData:
 
     def select(self, index: Any) -> OPEData:
         """The stays picked by an index array or boolean mask [N]."""
-        return jax.tree.map(lambda leaf: leaf[index], self)
+        selected: OPEData = jax.tree.map(lambda leaf: leaf[index], self)
+        return selected
 
     def returns(self, gamma: float = 1.0) -> jax.Array:
         """[N] sum_t gamma^t r_t."""
@@ -138,7 +141,7 @@ def pad(data: OPEData, steps: int) -> OPEData:
         widths = ((0, 0), (0, steps), *((0, 0),) * (leaf.ndim - 2))
         return jnp.pad(leaf, widths, constant_values=value)
 
-    padded = jax.tree.map(lambda leaf: more(leaf, 0), data)
+    padded: OPEData = jax.tree.map(lambda leaf: more(leaf, 0), data)
     return replace(padded, behavior_prob=more(data.behavior_prob, 1.0))
 
 
@@ -174,7 +177,8 @@ class Inspected(NamedTuple):
 
     def stays(self, index: np.ndarray) -> OPEData:
         """[n, T] fields of stays, trimmed; without features and `behavior_probs`."""
-        return jax.tree.map(lambda leaf: leaf[index, : self.steps], self.small)
+        trimmed: OPEData = jax.tree.map(lambda leaf: leaf[index, : self.steps], self.small)
+        return trimmed
 
 
 def inspect(

@@ -1,4 +1,4 @@
-"""Whether to believe an estimate: effective sample size, support, mean ratio, a verdict."""
+"""Diagnostics of estimates: effective sample size, support, mean ratio, a verdict."""
 
 from __future__ import annotations
 

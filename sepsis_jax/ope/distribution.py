@@ -45,12 +45,12 @@ def tail(
     mass, gain = jnp.split(jnp.moveaxis(running, 0, -1), [policies], 1)
     total = mass[..., -1]
 
-    def inside(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple:
+    def of_policy(which: jax.Array, drawn: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
         """Returns and drawn weights [n] in a slice of one resample and policy."""
         drawn = take(drawn, which, size) * fresh(stays, which, size)
         return take(returns, which, size), drawn * take(weight, which, size)
 
-    every = jax.vmap(jax.vmap(inside, (0, None, 0)), (0, 0, None))
+    every = jax.vmap(jax.vmap(of_policy, (0, None, 0)), (0, 0, None))
 
     def at(level: float) -> tuple[jax.Array, jax.Array]:
         goal = level * total  # [B, K]

@@ -63,11 +63,12 @@ def reach(weights: np.ndarray) -> np.ndarray:
 
 
 def with_magic(batch: Batch) -> Batch:
-    """The batch with its blend."""
+    """The batch with the weights of MAGIC's blended returns."""
     values, covariance = partial_returns(batch)
-    return batch.replace(  # type: ignore[attr-defined]
+    blended: Batch = batch.replace(  # type: ignore[attr-defined]
         magic=jnp.asarray(reach(blend(np.asarray(values), np.asarray(covariance))))
     )
+    return blended
 
 
 _LEAST = 1e-6  # behaviour probability in pi^2 / b of actions that were not taken
@@ -102,7 +103,9 @@ def fit_mrdr(
     x, taken = data.features, basis[data.action]
     behavior = jnp.maximum(data.behavior_probs, _LEAST)
 
-    def to_come(carry: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple:
+    def to_come(
+        carry: jax.Array, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         reward, rho = inputs
         total = reward + gamma * carry
         return rho * total, total
@@ -129,7 +132,7 @@ def fit_mrdr(
             size = right.size
             left = left.reshape(size, size)
             left += (ridge * jnp.trace(left) / size + 1e-12) * jnp.eye(size)
-            solution = jnp.linalg.solve(left, right.reshape(-1))
+            solution: jax.Array = jnp.linalg.solve(left, right.reshape(-1))
             return solution.reshape(right.shape)
 
         train = jnp.stack([(fold != f) | (folds == 1) for f in range(folds)]).astype(jnp.float32)
@@ -139,4 +142,5 @@ def fit_mrdr(
             q=(state * taken).sum(-1) * data.alive, v=(state * mean_action).sum(-1) * data.alive
         )
 
-    return jax.lax.map(of_policy, (probs, log_ratio))
+    found: Values = jax.lax.map(of_policy, (probs, log_ratio))
+    return found

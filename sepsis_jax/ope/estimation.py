@@ -225,11 +225,13 @@ def prepare(
         tables = [table.of(chosen, found.steps) for table in found.policies.values()]
         behavior = None if found.behavior is None else found.behavior.of(chosen, found.steps)
         data = found.stays(chosen).replace(behavior_probs=behavior)  # type: ignore[attr-defined]
-        return _of_stays(data, np.stack(tables, 1), clip=clip, support=support)
+        part: _Stay = _of_stays(data, np.stack(tables, 1), clip=clip, support=support)
+        return part
 
     parts: _Stay = in_blocks(of_block, len(index), min(BLOCK, len(index)))
     data = jax.tree.map(jnp.asarray, found.stays(index))
-    return _gather(data, parts, gamma=gamma, shrinkage=shrinkage)
+    found_batch: tuple[Batch, Diagnostics] = _gather(data, parts, gamma=gamma, shrinkage=shrinkage)
+    return found_batch
 
 
 @partial(jax.jit, static_argnames=("clip", "support"))

@@ -98,7 +98,7 @@ class Estimator:
     Attributes:
       blocks: names of the columns it needs.
       value: column means [..., K, S] by block, and the batch, to values [..., K].
-      needs: optional fields of `Batch` without which it cannot be had.
+      needs: optional fields of `Batch` that it requires.
       linear: the mean over stays of one number each, so bounds for means apply.
       weighted: leans on importance weights, so their diagnostics apply.
       modelled: leans on fitted values being right, so their check applies.

@@ -137,14 +137,14 @@ def _choose(estimators: Sequence[str] | None, batch: Batch) -> tuple[str, ...]:
         if "magic" in estimators:
             check_names(("wdr",), batch)
         return tuple(dict.fromkeys(estimators))
-    had = {
+    available = {
         field
         for field in ("values", "mrdr_values", "drug_log_weight", "marginal")
         if getattr(batch, field) is not None
     }
-    if "values" in had:
-        had.add("magic")
-    return tuple(name for name, entry in ESTIMATORS.items() if set(entry.needs) <= had)
+    if "values" in available:
+        available.add("magic")
+    return tuple(name for name, entry in ESTIMATORS.items() if set(entry.needs) <= available)
 
 
 def _table(

@@ -1,4 +1,4 @@
-"""What has to be learned before the fitted estimators can be had, in one place."""
+"""Fitted models that some estimators need: values, densities and weights."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class Fitted:
 
     def select(self, index: Any, steps: int) -> Fitted:
         """The stays picked by an index [N], cut to a number of steps."""
-        return jax.tree.map(lambda leaf: leaf[:, index, :steps], self)
+        selected: Fitted = jax.tree.map(lambda leaf: leaf[:, index, :steps], self)
+        return selected
 
     def into(self, batch: Batch) -> Batch:
         """The batch with these ingredients."""

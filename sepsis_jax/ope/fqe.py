@@ -135,7 +135,8 @@ def linear(
             v=(state * mean_action).sum(-1) * alive,
         )
 
-    return jax.lax.map(of_policy, probs)
+    found: Values = jax.lax.map(of_policy, probs)
+    return found
 
 
 @partial(jax.jit, static_argnames=("num_states", "gamma", "folds", "iterations"))
@@ -200,7 +201,8 @@ def tabular(
         stays = jnp.arange(data.num_stays)
         return Values(q[fold % folds, stays], v[fold % folds, stays])
 
-    return jax.lax.map(of_policy, probs)
+    found: Values = jax.lax.map(of_policy, probs)
+    return found
 
 
 def clinician_value(values: Values, k: int) -> float:
@@ -297,7 +299,8 @@ def fit_neural(
         target = rows["reward"] + gamma * value
         q = jnp.take_along_axis(_apply(one, rows["x"]), rows["action"][:, None], -1)[:, 0]
         used = (rows["train"] != f) | (folds == 1)
-        return (used * (q - target) ** 2).sum() / jnp.maximum(used.sum(), 1)
+        mean: jax.Array = (used * (q - target) ** 2).sum() / jnp.maximum(used.sum(), 1)
+        return mean
 
     def total(params: Any, slow: Any, policy: jax.Array, rows: Any) -> jax.Array:
         by_policy = jax.vmap(loss, (0, 0, None, 0, None))

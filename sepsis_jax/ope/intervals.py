@@ -73,13 +73,14 @@ def bca(
 
     def level(z: float) -> np.ndarray:
         shift = z0 + z
-        return stats.norm.cdf(z0 + shift / np.maximum(1 - acceleration * shift, 1e-3))
+        found: np.ndarray = stats.norm.cdf(z0 + shift / np.maximum(1 - acceleration * shift, 1e-3))
+        return found
 
     return _quantiles(resampled, level(stats.norm.ppf(alpha / 2)), level(stats.norm.isf(alpha / 2)))
 
 
 def _acceleration(left_out: np.ndarray) -> np.ndarray:
-    """sum d^3 / (6 (sum d^2)^1.5); 0 where nothing varies or a value is undefined."""
+    """Acceleration: sum d^3 / (6 (sum d^2)^1.5); 0 where nothing varies or a value is undefined."""
     defined = np.isfinite(left_out)
     values = np.where(defined, left_out, 0.0)
     mean = values.sum(0) / np.maximum(defined.sum(0), 1)
@@ -87,7 +88,8 @@ def _acceleration(left_out: np.ndarray) -> np.ndarray:
     top = np.abs(deviation).max(0)
     deviation = deviation / np.where(top > 0, top, 1.0)
     scale = np.maximum((deviation**2).sum(0), 1e-30) ** 1.5
-    return (deviation**3).sum(0) / (6 * scale)
+    found: np.ndarray = (deviation**3).sum(0) / (6 * scale)
+    return found
 
 
 def _quantiles(resampled: np.ndarray, low: np.ndarray, high: np.ndarray) -> Interval:
@@ -101,7 +103,8 @@ def _quantiles(resampled: np.ndarray, low: np.ndarray, high: np.ndarray) -> Inte
         right = np.minimum(left + 1, np.maximum(count - 1, 0))
         lower = np.take_along_axis(ordered, left[None], 0)[0]
         upper = np.take_along_axis(ordered, right[None], 0)[0]
-        return lower + (upper - lower) * (position - left)
+        found: np.ndarray = lower + (upper - lower) * (position - left)
+        return found
 
     return at(low), at(high)
 
@@ -121,7 +124,10 @@ def student_t(estimate: np.ndarray, influence: np.ndarray, alpha: float = 0.05) 
 def standard_error(influence: np.ndarray) -> np.ndarray:
     """Root of sum_i influence_i^2 / (N (N - 1)); for a mean, the usual s / sqrt(N)."""
     stays = len(influence)
-    return np.sqrt((np.asarray(influence, np.float64) ** 2).sum(0) / (stays * (stays - 1)))
+    found: np.ndarray = np.sqrt(
+        (np.asarray(influence, np.float64) ** 2).sum(0) / (stays * (stays - 1))
+    )
+    return found
 
 
 def empirical_bernstein(
@@ -198,7 +204,8 @@ def hcope_lower(
 
     def bound(sample: np.ndarray, c: float) -> float:
         y = np.minimum(sample, c)
-        return y.mean() - 7 * c * log / (3 * (n - 1)) - np.sqrt(2 * y.var(ddof=1) * log / n)
+        found: float = y.mean() - 7 * c * log / (3 * (n - 1)) - np.sqrt(2 * y.var(ddof=1) * log / n)
+        return found
 
     top = max(pilot.max(), 1e-12)
     c = max(np.geomspace(top * 1e-3, top * 1e3, 200), key=lambda c: bound(pilot, c))

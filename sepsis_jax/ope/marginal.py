@@ -1,11 +1,11 @@
-"""Marginal ratios: how much more often a policy is in a state at step t than the clinician.
+"""Marginal density ratios: visits of a state at step t by a policy over those by the clinician.
 
     omega_0 = 1,   omega_t+1(s') = E[omega_t(s_t) rho_t | s_t+1 = s', still in the unit],
     mu_t = omega_t(s_t) rho_t
 
 (Xie, Ma & Wang 2019). The expectation is a mean over visits of a discrete state, or a ridge
-regression on features, held at or above 0. Weights no longer multiply over the whole past, at the
-price of believing that the state is all that matters (Markov).
+regression on features, held at or above 0. Weights are not products over all earlier
+steps; in return the state is assumed to be Markov.
 """
 
 from __future__ import annotations
@@ -92,13 +92,14 @@ def _recurse(
     def of_fold(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         rho, used = inputs  # [N, T], [N]
 
-        def step(product: jax.Array, given: tuple) -> tuple[jax.Array, jax.Array]:
+        def step(product: jax.Array, given: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
             t, rho_t, alive = given
             ratio = jnp.where(t == 0, 1.0, regress(product, used, alive, t))
             mu = jnp.where(alive, ratio * rho_t, product)
             return mu, mu
 
         steps = (jnp.arange(data.num_steps), rho.T, data.alive.T)
+        mu: jax.Array
         _, mu = jax.lax.scan(step, jnp.ones(data.num_stays), steps)
         return mu.T
 
@@ -106,6 +107,8 @@ def _recurse(
         rho = jnp.exp(log_rho)
         train = jnp.stack([(fold != f) | (folds == 1) for f in range(folds)])
         every = jax.lax.map(lambda used: of_fold((rho, used)), train)
-        return every[fold % folds, stays]
+        chosen: jax.Array = every[fold % folds, stays]
+        return chosen
 
-    return jax.lax.map(of_policy, log_ratio)
+    found: jax.Array = jax.lax.map(of_policy, log_ratio)
+    return found

@@ -1,4 +1,4 @@
-"""Where target policies' action probabilities come from."""
+"""Action probabilities of target policies: built in, from tables, softened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def built_in(
     if behavior_probs is None:
         raise InputError(
             "policy 'clinician' needs the clinician's probabilities of all actions; give "
-            "--behavior as a table, or a model to fit"
+            "`behavior` as a table, or a model to fit"
         )
     return behavior_probs
 

@@ -1,4 +1,4 @@
-"""How far a conclusion holds: unmeasured confounding, and subgroups of patients."""
+"""Sensitivity analyses: unmeasured confounding, and subgroups of patients."""
 
 from __future__ import annotations
 

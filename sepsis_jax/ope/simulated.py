@@ -1,4 +1,4 @@
-"""World-model Monte Carlo: a policy's value by playing it out in the learned model.
+"""World-model Monte Carlo: a policy's value by simulating it in the learned model.
 
 V = mean over patients and noise of the total reward of rollouts from ICU admission. No importance
 weights, and no protection from the model's errors either: the spread over ensemble members is a
@@ -47,7 +47,7 @@ def simulated_value(
     """Plays the stays of `episodes` forward from admission under a policy.
 
     Args:
-      world_model: to play in; sample s runs in ensemble member s mod E.
+      world_model: to simulate in; sample s runs in ensemble member s mod E.
       key: of the noise; the same key gives every policy the same noise.
       episodes: whose first rows are the starts.
       policy: `(key, observation) -> [25]`, traced into the rollout.
@@ -56,7 +56,7 @@ def simulated_value(
       block: patients per call; bounds the memory, changes no number.
     """
 
-    def play(rows: np.ndarray) -> jax.Array:
+    def simulate(rows: np.ndarray) -> jax.Array:
         start = start_history(world_model, episodes.select(rows), 0)
         futures = rollout(
             world_model, key, start, policy, horizon=horizon, samples=samples, features=()
@@ -64,7 +64,7 @@ def simulated_value(
         return futures.total_reward[:, 0]
 
     count = episodes.num_stays
-    total = in_blocks(play, count, min(block, count)).astype(np.float64)  # [N, S]
+    total = in_blocks(simulate, count, min(block, count)).astype(np.float64)  # [N, S]
     by_patient = total.mean(1)
     members = total.reshape(len(total), -1, world_model.num_members).mean((0, 1))
     error = by_patient.std(ddof=1) / np.sqrt(len(by_patient)) if len(by_patient) > 1 else np.nan

@@ -134,13 +134,13 @@ def drug_weights(data: OPEData, target_probs: jax.Array, clip: Clip | None = Non
 
 
 def linear(log_weight: jax.Array) -> jax.Array:
-    """exp, held within exp(+-`LOG_LIMIT`) so that no sum overflows; weight 0 stays 0."""
+    """Weights, limited to exp(+-`LOG_LIMIT`) so that no sum overflows; weight 0 stays 0."""
     held = jnp.exp(jnp.clip(log_weight, -LOG_LIMIT, LOG_LIMIT))
     return jnp.where(jnp.isneginf(log_weight), 0.0, held)
 
 
 def scaled(log_weight: jax.Array, axis: int = -2) -> jax.Array:
-    """exp after subtracting the largest along `axis`: for normalised weights, never overflows."""
+    """Weights divided by the largest along `axis`, for self-normalised estimators."""
     top = jnp.max(log_weight, axis, keepdims=True)
     return jnp.exp(log_weight - jnp.where(jnp.isneginf(top), 0.0, top))
 

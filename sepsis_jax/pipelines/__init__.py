@@ -1,1 +1,1 @@
-"""Jobs that go through the whole house."""
+"""Pipelines behind the commands: they read files, compute and write files."""

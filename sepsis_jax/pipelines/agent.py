@@ -21,7 +21,7 @@ from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
-from sepsis_jax.runs import Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
@@ -66,13 +66,11 @@ class BackendOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise InputError(f"--backend: got {self.kind!r}, expected one of {', '.join(KINDS)}")
+            raise InputError(f"backend: got {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.kind != SCRIPTED and not self.llm:
-            raise InputError("--llm: name the model's folder, or the endpoint's name of it")
+            raise InputError("llm: name the model's folder, or its name at the endpoint")
         if self.kind in (VLLM, OPENAI) and not self.url:
-            raise InputError(
-                f"--url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1"
-            )
+            raise InputError(f"url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1")
 
 
 def open_backend(options: BackendOptions) -> Backend:
@@ -117,14 +115,14 @@ def endpoint(options: BackendOptions) -> Any:
     )
 
 
-def _parameters(texts: tuple[str, ...]) -> dict[str, Any]:
+def _parameters(texts: tuple[str, ...]) -> JsonDict:
     import yaml
 
     found = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
-            raise InputError(f"--extra: {text!r} is not NAME=VALUE")
+            raise InputError(f"extra: {text!r} is not NAME=VALUE")
         found[name] = yaml.safe_load(value)
     return found
 
@@ -141,7 +139,7 @@ class AgentOptions:
     Attributes:
       patients: synthetic patients, or at most so many recorded stays; None takes all of these.
       split: of recorded stays: train, validation, test or all.
-      max_steps: decisions per stay at most; None plays to the end.
+      max_steps: decisions per stay at most; None for no limit.
       mode: "corrected", or "reference" for SepsisAgent's rules.
       follow_record: recorded rows follow as long as the agent gives what was given.
       templates: "full", "compact", or a folder of templates.
@@ -188,7 +186,7 @@ class _Unit:
     patients: np.ndarray  # [N] int32 identities
     keys: jax.Array  # [N]
     stays: np.ndarray | None  # [N] indices of recorded stays
-    real: dict[int, dict[str, Any]]  # recorded courses by patient
+    real: dict[int, JsonDict]  # recorded courses by patient
 
     def pool(self, forecaster: Forecaster | None, slots: np.ndarray) -> EnvPool:
         """Some of the patients, at the start."""
@@ -207,7 +205,7 @@ def run_agent(
     behavior: Path | None = None,
     resume: bool = False,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Treats all patients; writes records.jsonl, summary.json and a manifest.
 
     Args:
@@ -219,7 +217,7 @@ def run_agent(
         synthetic world.
       behavior: cloned clinician, for warnings where a treatment has no support.
       resume: go on with what an earlier run of the same request left.
-      progress: told of stays that ended.
+      progress: called when stays end.
 
     Returns:
       The summary, as `policy.agent.summary.summarize`.
@@ -228,7 +226,7 @@ def run_agent(
       InputError: inputs that cannot be read or do not fit, or a folder in the way.
     """
     if episodes is not None and model is None:
-        raise InputError("--model: recorded stays live in a world model; name one")
+        raise InputError("model: recorded stays are simulated in a world model; name one")
     world_model = None if model is None else load_world_model(model)
     forecaster = None
     if world_model is not None:
@@ -344,7 +342,7 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
     return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))
 
 
-def _recorded_courses(episodes: Episodes) -> dict[int, dict[str, Any]]:
+def _recorded_courses(episodes: Episodes) -> dict[int, JsonDict]:
     rewards = np.asarray(episode_rewards(episodes)).sum(1)
     found = {}
     for i, stay in enumerate(np.asarray(episodes.stay_id).tolist()):

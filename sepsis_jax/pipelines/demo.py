@@ -1,4 +1,4 @@
-"""The whole slice in one call: cohort, world model, futures, report."""
+"""The demo: cohort, world model, futures and report in one call."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from sepsis_jax.report.html import (
     state_rows,
     write_page,
 )
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
@@ -54,7 +54,7 @@ def run_demo(
     seed: int = 0,
     say: Phase = print,
     training_progress: EpochProgress | None = None,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Runs everything and writes `out/report.html` beside the parts.
 
     Args:
@@ -65,7 +65,7 @@ def run_demo(
       samples: futures per plan.
       config: of training; None for settings that fit the size of the cohort.
       seed: of every random choice.
-      say: told of each part as it begins.
+      say: called with the name of each part as it begins.
       training_progress: called after each epoch.
 
     Returns:
@@ -95,7 +95,7 @@ def run_demo(
     speed = rollout_speed(trained.world_model, test, stay)
     sections = [cohort_section, _model_section(trained.metrics, out)]
     sections.append(_futures_section(outcomes, stay, samples, speed, out))
-    summary: dict[str, Any] = {
+    summary: JsonDict = {
         "stays": episodes.num_stays,
         **world_model.summary(trained.metrics),
         "branch_steps_per_second": speed,
@@ -170,7 +170,7 @@ def _make_cohort(path: Path, data: str | Path | None, patients: int, seed: int) 
     )
 
 
-def _model_section(metrics: dict[str, Any], out: Path) -> Section:
+def _model_section(metrics: JsonDict, out: Path) -> Section:
     title = f"{metrics['split']} split: {metrics['stays']} stays, {metrics['transitions']} steps"
     return Section(
         "World model",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from policy.offline.data import write_d3rlpy, write_minari
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes, load_scaler, save_episodes
 from worldmodel.episodes import Episodes
@@ -27,7 +26,7 @@ def make_synthetic_cohort(
     confounding: float = 0.0,
     seed: int = 0,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Generates patients and writes them as a folder of episodes.
 
     Args:
@@ -108,7 +107,7 @@ def export_transitions(
       out: file (d3rlpy) or folder (minari) to write.
       form: one of `WRITERS`.
       split: "train", "validation", "test" or "all".
-      past: rows that the observations look back on.
+      past: earlier rows in each observation.
       progress: called with (phase, share done).
 
     Returns:
@@ -118,7 +117,7 @@ def export_transitions(
       InputError: an unknown format or split, or something is in the way.
     """
     if form not in WRITERS:
-        raise InputError(f"--format: got {form!r}, expected one of {', '.join(WRITERS)}")
+        raise InputError(f"format: got {form!r}, expected one of {', '.join(WRITERS)}")
     progress("reading", 0.0)
     episodes, _ = of_split(load_episodes(episodes_path), split)
     progress(form, 0.3)

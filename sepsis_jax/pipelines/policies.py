@@ -94,24 +94,24 @@ class Trained(NamedTuple):
 
 
 def train_offline_policy(
-    episodes: Episodes, scaler: Scaler, config: OfflineConfig, told: Progress = silent
+    episodes: Episodes, scaler: Scaler, config: OfflineConfig, progress: Progress = silent
 ) -> Trained:
     """Offline reinforcement learning on the training split."""
     recorded = transitions(episodes.of_split("train"), scaler, past=config.past)
 
-    def progress(done: int, total: int, loss: float) -> None:
-        told(f"{config.algorithm}, loss {loss:.3g}", done / total)
+    def update(done: int, total: int, loss: float) -> None:
+        progress(f"{config.algorithm}, loss {loss:.3g}", done / total)
 
-    learned = train_offline(recorded, scaler, config, progress=progress)
+    learned = train_offline(recorded, scaler, config, progress=update)
     records = learned.losses.shape[1]
     losses = pd.DataFrame(learned.losses.T, columns=[f"seed {s}" for s in range(config.seeds)])
     losses.insert(0, "update", (np.arange(records) + 1) * config.updates // records)
     return Trained(learned.policy, losses)
 
 
-def fit_clone(episodes: Episodes, config: CloneConfig, told: Progress = silent) -> Trained:
+def fit_clone(episodes: Episodes, config: CloneConfig, progress: Progress = silent) -> Trained:
     """A clone of the clinician, calibrated on the validation split."""
-    told(f"clinician, {config.model}", 0.0)
+    progress(f"clinician, {config.model}", 0.0)
     key = jax.random.key(config.seed)
     fit = fit_behavior(key, episodes, models=(config.model,), config=config.fit)[0]
     return Trained(fit.policy, fit=fit)
@@ -123,10 +123,10 @@ def make_planner(
     critic: Policy,
     clone: Policy,
     config: PlannerConfig,
-    told: Progress = silent,
+    progress: Progress = silent,
 ) -> Trained:
     """A planner whose advantage is learned from the training split."""
-    told("planner", 0.0)
+    progress("planner", 0.0)
     return Trained(fit_planner(episodes, world_model, of_iql(critic), clone, config))
 
 
@@ -137,7 +137,7 @@ def of_iql(policy: Policy) -> OfflinePolicy:
       InputError: it was not trained by implicit Q-learning.
     """
     if not isinstance(policy, OfflinePolicy) or policy.config.algorithm != "iql":
-        raise InputError("--critic: expected a policy of `sepsis-jax policy train --method iql`")
+        raise InputError("critic: expected a policy trained by method iql")
     return policy
 
 
@@ -146,15 +146,15 @@ def optimise(
     scaler: Scaler,
     options: PPOOptions,
     start: OfflinePolicy | None = None,
-    told: Progress = silent,
+    progress: Progress = silent,
 ) -> Trained:
     """PPO in an environment, from a policy or from nothing."""
 
-    def progress(done: int, total: int, value: float) -> None:
-        told(f"ppo, return {value:.3g}", done / total)
+    def update(done: int, total: int, value: float) -> None:
+        progress(f"ppo, return {value:.3g}", done / total)
 
     policy, history = train_ppo(
-        jax.random.key(options.seed), env, scaler, options.ppo, start=start, progress=progress
+        jax.random.key(options.seed), env, scaler, options.ppo, start=start, progress=update
     )
     course = pd.DataFrame(history._asdict())
     course.insert(0, "update", np.arange(len(course)) + 1)
@@ -184,13 +184,3 @@ def with_algorithm(config: OfflineConfig, method: str) -> OfflineConfig:
 def patients_per_call(policy: Policy | None) -> int:
     """In a simulation; a planner asks the world model about 25 actions per patient and step."""
     return 128 if isinstance(policy, Planner) else 1024
-
-
-def find_policy(text: str) -> tuple[str, Policy | None]:
-    """The policy that a user named, as `policy.registry.find`."""
-    return registry.find(text, source="--policy")
-
-
-def find_policies(texts: list[str]) -> dict[str, Policy | None]:
-    """The policies that a user named, as `policy.registry.find_all`."""
-    return registry.find_all(texts, source="--policy")

@@ -40,7 +40,7 @@ from sepsis_jax.pipelines.policy_values import (
     value_table,
 )
 from sepsis_jax.report.policies import write_comparison
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import (
     EPISODES_FILE,
@@ -71,7 +71,7 @@ class ComparisonOptions:
     """Settings of a comparison.
 
     Attributes:
-      methods: what is trained beside the clone: offline methods, "planner", "ppo"; PPO plays in
+      methods: trained beside the clone: offline methods, "planner", "ppo"; PPO is trained in
         the true world and is left out without it.
       patients: fresh patients of the synthetic world, or most test stays in a world model.
       samples: futures per stay in a world model; 0 for one per ensemble member.
@@ -201,7 +201,7 @@ def compare_policies(
 
 def _world(
     path: Path,
-    manifest: dict[str, Any],
+    manifest: JsonDict,
     episodes: Episodes,
     world_model: WorldModel,
     options: ComparisonOptions,
@@ -211,7 +211,10 @@ def _world(
     if truth:
         made = manifest.get("options", {})
         if manifest.get("source", SOURCE) != SOURCE:
-            raise InputError(f"--truth: {path} comes from {manifest['source']}; use --no-truth")
+            raise InputError(
+                f"truth: {path} comes from {manifest['source']}; only synthetic patients have a "
+                "truth"
+            )
         if made.get("seed") == options.seed:
             raise InputError(
                 f"seed: {options.seed} made the episodes too; choose another for fresh patients"
@@ -237,20 +240,20 @@ def _train_all(
     others = [name for name in (PLANNER, PPO) if name in options.methods]
     jobs, done = 1 + len(offline) + len(others), 0
 
-    def told(what: str, share: float) -> None:
+    def report(what: str, share: float) -> None:
         progress(what, 0.02 + 0.58 * (done + share) / jobs)
 
     episodes, scaler = shop.episodes, shop.scaler
     policies: dict[str, Policy | None] = {CLINICIAN: None}
     policies |= {name: make() for name, make in SIMPLE.items()}
-    clone = shop.make(CLONE, options.clone, {}, lambda: fit_clone(episodes, options.clone, told))
+    clone = shop.make(CLONE, options.clone, {}, lambda: fit_clone(episodes, options.clone, report))
     policies[CLONE] = clone
     for name in offline:
         done += 1
         config = options.of(name)
         policies[name] = shop.make(
             name, config, {},
-            lambda config=config: train_offline_policy(episodes, scaler, config, told),
+            lambda config=config: train_offline_policy(episodes, scaler, config, report),
         )  # fmt: skip
     if PLANNER in others:
         done += 1
@@ -262,7 +265,7 @@ def _train_all(
         }
         policies[PLANNER] = shop.make(
             PLANNER, options.planner, inputs,
-            lambda: make_planner(episodes, world_model, critic, clone, options.planner, told),
+            lambda: make_planner(episodes, world_model, critic, clone, options.planner, report),
         )  # fmt: skip
     if PPO in others and isinstance(world, TrueWorld):
         done += 1
@@ -272,6 +275,6 @@ def _train_all(
             "start": fingerprint("iql", options.of("iql")), "confounding": str(world.confounding)
         }  # fmt: skip
         policies[PPO] = shop.make(
-            PPO, options.ppo, inputs, lambda: optimise(env, scaler, options.ppo, start, told)
+            PPO, options.ppo, inputs, lambda: optimise(env, scaler, options.ppo, start, report)
         )
     return policies

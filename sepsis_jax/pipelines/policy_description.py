@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
+from policy import registry
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from sepsis_jax.pipelines.episodes import of_split
-from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, find_policies, fit_clone
+from sepsis_jax.pipelines.policies import CLINICIAN, CloneConfig, fit_clone
 from sepsis_jax.pipelines.policy_values import RATES, prescribed_rates, simulated_rates, taken
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
 from worldmodel.episodes import Episodes
@@ -54,25 +54,30 @@ def describe_policies(
     """
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)
-    policies = find_policies(policy)
+    policies = registry.find_all(policy)
     progress("reading", 0.0)
-    everyone = load_episodes(episodes_path)
-    episodes, _ = of_split(everyone, split)
+    all_stays = load_episodes(episodes_path)
+    episodes, _ = of_split(all_stays, split)
     step_hours = float(load_manifest(episodes_path)["step_hours"])
     dose_edges = load_dose_edges(episodes_path)
     progress("clinician", 0.1)
     if clinician is None:
-        clone = fit_clone(everyone, replace(CloneConfig(), seed=seed)).policy
+        clone = fit_clone(all_stays, replace(CloneConfig(), seed=seed)).policy
     else:
         clone = load_policy(clinician)
-    habit = clone.action_probs(episodes)
+    clinician_probs = clone.action_probs(episodes)
     names = [CLINICIAN, *(name for name in policies if name != CLINICIAN)]
     rows, shares = [], {}
     for number, name in enumerate(names):
         progress(name, 0.4 + 0.5 * number / len(names))
         key = jax.random.fold_in(jax.random.key(seed), number)
         row, share = _describe(
-            key, policies.get(name), episodes, habit, step_hours=step_hours, dose_edges=dose_edges
+            key,
+            policies.get(name),
+            episodes,
+            clinician_probs,
+            step_hours=step_hours,
+            dose_edges=dose_edges,
         )
         rows.append({"policy": name, **row})
         shares[name] = share
@@ -92,7 +97,7 @@ def _describe(
     key: jax.Array,
     policy: Policy | None,
     episodes: Episodes,
-    habit: np.ndarray,
+    clinician_probs: np.ndarray,
     *,
     step_hours: float,
     dose_edges: schema.DoseEdges,
@@ -108,7 +113,7 @@ def _describe(
         rates = prescribed_rates(
             key_draw, episodes, probs, step_hours=step_hours, dose_edges=dose_edges
         )
-    row = _agreement(probs, habit, episodes)
+    row = _agreement(probs, clinician_probs, episodes)
     if policy is None:
         row |= {"entropy": np.nan, "kl": np.nan}  # one action was taken, whatever else was likely
     row |= {rate: rates[rate] for rate in RATES}
@@ -119,10 +124,12 @@ def _describe(
     return row, share
 
 
-def _agreement(probs: np.ndarray, habit: np.ndarray, episodes: Episodes) -> dict[str, float]:
+def _agreement(
+    probs: np.ndarray, clinician_probs: np.ndarray, episodes: Episodes
+) -> dict[str, float]:
     """With the actions taken (percent) and, in nats, with the clone's probabilities."""
     valid = np.asarray(episodes.valid)
-    rows, clone = probs[valid].astype(np.float64), habit[valid].astype(np.float64)
+    rows, clone = probs[valid].astype(np.float64), clinician_probs[valid].astype(np.float64)
     action = np.asarray(episodes.action)[valid]
     log = np.log(np.maximum(rows, _LEAST))
     chosen = rows[np.arange(len(rows)), action]
@@ -143,7 +150,7 @@ _TEXT = (
 
 
 def _write(
-    out: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: dict[str, Any]
+    out: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: JsonDict
 ) -> None:
     others = {name: share for name, share in shares.items() if name != CLINICIAN}
     with atomic_folder(out, marker=MARKER) as folder:

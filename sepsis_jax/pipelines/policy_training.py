@@ -34,7 +34,7 @@ from sepsis_jax.report.policies import (
     course_figure,
     reliability_figure,
 )
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
 from worldmodel.episodes import Episodes
@@ -53,7 +53,7 @@ def train_policy(
     critic: str | Path | None = None,
     clinician: str | Path | None = None,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Trains one policy on the training split and writes it with its pictures.
 
     Args:
@@ -74,16 +74,16 @@ def train_policy(
       InputError: an input is missing or is not what the method needs.
     """
     if method not in METHODS:
-        raise InputError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
+        raise InputError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
     if method in ("planner", "ppo") and model is None:
-        raise InputError(f"--model: {method} needs a world model; see sepsis-jax world-model train")
+        raise InputError(f"model: {method} needs a world model; see sepsis-jax world-model train")
     for option, given, users in (
-        ("--model", model, ("planner", "ppo")),
-        ("--critic", critic, ("planner", "ppo")),
-        ("--clinician", clinician, ("planner",)),
+        ("model", model, ("planner", "ppo")),
+        ("critic", critic, ("planner", "ppo")),
+        ("clinician", clinician, ("planner",)),
     ):
         if given is not None and method not in users:
-            raise InputError(f"{option}: only for --method {' and '.join(users)}")
+            raise InputError(f"{option}: only for method {' and '.join(users)}")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)
@@ -95,29 +95,29 @@ def train_policy(
         config = with_algorithm(config, method)
     start = None if critic is None else of_iql(load_policy(critic))
 
-    def told(what: str, share: float) -> None:
+    def report(what: str, share: float) -> None:
         progress(what, 0.05 + 0.85 * share)
 
     if method in OFFLINE:
-        trained = train_offline_policy(episodes, scaler, config, told)
+        trained = train_offline_policy(episodes, scaler, config, report)
     elif method == CLINICIAN:
-        trained = fit_clone(episodes, config, told)
+        trained = fit_clone(episodes, config, report)
     else:
         assert world_model is not None
         if isinstance(config, PPOOptions):
             env = SepsisEnv.learned(world_model, episodes.of_split("train"), past=config.ppo.past)
-            trained = optimise(env, scaler, config, start, told)
+            trained = optimise(env, scaler, config, start, report)
         else:
             assert isinstance(config, PlannerOptions)
             if start is None:
                 settings = with_algorithm(config.critic, "iql")
-                start = of_iql(train_offline_policy(episodes, scaler, settings, told).policy)
+                start = of_iql(train_offline_policy(episodes, scaler, settings, report).policy)
             clone: Policy
             if clinician is None:
-                clone = fit_clone(episodes, config.clone, told).policy
+                clone = fit_clone(episodes, config.clone, report).policy
             else:
                 clone = load_policy(clinician)
-            trained = make_planner(episodes, world_model, start, clone, config.search, told)
+            trained = make_planner(episodes, world_model, start, clone, config.search, report)
     inputs = {
         "episodes": digest_file(episodes_path / EPISODES_FILE),
         **{
@@ -138,8 +138,8 @@ def write_policy(
     config: Any,
     inputs: dict[str, str | None],
     episodes: Episodes,
-) -> dict[str, Any]:
-    """Writes a policy with its record and pictures; the folder appears whole.
+) -> JsonDict:
+    """Writes a policy with its record and pictures; the folder is written atomically.
 
     Args:
       out: folder to write.
@@ -183,7 +183,7 @@ def write_policy(
     return record
 
 
-def _facts(trained: Trained) -> dict[str, Any]:
+def _facts(trained: Trained) -> JsonDict:
     if trained.fit is not None:
         return {"report": trained.fit.report}
     if trained.losses is not None:

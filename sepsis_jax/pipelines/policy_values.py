@@ -6,7 +6,7 @@ In the synthetic world values are true values, else those of a world model.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import simulated_value
 from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.report.policies import action_shares
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.reward import episode_rewards
@@ -40,7 +41,7 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class TrueWorld:
-    """Fresh patients of the synthetic world; the same for every policy, luck included."""
+    """Fresh synthetic patients, the same for every policy, with the same random numbers."""
 
     patients: int
     seed: int
@@ -70,7 +71,7 @@ class TrueWorld:
 
 @dataclass(frozen=True, eq=False)
 class ModelWorld:
-    """Recorded patients played forward in a world model; rates on the recorded states."""
+    """Recorded patients simulated in a world model; rates on the recorded states."""
 
     world_model: WorldModel
     episodes: Episodes
@@ -105,7 +106,8 @@ class ModelWorld:
 
 def recorded_returns(episodes: Episodes) -> np.ndarray:
     """[N] undiscounted total reward of recorded stays."""
-    return np.asarray(episode_rewards(episodes), np.float64).sum(1)
+    total: np.ndarray = np.asarray(episode_rewards(episodes), np.float64).sum(1)
+    return total
 
 
 def typical_horizon(episodes: Episodes) -> int:
@@ -135,17 +137,17 @@ def value_table(
         raise InputError(f"comparison: the baseline {baseline} is missing")
     values = {name: float(found.total.mean()) for name, found in outcomes.items()}
     offline = [name for name in outcomes if kinds[name] == "offline"]
-    rival = max(offline, key=values.__getitem__) if offline else None
+    best_offline = max(offline, key=values.__getitem__) if offline else None
     gap = np.nan if best is None else values[best] - values[baseline]
     gap = gap if gap > 0 else np.nan  # nothing to close
     rows = []
     for name, found in outcomes.items():
-        row: dict[str, Any] = {"policy": name, "kind": kinds[name]}
+        row: JsonDict = {"policy": name, "kind": kinds[name]}
         total = mean_of(found.total)
         row |= {"value": total.value, "low": total.low, "high": total.high, "value_se": total.se}
         row |= _against("less_clinician", found, outcomes[baseline], same=name == baseline)
-        rival_found = None if rival is None else outcomes[rival]
-        row |= _against("less_best_offline", found, rival_found, same=name == rival)
+        best_offline_outcome = None if best_offline is None else outcomes[best_offline]
+        row |= _against("less_best_offline", found, best_offline_outcome, same=name == best_offline)
         row["gap_closed"] = 100.0 * (values[name] - values[baseline]) / gap
         died = None if found.died is None else mean_of(found.died.astype(np.float64))
         row["mortality"] = np.nan if died is None else 100.0 * died.value
@@ -154,7 +156,7 @@ def value_table(
         row |= {rate: found.rates[rate] for rate in RATES}
         rows.append(row)
     table = pd.DataFrame(rows)
-    table.attrs = {"best_offline": rival, "baseline": baseline, "best": best}
+    table.attrs = {"best_offline": best_offline, "baseline": baseline, "best": best}
     return table
 
 
@@ -195,7 +197,7 @@ def prescribed_rates(
       episodes: the recorded stays.
       probs: [N, T, 25] of the policy.
       step_hours: hours per step.
-      dose_edges: whose middle doses the fluid levels stand for.
+      dose_edges: edges whose middle doses represent the fluid levels.
     """
     valid = np.asarray(episodes.valid)
     draws = 1 if (probs[valid].max(-1) > 1 - 1e-6).all() else _DRAWS
@@ -230,4 +232,5 @@ def prescribed_rates(
 
 def taken(episodes: Episodes) -> np.ndarray:
     """[N, T, 25] one-hot actions that were taken."""
-    return np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
+    one_hot: np.ndarray = np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
+    return one_hot

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 import pandas as pd
 
 from sepsis_jax.report.figures import fan_chart
-from sepsis_jax.runs import provenance
+from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -41,7 +40,7 @@ def simulate_patient(
     """Simulates one stay and writes fan_chart.png, trajectories.csv, outcomes.csv, manifest.json.
 
     Args:
-      world_model: to play in.
+      world_model: to simulate in.
       episodes: where the stay is.
       out: folder to write.
       stay_id: which stay; None for the first one with enough steps, for the clinician's plan
@@ -76,8 +75,8 @@ def simulate_patient(
         mode=mode,
     )
     hours = world_model.step_hours * (step + np.arange(horizon + 1))
-    past = _recorded(world_model, stay, step, horizon)
-    at_start = past[past["hour"] == hours[0]].iloc[0]
+    recorded = _recorded(world_model, stay, step, horizon)
+    at_start = recorded[recorded["hour"] == hours[0]].iloc[0]
     table = trajectory_table(rollouts, parsed, hours, at_start)
     outcomes = outcome_table(rollouts, parsed)
     identity = int(stay.stay_id[0])
@@ -88,7 +87,7 @@ def simulate_patient(
             f"stay {identity} from hour {hours[0]:g}: {samples} simulated futures per plan "
             "(median, 50% and 90%); black: recorded.  Not for clinical use."
         )
-        fan_chart(table, outcomes, past, title, folder / "fan_chart.png")
+        fan_chart(table, outcomes, recorded, title, folder / "fan_chart.png")
         plan_actions = {plan.name: plan.actions.tolist() for plan in parsed}
         write_json(
             folder / "manifest.json",
@@ -136,7 +135,7 @@ def trajectory_table(
     """
     series = {name: np.asarray(rollouts.feature(name)[0]) for name in rollouts.features}
     series |= {"sofa": np.asarray(rollouts.sofa[0])}
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonDict] = []
     for k, plan in enumerate(plans):
         for name, values in series.items():
             unit = "points" if name == "sofa" else schema.FEATURES[schema.INDEX[name]].unit

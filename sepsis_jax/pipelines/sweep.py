@@ -18,7 +18,7 @@ from policy.base import Policy
 from sepsis_jax.pipelines.sweep_folder import Shard, SweepFolder
 from sepsis_jax.pipelines.sweep_request import Sweep, SweepOptions, load_sweep
 from sepsis_jax.report.figures import sweep_figure
-from sepsis_jax.runs import Progress, silent
+from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.files import atomic_file
@@ -40,7 +40,7 @@ class SweepResult(NamedTuple):
     missing: int  # that no host has written yet
     branch_steps: int  # simulated by this run
     seconds: float  # of simulation
-    groups: dict[str, Any]  # of the manifest
+    groups: JsonDict  # of the manifest
 
 
 def run_sweep(
@@ -79,12 +79,12 @@ def run_sweep(
     folder = SweepFolder(Path(out), sweep.grid)
     todo = folder.begin(sweep.manifest, shard or Shard(), resume=resume)
     total = sum(map(sweep.grid.branch_steps, todo))
-    told = _Teller(progress, len(todo), total)
-    sharded_rollouts = _ShardedRollouts(sweep)
+    progress_log = _ProgressLog(progress, len(todo), total)
+    rollouts = _RolloutCache(sweep)
     for block in todo:
-        folder.write(block, block_table(sweep, sharded_rollouts, block))
-        told.block(sweep.grid.branch_steps(block))
-    seconds = told.seconds()
+        folder.write(block, block_table(sweep, rollouts, block))
+        progress_log.block(sweep.grid.branch_steps(block))
+    seconds = progress_log.seconds()
     missing = folder.missing()
     summary = None
     if not missing:
@@ -94,7 +94,7 @@ def run_sweep(
     return SweepResult(summary, len(todo), missing, total, seconds, sweep.manifest["groups"])
 
 
-class _ShardedRollouts:
+class _RolloutCache:
     """The program of each section, compiled when it is first needed."""
 
     def __init__(self, sweep: Sweep):
@@ -123,7 +123,7 @@ class _ShardedRollouts:
         return self._found[key]
 
 
-def block_table(sweep: Sweep, sharded_rollouts: _ShardedRollouts, block: Block) -> pa.Table:
+def block_table(sweep: Sweep, rollouts: _RolloutCache, block: Block) -> pa.Table:
     """Plays a block: one row per group, start by start."""
     options, world_model = sweep.options, sweep.world_model
     section = sweep.grid.sections[block.section]
@@ -139,7 +139,7 @@ def block_table(sweep: Sweep, sharded_rollouts: _ShardedRollouts, block: Block) 
         filled, within = plans_from(actions, chosen, own, step)
         plans = jnp.asarray(filled)
     summary = rollout_block(
-        sharded_rollouts.of(block.section),
+        rollouts.of(block.section),
         jax.random.key(options.seed),
         start,
         plans,
@@ -202,12 +202,13 @@ def _probs(policy: Policy, episodes: Episodes, step: np.ndarray) -> np.ndarray:
 @partial(jax.jit, static_argnames="past")
 def _jitted_probs(policy: Any, episodes: Episodes, step: jax.Array, *, past: int) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), step.shape[0])
-    return jax.vmap(policy)(
+    probs: jax.Array = jax.vmap(policy)(
         keys, observation_at(episodes, jnp.arange(step.shape[0]), step, past=past)
     )
+    return probs
 
 
-class _Teller:
+class _ProgressLog:
     """Speed and progress; what compiles is not counted into the speed once there is more."""
 
     def __init__(self, progress: Progress, blocks: int, total: int):

@@ -1,4 +1,4 @@
-"""The folder of a sweep: one file per block, written whole, and its summary."""
+"""The folder of a sweep: one file per block, written atomically, and its summary."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, check_replaceable, read_json, write_json
 from worldmodel.simulate.sweep import Block, Grid
@@ -32,12 +33,12 @@ class Shard:
         """Reads "i/n".
 
         Raises:
-          InputError: it is not two whole numbers, the first below the second.
+          InputError: it is not two integers, the first below the second.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         shard = cls(int(found[1]), int(found[2])) if found else cls(1, 1)
         if shard.index >= shard.count:
-            raise InputError(f"--shard: got {text!r}, expected i/n with i from 0 to n - 1")
+            raise InputError(f"shard: got {text!r}, expected i/n with i from 0 to n - 1")
         return shard
 
     def owns(self, block: Block) -> bool:
@@ -60,7 +61,7 @@ class SweepFolder:
         """Where a block is."""
         return self.path / PARTS / f"part-{block.number:05d}.parquet"
 
-    def begin(self, manifest: dict[str, Any], shard: Shard, *, resume: bool) -> list[Block]:
+    def begin(self, manifest: JsonDict, shard: Shard, *, resume: bool) -> list[Block]:
         """Claims the folder, or finds it begun by the same request.
 
         Args:
@@ -83,8 +84,7 @@ class SweepFolder:
             _compare(read_json(file), manifest, file)
             if not resume and any(self.part(block).exists() for block in own):
                 raise InputError(
-                    f"{self.path}: holds blocks of this sweep; go on with --resume, or choose "
-                    "another folder"
+                    f"{self.path}: holds blocks of this sweep; resume it, or choose another folder"
                 )
         else:
             write_json(file, manifest)
@@ -101,14 +101,14 @@ class SweepFolder:
             rows = pq.read_metadata(path).num_rows
         except (OSError, pa.ArrowInvalid):
             return False
-        return rows == block.size * len(self.grid.sections[block.section].plans)
+        return bool(rows == block.size * len(self.grid.sections[block.section].plans))
 
     def missing(self) -> int:
         """Blocks that no host has written yet."""
         return sum(not self.holds(block) for block in self.grid.blocks)
 
     def write(self, block: Block, table: pa.Table) -> None:
-        """Writes a block; the file appears whole or not at all."""
+        """Writes a block; the write is atomic."""
         with atomic_file(self.part(block)) as temporary:
             pq.write_table(table, temporary, compression="zstd")
 
@@ -129,7 +129,7 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def _compare(found: Any, wanted: dict[str, Any], file: Path) -> None:
+def _compare(found: Any, wanted: JsonDict, file: Path) -> None:
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise InputError(f"{file}: not of a sweep; choose another folder")
     difference = _difference({**found, _REVISION: None}, {**wanted, _REVISION: None})

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 import pyarrow as pa
 
+from policy import registry
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.planner import Planner
 from sepsis_jax.ope.policies import SIMPLE
-from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder, find_policies
+from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder
 from sepsis_jax.pipelines.sweep_folder import KIND
-from sepsis_jax.runs import provenance
+from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
@@ -59,7 +60,7 @@ class SweepOptions:
       mode: "corrected" or "reference".
       precision: of matrix products; "" for the model's own.
       block: branches per file, about; 0 for what suits the kind of device.
-      task: branches that a device plays at a time; 0 likewise.
+      task: branches that a device simulates at a time; 0 likewise.
     """
 
     plans: tuple[str, ...] = ()
@@ -99,13 +100,13 @@ class Sweep:
 
     Attributes:
       options: as given.
-      world_model: to play in.
+      world_model: to simulate in.
       episodes: the stays asked for; NumPy leaves.
       grid: the work.
       plan_set: the K plans.
       policies: by name; their groups are numbered after the plans.
       behavior: the behaviour policy of the support flag.
-      task: branches that a device plays at a time.
+      task: branches that a device simulates at a time.
       manifest: everything that the result depends on, and nothing else but the code revision.
     """
 
@@ -117,7 +118,7 @@ class Sweep:
     policies: dict[str, Policy]
     behavior: Policy | None
     task: int
-    manifest: dict[str, Any]
+    manifest: JsonDict
 
     @property
     def settings(self) -> RolloutConfig:
@@ -211,13 +212,15 @@ def load_sweep(
 
 
 def _load_policies(texts: tuple[str, ...], plans: tuple[str, ...]) -> dict[str, Policy]:
-    found = find_policies(list(texts)) if texts else {}
+    found = registry.find_all(list(texts)) if texts else {}
     policies: dict[str, Policy] = {}
     for name, policy in found.items():
         if policy is None:
-            raise InputError(f"--policy {CLINICIAN}: what was really given is --plan {CLINICIAN}")
+            raise InputError(
+                f"policy {CLINICIAN}: for the recorded treatments use plan {CLINICIAN}"
+            )
         if name in plans:
-            raise InputError(f"--policy {name}: a plan has that name; write NAME=FOLDER")
+            raise InputError(f"policy {name}: a plan has that name; write NAME=FOLDER")
         policies[name] = policy
     return policies
 
@@ -253,7 +256,7 @@ def _digest(text: str) -> str:
 
 
 def _readable(actions: np.ndarray) -> str:
-    """A plan as "V,F" per step, or what stands for the record."""
+    """A plan as "V,F" per step, or the name of the recorded treatments."""
     levels = (schema.action_levels(int(action)) for action in actions)
     return ";".join("recorded" if v < 0 else f"{v},{f}" for v, f in levels)
 

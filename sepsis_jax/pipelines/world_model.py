@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import pandas as pd
 from scipy.stats import pearsonr, spearmanr
 
 from sepsis_jax.report.figures import effects_figure
-from sepsis_jax.runs import Progress, provenance, silent
+from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
 from worldmodel.episode_files import (
@@ -84,7 +83,7 @@ def train(
     return trained
 
 
-def summary(metrics: dict[str, Any]) -> dict[str, Any]:
+def summary(metrics: JsonDict) -> JsonDict:
     """The headline figures of a world model, without the per-feature table."""
     return {name: metrics[name] for name in HEADLINES}
 
@@ -108,10 +107,14 @@ def learned_next_state(
             mu = world_model.transition(window.obs, window.observed, window.static, changed).mu
             return world_model.scaler.denormalize(mu)
 
-        return jax.lax.map(of_action, jnp.arange(schema.NUM_ACTIONS)).swapaxes(0, 1)
+        by_action: jax.Array = jax.lax.map(of_action, jnp.arange(schema.NUM_ACTIONS))
+        return by_action.swapaxes(0, 1)
 
     block = min(_STATES_PER_CALL, len(index))
-    return in_blocks(lambda rows: of_states(jnp.asarray(index[rows])), len(index), block)
+    found: np.ndarray = in_blocks(
+        lambda rows: of_states(jnp.asarray(index[rows])), len(index), block
+    )
+    return found
 
 
 def compare_effects(

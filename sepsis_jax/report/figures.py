@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Polygon
 
 from worldmodel import schema
 from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
@@ -17,7 +20,7 @@ from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
 matplotlib.use("Agg")
 
 
-# Okabe-Ito: told apart by people with colour-blind eyes, and in grey.
+# Okabe-Ito: distinguishable with colour blindness and in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _DPI = 130
 _PANELS = (
@@ -69,7 +72,7 @@ def fan_chart(
     _save(figure, path)
 
 
-def _mortality_panel(axis: Any, outcomes: pd.DataFrame, plans: list[str]) -> None:
+def _mortality_panel(axis: Axes, outcomes: pd.DataFrame, plans: list[str]) -> None:
     rows = outcomes.set_index("plan").loc[plans] * 100
     y = np.arange(len(plans))[::-1]
     for position, color, plan in zip(y, _cycle(plans), plans, strict=True):
@@ -164,7 +167,7 @@ def _cycle(plans: list[str]) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(plans))]
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
@@ -275,7 +278,7 @@ def sweep_figure(summary: pd.DataFrame, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _map(axis: Any, rows: pd.DataFrame, measure: _Measure) -> None:
+def _map(axis: Axes, rows: pd.DataFrame, measure: _Measure) -> None:
     shape = (schema.NUM_LEVELS, schema.NUM_LEVELS)
     values = measure.scale * rows[measure.column].to_numpy().reshape(shape)
     values = values - values[0, 0]
@@ -291,7 +294,7 @@ def _map(axis: Any, rows: pd.DataFrame, measure: _Measure) -> None:
         ink = "white" if dark else "black"
         if supported[vasopressor, fluid] < _RARE:
             corner = [(fluid + dx, vasopressor + dy) for dx, dy in _CORNER]
-            axis.add_patch(plt.Polygon(corner, color=ink, lw=0, alpha=0.55))
+            axis.add_patch(Polygon(corner, color=ink, lw=0, alpha=0.55))
         axis.text(fluid, vasopressor, text, ha="center", va="center", fontsize=8, color=ink)
     axis.set(xticks=_LEVELS, yticks=_LEVELS, xlabel="fluid level")
     axis.set_title(measure.title, fontsize=10)
@@ -299,7 +302,7 @@ def _map(axis: Any, rows: pd.DataFrame, measure: _Measure) -> None:
     axis.spines[:].set_visible(False)
 
 
-def _dots(axis: Any, others: pd.DataFrame, summary: pd.DataFrame, measure: _Measure) -> None:
+def _dots(axis: Axes, others: pd.DataFrame, summary: pd.DataFrame, measure: _Measure) -> None:
     values = measure.scale * others[measure.column].to_numpy()[::-1]
     colors = [_DOT_COLORS[kind] for kind in others["kind"][::-1]]
     places = np.arange(len(values))

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
 from sepsis_jax.console import DISCLAIMER, format_value
+from sepsis_jax.runs import JsonDict
 from worldmodel.files import atomic_file
 
 
@@ -27,7 +27,7 @@ class Table:
 
     title: str
     columns: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    rows: Sequence[Sequence[object]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Section:
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[Section]) -> Path:
-    """Writes a page with its pictures inside it.
+    """Writes a page with its pictures embedded.
 
     Args:
       path: HTML file to write.
@@ -74,7 +74,7 @@ STATE_COLUMNS = ("", "MAE", "MAE, imputed too", "NLL", "CRPS", "90% coverage", "
 OUTCOME_COLUMNS = ("", "AUROC", "AUPRC", "Brier", "ECE", "deaths")
 
 
-def state_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
+def state_rows(metrics: JsonDict) -> list[tuple[object, ...]]:
     """The State Model beside its baselines, in the columns of `STATE_COLUMNS`."""
     keys = ("mae", "mae_all", "nll", "crps", "coverage", "ventilation_auc")
     return [
@@ -82,7 +82,7 @@ def state_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
     ]
 
 
-def outcome_rows(metrics: dict[str, Any]) -> list[tuple[Any, ...]]:
+def outcome_rows(metrics: JsonDict) -> list[tuple[object, ...]]:
     """The Outcome Model beside its baseline, in the columns of `OUTCOME_COLUMNS`."""
     keys = ("auroc", "auprc", "brier", "ece", "prevalence")
     return [

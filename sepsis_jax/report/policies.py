@@ -10,9 +10,11 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 
 from sepsis_jax.report.figures import COLORS, _save
 from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
@@ -25,7 +27,7 @@ _RATES = ("g1", "g2", "dose_jump", "abrupt_stop", "early_fluid_missed", "fluid_o
 
 
 def write_comparison(
-    folder: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: dict[str, Any]
+    folder: Path, table: pd.DataFrame, shares: dict[str, np.ndarray], manifest: JsonDict
 ) -> None:
     """Writes everything but the policies into a folder."""
     table.to_csv(folder / "comparison.csv", index=False)
@@ -57,7 +59,7 @@ def write_comparison(
     )  # fmt: skip
 
 
-def _text(manifest: dict[str, Any]) -> tuple[str, ...]:
+def _text(manifest: JsonDict) -> tuple[str, ...]:
     if manifest["truth"]:
         start = (
             "Every policy treats the same patients with the same random numbers, so differences "
@@ -85,7 +87,7 @@ def _text(manifest: dict[str, Any]) -> tuple[str, ...]:
     return (start, rest)
 
 
-def plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain(table: pd.DataFrame) -> list[JsonDict]:
     """Rows with None for what is undefined."""
     return [
         {name: None if value != value else value for name, value in row.items()}
@@ -116,7 +118,7 @@ def markdown(table: pd.DataFrame) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells(table))])
 
 
-def _ranged(row: dict[str, Any], name: str, high: str) -> str:
+def _ranged(row: JsonDict, name: str, high: str) -> str:
     return "-" if row[name] is None else f"{row[name]:.2f} ± {row[high] - row[name]:.2f}"
 
 
@@ -150,7 +152,8 @@ def action_shares(probs: np.ndarray, valid: np.ndarray) -> np.ndarray:
     rows = np.asarray(probs)[np.asarray(valid)]
     if not len(rows):
         raise InputError("action shares: no recorded row to average over")
-    return 100.0 * rows.mean(0).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
+    shares: np.ndarray = 100.0 * rows.mean(0).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
+    return shares
 
 
 def action_heat_map(shares: Mapping[str, np.ndarray], title: str, path: Path) -> None:
@@ -329,7 +332,7 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def _label_points(axis: Any, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
+def _label_points(axis: Axes, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
     """Names beside points, from below upwards, each pushed up where it would meet another."""
     height = 0.055 * (y.max() - y.min() or 1.0)
     width = 0.3 * (x.max() - x.min() or 1.0)

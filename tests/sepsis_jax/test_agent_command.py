@@ -124,7 +124,7 @@ def test_bad_input(capsys, done, cohort, tmp_path):
     refuse(call(capsys, "agent", "show", "--run", done, "--patient", 99), "99")
     refuse(call(capsys, "agent", "show", "--run", done, "--out", tmp_path / "x.csv"), ".json")
     out = ("--out", tmp_path / "new")
-    refuse(call(capsys, "agent", "run", *out), "--llm")
+    refuse(call(capsys, "agent", "run", *out), "llm: name")
     refuse(call(capsys, "agent", "run", "--backend", "oracle", *out), "--backend", "embedded")
     refuse(call(capsys, "agent", "run", "--llm", "x", "--backend", "openai", *out), "--url")
     refuse(call(capsys, "agent", "run", "--llm", tmp_path / "none", *out), "none")

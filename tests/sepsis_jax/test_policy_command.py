@@ -39,7 +39,7 @@ FAST = (
 
 @pytest.fixture(scope="module", autouse=True)
 def few_brackets():
-    """Every policy that plays in the true world is a program to compile."""
+    """Every policy in the true world is compiled once more, so few are used."""
     patch = pytest.MonkeyPatch()
     patch.setattr(policy_comparison, "SIMPLE", {"guideline": GuidelineRules})
     yield
@@ -219,20 +219,20 @@ def test_true_outcomes_are_those_of_true_value():
 
 def test_paired_differences_and_the_gap():
     rng = np.random.default_rng(0)
-    luck = rng.normal(size=500)
+    noise = rng.normal(size=500)
     rates = dict.fromkeys(RATES, 0.0)
     outcomes = {
-        name: Outcome(luck + shift, luck > 0, 9.0, rates, np.zeros((5, 5)))
+        name: Outcome(noise + shift, noise > 0, 9.0, rates, np.zeros((5, 5)))
         for name, shift in (("clinician", 0.0), ("iql", 1.0), ("planner", 1.5), ("ppo", 2.0))
     }
     kinds = {"clinician": "clinician", "iql": "offline", "planner": "planner", "ppo": "truth"}
     table = value_table(outcomes, kinds, baseline="clinician", best="ppo").set_index("policy")
-    # The same luck for everyone: differences are known exactly, values are not.
+    # The same noise for every policy: differences are known exactly, values are not.
     assert table.loc["planner", "less_clinician_high"] == pytest.approx(1.5)
     assert table.loc["planner", "less_best_offline"] == pytest.approx(0.5)
     assert table.loc["planner", "gap_closed"] == pytest.approx(75)
     half = table["high"] - table["value"]
-    assert np.allclose(half, 1.96 * luck.std(ddof=1) / np.sqrt(500))
+    assert np.allclose(half, 1.96 * noise.std(ddof=1) / np.sqrt(500))
     worse = value_table(outcomes, kinds, baseline="ppo", best="clinician")
     assert worse["gap_closed"].isna().all()
 
@@ -273,14 +273,14 @@ def test_export_writes_transitions(run, cohort, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--method", "sarsa"), ("--method: got 'sarsa'", "iql")),
-        (("--method", "planner"), ("--model: planner needs a world model",)),
-        (("--method", "iql", "--model", "m"), ("--model: only for --method planner and ppo",)),
+        (("--method", "sarsa"), ("method: got 'sarsa'", "iql")),
+        (("--method", "planner"), ("model: planner needs a world model",)),
+        (("--method", "iql", "--model", "m"), ("model: only for method planner and ppo",)),
         (("--method", "iql", "--set", "updates=0"), ("updates: got 0",)),
         (("--method", "iql", "--set", "nope=0"), ("unknown setting 'nope'",)),
         (("--method", "clinician", "--set", "model=best"), ("behaviour model",)),
         (("--method", "planner", "--model", "{model}", "--critic", "{clone}"),
-         ("--critic: expected a policy of", "iql")),
+         ("critic: expected a policy of", "iql")),
         (("--method", "iql", "--episodes", "none"), ("none: no such folder",)),
     ],
 )  # fmt: skip
@@ -295,7 +295,7 @@ def test_bad_training_is_refused(run, cohort, model, clone, tmp_path, arguments,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), ("--policy: none given",)),
+        ((), ("policy: none given",)),
         (("--policy", "nothing"), ("'nothing': neither clinician, random",)),
         (("--policy", "{cohort}"), ("policy.json: no such file",)),
         (("--policy", "none", "--policy", "none"), ("none is already there",)),
@@ -328,7 +328,7 @@ def test_bad_comparisons_are_refused(run, cohort, model, tmp_path, arguments, wo
 
 def test_an_unknown_format_and_a_stranger_in_the_way_are_refused(run, cohort, model, tmp_path):
     result = run("export", "--episodes", cohort, "--out", tmp_path / "x", "--format", "csv")
-    refuse(result, "--format: got 'csv', expected one of d3rlpy, minari")
+    refuse(result, "format: got 'csv', expected one of d3rlpy, minari")
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").touch()
     for command in (("train", "--method", "iql"), ("describe", "--policy", "none"),

@@ -181,12 +181,10 @@ def test_all_blocks_of_a_section_are_one_program(cohort, ensemble, clone):
     options = SweepOptions(plans=("constant",), steps=(0,), samples=4, horizon=3, patients=5,
                            block=200, task=50)  # fmt: skip
     sweep = load_sweep(cohort, ensemble, options, clone)
-    sharded_rollouts = pipeline._ShardedRollouts(sweep)
-    sizes = [
-        pipeline.block_table(sweep, sharded_rollouts, block).num_rows for block in sweep.grid.blocks
-    ]
+    rollouts = pipeline._RolloutCache(sweep)
+    sizes = [pipeline.block_table(sweep, rollouts, block).num_rows for block in sweep.grid.blocks]
     assert sizes == [50, 50, 25]
-    (sharded_rollout,) = sharded_rollouts._found.values()
+    (sharded_rollout,) = rollouts._found.values()
     assert sharded_rollout.call._cache_size() == 1
     assert pipeline._jitted_probs._cache_size() >= 1
 
@@ -322,15 +320,15 @@ def test_a_strangers_folder_is_not_touched(run, arguments, tmp_path):
         (("--steps", "2,x"), ("--steps: got '2,x'",)),
         (("--steps", "900"), ("no stay reaches step 900",)),
         (("--steps", "0", "--every", "2"), ("--steps, --every: give one",)),
-        (("--shard", "2/2"), ("--shard: got '2/2'",)),
-        (("--shard", "half"), ("--shard: got 'half'",)),
+        (("--shard", "2/2"), ("shard: got '2/2'",)),
+        (("--shard", "half"), ("shard: got 'half'",)),
         (("--samples", "3"), ("samples: got 3, expected a multiple of 2",)),
         (("--samples", "0"), ("samples: got 0",)),
         (("--horizon", "0"), ("horizon: got 0",)),
         (("--plan", "x=9,9"), ("level 9 is outside",)),
-        (("--plan", "cloned=0,0"), ("--policy cloned: a plan has that name",)),
-        (("--policy", "clinician"), ("--plan clinician",)),
-        (("--policy", "nowhere"), ("--policy 'nowhere'",)),
+        (("--plan", "cloned=0,0"), ("policy cloned: a plan has that name",)),
+        (("--policy", "clinician"), ("plan clinician",)),
+        (("--policy", "nowhere"), ("policy 'nowhere'",)),
         (("--behavior", "nowhere"), ("nowhere: no such folder",)),
         (("--split", "holdout"), ("split: got 'holdout'",)),
         (("--set", "stays=[999999]"), ("stay 999999 is not in",)),

@@ -90,9 +90,9 @@ def test_profile(small_model, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--branches", 7), ("--branches", "multiple of 4 plans x 16 samples")),
-        (("--only", "numpy"), ("--only", "known")),
-        (("--precision", "half"), ("--precision", "highest")),
+        (("--branches", 7), ("branches: got 7", "multiple of 4 plans x 16 samples")),
+        (("--only", "numpy"), ("only: 'numpy'", "known")),
+        (("--precision", "half"), ("precision: got", "highest")),
         (("--repeats", 0), ("repeats",)),
     ],
 )

@@ -51,7 +51,7 @@ def test_the_engine_multiplies_as_counted(variant, horizon, shape):
     # Weights are folded once per call, whatever the number of branches.
     folded = 2 * 2 * (3 + 1 + 10 + 1) * config.embed * 3 * config.hidden
     found = products(jax.make_jaxpr(run)(world, start).jaxpr) - folded
-    # The past moves all kept chains in every row, masked before their first; the minimum has each
+    # The scan moves all kept windows in every row, masked before their first; the minimum has each
     # of its five windows from its own first row on.
     square, layers = config.hidden * 3 * config.hidden, config.layers
     masked = 5 * min(horizon, 5) * (2 * layers - 1)

@@ -49,25 +49,27 @@ def test_the_same_numbers_over_24_steps(episodes, variant, unrolled):
     start = start_history(world, episodes, np.minimum(np.asarray(episodes.length) - 1, 2))
     plans = np.random.default_rng(0).integers(0, 25, (1, HORIZON))
     noise = jax.random.normal(jax.random.key(2), (3, 1, HORIZON, 39))
-    ours = rollout(world, jax.random.key(0), start, plans, noise=noise,
+    jax_result = rollout(world, jax.random.key(0), start, plans, noise=noise,
                    features=schema.FEATURE_NAMES)  # fmt: skip
 
     torch = load_torch("highest")
-    sharded_rollout = TorchRollout(torch, world, "cpu", compiled=False)
-    for trunk in (sharded_rollout.models.state, sharded_rollout.models.outcome):
+    torch_rollout = TorchRollout(torch, world, "cpu", compiled=False)
+    for trunk in (torch_rollout.models.state, torch_rollout.models.outcome):
         trunk.unrolled = unrolled
-    theirs = sharded_rollout.play(
-        sharded_rollout.start(start),
+    torch_result = torch_rollout.run(
+        torch_rollout.start(start),
         torch.tensor(np.broadcast_to(plans, (3, HORIZON)).copy()),
         torch.tensor(np.array(noise[:, 0])),
     )
-    z = world.scaler.normalize(jnp.asarray(ours.values[:, 0, 0]))
-    np.testing.assert_allclose(theirs["obs"], z, atol=1e-4)
-    values = ours.values[:, 0, 0][..., [3, schema.INDEX["lactate"], schema.URINE]]
-    np.testing.assert_allclose(theirs["values"], values, rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(theirs["ventilation"], ours.ventilation[:, 0, 0], atol=1e-4)
-    np.testing.assert_allclose(theirs["mortality"], ours.mortality[:, 0, 0], atol=1e-4)
-    np.testing.assert_array_equal(theirs["projected"], ours.projected[:, 0, 0])
-    np.testing.assert_array_equal(theirs["sofa"], ours.sofa[:, 0, 0])
-    np.testing.assert_allclose(theirs["reward"], ours.reward[:, 0, 0], atol=1e-3)
-    assert np.ptp(np.asarray(ours.sofa)) > 0 and np.asarray(ours.projected).sum() > 0
+    z = world.scaler.normalize(jnp.asarray(jax_result.values[:, 0, 0]))
+    np.testing.assert_allclose(torch_result["obs"], z, atol=1e-4)
+    values = jax_result.values[:, 0, 0][..., [3, schema.INDEX["lactate"], schema.URINE]]
+    np.testing.assert_allclose(torch_result["values"], values, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        torch_result["ventilation"], jax_result.ventilation[:, 0, 0], atol=1e-4
+    )
+    np.testing.assert_allclose(torch_result["mortality"], jax_result.mortality[:, 0, 0], atol=1e-4)
+    np.testing.assert_array_equal(torch_result["projected"], jax_result.projected[:, 0, 0])
+    np.testing.assert_array_equal(torch_result["sofa"], jax_result.sofa[:, 0, 0])
+    np.testing.assert_allclose(torch_result["reward"], jax_result.reward[:, 0, 0], atol=1e-3)
+    assert np.ptp(np.asarray(jax_result.sofa)) > 0 and np.asarray(jax_result.projected).sum() > 0

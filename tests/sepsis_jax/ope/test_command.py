@@ -13,7 +13,7 @@ from policy.simple import Constant
 from sepsis_jax.cli import main
 from sepsis_jax.ope.policies import read_probabilities, soften, write_probabilities
 from sepsis_jax.ope.simulated import simulated_value
-from sepsis_jax.pipelines.ope import latex
+from sepsis_jax.report.ope import latex
 from tests.toy import toy_episodes
 from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
@@ -156,7 +156,7 @@ def test_latex_of_a_table():
     ("arguments", "words"),
     [
         (("--policy", "random"), "give --episodes"),
-        (("--episodes", "{folder}", "--out", "x"), "--policy: none given"),
+        (("--episodes", "{folder}", "--out", "x"), "policy: none given"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "nope"), "not built in"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "clinician"), "needs the clinician"),
         (("--episodes", "{folder}", "--out", "x", "--policy", "a=none.csv"), "no such file"),
