@@ -1,6 +1,10 @@
 """Fixtures that all tests share."""
 
+import hashlib
 import os
+import platform
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +13,21 @@ import pytest
 from worldmodel.scaling import Scaler
 
 
+def compiled_programs() -> Path:
+    """A folder for compiled programs that outlives the run, apart for each version and processor."""
+    cpu = Path("/proc/cpuinfo")
+    flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
+    machine = flags[0] if flags else platform.platform()
+    name = hashlib.sha256(f"{jax.__version__} {machine}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return cache / "sepsis-jax" / f"compiled-{name}"
+
+
 @pytest.fixture(scope="session", autouse=True)
-def keep_compiled_programs(tmp_path_factory):
-    """What one module or worker compiled, the others read from the disk."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
+def keep_compiled_programs():
+    """What one module, worker or run compiled, the others read from the disk."""
     settings = {
-        "jax_compilation_cache_dir": str(folder / "compiled"),
+        "jax_compilation_cache_dir": str(compiled_programs()),
         "jax_persistent_cache_min_compile_time_secs": 0.2,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
