@@ -14,7 +14,7 @@ from worldmodel.scaling import Scaler
 
 
 def compiled_programs() -> Path:
-    """A folder for compiled programs that outlives the run, apart for each version and processor."""
+    """A folder for compiled programs that outlives the run, one per version and processor."""
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     machine = flags[0] if flags else platform.platform()

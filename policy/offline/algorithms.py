@@ -289,8 +289,8 @@ class OfflinePolicy(Policy):
 
     networks: Networks  # leaves [S, ...]
     scaler: Scaler
-    config: OfflineConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
-    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
+    config: OfflineConfig = struct.field(pytree_node=False)
+    temperature: float = struct.field(pytree_node=False, default=0.0)
 
     @property
     def past(self) -> int:  # type: ignore[override]

@@ -129,7 +129,7 @@ def _train(
         return batched
 
     def run(key: jax.Array) -> tuple[Networks, jax.Array]:
-        done: tuple[Networks, jax.Array] = jax.block_until_ready(  # type: ignore[no-untyped-call]
+        done: tuple[Networks, jax.Array] = jax.block_until_ready(
             _train_one(key, transitions, config=config, report=report)
         )
         return done

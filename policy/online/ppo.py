@@ -343,8 +343,8 @@ class OnlinePolicy(Policy):
 
     actor: Perceptron
     scaler: Scaler
-    config: PPOConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
-    temperature: float = struct.field(pytree_node=False, default=0.0)  # type: ignore[no-untyped-call]
+    config: PPOConfig = struct.field(pytree_node=False)
+    temperature: float = struct.field(pytree_node=False, default=0.0)
 
     @property
     def past(self) -> int:  # type: ignore[override]

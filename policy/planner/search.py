@@ -36,7 +36,7 @@ class Planner(Policy):
     world_model: WorldModel
     advantage: Advantage
     clinician: Policy
-    config: PlannerConfig = struct.field(pytree_node=False)  # type: ignore[no-untyped-call]
+    config: PlannerConfig = struct.field(pytree_node=False)
     past: ClassVar[int] = schema.OUTCOME_WINDOW
 
     def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:

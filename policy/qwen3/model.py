@@ -373,7 +373,7 @@ def _attend(
     sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)  # type: ignore[no-untyped-call]
+    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 

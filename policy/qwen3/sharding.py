@@ -73,7 +73,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """How arrays [B, ...] of a batch lie: rows over data and fsdp."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))  # type: ignore[no-untyped-call]
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def shard(tree: Any, mesh: Mesh) -> Any:
@@ -89,7 +89,7 @@ def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
     """
     shapes = jax.eval_shape(make)
     return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),  # type: ignore[no-untyped-call]
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         shardings(shapes, mesh),
     )
@@ -151,7 +151,7 @@ _LOGICAL: dict[tuple[str, str], tuple[str | None, ...]] = {
 
 def to_mesh(logical: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of logical axes."""
-    return PartitionSpec(*(RULES[name] for name in logical))  # type: ignore[no-untyped-call]
+    return PartitionSpec(*(RULES[name] for name in logical))
 
 
 def param_spec(path: Sequence[Any], ndim: int) -> PartitionSpec:
@@ -167,8 +167,8 @@ def param_spec(path: Sequence[Any], ndim: int) -> PartitionSpec:
     for end in range(len(names), 1, -1):
         found = _of_leaf(names[:end])
         if found is not None and ndim >= len(found):
-            return PartitionSpec(*([None] * (ndim - len(found))), *to_mesh(found))  # type: ignore[no-untyped-call]
-    return PartitionSpec()  # type: ignore[no-untyped-call]
+            return PartitionSpec(*([None] * (ndim - len(found))), *to_mesh(found))
+    return PartitionSpec()
 
 
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
@@ -179,7 +179,7 @@ def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or set(mesh.axis_names) != set(AXES):
         return x
-    result: jax.Array = jax.lax.with_sharding_constraint(x, to_mesh(logical))  # type: ignore[no-untyped-call]
+    result: jax.Array = jax.lax.with_sharding_constraint(x, to_mesh(logical))
     return result
 
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sepsis_jax.ope.data import OPEData, taken_probs
 from worldmodel import schema
@@ -120,7 +119,8 @@ def drug_weights(data: OPEData, target_probs: jax.Array, clip: Clip | None = Non
     Tang, Wiens & Parbhoo 2023). Needs `data.behavior_probs`.
     """
     assert data.behavior_probs is not None
-    every, taken = (schema.action_levels(a) for a in (np.arange(schema.NUM_ACTIONS), data.action))
+    every = schema.action_levels(jnp.arange(schema.NUM_ACTIONS))
+    taken = schema.action_levels(jnp.asarray(data.action))
     out = []
     for level, chosen in zip(every, taken, strict=True):
         same = (level == chosen[..., None]).astype(jnp.float32)  # [N, T, A]

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_
 from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape, unroll
 
 ModelT = TypeVar("ModelT")
-Call = Callable[..., BranchSummary]
+
 
 AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued before the results of the first are read
@@ -118,7 +118,9 @@ class ShardedRollout:
         return result
 
 
-def sharded_call(mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0) -> Call:
+def sharded_call(
+    mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0
+) -> Any:  # a jitted function, which has no exact type
     """The jitted function behind a `ShardedRollout`, for ahead-of-time compilation.
 
     Returns:

@@ -185,7 +185,7 @@ def _check(metadata: Any, template: Any, source: Path) -> None:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),  # type: ignore[no-untyped-call]
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         tree,
     )
 

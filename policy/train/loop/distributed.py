@@ -140,7 +140,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
                 f"batch: {leaf.shape[1]} rows per micro-batch are no multiple of the {count} "
                 "devices along data and fsdp"
             )
-        spec = PartitionSpec(None, rows) if split else PartitionSpec()  # type: ignore[no-untyped-call]
+        spec = PartitionSpec(None, rows) if split else PartitionSpec()
         return _place(leaf, NamedSharding(mesh, spec))
 
     return jax.tree.map(one, batch)

@@ -59,7 +59,7 @@ class Learner:
             params, self._frozen = place_state((params, self._frozen), mesh)
             places = shardings(jax.eval_shape(make, params), mesh)
             make = jax.jit(make, out_shardings=places)
-            everywhere = NamedSharding(mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+            everywhere = NamedSharding(mesh, PartitionSpec())
             of_update = {"out_shardings": (places, everywhere, everywhere)}
         # Copies, since an update gives away the memory of what it replaces.
         self.state = make(params)

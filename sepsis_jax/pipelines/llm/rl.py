@@ -225,13 +225,11 @@ class _Served:
             self.publisher = EmbeddedPublisher(generator)
         elif backend.kind == VLLM:
             server = endpoint(backend)
-            generator, versions = VLLMGenerator(server), out / VERSIONS
-            self.backend = TokenBackend(generator, tokens)
+            remote, versions = VLLMGenerator(server), out / VERSIONS
+            self.backend = TokenBackend(remote, tokens)
             self._control = control = WeightControl(server, trainable.folder)
             if options.publish == ADAPTERS:
-                self.publisher = AdapterPublisher(
-                    control, generator, versions, base=trainable.folder
-                )
+                self.publisher = AdapterPublisher(control, remote, versions, base=trainable.folder)
             else:
                 self.publisher = ServerPublisher(
                     control, versions, source=trainable.folder, dtype=trainable.dtype
