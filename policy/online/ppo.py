@@ -35,7 +35,7 @@ class Networks(NamedTuple):
     critic: Perceptron  # [..., D] -> [..., 1] return to come
 
 
-class Played(NamedTuple):
+class Experience(NamedTuple):
     """P episodes of at most T steps; what is not `valid` lies after the end."""
 
     features: jax.Array  # [T + 1, P, D]; the last row is what the last step led to
@@ -43,7 +43,7 @@ class Played(NamedTuple):
     reward: jax.Array  # [T, P]
     terminated: jax.Array  # [T, P] bool, the episode has its outcome
     done: jax.Array  # [T, P] bool, it has ended or was cut off
-    valid: jax.Array  # [T, P] bool, the step was played
+    valid: jax.Array  # [T, P] bool, the step was taken before the end
 
 
 class Rows(NamedTuple):
@@ -51,7 +51,7 @@ class Rows(NamedTuple):
 
     features: jax.Array  # [R, D]
     action: jax.Array  # [R] int32
-    log_prob: jax.Array  # [R] of the action when it was played
+    log_prob: jax.Array  # [R] of the action when it was taken
     advantage: jax.Array  # [R]
     target: jax.Array  # [R] of the critic
 
@@ -60,7 +60,7 @@ class History(NamedTuple):
     """The course of training, one number per round."""
 
     mean_return: np.ndarray  # undiscounted, of the policy that draws its actions
-    entropy: np.ndarray  # nats, mean over the rows played
+    entropy: np.ndarray  # nats, mean over the rows
     value_error: np.ndarray  # RMS of the critic against its targets, before the round's updates
     clipped: np.ndarray  # share of rows in the round's minibatches whose ratio was clipped
 
@@ -153,20 +153,20 @@ def _train(
     def iteration(learner: Any, number: jax.Array) -> Any:
         networks, state = learner
         key_play, key_rows = jax.random.split(jax.random.fold_in(key, number))
-        played = play(key_play, env, networks.actor, scaler, config)
-        rows, value_error, entropy = rows_of(networks, played, config)
+        experience = play(key_play, env, networks.actor, scaler, config)
+        rows, value_error, entropy = rows_of(networks, experience, config)
         bonus = config.entropy * (1.0 - number / config.iterations)
 
         def update(learner: Any, key: jax.Array) -> Any:
             networks, state = learner
-            batch = draw_rows(key, rows, played.valid, config.batch_size)
+            batch = draw_rows(key, rows, experience.valid, config.batch_size)
             gradient, clipped = jax.grad(ppo_loss, has_aux=True)(networks, batch, bonus, config)
             change, state = optimizer.update(gradient, state, networks)
             return (optax.apply_updates(networks, change), state), clipped
 
         keys = jax.random.split(key_rows, config.minibatches)
         learner, clipped = jax.lax.scan(update, (networks, state), keys)
-        mean_return = played.reward.sum(0).mean()
+        mean_return = experience.reward.sum(0).mean()
         if report is not None:
             jax.debug.callback(report, number, mean_return)
         return learner, (mean_return, entropy, value_error, clipped.mean())
@@ -178,7 +178,7 @@ def _train(
 
 def play(
     key: jax.Array, env: SepsisEnv, actor: Perceptron, scaler: Scaler, config: PPOConfig
-) -> Played:
+) -> Experience:
     """Episodes of `config.patients` fresh patients under the actor's drawn actions."""
     key_patients, key_actions = jax.random.split(key)
     state, first = jax.vmap(env.reset)(jax.random.split(key_patients, config.patients))
@@ -194,7 +194,7 @@ def play(
     seen = _features(first.observation, scaler=scaler, past=config.past)
     keys = jax.random.split(key_actions, config.steps)
     (_, last, _), (features, *rest) = jax.lax.scan(step, (state, seen, first.done), keys)
-    return Played(jnp.concatenate([features, last[None]]), *rest)
+    return Experience(jnp.concatenate([features, last[None]]), *rest)
 
 
 def advantages(
@@ -228,27 +228,27 @@ def advantages(
 
 
 def rows_of(
-    networks: Networks, played: Played, config: PPOConfig
+    networks: Networks, experience: Experience, config: PPOConfig
 ) -> tuple[Rows, jax.Array, jax.Array]:
     """All T P rows with normalised advantages, the critic's RMS error and the entropy."""
-    values = networks.critic(played.features)[..., 0]
-    log_probs = jax.nn.log_softmax(networks.actor(played.features[:-1]))
+    values = networks.critic(experience.features)[..., 0]
+    log_probs = jax.nn.log_softmax(networks.actor(experience.features[:-1]))
     advantage = advantages(
-        played.reward,
+        experience.reward,
         values,
-        played.terminated,
-        played.done,
+        experience.terminated,
+        experience.done,
         gamma=config.gamma,
         trace=config.trace,
     )
-    valid = played.valid
+    valid = experience.valid
     target = advantage + values[:-1]
     error = jnp.sqrt(jnp.mean(advantage**2, where=valid))
     entropy = -jnp.mean((jnp.exp(log_probs) * log_probs).sum(-1), where=valid)
     scale = jnp.std(advantage, where=valid) + 1e-8
     advantage = (advantage - jnp.mean(advantage, where=valid)) / scale
-    taken = jnp.take_along_axis(log_probs, played.action[..., None], -1)[..., 0]
-    rows = Rows(played.features[:-1], played.action, taken, advantage, target)
+    taken = jnp.take_along_axis(log_probs, experience.action[..., None], -1)[..., 0]
+    rows = Rows(experience.features[:-1], experience.action, taken, advantage, target)
     return Rows(*(leaf.reshape(-1, *leaf.shape[2:]) for leaf in rows)), error, entropy
 
 
@@ -283,8 +283,8 @@ class PPOConfig:
     Attributes:
       hidden: widths of the networks' layers.
       iterations: rounds of playing and learning.
-      patients: fresh patients per round, played side by side from their first row on.
-      steps: most steps of an episode that are played; a longer one is cut off there, and the
+      patients: fresh patients per round, run side by side from their first row on.
+      steps: most steps of an episode; a longer one is cut off there, and the
         critic values what would have followed.
       minibatches: gradient steps per round.
       batch_size: rows per gradient step, drawn from those of the round.
