@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -18,6 +20,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sepsis-jax {version('sepsis-jax')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version"),
+    ] = False,
+) -> None:
+    """Options of `sepsis-jax` itself."""
+    del show_version
+
+
 app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")(demo.demo)
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(world_model.app, name="world-model")

@@ -1,6 +1,7 @@
 """Imports point one way, in no circle, and wake nothing up."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -157,3 +158,15 @@ def test_help_needs_no_jax(command):
     )
     assert out.strip().endswith("[]")
     assert "Usage" in out
+
+
+def test_the_package_runs_as_a_module_and_tells_its_version():
+    done = subprocess.run(
+        [sys.executable, "-m", "sepsis_jax", "--version"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"sepsis-jax \d+\.\d+\.\d+\n", done.stdout)

@@ -22,7 +22,7 @@ from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
 from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
@@ -129,7 +129,6 @@ def _parameters(texts: tuple[str, ...]) -> JsonDict:
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"
-_FORECASTS = 0x0F0C  # sets the simulator's noise apart from the patients'
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def run_agent(
     if world_model is not None:
         forecaster = Forecaster(
             world_model,
-            jax.random.fold_in(jax.random.key(options.seed), _FORECASTS),
+            jax.random.fold_in(jax.random.key(options.seed), keys.AGENT_FORECASTS),
             options.forecast,
             behavior=None if behavior is None else load_policy(behavior),
         )

@@ -93,8 +93,7 @@ def test_the_search_leaves_counted_numbers_alone(source):
     assert not bare_tags(source)
 
 
-# policy and sepsis_jax follow once their tags use the constants of `worldmodel.keys`.
-@pytest.mark.parametrize("package", ["worldmodel"])
+@pytest.mark.parametrize("package", ["worldmodel", "policy", "sepsis_jax"])
 def test_no_module_defines_a_tag_of_its_own(package):
     found = {
         str(path.relative_to(ROOT)): lines

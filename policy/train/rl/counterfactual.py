@@ -25,11 +25,8 @@ from policy.agent.env_pool import StateScorer
 from worldmodel import schema
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
+from worldmodel.keys import COUNTERFACTUAL
 from worldmodel.observation import PolicyFn, as_pytree, draw_action, recent
-
-_FUTURES = np.uint32(
-    0xCF000000
-)  # separates the random numbers of simulated futures from those of the episode
 
 
 def counterfactual(
@@ -123,5 +120,5 @@ def _advantages(
 
 
 def _keys(state: EnvState, samples: int) -> jax.Array:
-    own = jax.random.fold_in(state.dynamics.key, _FUTURES + state.taken.astype(jnp.uint32))
+    own = jax.random.fold_in(state.dynamics.key, COUNTERFACTUAL + state.taken.astype(jnp.uint32))
     return jax.vmap(jax.random.fold_in, (None, 0))(own, jnp.arange(samples))

@@ -36,6 +36,7 @@ from policy.train.losses import cross_entropy
 from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
+from worldmodel import keys
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes
@@ -208,7 +209,6 @@ def _tell(progress: Progress, steps: int, report: Report) -> None:
 
 
 SYNTHETIC, LEARNED = WORLDS = ("synthetic", "learned")
-_FORECASTS = 0x0F0D  # separates the random numbers of simulations from those of patients
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
       InputError: an input cannot be read, or stays are missing.
     """
     world_model = load_world_model(model)
-    key = jax.random.fold_in(jax.random.key(options.seed), _FORECASTS)
+    key = jax.random.fold_in(jax.random.key(options.seed), keys.LLM_FORECASTS)
     if options.world == SYNTHETIC:
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
     else:

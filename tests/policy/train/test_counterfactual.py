@@ -7,9 +7,10 @@ import pytest
 
 from policy.agent.env_pool import reset_batch
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.rl.counterfactual import _FUTURES, counterfactual, smoothing
+from policy.train.rl.counterfactual import counterfactual, smoothing
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
+from worldmodel.keys import COUNTERFACTUAL
 from worldmodel.observation import draw_action
 from worldmodel.synthetic import patient_keys
 
@@ -30,7 +31,7 @@ def states(env):
 
 def played(env, policy, state, sample, action, horizon):
     """The return of one future, step by step."""
-    own = jax.random.fold_in(state.dynamics.key, _FUTURES + state.taken.astype(jnp.uint32))
+    own = jax.random.fold_in(state.dynamics.key, COUNTERFACTUAL + state.taken.astype(jnp.uint32))
     key = jax.random.fold_in(own, sample)
     step = jax.jit(env.step)
     state, timestep = step(env.with_key(state, key), action)
@@ -81,7 +82,7 @@ def test_futures_are_not_the_real_one(env, states):
     """The random numbers of the episode do not affect the values of actions."""
     one = jax.tree.map(lambda leaf: leaf[0], states)
     real = env.step(one, jnp.int32(6))[0].last.observation.dynamic
-    own = jax.random.fold_in(one.dynamics.key, _FUTURES)
+    own = jax.random.fold_in(one.dynamics.key, COUNTERFACTUAL)
     other = env.step(env.with_key(one, own), jnp.int32(6))[0].last.observation.dynamic
     assert float(jnp.abs(real - other).max()) > 0
     same = env.step(env.with_key(one, one.dynamics.key), jnp.int32(6))[0]

@@ -46,6 +46,7 @@ def assert_same(a, b):
 
 
 def assert_close(a, b):
+    """Policies and plans are two compiled programs, which some processors round differently."""
     for name in ARRAYS:
         np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
@@ -214,7 +215,7 @@ def test_a_constant_policy_is_a_constant_plan(world, start):
     got = rollout(
         world, KEY, start, lambda key, observation: jax.nn.one_hot(12, 25), horizon=3, samples=2
     )
-    assert_same(all_of(got), all_of(rollout(world, KEY, start, plan, samples=2)))
+    assert_close(all_of(got), all_of(rollout(world, KEY, start, plan, samples=2)))
 
 
 def test_a_policy_sees_the_branch_and_its_own_keys(world, start):
@@ -238,7 +239,7 @@ def test_policy_randomness_is_apart_from_the_patients(world, start):
         return jax.nn.one_hot(3, 25) + 0 * jax.random.normal(key)
 
     got = rollout(world, KEY, start, policy, horizon=3, samples=2)
-    assert_same(all_of(got), all_of(rollout(world, KEY, start, np.full((1, 3), 3), samples=2)))
+    assert_close(all_of(got), all_of(rollout(world, KEY, start, np.full((1, 3), 3), samples=2)))
 
 
 # Abduction
