@@ -12,7 +12,7 @@ from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.step import advance
-from worldmodel.simulate.unroll import RolloutSpec, unroll
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, unroll
 
 HORIZON = 24
 SMALL = {"hidden": 16, "embed": 4, "head": 8, "dropout": 0.0}
@@ -93,12 +93,10 @@ def whole_windows(world, start, plans, eps, mode):
 def unrolled(world, start, plans, eps, mode, precision=None):
     spec = RolloutSpec(
         shape=(*plans.shape[:2], eps.shape[2]),
-        horizon=plans.shape[2],
+        config=RolloutConfig(plans.shape[2], mode=mode, precision=precision),
         treat=lambda h, now: plans[:, :, h][..., None],
         noise=lambda h: eps[:, :, :, h],
         collect=lambda step: step._asdict(),
-        mode=mode,
-        precision=precision,
     )
     found = jax.jit(lambda w, s: unroll(w, s, spec)[1:])(world, start)
     return {**found[0], "mortality": found[1]}

@@ -316,9 +316,9 @@ def test_equal_shapes_compile_once(world, start, patients):
     rollout(world, KEY, start, policy, horizon=2, samples=2)
     once = len(traces)
     assert once >= 1
-    other = start_history(world, patients[0], 5)
+    later_start = start_history(world, patients[0], 5)
     other = jax.tree.map(lambda leaf: leaf * 1.5, world)
-    rollout(world, jax.random.key(99), other, policy, horizon=2, samples=2)
+    rollout(world, jax.random.key(99), later_start, policy, horizon=2, samples=2)
     rollout(other, KEY, start, policy, horizon=2, samples=2)
     assert len(traces) == once
     rollout(world, KEY, start, policy, horizon=2, samples=3)  # another shape
