@@ -6,7 +6,7 @@ OUT ?= runs/demo
 SERVING ?= .venv-serving
 PIP_QUIET = -qq --disable-pip-version-check
 
-.PHONY: help demo test test-slow check format serving clean
+.PHONY: help demo test test-slow check format docs serving clean
 
 help:
 	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
@@ -14,8 +14,9 @@ help:
 	@echo "make test-slow  the longer checks"
 	@echo "make check      lint and type-check only"
 	@echo "make format     format the code"
+	@echo "make docs       the documentation site, in site/"
 	@echo "make serving    the environment in which vLLM serves language models (see docs/serving.md)"
-	@echo "make clean      remove the environment and all results of the demo"
+	@echo "make clean      remove the environments, the site and all results of the demo"
 
 demo: $(VENV)/.installed
 	$(BIN)/sepsis-jax demo --out $(OUT) $(if $(DATA),--data $(DATA))
@@ -35,6 +36,9 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "sepsis-jax needs Python 3.11 to 3.13; name one with: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
@@ -52,6 +56,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis \
 		scope-rl d3rlpy gym seaborn pytorch-revgrad structlog dataclasses-json marshmallow \
 		typing-inspect
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 serving: $(SERVING)/.installed
@@ -76,4 +84,4 @@ $(SERVING)/.installed: constraints-serving.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(OUT)
+	rm -rf $(VENV) $(SERVING) $(OUT) site
