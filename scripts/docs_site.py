@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,19 @@ def on_post_page(output: str, page: Any, config: Any) -> str:
     if found:
         raise ValueError(f"{page.file.src_uri} fetches from elsewhere: {found.group()}")
     return output
+
+
+with suppress(ImportError):  # tests import this module without the tools of the site
+    import griffe
+
+    class FieldComments(griffe.Extension):
+        """Shows the comment behind a field or constant, such as a shape, as its docstring."""
+
+        def on_attribute_instance(self, *, attr: Any, **_: Any) -> None:
+            """Gives an attribute without a docstring that of its comment."""
+            if attr.docstring or attr.lineno is None or not isinstance(attr.filepath, Path):
+                return
+            lines = attr.lines_collection[attr.filepath][attr.lineno - 1 : attr.endlineno]
+            comment = re.search(r"\s#(?!\s*(?:type:|noqa))\s*([^\n]+)$", "\n".join(lines))
+            if comment:
+                attr.docstring = griffe.Docstring(comment[1], parent=attr)

@@ -144,6 +144,20 @@ def test_the_opening_of_the_readme_links_as_a_page_of_the_docs():
     assert text == "# T\n\n[a](a.md) b"
 
 
+def test_comments_of_fields_are_shown(tmp_path):
+    griffe = pytest.importorskip("griffe", reason="needs the tools of `make docs`")
+    from scripts.docs_site import FieldComments
+
+    (tmp_path / "one.py").write_text(
+        "class A:\n    x: int  # [N] of x\n    y: int\n    z: str = '#'  # type: ignore\n"
+    )
+    found = griffe.load(
+        "one", search_paths=[tmp_path], extensions=griffe.load_extensions(FieldComments)
+    )["A"]
+    assert found["x"].docstring.value == "[N] of x"
+    assert found["y"].docstring is None and found["z"].docstring is None
+
+
 # Fences and commands
 
 
