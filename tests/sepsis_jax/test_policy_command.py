@@ -280,7 +280,7 @@ def test_export_writes_transitions(run, cohort, tmp_path):
         (("--method", "iql", "--set", "nope=0"), ("unknown setting 'nope'",)),
         (("--method", "clinician", "--set", "model=best"), ("behaviour model",)),
         (("--method", "planner", "--model", "{model}", "--critic", "{clone}"),
-         ("critic: expected a policy of", "iql")),
+         ("critic: expected a policy trained by", "iql")),
         (("--method", "iql", "--episodes", "none"), ("none: no such folder",)),
     ],
 )  # fmt: skip

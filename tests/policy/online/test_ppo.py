@@ -290,7 +290,7 @@ def test_environments_it_cannot_play():
             return state, replace(timestep, observation=timestep.observation.step)
 
     env = toy_env()
-    with pytest.raises(InputError, match="must show observations"):
+    with pytest.raises(InputError, match="must give `Observation`s"):
         train_ppo(jax.random.key(0), env.replace(dynamics=Blind(env.dynamics.seen)), SCALER, SMALL)
 
 
