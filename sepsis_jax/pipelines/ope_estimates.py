@@ -140,12 +140,12 @@ def estimate_policies(
         episodes, behavior_probs=behavior_probs, features=ope.state_features(episodes)
     )
     stays = data.num_stays
-    treatment = ope.InputPolicy(
+    input_policy = ope.InputPolicy(
         zero_behavior=options.zero_behavior,
         row_sums=options.row_sums,
         missing_reward=options.missing_reward,
     )
-    data, checked, treated = ope.check(data, probs, treatment)
+    data, checked, treated = ope.check(data, probs, input_policy)
     fitted = None
     if options.values != "none":
         progress("fitted values", 0.2)

@@ -125,9 +125,12 @@ def test_bad_input(capsys, done, cohort, tmp_path):
     refuse(call(capsys, "agent", "show", "--run", done, "--out", tmp_path / "x.csv"), ".json")
     out = ("--out", tmp_path / "new")
     refuse(call(capsys, "agent", "run", *out), "llm: name")
-    refuse(call(capsys, "agent", "run", "--backend", "oracle", *out), "--backend", "embedded")
-    refuse(call(capsys, "agent", "run", "--llm", "x", "--backend", "openai", *out), "--url")
+    refuse(call(capsys, "agent", "run", "--backend", "oracle", *out), "backend: got", "embedded")
+    refuse(
+        call(capsys, "agent", "run", "--llm", "x", "--backend", "openai", *out),
+        "url: the openai backend",
+    )
     refuse(call(capsys, "agent", "run", "--llm", tmp_path / "none", *out), "none")
-    refuse(call(capsys, "agent", "run", *FAST, "--episodes", cohort, *out), "--model")
+    refuse(call(capsys, "agent", "run", *FAST, "--episodes", cohort, *out), "model: recorded stays")
     refuse(call(capsys, "agent", "run", *FAST, "--set", "attempts=0", *out), "attempts")
     assert not (tmp_path / "new").exists()

@@ -240,7 +240,7 @@ class AgenticTrainer:
         return cast(self.learner.model(), self._dtype)
 
     async def _sample(self, number: int) -> list[Stay]:
-        """A batch: its patients, each each `num_generations` times."""
+        """A batch: its patients, each `num_generations` times."""
         config = self.config
         first = number * config.patients
         patients = np.repeat(np.arange(first, first + config.patients), config.num_generations)

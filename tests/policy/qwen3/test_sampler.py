@@ -43,7 +43,7 @@ def test_greedy_tokens_are_those_of_transformers(folder, greedy, one_torch_threa
             torch.tensor([ids]),
             attention_mask=torch.ones(1, len(ids), dtype=torch.long),
             do_sample=False,
-            max_completion_length=NEW,
+            max_new_tokens=NEW,
             min_new_tokens=NEW,
         )
         # min_new_tokens forbids the end of turn, which must not have been due anyway.

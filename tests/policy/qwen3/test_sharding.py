@@ -52,9 +52,9 @@ for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
         return optax.adamw(1e-3).init(params())
 
     size = sharding.bytes_per_device(sharding.abstract(params, mesh))
-    params = nnx.state(model, nnx.Param)
-    assert size == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
-    whole = sum(x.nbytes for x in jax.tree.leaves(params))
+    sharded = nnx.state(model, nnx.Param)
+    assert size == sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(sharded))
+    whole = sum(x.nbytes for x in jax.tree.leaves(sharded))
     assert whole / parts < size < 1.05 * whole / parts  # norms lie on every device
     of_moments = sharding.bytes_per_device(sharding.abstract(moments, mesh))
     assert of_moments == 2 * size + 4  # and the count of steps

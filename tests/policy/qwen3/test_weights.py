@@ -21,10 +21,10 @@ def assert_equal(a, b):
 
 def edit(folder, **tensors):
     """Changes tensors of a folder; None takes one out."""
-    tensors = load_file(folder / "model.safetensors")
+    stored = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        tensors[name] = tensor
-    save_file({n: t for n, t in tensors.items() if t is not None}, folder / "model.safetensors")
+        stored[name] = tensor
+    save_file({n: t for n, t in stored.items() if t is not None}, folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -34,7 +34,7 @@ def little_to_do(monkeypatch):
     def patient_pool(world_model, seed):
         return start_history(world_model, toy_episodes(8), 0)
 
-    for module in ("bench", "workload"):
+    for module in ("bench", "setup"):
         monkeypatch.setattr(f"sepsis_jax.benchmark.{module}.patient_pool", patient_pool)
     monkeypatch.setattr("sepsis_jax.benchmark.hardware.SHAPES", {"cpu": ((8, 8, 8),)})
     monkeypatch.setattr("sepsis_jax.benchmark.hardware._LEAST", {"cpu": 1e4})

@@ -95,7 +95,7 @@ def test_dropped_stays_leave_no_trace(case):
     flawed = data.replace(reward=jnp.asarray(reward))
 
     options = {"key": jax.random.key(0), "n_bootstrap": 0, "interval": "delta"}
-    table = evaluate(flawed, probs, treatment=InputPolicy(missing_reward="drop"), **options)
+    table = evaluate(flawed, probs, input_policy=InputPolicy(missing_reward="drop"), **options)
     keep = np.arange(STAYS) != 5
     expected = evaluate(data.select(keep), probs_of(probs, keep), **options)
     assert np.allclose(table["estimate"], expected["estimate"], atol=1e-6)
