@@ -26,7 +26,7 @@ def test_tags_lie_outside_the_range_of_steps_and_samples(name):
     assert int(keys.STEP_TAGS[name]) >= keys.MAX_STEPS
 
 
-@pytest.mark.parametrize("names", combinations(keys.STEP_TAGS, 2), ids="-".join)
+@pytest.mark.parametrize("names", list(combinations(keys.STEP_TAGS, 2)), ids="-".join)
 def test_a_tag_plus_any_step_is_never_another_tag_plus_a_step(names):
     first, second = (int(keys.STEP_TAGS[name]) for name in names)
     assert abs(first - second) >= keys.MAX_STEPS
