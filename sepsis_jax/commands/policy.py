@@ -64,13 +64,14 @@ def train(
     json: Json = False,
 ) -> None:
     """Train one policy on the training split."""
-    from sepsis_jax.pipelines.policies import METHODS, OPTIONS
+    from policy.registry import TRAINED
+    from sepsis_jax.pipelines.policies import OPTIONS
     from sepsis_jax.pipelines.policy_training import train_policy
     from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 
     if method not in OPTIONS:
-        raise InputError(f"--method: got {method!r}, expected one of {', '.join(METHODS)}")
+        raise InputError(f"--method: got {method!r}, expected one of {', '.join(TRAINED)}")
     settings: Any = resolve_config(OPTIONS[method], config, setting, source="--set")
     with phases("policy") as progress:
         record = train_policy(

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from policy import registry
-from policy.registry import SIMPLE as SIMPLE
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

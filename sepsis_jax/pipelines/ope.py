@@ -15,6 +15,7 @@ from policy import registry
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
+from policy.registry import CLINICIAN
 from sepsis_jax.ope import policies
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.ope_estimates import (
@@ -23,7 +24,6 @@ from sepsis_jax.pipelines.ope_estimates import (
     estimate_policies,
     ope_keys,
 )
-from sepsis_jax.pipelines.policies import CLINICIAN
 from sepsis_jax.report.html import write_page
 from sepsis_jax.report.ope import latex, records, sections
 from sepsis_jax.runs import Progress, provenance, silent

@@ -17,11 +17,12 @@ import numpy.typing as npt
 import pandas as pd
 
 from policy.base import Policy
+from policy.registry import CLINICIAN
 from sepsis_jax import ope
 from sepsis_jax.ope import robustness
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
-from sepsis_jax.pipelines.policies import CLINICIAN, patients_per_call
+from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.pipelines.policy_values import typical_horizon
 from sepsis_jax.runs import Progress, silent
 from worldmodel.episodes import Episodes

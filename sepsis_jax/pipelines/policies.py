@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pandas as pd
 
-from policy import registry
 from policy.base import Policy
 from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
 from policy.offline.algorithms import NAMES as OFFLINE
@@ -21,7 +20,6 @@ from policy.offline.data import transitions
 from policy.offline.training import train_offline
 from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
-from policy.registry import CLINICIAN as CLINICIAN
 from sepsis_jax.runs import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
@@ -29,8 +27,6 @@ from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
-
-METHODS = registry.TRAINED
 
 
 @dataclass(frozen=True)

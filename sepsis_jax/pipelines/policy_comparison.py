@@ -15,10 +15,9 @@ from policy.checkpoint import load_policy
 from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
-from sepsis_jax.ope.policies import SIMPLE
+from policy.registry import CLINICIAN, SIMPLE
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policies import (
-    CLINICIAN,
     CloneConfig,
     PPOOptions,
     Trained,

@@ -11,10 +11,9 @@ import numpy as np
 from policy.base import Policy
 from policy.checkpoint import MARKER, load_policy, save_policy
 from policy.offline.algorithms import NAMES as OFFLINE
+from policy.registry import CLINICIAN, TRAINED
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.policies import (
-    CLINICIAN,
-    METHODS,
     PlannerOptions,
     PPOOptions,
     Trained,
@@ -60,7 +59,7 @@ def train_policy(
       episodes_path: folder of episodes.
       out: folder to write: the policy, losses.csv and losses.png or
         reliability.csv and reliability.png, actions.png.
-      method: one of `METHODS`.
+      method: one of `TRAINED`.
       config: of the class `OPTIONS[method]`.
       model: world model of a planner or of PPO.
       critic: policy of IQL: critic of a planner, start of PPO; None trains the planner's.
@@ -73,8 +72,8 @@ def train_policy(
     Raises:
       InputError: an input is missing or is not what the method needs.
     """
-    if method not in METHODS:
-        raise InputError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+    if method not in TRAINED:
+        raise InputError(f"method: got {method!r}, expected one of {', '.join(TRAINED)}")
     if method in ("planner", "ppo") and model is None:
         raise InputError(f"model: {method} needs a world model; see sepsis-jax world-model train")
     for option, given, users in (

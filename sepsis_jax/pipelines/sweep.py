@@ -238,9 +238,6 @@ _AVERAGED = (
 )  # fmt: skip
 
 
-REFERENCE = "constant 0,0"
-
-
 def summarise(folder: SweepFolder, sweep: Sweep) -> pd.DataFrame:
     """One row per plan: mean over the starts of each column, block by block; NaN where null.
 

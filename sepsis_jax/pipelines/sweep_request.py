@@ -14,8 +14,8 @@ from policy import registry
 from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.planner import Planner
-from sepsis_jax.ope.policies import SIMPLE
-from sepsis_jax.pipelines.policies import CLINICIAN, digest_folder
+from policy.registry import CLINICIAN, SIMPLE
+from sepsis_jax.pipelines.policies import digest_folder
 from sepsis_jax.pipelines.sweep_folder import KIND
 from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from policy import registry
 from policy.checkpoint import load_policy
 from policy.simple import GuidelineRules
 from sepsis_jax.pipelines import policies, policy_comparison, policy_training
@@ -339,4 +340,4 @@ def test_an_unknown_format_and_a_stranger_in_the_way_are_refused(run, cohort, mo
 
 
 def test_every_method_has_settings():
-    assert set(policies.OPTIONS) == set(policies.METHODS)
+    assert set(policies.OPTIONS) == set(registry.TRAINED)

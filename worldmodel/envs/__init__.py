@@ -5,8 +5,9 @@ The names below are imported on first use, so that `import worldmodel.envs` cost
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from worldmodel.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from worldmodel.envs.base import Info, Timestep
@@ -38,7 +39,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_attributes(__name__, _HOMES)
