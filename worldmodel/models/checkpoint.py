@@ -95,6 +95,7 @@ def save_world_model(
                 "members": world_model.num_members,
                 "step_hours": world_model.step_hours,
                 "dose_edges": dose_edges_to_dict(world_model.dose_edges),
+                "stay_steps": world_model.stay_steps,
                 **(manifest or {}),
             },
         )
@@ -143,6 +144,7 @@ def load_world_model(path: str | Path) -> WorldModel:
         config=config,
         step_hours=step_hours,
         dose_edges=dose_edges_of(manifest, source=str(file)),
+        stay_steps=int(manifest.get("stay_steps", 0)),
     )
 
 

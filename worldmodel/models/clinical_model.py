@@ -9,6 +9,8 @@ State Model:
   rows (whose earlier treatments say what stopping and starting will do) plus the GRU's
   correction, with a bounded, calibrated sigma. Both parts start at zero, so that training starts
   from "the last value stays".
+
+The third variant, `recurrent`, reads whole stays: `worldmodel.models.recurrent`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.gru import GRU
 
-VARIANTS = ("reference", "residual")
+RECURRENT = "recurrent"
+VARIANTS = ("reference", "residual", RECURRENT)
 PRECISIONS = ("highest", "high", "default")
 LOG_SIGMA_RANGE = (-4.0, 1.5)  # z-space, residual variant
 
@@ -36,13 +39,13 @@ class ModelConfig:
     """Shape of a world model.
 
     Attributes:
-      variant: "residual" (default) or "reference".
+      variant: "residual" (default), "reference" or "recurrent".
       hidden: GRU width.
-      layers: GRU layers.
-      embed: width of the static and the action embedding.
+      layers: GRU layers; the recurrent variant has one.
+      embed: width of the static and the action embedding; the recurrent variant has none.
       head: width of the ventilation and mortality heads.
       linear_rows: rows that the residual variant's autoregression reads.
-      dropout: rate while training.
+      dropout: rate while training; half of it in the recurrent variant's prediction of values.
       precision: matmul precision, "highest" (float32) or "default" (TF32 on recent GPUs).
     """
 

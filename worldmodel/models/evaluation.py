@@ -16,6 +16,13 @@ from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.models import baselines
 from worldmodel.models.baselines import HostPrediction, Rows
+from worldmodel.models.recurrent import (
+    CompetingRisks,
+    RecurrentStateModel,
+    RowPrediction,
+    residual_code,
+)
+from worldmodel.models.recurrent_training import StayRows, to_stay_rows
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
@@ -68,13 +75,19 @@ def evaluate_world_model(
     index = require_transitions(transition_index(test.episodes), split)
     train_rows = baselines.transition_rows(train.sequences, train_index)
     rows = baselines.transition_rows(test.sequences, index)
+    if world_model.is_recurrent:
+        by_row, died = predict_stays(world_model, test.episodes)
+        prediction = HostPrediction(*(leaf[index[:, 0], index[:, 1]] for leaf in by_row))
+    else:
+        died = None
+        prediction = predict(world_model, test.sequences, index)
     predictions = {
-        "model": predict(world_model, test.sequences, index),
+        "model": prediction,
         "last_value": baselines.last_value(train_rows, rows),
         "linear": baselines.linear_autoregression(train_rows, rows),
     }
     outcomes = {
-        name: _outcome_report(world_model, train, test, rows_of)
+        name: _outcome_report(world_model, train, test, rows_of, died)
         for name, rows_of in (("last", last_step_index), ("every", every_step_index))
     }
     return {
@@ -116,6 +129,44 @@ def predict_mortality(
     return result
 
 
+def predict_stays(
+    world_model: WorldModel, episodes: Episodes
+) -> tuple[HostPrediction, np.ndarray]:
+    """Predictions of a recurrent world model in every row of N stays, with its ensemble's moments.
+
+    Returns:
+      The next rows, leaves [N, T, ...] (undefined after the end of a stay), and the mortality
+      [N, T] where the clinician goes on from the row.
+    """
+    rows = to_stay_rows(episodes, world_model.scaler, world_model.dose_edges)
+
+    @jax.jit
+    def of_member(
+        member: tuple[RecurrentStateModel, CompetingRisks], rows: StayRows
+    ) -> tuple[RowPrediction, jax.Array]:
+        state_model, risks = member
+        h = state_model.encode(rows.inputs)
+        residual = residual_code(state_model.propensity(h, rows.inputs), rows.action)
+        found = state_model.predict(h, rows.inputs, rows.obs, residual)
+        return found, jax.nn.sigmoid(risks.continuation(h, rows.inputs).mortality_logit)
+
+    found = [
+        jax.tree.map(np.asarray, of_member(jax.tree.map(lambda leaf, i=i: leaf[i], models), rows))
+        for models in [(world_model.state_model, world_model.outcome_model)]
+        for i in range(world_model.num_members)
+    ]
+    mu = np.stack([prediction.mu for prediction, _ in found])
+    variance = np.stack([np.exp(2 * prediction.log_sigma) for prediction, _ in found])
+    # The noise factor holds what calibration found about each sigma.
+    factor = np.asarray(world_model.state_model.noise_factor[...])  # [E, 39, 39]
+    variance = variance * np.square(factor).sum(-1)[:, None, None]
+    ventilation = np.mean([1 / (1 + np.exp(-p.vent_logit)) for p, _ in found], axis=0)
+    prediction = HostPrediction(
+        mu=mu.mean(0), sigma=np.sqrt(variance.mean(0) + mu.var(0)), ventilation=ventilation
+    )
+    return prediction, np.mean([died for _, died in found], axis=0)
+
+
 def predict_members(
     world_model: WorldModel, sequences: Sequences, index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -148,12 +199,20 @@ def _outcome_report(
     train: _Side,
     test: _Side,
     rows_of: Callable[[Episodes], np.ndarray],
+    by_row: np.ndarray | None,
 ) -> dict[str, dict[str, float | None]]:
-    """Metrics of mortality at the rows that `rows_of` picks, beside two logistic regressions."""
+    """Metrics of mortality at the rows that `rows_of` picks, beside two logistic regressions.
+
+    `by_row` [N, T] is the model's mortality where it is known already.
+    """
     train_rows, rows = rows_of(train.episodes), rows_of(test.episodes)
+    if by_row is None:
+        predicted = predict_mortality(world_model, test.sequences, rows)
+    else:
+        predicted = by_row[rows[:, 0], rows[:, 1]]
     died = train.died(train_rows)
     scores = {
-        "model": predict_mortality(world_model, test.sequences, rows),
+        "model": predicted,
         "last_value": baselines.logistic(train.sofa(train_rows), died, test.sofa(rows)),
         "linear": baselines.logistic(train.inputs(train_rows), died, test.inputs(rows)),
     }

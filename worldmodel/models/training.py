@@ -29,6 +29,12 @@ from worldmodel.models.fitting import (
     outcome_model_loss,
     state_model_loss,
 )
+from worldmodel.models.recurrent_training import (
+    calibrate_noise,
+    fill_values,
+    recurrent_loss,
+    to_stay_rows,
+)
 from worldmodel.models.windows import (
     Sequences,
     every_step_index,
@@ -49,7 +55,8 @@ class TrainConfig:
 
     Attributes:
       model: shape and variant.
-      state, outcome: optimisation of the two models.
+      state, outcome: optimisation of the two models that read windows.
+      stays: optimisation of the recurrent variant, both models at once; batches are stays.
       members: ensemble size.
       seed: of initialisation, minibatch order and dropout.
       imputed_weight: weight of imputed entries in the State Model's loss. None: 1 for the
@@ -62,6 +69,11 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     state: FitConfig = field(default_factory=FitConfig)
     outcome: FitConfig = field(default_factory=lambda: FitConfig(epochs=10, learning_rate=1e-3))
+    stays: FitConfig = field(
+        default_factory=lambda: FitConfig(
+            epochs=12, batch_size=64, learning_rate=2e-3, weight_decay=0.1
+        )
+    )
     members: int = 1
     seed: int = 0
     imputed_weight: float | None = None
@@ -133,6 +145,7 @@ def train_world_model(
         members=config.members,
         step_hours=step_hours,
         dose_edges=dose_edges,
+        stay_steps=episodes.num_steps,
     )
     parts = {name: episodes.of_split(name) for name in schema.SPLITS}
     sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
@@ -140,6 +153,11 @@ def train_world_model(
         name: require_transitions(transition_index(part), name) for name, part in parts.items()
     }
     fingerprint = {"config": asdict(config), "data": digest(jax.tree.leaves((episodes, scaler)))}
+    if world_model.is_recurrent:
+        world_model, history = _fit_stays(
+            key_state, world_model, parts, config, state_folder, fingerprint, progress
+        )
+        return Trained(world_model, evaluate_world_model(world_model, episodes), history)
 
     def run(
         name: str,
@@ -197,6 +215,38 @@ def train_world_model(
         evaluate_world_model(world_model, episodes),
         {"state": state_history, "outcome": outcome_history},
     )
+
+
+def _fit_stays(
+    key: jax.Array,
+    world_model: WorldModel,
+    parts: dict[str, Episodes],
+    config: TrainConfig,
+    state_folder: str | Path | None,
+    fingerprint: dict[str, object],
+    progress: EpochProgress | None,
+) -> tuple[WorldModel, dict[str, list[dict[str, float]]]]:
+    """Both models of the recurrent variant at once, then the covariance of its noise."""
+    scaler, edges = world_model.scaler, world_model.dose_edges
+    fill = fill_values(parts["train"], scaler, world_model.step_hours)
+    state_model = world_model.state_model
+    state_model.fill[...] = jnp.broadcast_to(fill, state_model.fill[...].shape)
+    rows = {name: to_stay_rows(parts[name], scaler, edges) for name in ("train", "validation")}
+    saver = None
+    if state_folder is not None:
+        saver = Saver(Path(state_folder) / "stays", fingerprint)
+    (state_model, outcome_model), history = fit(
+        key,
+        (state_model, world_model.outcome_model),
+        recurrent_loss,
+        (rows["train"], last_step_index(parts["train"])),
+        (rows["validation"], last_step_index(parts["validation"])),
+        config.stays,
+        saver=saver,
+        progress=None if progress is None else partial(progress, "stays"),
+    )
+    world_model = replace(world_model, state_model=state_model, outcome_model=outcome_model)
+    return calibrate_noise(world_model, rows["validation"]), {"stays": history}
 
 
 def start_from_last_value(state_model: StateModel, train: Rows) -> None:

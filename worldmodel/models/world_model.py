@@ -12,7 +12,14 @@ from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, Prediction, StateModel
+from worldmodel.models.clinical_model import (
+    RECURRENT,
+    ModelConfig,
+    OutcomeModel,
+    Prediction,
+    StateModel,
+)
+from worldmodel.models.recurrent import NOISE_WIDTH, CompetingRisks, RecurrentStateModel
 from worldmodel.scaling import Scaler
 
 ModelT = TypeVar("ModelT")
@@ -25,14 +32,26 @@ class WorldModel:
     The parameters of both models have a leading ensemble axis [E, ...].
     """
 
-    state_model: StateModel
-    outcome_model: OutcomeModel
+    state_model: StateModel | RecurrentStateModel
+    outcome_model: OutcomeModel | CompetingRisks
     scaler: Scaler
     config: ModelConfig = struct.field(pytree_node=False)
     step_hours: float = struct.field(pytree_node=False, default=schema.STEP_HOURS)
     dose_edges: schema.DoseEdges = struct.field(
         pytree_node=False, default=schema.DEFAULT_DOSE_EDGES
     )
+    # Rows of the recorded window, in the last of which every stay ends; recurrent variant only.
+    stay_steps: int = struct.field(pytree_node=False, default=0)
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether it carries one state over whole stays instead of reading windows."""
+        return self.config.variant == RECURRENT
+
+    @property
+    def noise_width(self) -> int:
+        """Standard normals that a simulated step takes."""
+        return NOISE_WIDTH if self.is_recurrent else schema.NUM_FEATURES
 
     @property
     def num_members(self) -> int:
@@ -62,6 +81,7 @@ class WorldModel:
         self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
     ) -> Prediction:
         """Every member's prediction: arguments as `transition`, results [E, B, ...]."""
+        self._require_windows()
         result: Prediction = jax.vmap(lambda model: model(obs, observed, static, action))(
             self.state_model
         )
@@ -116,10 +136,18 @@ class WorldModel:
         action: Float[Array, "B W 10"],
     ) -> Float[Array, "E B"]:
         """Every member's logit [E, B] of death within 90 days; arguments as `mortality_logit`."""
+        self._require_windows()
         result: Array = jax.vmap(lambda model: model(obs, observed, static, action))(
             self.outcome_model
         )
         return result
+
+    def _require_windows(self) -> None:
+        if self.is_recurrent:
+            raise InputError(
+                "the recurrent variant reads whole stays, no windows; use "
+                "worldmodel.simulate.predict_next, or rollout"
+            )
 
 
 def init_world_model(
@@ -130,21 +158,37 @@ def init_world_model(
     members: int = 1,
     step_hours: float = schema.STEP_HOURS,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
+    stay_steps: int = 0,
 ) -> WorldModel:
     """An untrained world model; the key is consumed."""
     config = config or ModelConfig()
     key_state, key_outcome = jax.random.split(key)
+
+    def state(key: jax.Array) -> StateModel | RecurrentStateModel:
+        rngs = nnx.Rngs(key)
+        if config.variant != RECURRENT:
+            return StateModel(config, rngs=rngs)
+        dropout = 0.5 * config.dropout
+        return RecurrentStateModel(
+            config.hidden, config.head, dropout, config.precision, rngs=rngs
+        )
+
+    def outcome(key: jax.Array) -> OutcomeModel | CompetingRisks:
+        rngs = nnx.Rngs(key)
+        if config.variant != RECURRENT:
+            return OutcomeModel(config, rngs=rngs)
+        return CompetingRisks(
+            config.hidden, config.head, config.dropout, config.precision, rngs=rngs
+        )
+
     return WorldModel(
-        state_model=jax.vmap(lambda k: StateModel(config, rngs=nnx.Rngs(k)))(
-            jax.random.split(key_state, members)
-        ),
-        outcome_model=jax.vmap(lambda k: OutcomeModel(config, rngs=nnx.Rngs(k)))(
-            jax.random.split(key_outcome, members)
-        ),
+        state_model=jax.vmap(state)(jax.random.split(key_state, members)),
+        outcome_model=jax.vmap(outcome)(jax.random.split(key_outcome, members)),
         scaler=scaler,
         config=config,
         step_hours=step_hours,
         dose_edges=dose_edges,
+        stay_steps=stay_steps,
     )
 
 

@@ -16,6 +16,7 @@ from worldmodel.errors import InputError
 from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import Observation, ObservationHistory, recent
+from worldmodel.simulate.memory import StayMemory, stay_memory
 
 
 @struct.dataclass
@@ -34,6 +35,7 @@ class History:
     ventilated: jax.Array  # [B] bool
     step: jax.Array  # [B] int32 index of the newest row, 0 at admission
     patient: jax.Array  # [B] int32 identity, which the noise depends on
+    memory: StayMemory | None = None  # of the whole stay; recurrent variant only
 
     def window(self, width: int) -> Window:
         """Model inputs of the newest `width` rows."""
@@ -48,8 +50,23 @@ class History:
         """Sets the treatment [B] of the newest row."""
         return replace(self, action=self.action.at[..., -1].set(action))
 
-    def append(self, obs: jax.Array, urine: jax.Array, ventilated: jax.Array) -> History:
-        """Appends a row without its SOFA; which values are measured is as in the last row."""
+    def append(
+        self,
+        obs: jax.Array,
+        urine: jax.Array,
+        ventilated: jax.Array,
+        observed: jax.Array | None = None,
+    ) -> History:
+        """Appends a row without its SOFA.
+
+        Args:
+          obs: [B, 39] z-scores.
+          urine: [B] mL.
+          ventilated: [B] bool.
+          observed: [B, 38] which values are measured; None: those of the last row.
+        """
+        if observed is None:
+            observed = self.observed[:, -1]
 
         def push(rows: jax.Array, row: jax.Array) -> jax.Array:
             return jnp.concatenate([rows[:, 1:], row[:, None]], axis=1)
@@ -57,7 +74,7 @@ class History:
         return replace(
             self,
             obs=push(self.obs, obs),
-            observed=push(self.observed, self.observed[:, -1]),
+            observed=push(self.observed, observed.astype(self.observed.dtype)),
             action=push(self.action, jnp.full_like(self.action[:, -1], -1)),
             urine=push(self.urine, urine),
             ventilated=ventilated,
@@ -144,6 +161,8 @@ def history_from_observation(world_model: WorldModel, observation: Observation) 
         step=observation.step,
         patient=jnp.int32(0),
     )
+    if world_model.is_recurrent:
+        history = replace(history, memory=_observed_memory(world_model, observation, history, past))
     result: History = jax.tree.map(lambda leaf: leaf[None], history)
     return result
 
@@ -221,6 +240,7 @@ def history_at(
         ventilated=episodes.ventilated[stays, step],
         step=step,
         patient=episodes.stay_id[stays],
+        memory=_recorded_memory(world_model, sequences, stays, step),
     )
     if recorded_sofa:
         return history
@@ -232,3 +252,47 @@ def history_at(
         urine_24h=history.urine_24h(),
     )
     return replace(history, sofa=score.total)
+
+
+def _recorded_memory(
+    world_model: WorldModel, sequences: Sequences, stays: jax.Array, step: jax.Array
+) -> StayMemory | None:
+    if not world_model.is_recurrent:
+        return None
+    recorded = slice(sequences.padding, None)
+    rows = sequences.num_steps
+    return stay_memory(
+        world_model.dose_edges,
+        obs=sequences.obs[stays, recorded],
+        measured=sequences.measured[stays, recorded],
+        ventilated=sequences.ventilated[stays, recorded],
+        static=sequences.static[stays],
+        action=sequences.action[stays, recorded],
+        step=jnp.broadcast_to(jnp.arange(rows), (stays.shape[0], rows)),
+        newest=step,
+    )
+
+
+def _observed_memory(
+    world_model: WorldModel, observation: Observation, history: History, past: ObservationHistory
+) -> StayMemory:
+    """From the rows that an observation holds, [12, ...]; exact for stays that are no longer.
+
+    Earlier rows are forgotten, and their ventilation is taken to be that of the newest row, since
+    observations do not hold it.
+    """
+    rows = slice(-schema.OUTCOME_WINDOW, None)
+    valid = past.valid[rows]
+    urine = (past.dynamic[rows, schema.URINE :] > 0) & valid[:, None]
+    memory = stay_memory(
+        world_model.dose_edges,
+        obs=history.obs[None],
+        measured=jnp.concatenate([history.observed > 0, urine], axis=-1)[None],
+        ventilated=(valid & observation.ventilated)[None],
+        static=history.static[None],
+        action=history.action[None],
+        step=jnp.where(valid, observation.step + jnp.arange(1 - valid.shape[0], 1), -1)[None],
+        newest=jnp.full(1, valid.shape[0] - 1),
+    )
+    result: StayMemory = jax.tree.map(lambda leaf: leaf[0], memory)
+    return result

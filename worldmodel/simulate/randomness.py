@@ -39,9 +39,9 @@ def branch_key(
     return jax.random.fold_in(jax.random.fold_in(folded, sample), plan)
 
 
-def state_noise(key: jax.Array) -> jax.Array:
-    """[39] standard normals of a branch's step."""
-    return jax.random.normal(jax.random.fold_in(key, keys.NOISE), (schema.NUM_FEATURES,))
+def state_noise(key: jax.Array, width: int = schema.NUM_FEATURES) -> jax.Array:
+    """[width] standard normals of a branch's step; see `WorldModel.noise_width`."""
+    return jax.random.normal(jax.random.fold_in(key, keys.NOISE), (width,))
 
 
 def policy_key(key: jax.Array) -> jax.Array:
@@ -103,14 +103,17 @@ def drawn_noise(
     horizon: int,
     *,
     common: bool,
+    width: int = schema.NUM_FEATURES,
 ) -> Noise:
-    """Standard normals [P, K, S, 39] of each step, [P, 1, S, 39] where all plans share them."""
+    """Standard normals [P, K, S, width] of each step, [P, 1, S, width] where plans share them."""
     plan_ids = jnp.zeros(1, jnp.int32) if common else jnp.arange(shape[1])
 
     @jax.named_scope("sampling")
     def draw(h: jax.Array) -> jax.Array:
         own_keys = _branch_keys(key, start, h, plan_ids, samples)
-        return jax.vmap(state_noise)(own_keys.reshape(-1)).reshape(*own_keys.shape, -1)
+        return jax.vmap(partial(state_noise, width=width))(own_keys.reshape(-1)).reshape(
+            *own_keys.shape, -1
+        )
 
     # Drawn in a separate loop of at least two iterations: otherwise XLA would draw them again for
     # every plan and every use.
@@ -151,8 +154,11 @@ def abduct_noise(
       [P, 1, H, 39], for `rollout(..., samples=1, noise=...)`.
 
     Raises:
-      InputError: the world model is an ensemble.
+      InputError: the world model is an ensemble, or recurrent: which values would have been
+        measured under another treatment is not in the record.
     """
+    if world_model.is_recurrent:
+        raise InputError("noise is abducted in models that read windows, not in the recurrent one")
     if world_model.num_members != 1:
         raise InputError("noise is abducted in one model; pick one with .member(i)")
 

@@ -28,7 +28,9 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.step import MODES
-from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step, unroll
+from worldmodel.simulate.stay_unroll import unroll_branches
+from worldmodel.simulate.stays import FOLLOW_CLINICIAN
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
@@ -48,16 +50,23 @@ class Rollouts:
     projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
     features: tuple[str, ...] = struct.field(pytree_node=False)
     mode: str = struct.field(pytree_node=False)
+    # Recurrent variant only:
+    alive: jax.Array | None = None  # [P, K, S, H] probability that the stay has not ended
+    support: jax.Array | None = None  # [P, K, S, H] probability of the action, clinician
+    later_reward: jax.Array | None = None  # [P, K, S] rewards after the horizon, clinician
 
     @property
     def total_reward(self) -> jax.Array:
         """[P, K, S] undiscounted: shaping plus the terminal reward.
 
+        In the recurrent variant that of the whole stay: the clinician goes on after the horizon.
+
         The terminal reward is its expectation in corrected mode; in reference mode a
         mortality above 0.5 is death.
         """
         died = self.mortality if self.mode == "corrected" else self.mortality > 0.5
-        return self.reward.sum(-1) + reward.terminal_reward(died)
+        total = self.reward.sum(-1) + reward.terminal_reward(died)
+        return total if self.later_reward is None else total + self.later_reward
 
     def feature(self, name: str) -> jax.Array:
         """[P, K, S, H] one of the collected features, in physical units."""
@@ -88,14 +97,15 @@ def rollout(
       world_model: the model to simulate with.
       key: not consumed by position: branch noise is folded in from patient, step and sample.
       start: P patients, from `start_history`.
-      plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H]; or a policy
+      plans_or_policy: joint actions 0-24, [K, H] for all patients or [P, K, H], with
+        `FOLLOW_CLINICIAN` where a recurrent model's own clinician chooses; or a policy
         `(key, observation) -> [25]` traced into the rollout (K = 1), with a key per branch and
         step. Its attribute `past`, where it has one, is the number of rows of `Observation.past`.
       horizon: steps H; needed for a policy, otherwise the plans' length.
       samples: noise samples S per patient and plan; a multiple of the ensemble size.
       features: names to return.
       common_noise: the same noise under every plan; otherwise each plan draws its own.
-      noise: [P, S, H, 39] standard normal values to use instead of drawing them, as
+      noise: [P, S, H, 39] (`WorldModel.noise_width`) standard normal values to use instead of drawing them, as
         `abduct_noise` returns them.
       mode: "corrected" (projection into physiologic ranges, standard SOFA, scaled urine) or
         "reference" (SepsisAgent's rules: neither).
@@ -110,7 +120,9 @@ def rollout(
     Raises:
       InputError: an action outside 0-24, an unknown feature or mode, or sizes that do not fit.
     """
-    plans, policy = _resolve(plans_or_policy, start, horizon)
+    least = FOLLOW_CLINICIAN if world_model.is_recurrent else 0
+    plans, policy = _resolve(plans_or_policy, start, horizon, least)
+    follow = plans is not None and bool((plans == FOLLOW_CLINICIAN).any())
     horizon = plans.shape[-1] if plans is not None else int(horizon or 0)
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
@@ -121,9 +133,10 @@ def rollout(
     if samples < 1 or samples % members:
         raise InputError(f"samples: got {samples}, expected a multiple of {members} (members)")
     patients = start.step.shape[0]
-    if noise is not None and noise.shape != (patients, samples, horizon, schema.NUM_FEATURES):
+    if noise is not None and noise.shape != (patients, samples, horizon, world_model.noise_width):
         raise InputError(
-            f"noise: got shape {noise.shape}, expected {(patients, samples, horizon, 39)}"
+            f"noise: got shape {noise.shape}, expected "
+            f"{(patients, samples, horizon, world_model.noise_width)}"
         )
     num_plans = 1 if plans is None else plans.shape[1]
     if max_branches is None:
@@ -137,6 +150,7 @@ def rollout(
         mode=mode,
         mortality=mortality,
         precision=precision,
+        follow_clinician=follow,
     )
     rows = _in_equal_parts(patients, max_branches // num_plans)
     ids = _in_equal_parts(samples // members, max_branches // (num_plans * rows.shape[1]))
@@ -149,8 +163,11 @@ def rollout(
 
 
 def _resolve(
-    plans_or_policy: np.ndarray | jax.Array | PolicyFn, start: History, horizon: int | None
-) -> tuple[jax.Array | None, PolicyFn | None]:
+    plans_or_policy: np.ndarray | jax.Array | PolicyFn,
+    start: History,
+    horizon: int | None,
+    least: int,
+) -> tuple[np.ndarray | None, PolicyFn | None]:
     if callable(plans_or_policy):
         if horizon is None or horizon < 1:
             raise InputError(f"horizon: got {horizon}, expected at least 1 step for a policy")
@@ -160,7 +177,7 @@ def _resolve(
         raise InputError(f"plans: got shape {plans.shape}, expected [K, H] or [P, K, H]")
     if not np.issubdtype(plans.dtype, np.integer):
         raise InputError(f"plans: got {plans.dtype} values, expected integers 0 to 24")
-    bad = (plans < 0) | (plans >= schema.NUM_ACTIONS)
+    bad = (plans < least) | (plans >= schema.NUM_ACTIONS)
     if bad.any():
         raise InputError(f"plans: joint action {plans[bad][0]} is outside 0 to 24")
     if horizon is not None and horizon != plans.shape[-1]:
@@ -169,7 +186,7 @@ def _resolve(
     if plans.ndim == 3 and plans.shape[0] != patients:
         raise InputError(f"plans: for {plans.shape[0]} patients, but {patients} start")
     plans = np.broadcast_to(plans, (patients, *plans.shape[-2:]))
-    return jnp.asarray(plans, jnp.int32), None
+    return plans.astype(np.int32), None
 
 
 class _Blocks(NamedTuple):
@@ -274,7 +291,10 @@ def _simulate(
         treat = under_policy(policy, world_model, key, start, samples, past=past)
     if noise is None:
         common = config.common_noise
-        eps = drawn_noise(key, start, samples, shape, config.horizon, common=common)
+        width = world_model.noise_width
+        eps = drawn_noise(
+            key, start, samples, shape, config.horizon, common=common, width=width
+        )
     else:
         given = noise[:, None, samples]
 
@@ -288,9 +308,11 @@ def _simulate(
             "ventilation": step.ventilation,
             "reward": step.reward,
             "action": step.action,
+            "alive": step.alive,
+            "support": step.support,
         }
 
-    result = unroll(
+    result = unroll_branches(
         world_model,
         start,
         RolloutSpec(
@@ -305,4 +327,9 @@ def _simulate(
         ),
     )
     mortality = jnp.full(shape, jnp.nan) if result.mortality is None else result.mortality
-    return {**result.collected, "mortality": mortality, "projected": result.folded}
+    return {
+        **result.collected,
+        "mortality": mortality,
+        "later_reward": result.later_reward,
+        "projected": result.folded,
+    }

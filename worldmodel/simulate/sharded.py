@@ -30,7 +30,8 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
-from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape, unroll
+from worldmodel.simulate.stay_unroll import unroll_branches
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Shape
 
 ModelT = TypeVar("ModelT")
 
@@ -148,7 +149,7 @@ def sharded_call(
         else:
             assert policy is not None
             treat = under_policy(policy, member, key, starts, task.samples, past=past)
-        rolled = unroll(
+        rolled = unroll_branches(
             member,
             starts,
             RolloutSpec(
@@ -162,6 +163,7 @@ def sharded_call(
                     shape,
                     config.horizon,
                     common=config.common_noise,
+                    width=world_model.noise_width,
                 ),
                 fold=partial(fold_step, features=config.features),
                 folded=empty_summary(shape, config.features),

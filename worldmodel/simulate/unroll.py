@@ -33,6 +33,9 @@ class Step(NamedTuple):
     ventilation: jax.Array  # [...] probability
     reward: jax.Array  # [...] shaping
     projected: jax.Array  # [...] int32 entries moved into range
+    # Recurrent variant only:
+    alive: jax.Array | None = None  # [...] probability that the stay goes on in the new row
+    support: jax.Array | None = None  # [...] probability of the action under the clinician
 
 
 class StepState(NamedTuple):
@@ -51,6 +54,7 @@ class RolloutResult(NamedTuple):
     folded: Tree
     collected: Tree  # leaves [P, K, S, H, ...]
     mortality: jax.Array | None  # [P, K, S] probability of death within 90 days
+    later_reward: jax.Array | None = None  # [P, K, S] rewards after the horizon; recurrent only
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class RolloutConfig:
       common_noise: the same noise under every plan; otherwise each plan draws its own.
       mortality: evaluate the Outcome Model at the end.
       precision: of matrix products; None for the model's own.
+      follow_clinician: plans may hold `FOLLOW_CLINICIAN`; recurrent variant only.
     """
 
     horizon: int
@@ -72,6 +77,7 @@ class RolloutConfig:
     common_noise: bool = True
     mortality: bool = True
     precision: str | None = None
+    follow_clinician: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
 
     carry = _ScanCarry(
         fused_gru.init_carry(kernel, past, horizon=spec.config.horizon),
-        _start(world_model, start, spec),
+        start_branches(world_model, start, spec),
         spec.folded,
     )
     parts: list[Tree] = []
@@ -179,7 +185,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
             carry, kept = step(carry, jnp.int32(h), more=h < last_whole)
             parts.append(jax.tree.map(lambda leaf: leaf[None], kept))
             h += 1
-    collected = _stack([kept for kept, _ in parts], spec.shape)
+    collected = stack_steps([kept for kept, _ in parts], spec.shape)
     mortality = None
     if spec.config.mortality:
         trail = [rows for _, rows in parts]
@@ -213,13 +219,14 @@ def _constant_row(start: History) -> fused_gru.Row:
     )
 
 
-def _start(world_model: WorldModel, start: History, spec: RolloutSpec) -> StepState:
+def start_branches(world_model: WorldModel, start: History, spec: RolloutSpec) -> StepState:
+    """The state of all branches at the recorded rows, leaves [P, 1, 1, ...]."""
     newest = start.obs[:, None, None, -1]
     history = None
     if spec.looks_back:
         history = jax.tree.map(
-            lambda leaf: _flat(leaf[:, None, None], spec.shape),
-            start,
+            lambda leaf: flat(leaf[:, None, None], spec.shape),
+            replace(start, memory=None),
         )
     return StepState(
         obs=newest,
@@ -231,16 +238,15 @@ def _start(world_model: WorldModel, start: History, spec: RolloutSpec) -> StepSt
 
 
 def _append(history: History, step: Step, shape: Shape) -> History:
-    def flat(leaf: jax.Array) -> jax.Array:
-        return _flat(leaf, shape)
-
-    moved = history.choose(flat(step.action)).append(
-        flat(step.obs), flat(step.dynamic[..., schema.URINE]), flat(step.ventilation > 0.5)
+    moved = history.choose(flat(step.action, shape)).append(
+        flat(step.obs, shape),
+        flat(step.dynamic[..., schema.URINE], shape),
+        flat(step.ventilation > 0.5, shape),
     )
-    return replace(moved, sofa=flat(step.sofa))
+    return replace(moved, sofa=flat(step.sofa, shape))
 
 
-def _flat(leaf: jax.Array, shape: Shape) -> jax.Array:
+def flat(leaf: jax.Array, shape: Shape) -> jax.Array:
     """[P or 1, K or 1, S or 1, ...] to branches [P K S, ...]."""
     return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
 
@@ -257,7 +263,7 @@ def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
 
 
 @jax.named_scope("output")
-def _stack(parts: list[Tree], shape: Shape) -> Tree:
+def stack_steps(parts: list[Tree], shape: Shape) -> Tree:
     """Collected leaves [n, P, K, S, ...] of consecutive steps to [P, K, S, H, ...]."""
 
     def join(*leaves: jax.Array) -> jax.Array:

@@ -1,0 +1,263 @@
+"""The recurrent variant: one hidden state over the whole stay, hazards, and treatment effects.
+
+Per row `x_t` (what is known before treatment t) a GRU moves its hidden state, `h_t = GRU(h_{t-1},
+x_t)`. From `h_t`, `x_t` and the treatment `a_t`
+
+- `RecurrentStateModel` predicts the next row: a Gaussian for each value, which values are
+  measured, and ventilation; and what the clinician would give (the propensity e(a | h_t, x_t));
+- `CompetingRisks` predicts how the stay goes on: death in the unit d, discharge r, death by day
+  90 after discharge q, each given that the ones before did not happen; and, for rows from which
+  the clinician goes on, death by day 90 and the rewards still to come.
+
+Treatments enter as residuals phi(a_t) - E[phi(a) | h_t, x_t] (Robinson 1988; Nie & Wager,
+Biometrika 108:299): what the history says about the choice of the treatment is removed from its
+effect, so that confounding by what is recorded cancels. phi is a thermometer code of both levels.
+Decayed sums of past doses are part of a row, so that long treatments are not an extrapolation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from worldmodel import schema
+from worldmodel.models.gru import GRUCell
+
+DECAYS = (0.5, 0.8, 0.95)  # per step, of past doses
+_LEVELS = np.arange(schema.NUM_LEVELS)
+_THERMOMETER = (_LEVELS[:, None] >= np.arange(1, schema.NUM_LEVELS)).astype(np.float32)  # [5, 4]
+# [25, 8] thermometer codes of the joint actions: vasopressor, then fluid.
+CODES = np.concatenate(
+    [np.repeat(_THERMOMETER, schema.NUM_LEVELS, 0), np.tile(_THERMOMETER, (schema.NUM_LEVELS, 1))],
+    axis=1,
+)
+CODE_WIDTH = CODES.shape[1]  # 8
+DOSE_WIDTH = 2 + CODE_WIDTH  # both doses and the code
+SUMS_WIDTH = len(DECAYS) * DOSE_WIDTH
+ROW_WIDTH = 2 * schema.NUM_FEATURES + 3 + schema.NUM_STATIC + CODE_WIDTH + SUMS_WIDTH
+NOISE_WIDTH = 2 * schema.NUM_FEATURES + 2  # normals: values, measuring, ventilation, choice
+_LARGEST = 5.0  # z-scores beyond are clipped
+_STEPS = 10.0  # unit of time
+_DOSE_UNITS = (0.3, 400.0)  # mcg/kg/min and mL per step
+LOG_SIGMA_RANGE = (-4.0, 1.5)  # z-space
+RISKS = ("death", "discharge", "later death")
+
+
+class StayRow(NamedTuple):
+    """What is known of a stay before a treatment; leading axes of any shape."""
+
+    obs: jax.Array  # [..., 39] z-scores, gaps filled
+    measured: jax.Array  # [..., 39] recorded in the row; urine where it is above 0 mL
+    ventilated: jax.Array  # [...] bool
+    step: jax.Array  # [...] int32, 0 at admission
+    static: jax.Array  # [..., 3] scaled
+    before: jax.Array  # [..., 8] code of the treatment before; 0 at admission
+    sums: jax.Array  # [..., 30] decayed sums of all doses before
+
+
+class RowPrediction(NamedTuple):
+    """Prediction of the next row, in z-space."""
+
+    mu: jax.Array  # [..., 39] of values that are measured
+    log_sigma: jax.Array  # [..., 39]
+    vent_logit: jax.Array  # [...]
+    measured_logit: jax.Array  # [..., 39]
+
+
+class Continuation(NamedTuple):
+    """What follows where the clinician goes on from a row."""
+
+    mortality_logit: jax.Array  # [...] death within 90 days
+    reward: jax.Array  # [...] sum of the rewards of the steps to come, without the terminal one
+
+
+def code_of(action: jax.Array) -> jax.Array:
+    """[..., 8] thermometer code of joint actions [...] 0-24."""
+    return jnp.asarray(CODES)[action]
+
+
+def doses_of(dose_edges: schema.DoseEdges) -> np.ndarray:
+    """[25, 10] what is summed up of a joint action: both doses, in units of use, and its code."""
+    vasopressor = np.asarray(schema.level_doses(dose_edges.vasopressor)) / _DOSE_UNITS[0]
+    fluid = np.asarray(schema.level_doses(dose_edges.fluid)) / _DOSE_UNITS[1]
+    both = [np.repeat(vasopressor, schema.NUM_LEVELS), np.tile(fluid, schema.NUM_LEVELS)]
+    return np.concatenate([np.stack(both, 1), CODES], axis=1).astype(np.float32)
+
+
+def add_doses(sums: jax.Array, doses: jax.Array) -> jax.Array:
+    """Decayed sums [..., 30] after one more treatment with the doses [..., 10]."""
+    parts = jnp.split(sums, len(DECAYS), axis=-1)
+    moved = [
+        decay * part + (1.0 - decay) * doses for decay, part in zip(DECAYS, parts, strict=True)
+    ]
+    return jnp.concatenate(jnp.broadcast_arrays(*moved), axis=-1)
+
+
+def row_inputs(row: StayRow) -> jax.Array:
+    """[..., F] the model's inputs of a row."""
+    step = jnp.asarray(row.step, jnp.float32)[..., None]
+    blocks = [
+        jnp.clip(row.obs, -_LARGEST, _LARGEST),
+        row.measured.astype(jnp.float32),
+        row.ventilated.astype(jnp.float32)[..., None],
+        step / _STEPS,
+        (step == 0).astype(jnp.float32),
+        row.static,
+        row.before,
+        row.sums,
+    ]
+    shape = jnp.broadcast_shapes(*(block.shape[:-1] for block in blocks))
+    return jnp.concatenate(
+        [jnp.broadcast_to(block, (*shape, block.shape[-1])) for block in blocks], axis=-1
+    )
+
+
+class RecurrentStateModel(nnx.Module):
+    """Next row, ventilation, what is measured, and the clinician's choice."""
+
+    def __init__(self, hidden: int, head: int, dropout: float, precision: str, *, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros
+        features = schema.NUM_FEATURES
+
+        def linear(inputs: int, outputs: int, **options: object) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, rngs=rngs, precision=precision, **options)
+
+        self.cell = GRUCell(ROW_WIDTH, hidden, rngs=rngs, precision=precision)
+        self.choice_hidden = linear(hidden + ROW_WIDTH, head)
+        self.choice = linear(head, schema.NUM_ACTIONS)
+        self.trunk = linear(hidden + ROW_WIDTH, hidden)
+        self.effect = linear(CODE_WIDTH, hidden, use_bias=False)
+        self.mu_row = linear(ROW_WIDTH, features, kernel_init=zeros)
+        self.mu_effect = linear(CODE_WIDTH, features, use_bias=False, kernel_init=zeros)
+        self.mu = linear(hidden, features, kernel_init=zeros)
+        self.log_sigma = linear(hidden, features, kernel_init=zeros)
+        self.vent = linear(hidden, 1)
+        self.measured_row = linear(ROW_WIDTH, features, kernel_init=zeros)
+        self.measured = linear(hidden, features)
+        # Not trained by gradients: set before and after training.
+        self.fill = nnx.Param(jnp.zeros(features))  # z-score that stands for a missing value
+        self.noise_factor = nnx.Param(jnp.eye(features))  # Cholesky factor of the residuals
+        self.dropout = nnx.Dropout(dropout)
+        self.hidden = hidden
+
+    def initial(self, shape: tuple[int, ...]) -> jax.Array:
+        """[*shape, H] the hidden state before admission."""
+        return jnp.zeros((*shape, self.hidden))
+
+    def advance(self, h: jax.Array, inputs: jax.Array) -> jax.Array:
+        """Hidden state [..., H] after a row with the inputs [..., F]."""
+        return self.cell.step(self.cell.project_input(inputs), h)
+
+    def encode(self, inputs: jax.Array) -> jax.Array:
+        """Hidden states [B, T, H] after each of the rows [B, T, F], from admission on."""
+        projected = self.cell.project_input(inputs)
+
+        def step(h: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+            h = self.cell.step(row, h)
+            return h, h
+
+        _, hidden = jax.lax.scan(
+            step, self.initial(inputs.shape[:1]), jnp.moveaxis(projected, 1, 0)
+        )
+        return jnp.moveaxis(hidden, 0, 1)
+
+    def propensity(self, h: jax.Array, inputs: jax.Array) -> jax.Array:
+        """[..., 25] logits of the clinician's choice."""
+        both = jnp.concatenate([h, inputs], axis=-1)
+        result: jax.Array = self.choice(jax.nn.relu(self.choice_hidden(both)))
+        return result
+
+    def predict(
+        self,
+        h: jax.Array,
+        inputs: jax.Array,
+        obs: jax.Array,
+        residual: jax.Array,
+        *,
+        key: jax.Array | None = None,
+    ) -> RowPrediction:
+        """The next row.
+
+        Args:
+          h: [..., H] hidden state after the row.
+          inputs: [..., F] of the row.
+          obs: [..., 39] values of the row, z-scores.
+          residual: [..., 8] from `residual_code`.
+          key: dropout when given; the key is consumed.
+        """
+        pre = jax.nn.relu(self.trunk(jnp.concatenate([h, inputs], axis=-1)) + self.effect(residual))
+        if key is not None:
+            pre = self.dropout(pre, deterministic=False, rngs=key)
+        mu = obs + self.mu_row(inputs) + self.mu_effect(residual) + self.mu(pre)
+        return RowPrediction(
+            mu=mu,
+            log_sigma=bounded(self.log_sigma(pre)),
+            vent_logit=self.vent(pre)[..., 0],
+            measured_logit=self.measured(pre) + self.measured_row(inputs),
+        )
+
+
+class CompetingRisks(nnx.Module):
+    """How a stay goes on: hazards of its next step, and the clinician's continuation."""
+
+    def __init__(self, hidden: int, head: int, dropout: float, precision: str, *, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros
+        both, risks = hidden + ROW_WIDTH, len(RISKS)
+
+        def linear(inputs: int, outputs: int, **options: object) -> nnx.Linear:
+            return nnx.Linear(inputs, outputs, rngs=rngs, precision=precision, **options)
+
+        self.risk_hidden = linear(both, head)
+        self.risk_effect = linear(CODE_WIDTH, head, use_bias=False)
+        self.risk = linear(head, risks)
+        self.risk_row = linear(ROW_WIDTH, risks, use_bias=False, kernel_init=zeros)
+        self.risk_code = linear(CODE_WIDTH, risks, use_bias=False, kernel_init=zeros)
+        self.risk.bias[...] = jnp.array([-4.0, -2.0, -1.0])  # rare, rarer first
+        self.later_hidden = linear(both, head)
+        self.later = linear(head, len(Continuation._fields))
+        self.later_row = linear(ROW_WIDTH, len(Continuation._fields), kernel_init=zeros)
+        self.dropout = nnx.Dropout(dropout)
+
+    def risks(
+        self, h: jax.Array, inputs: jax.Array, residual: jax.Array, *, key: jax.Array | None = None
+    ) -> jax.Array:
+        """[..., 3] logits of the competing risks, in the order of `RISKS`; see `predict`."""
+        both = jnp.concatenate([h, inputs], axis=-1)
+        pre = jax.nn.relu(self.risk_hidden(both) + self.risk_effect(residual))
+        if key is not None:
+            pre = self.dropout(pre, deterministic=False, rngs=key)
+        result: jax.Array = self.risk(pre) + self.risk_row(inputs) + self.risk_code(residual)
+        return result
+
+    def continuation(
+        self, h: jax.Array, inputs: jax.Array, *, key: jax.Array | None = None
+    ) -> Continuation:
+        """What follows if the clinician treats from this row on."""
+        pre = jax.nn.relu(self.later_hidden(jnp.concatenate([h, inputs], axis=-1)))
+        if key is not None:
+            pre = self.dropout(pre, deterministic=False, rngs=key)
+        both = self.later(pre) + self.later_row(inputs)
+        return Continuation(both[..., 0], both[..., 1])
+
+
+def residual_code(propensity: jax.Array, action: jax.Array) -> jax.Array:
+    """[..., 8] code of an action less its expectation under the propensity.
+
+    No gradient flows into the propensity: it is fitted to the clinician alone.
+
+    Args:
+      propensity: [..., 25] logits.
+      action: [...] int32 joint action.
+    """
+    expected = jax.nn.softmax(jax.lax.stop_gradient(propensity)) @ jnp.asarray(CODES)
+    return code_of(action) - expected
+
+
+def bounded(log_sigma: jax.Array) -> jax.Array:
+    """Any real number to the range that sigma may have."""
+    low, high = LOG_SIGMA_RANGE
+    return low + (high - low) * jax.nn.sigmoid(log_sigma)

@@ -1,0 +1,163 @@
+"""Branches of one member from the first treatment to the last row, for every variant.
+
+`unroll_branches` is `unroll` for models that read windows, and the loop over `step_stay` for the
+recurrent variant. What branches share is computed once there, too: before the first treatment
+all leaves have the axes [P, 1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from worldmodel import schema
+from worldmodel.clinical import reward
+from worldmodel.errors import InputError
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import History, urine_per_day
+from worldmodel.simulate.stays import (
+    StayState,
+    continuation_at,
+    pack_stays,
+    start_state,
+    step_stay,
+)
+from worldmodel.simulate.step import LACTATE, score_row
+from worldmodel.simulate.unroll import (
+    RolloutResult,
+    RolloutSpec,
+    Shape,
+    Step,
+    StepState,
+    Tree,
+    flat,
+    stack_steps,
+    start_branches,
+    unroll,
+)
+
+
+class _ScanCarry(NamedTuple):
+    stay: StayState
+    now: StepState
+    folded: Tree
+
+
+def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) -> RolloutResult:
+    """Simulates a block of branches in a world model of one member; works on traced values.
+
+    Args:
+      world_model: of ensemble size 1, of any variant.
+      start: P patients, about to be treated.
+      spec: of the rollout.
+
+    Raises:
+      InputError: the recurrent variant in reference mode, which is a protocol of windows.
+    """
+    if not world_model.is_recurrent:
+        return unroll(world_model, start, spec)
+    if spec.config.mode == "reference":
+        raise InputError("mode: the recurrent variant has no reference mode; use corrected")
+    if start.memory is None:
+        raise InputError("start: made for another world model; make it with start_history")
+    kernel = pack_stays(world_model, spec.config.precision)
+    static = start.static[:, None, None]
+    first = start.step[:, None, None]
+
+    def step(carry: _ScanCarry, h: jax.Array) -> tuple[_ScanCarry, Tree]:
+        now = carry.now
+        stay, found = step_stay(
+            world_model,
+            kernel,
+            carry.stay,
+            static,
+            first + h,
+            spec.treat(h, now),
+            spec.noise(h),
+            follow=spec.config.follow_clinician,
+        )
+        row = found.row._replace(ventilation=stay.ventilated.astype(jnp.float32))
+        urine = (*now.urine[1:], row.dynamic[..., schema.URINE])
+        total = sum(urine[1:], urine[0])
+        score = score_row(
+            world_model,
+            row,
+            found.action,
+            urine_before=total,  # read in reference mode only
+            urine_24h=urine_per_day(total, first + h + 1, len(urine)),
+            mode=spec.config.mode,
+        )
+        lactate = row.dynamic[..., LACTATE]
+        with jax.named_scope("scoring"):
+            earned = stay.alive * reward.step_reward(now.sofa, score, now.lactate, lactate)
+        result = Step(
+            obs=row.obs,
+            dynamic=row.dynamic,
+            action=found.action,
+            sofa=score,
+            ventilation=found.row.ventilation,
+            reward=earned,
+            projected=row.projected,
+            alive=stay.alive,
+            support=found.support,
+        )
+        history = now.history
+        if history is not None:
+            history = _append(history, result, stay, spec.shape)
+        with jax.named_scope("output"):
+            folded = spec.fold(carry.folded, result)
+        moved = StepState(row.obs, lactate, score, urine, history)
+        with jax.named_scope("output"):
+            return _ScanCarry(stay, moved, folded), spec.collect(result)
+
+    recorded = start_state(kernel, start.memory, start.obs[:, -1], start.ventilated)
+    carry = _ScanCarry(
+        jax.tree.map(lambda leaf: leaf[:, None, None], recorded),
+        start_branches(world_model, start, spec),
+        spec.folded,
+    )
+    carry, kept = step(carry, jnp.int32(0))
+    parts = [jax.tree.map(lambda leaf: leaf[None], kept)]
+    if spec.config.horizon > 1:
+
+        def later_step(carry: _ScanCarry, h: jax.Array) -> tuple[_ScanCarry, Tree]:
+            carry, kept = step(carry, h)
+            return _spread(carry, spec.shape), kept
+
+        carry, kept = jax.lax.scan(
+            later_step, _spread(carry, spec.shape), jnp.arange(1, spec.config.horizon)
+        )
+        parts.append(kept)
+    mortality = later = None
+    if spec.config.mortality:
+        with jax.named_scope("outcome"):
+            follows = continuation_at(kernel, carry.stay, static, first + spec.config.horizon)
+            alive = carry.stay.alive
+            mortality = carry.stay.dead + alive * jax.nn.sigmoid(follows.mortality_logit)
+            mortality = jnp.broadcast_to(mortality, spec.shape)
+            later = jnp.broadcast_to(alive * follows.reward, spec.shape)
+    return RolloutResult(carry.folded, stack_steps(parts, spec.shape), mortality, later)
+
+
+def _append(history: History, step: Step, stay: StayState, shape: Shape) -> History:
+    moved = history.choose(flat(step.action, shape)).append(
+        flat(step.obs, shape),
+        flat(step.dynamic[..., schema.URINE], shape),
+        flat(stay.ventilated, shape),
+        flat(stay.measured[..., : schema.NUM_MASKED], shape),
+    )
+    return replace(moved, sofa=flat(step.sofa, shape))
+
+
+def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
+    """Every leaf with its full axes [P, K, S, ...]; a history is flat and stays so."""
+
+    def full(leaf: jax.Array) -> jax.Array:
+        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
+
+    now = carry.now._replace(history=None)
+    stay, now = jax.tree.map(full, (carry.stay, now))
+    return _ScanCarry(stay, now._replace(history=carry.now.history), carry.folded)

@@ -1,0 +1,403 @@
+"""The recurrent variant in closed loops: one hidden state per branch, stays that end.
+
+`rollout` and `ShardedRollout` come here for a recurrent world model (`unroll_stays`);
+`advance_stay` is one step of it for searches and environments. A simulated row is made as a
+recorded one is: values that are measured next are drawn, the others are held for their hold time
+and then filled (`worldmodel.imputation`).
+
+Branches do not draw whether the stay ends: they carry the probability `alive` that it still goes
+on, which has less variance. Values in a row are those of a patient who is still there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
+from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import PRECISIONS
+from worldmodel.models.gru import gates
+from worldmodel.models.recurrent import (
+    CODES,
+    CompetingRisks,
+    Continuation,
+    RecurrentStateModel,
+    RowPrediction,
+    StayRow,
+    add_doses,
+    bounded,
+    code_of,
+    doses_of,
+    row_inputs,
+)
+from worldmodel.models.recurrent_training import hold_steps
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.memory import StayMemory
+from worldmodel.simulate.step import NextRow, project
+
+FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
+_FEATURES = schema.NUM_FEATURES
+
+
+class StayState(NamedTuple):
+    """State of branches before a treatment; leading axes of any shape."""
+
+    hidden: jax.Array  # [..., H] after the rows before the newest
+    obs: jax.Array  # [..., 39] the newest row, z-scores
+    value: jax.Array  # [..., 39]
+    age: jax.Array  # [..., 39]
+    measured: jax.Array  # [..., 39] bool
+    ventilated: jax.Array  # [...] bool
+    before: jax.Array  # [..., 8]
+    sums: jax.Array  # [..., 30]
+    alive: jax.Array  # [...] probability that the stay has not ended
+    dead: jax.Array  # [...] probability that it has ended in death within 90 days
+
+
+class StayStep(NamedTuple):
+    """Result of a step; leading axes of any shape."""
+
+    row: NextRow
+    action: jax.Array  # [...] int32, with the clinician's choice filled in
+    support: jax.Array  # [...] probability of the action under the clinician
+    risks: jax.Array  # [..., 3] death, discharge, later death; each given no earlier one
+    prediction: RowPrediction
+
+
+@struct.dataclass
+class StayKernel:
+    """Parameters of one member, arranged so that products with one left operand are one product.
+
+    Columns of `row`: gates, trunk, choice, risks and continuation (hidden layers), then what is
+    linear in the row; of `hidden`: trunk, choice, risks, continuation.
+    """
+
+    row: jax.Array  # [F, ...]
+    row_bias: jax.Array
+    recurrent: jax.Array  # [H, 3 H]
+    recurrent_bias: jax.Array
+    hidden: jax.Array  # [H, ...]
+    code: jax.Array  # [8, ...] trunk, risks' hidden layer, mu, risks
+    heads: jax.Array  # [H, 118] mu, log sigma, measured, ventilation
+    heads_bias: jax.Array
+    choice: jax.Array  # [C, 25]
+    choice_bias: jax.Array
+    risk: jax.Array  # [C, 3]
+    risk_bias: jax.Array
+    later: jax.Array  # [C, 2]
+    later_bias: jax.Array
+    fill: jax.Array  # [39]
+    noise: jax.Array  # [39, 39] transposed Cholesky factor
+    precision: str = struct.field(pytree_node=False)
+
+    @property
+    def width(self) -> int:
+        """Hidden width H."""
+        result: int = self.recurrent.shape[0]
+        return result
+
+    @property
+    def head(self) -> int:
+        """Width C of the small hidden layers."""
+        result: int = self.risk.shape[0]
+        return result
+
+
+def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKernel:
+    """The kernel of a world model of one member.
+
+    Args:
+      world_model: recurrent, of ensemble size 1.
+      precision: of products; None for the model's own.
+
+    Raises:
+      InputError: an unknown precision.
+    """
+    precision = precision or world_model.config.precision
+    if precision not in (*PRECISIONS, BFLOAT16):
+        raise InputError(
+            f"precision: got {precision!r}, expected one of {(*PRECISIONS, BFLOAT16)}"
+        )
+    state: RecurrentStateModel
+    risks: CompetingRisks
+    state, risks = jax.tree.map(
+        lambda leaf: leaf[0], (world_model.state_model, world_model.outcome_model)
+    )
+    width = state.hidden
+
+    def side(rows: slice) -> list[jax.Array]:
+        layers = (state.trunk, state.choice_hidden, risks.risk_hidden, risks.later_hidden)
+        return [layer.kernel[...][rows] for layer in layers]
+
+    row = [state.cell.weight_input[...], *side(slice(width, None))]
+    row += [layer.kernel[...] for layer in (state.mu_row, state.measured_row, risks.risk_row)]
+    row.append(risks.later_row.kernel[...])
+    bias = [state.cell.bias_input[...]]
+    bias += [
+        layer.bias[...]
+        for layer in (state.trunk, state.choice_hidden, risks.risk_hidden, risks.later_hidden)
+    ]
+    bias += [state.mu_row.bias[...], state.measured_row.bias[...], jnp.zeros(3)]
+    bias.append(risks.later_row.bias[...])
+    heads = (state.mu, state.log_sigma, state.measured, state.vent)
+    code = (state.effect, risks.risk_effect, state.mu_effect, risks.risk_code)
+    return StayKernel(
+        row=jnp.concatenate(row, axis=1),
+        row_bias=jnp.concatenate(bias),
+        recurrent=state.cell.weight_hidden[...],
+        recurrent_bias=state.cell.bias_hidden[...],
+        hidden=jnp.concatenate(side(slice(None, width)), axis=1),
+        code=jnp.concatenate([layer.kernel[...] for layer in code], axis=1),
+        heads=jnp.concatenate([layer.kernel[...] for layer in heads], axis=1),
+        heads_bias=jnp.concatenate([layer.bias[...] for layer in heads]),
+        choice=state.choice.kernel[...],
+        choice_bias=state.choice.bias[...],
+        risk=risks.risk.kernel[...],
+        risk_bias=risks.risk.bias[...],
+        later=risks.later.kernel[...],
+        later_bias=risks.later.bias[...],
+        fill=state.fill[...],
+        noise=state.noise_factor[...].T,
+        precision=precision,
+    )
+
+
+def _dot(kernel: StayKernel, x: jax.Array, weight: jax.Array) -> jax.Array:
+    if kernel.precision == BFLOAT16:
+        return jnp.matmul(
+            x.astype(jnp.bfloat16),
+            weight.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        )
+    return jnp.matmul(x, weight, precision=kernel.precision)
+
+
+class _Read(NamedTuple):
+    """What is computed of a row before its treatment is known."""
+
+    hidden: jax.Array  # [..., H] after the row
+    trunk: jax.Array  # [..., H]
+    choice: jax.Array  # [..., C]
+    risk: jax.Array  # [..., C]
+    later: jax.Array  # [..., C]
+    mu_row: jax.Array  # [..., 39]
+    measured_row: jax.Array  # [..., 39]
+    risk_row: jax.Array  # [..., 3]
+    later_row: jax.Array  # [..., 2]
+
+
+@jax.named_scope("recurrence")
+def _read(kernel: StayKernel, before: jax.Array, inputs: jax.Array) -> _Read:
+    """Reads a row [..., F] after the hidden state `before` [..., H]."""
+    width, small = kernel.width, kernel.head
+    read = _dot(kernel, inputs, kernel.row) + kernel.row_bias
+    recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
+    with jax.named_scope("gates"):
+        hidden = gates(read[..., : 3 * width], recurrent, before)
+    both = _dot(kernel, hidden, kernel.hidden)
+    ends = np.cumsum([width, small, small, small])
+    added = read[..., 3 * width : 3 * width + ends[-1]] + both
+    trunk, choice, risk, later = jnp.split(added, ends[:-1], axis=-1)
+    linear = jnp.split(
+        read[..., 3 * width + ends[-1] :],
+        np.cumsum([_FEATURES, _FEATURES, 3]),
+        axis=-1,
+    )
+    return _Read(hidden, trunk, choice, risk, later, *linear)
+
+
+def _propensity(kernel: StayKernel, read: _Read) -> jax.Array:
+    """[..., 25] probabilities of the clinician's choice."""
+    logits = _dot(kernel, jax.nn.relu(read.choice), kernel.choice) + kernel.choice_bias
+    return jax.nn.softmax(logits)
+
+
+@jax.named_scope("heads")
+def _predict(
+    kernel: StayKernel, read: _Read, obs: jax.Array, residual: jax.Array
+) -> tuple[RowPrediction, jax.Array]:
+    """The next row and the logits [..., 3] of the risks under a treatment's residual code."""
+    width, small = kernel.width, kernel.head
+    by_code = _dot(kernel, residual, kernel.code)
+    effect, risk_effect, mu_effect, risk_code = jnp.split(
+        by_code, np.cumsum([width, small, _FEATURES]), axis=-1
+    )
+    pre = jax.nn.relu(read.trunk + effect)
+    out = _dot(kernel, pre, kernel.heads) + kernel.heads_bias
+    mu, log_sigma, measured, vent = jnp.split(out, _FEATURES * np.arange(1, 4), axis=-1)
+    prediction = RowPrediction(
+        mu=obs + read.mu_row + mu_effect + mu,
+        log_sigma=bounded(log_sigma),
+        vent_logit=vent[..., 0],
+        measured_logit=measured + read.measured_row,
+    )
+    hidden = jax.nn.relu(read.risk + risk_effect)
+    risks = _dot(kernel, hidden, kernel.risk) + kernel.risk_bias + read.risk_row + risk_code
+    return prediction, risks
+
+
+def _continuation(kernel: StayKernel, read: _Read) -> Continuation:
+    both = _dot(kernel, jax.nn.relu(read.later), kernel.later) + kernel.later_bias
+    both = both + read.later_row
+    return Continuation(both[..., 0], both[..., 1])
+
+
+def encode_past(kernel: StayKernel, memory: StayMemory) -> jax.Array:
+    """[B, H] the hidden state after the rows before the newest."""
+    width = kernel.width
+
+    def step(h: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        inputs, valid = row
+        read = _dot(kernel, inputs, kernel.row[:, : 3 * width]) + kernel.row_bias[: 3 * width]
+        recurrent = _dot(kernel, h, kernel.recurrent) + kernel.recurrent_bias
+        return jnp.where(valid[:, None], gates(read, recurrent, h), h), None
+
+    start = jnp.zeros((memory.inputs.shape[0], width))
+    rows = (jnp.moveaxis(memory.inputs, 1, 0), memory.valid.T)
+    hidden, _ = jax.lax.scan(step, start, rows)
+    return hidden
+
+
+def start_state(
+    kernel: StayKernel, memory: StayMemory, obs: jax.Array, ventilated: jax.Array
+) -> StayState:
+    """The state of B branches at a recorded row.
+
+    Args:
+      kernel: of the member.
+      memory: of the stays.
+      obs: [B, 39] the newest row, z-scores.
+      ventilated: [B] bool.
+    """
+    one = jnp.ones(obs.shape[:-1])
+    return StayState(
+        hidden=encode_past(kernel, memory),
+        obs=obs,
+        value=memory.value,
+        age=memory.age,
+        measured=memory.measured,
+        ventilated=ventilated,
+        before=memory.before,
+        sums=memory.sums,
+        alive=one,
+        dead=0.0 * one,
+    )
+
+
+def step_stay(
+    world_model: WorldModel,
+    kernel: StayKernel,
+    state: StayState,
+    static: jax.Array,
+    step: jax.Array,
+    action: jax.Array,
+    noise: jax.Array,
+    *,
+    follow: bool = True,
+) -> tuple[StayState, StayStep]:
+    """One step of branches; leading axes broadcast.
+
+    Args:
+      world_model: of ensemble size 1.
+      kernel: its parameters, packed.
+      state: of the branches.
+      static: [..., 3] scaled.
+      step: [...] int32, the row that is treated.
+      action: [...] joint action 0-24, or `FOLLOW_CLINICIAN`.
+      noise: [..., 80] standard normals: values, measuring, ventilation, choice.
+      follow: whether an action may be `FOLLOW_CLINICIAN`.
+    """
+    row = StayRow(
+        obs=state.obs,
+        measured=state.measured,
+        ventilated=state.ventilated,
+        step=step,
+        static=static,
+        before=state.before,
+        sums=state.sums,
+    )
+    read = _read(kernel, state.hidden, row_inputs(row))
+    propensity = _propensity(kernel, read)
+    if follow:
+        action = _choose(propensity, action, noise[..., -1])
+    chosen = jax.nn.one_hot(action, schema.NUM_ACTIONS)
+    support = (propensity * chosen).sum(-1)
+    code = code_of(action)
+    residual = code - jnp.matmul(propensity, jnp.asarray(CODES), precision="highest")
+    prediction, risk_logits = _predict(kernel, read, state.obs, residual)
+    with jax.named_scope("sampling"):
+        values = _correlated(kernel, noise[..., :_FEATURES])
+        drawn = prediction.mu + jnp.exp(prediction.log_sigma) * values
+        drawn, moved = project(drawn, world_model.scaler)
+        # A uniform number is below sigmoid(logit) where its own logit is below `logit`.
+        chance = _logit_of_normal(noise[..., _FEATURES:-1])
+        measured = chance[..., :_FEATURES] < prediction.measured_logit
+        ventilated = chance[..., _FEATURES] < prediction.vent_logit
+        value = jnp.where(measured, drawn, state.value)
+        age = jnp.where(measured, 0.0, state.age + 1.0)
+        held = age <= jnp.asarray(hold_steps(world_model.step_hours))
+        obs = jnp.where(held, value, kernel.fill)
+    risks = jax.nn.sigmoid(risk_logits)
+    if world_model.stay_steps:
+        ends = (step >= world_model.stay_steps - 1)[..., None] & (np.arange(3) == 1)
+        risks = jnp.where(ends, 1.0, risks)
+    death, discharge, later = risks[..., 0], risks[..., 1], risks[..., 2]
+    leaves = (1.0 - death) * discharge
+    after = StayState(
+        hidden=read.hidden,
+        obs=obs,
+        value=value,
+        age=age,
+        measured=measured,
+        ventilated=ventilated,
+        before=code,
+        sums=add_doses(state.sums, jnp.asarray(doses_of(world_model.dose_edges))[action]),
+        alive=state.alive * (1.0 - death) * (1.0 - discharge),
+        dead=state.dead + state.alive * (death + leaves * later),
+    )
+    next_row = NextRow(
+        obs=obs,
+        dynamic=world_model.scaler.denormalize(obs),
+        ventilation=jax.nn.sigmoid(prediction.vent_logit),
+        projected=moved,
+    )
+    return after, StayStep(next_row, action, support, risks, prediction)
+
+
+def continuation_at(
+    kernel: StayKernel, state: StayState, static: jax.Array, step: jax.Array
+) -> Continuation:
+    """What follows if the clinician treats from the newest row on; arguments as `step_stay`."""
+    row = StayRow(
+        obs=state.obs,
+        measured=state.measured,
+        ventilated=state.ventilated,
+        step=step,
+        static=static,
+        before=state.before,
+        sums=state.sums,
+    )
+    return _continuation(kernel, _read(kernel, state.hidden, row_inputs(row)))
+
+
+def _choose(propensity: jax.Array, action: jax.Array, normal: jax.Array) -> jax.Array:
+    """The actions, with the clinician's choice where they are `FOLLOW_CLINICIAN`."""
+    below = (jnp.cumsum(propensity, axis=-1) < jax.scipy.special.ndtr(normal)[..., None]).sum(-1)
+    drawn = jnp.minimum(below, schema.NUM_ACTIONS - 1)
+    return jnp.where(action == FOLLOW_CLINICIAN, drawn, action).astype(jnp.int32)
+
+
+def _correlated(kernel: StayKernel, normal: jax.Array) -> jax.Array:
+    return jnp.matmul(normal, kernel.noise, precision="highest")
+
+
+def _logit_of_normal(normal: jax.Array) -> jax.Array:
+    """Logits of uniform numbers, from standard normals."""
+    return jax.scipy.special.log_ndtr(normal) - jax.scipy.special.log_ndtr(-normal)
