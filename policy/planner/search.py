@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -20,10 +21,21 @@ from worldmodel.compilation import in_blocks
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.models.evaluation import predict_stays
 from worldmodel.models.windows import to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.simulate.history import History, history_from_observation, observe
+from worldmodel.simulate.stays import (
+    append_row,
+    encode_past,
+    memory_of,
+    pack_stays,
+    predict_next,
+    start_state,
+    step_stay,
+    with_models,
+)
 from worldmodel.simulate.step import follow
 
 _OUT = -1e9  # score of an action that is not supported
@@ -72,7 +84,7 @@ def _one_step(
     here = _repeat(
         history_from_observation(planner.world_model, observation), schema.NUM_ACTIONS
     ).choose(every)
-    mu = planner.world_model.transitions(*here.window(schema.STATE_WINDOW)).mu  # [E, 25, 39]
+    mu = predict_next(planner.world_model, here)  # [E, 25, 39]
     gains = planner.advantage.of_actions(observation, mu, prior)
     return _cautious(gains, planner.config) + planner.config.prior_weight * _log(prior)
 
@@ -107,35 +119,77 @@ def play(
     config = planner.config
     count, horizon = sequences.shape
     repeats = max(samples, 1)
-    noise = jnp.zeros((horizon, repeats, schema.NUM_FEATURES))
+    noise = jnp.zeros((horizon, repeats, planner.world_model.noise_width))
     if samples:
         noise = jax.random.normal(key, noise.shape)
     start = _repeat(history_from_observation(planner.world_model, observation), count * repeats)
     planned = jnp.repeat(sequences, repeats, axis=0)  # [K S, H]
 
-    def of_member(state_model: object) -> jax.Array:
-        member = replace(
-            planner.world_model, state_model=jax.tree.map(lambda leaf: leaf[None], state_model)
-        )
+    def of_member(models: tuple[object, object]) -> jax.Array:
+        member = with_models(planner.world_model, *models)
+        begin, move = _stepping(member)
 
-        def step(history: History, inputs: tuple[jax.Array, ...]) -> tuple[History, jax.Array]:
+        def step(
+            carry: tuple[History, jax.Array], inputs: tuple[jax.Array, ...]
+        ) -> tuple[tuple[History, jax.Array], jax.Array]:
+            history, hidden = carry
             given, eps = inputs
             seen = observe(member, history, past=planner.past)
             priors = jax.vmap(planner.prior)(seen)
             action = jnp.where(given < 0, priors.argmax(-1), given).astype(jnp.int32)
-            history = history.choose(action)
-            prediction = member.transition(*history.window(schema.STATE_WINDOW))
-            gain = jax.vmap(planner.advantage.of_action)(seen, prediction.mu, priors, action)
-            penalty = _log(jnp.take_along_axis(priors, action[:, None], -1)[:, 0])
             eps = jnp.tile(eps, (count, 1))
-            history, _ = follow(member, history, prediction, eps, mode="corrected")
-            return history, gain + config.prior_weight * penalty
+            carry, mu = move(history.choose(action), hidden, eps)
+            gain = jax.vmap(planner.advantage.of_action)(seen, mu, priors, action)
+            penalty = _log(jnp.take_along_axis(priors, action[:, None], -1)[:, 0])
+            return carry, gain + config.prior_weight * penalty
 
-        _, returns = jax.lax.scan(step, start, (planned.T, noise))
+        _, returns = jax.lax.scan(step, (start, begin(start)), (planned.T, noise))
         total = config.gamma ** jnp.arange(horizon) @ returns
         return total.reshape(count, repeats).mean(1)
 
-    return _cautious(jax.lax.map(of_member, planner.world_model.state_model), config)
+    models = (planner.world_model.state_model, planner.world_model.outcome_model)
+    return _cautious(jax.lax.map(of_member, models), config)
+
+
+_Move = Callable[[History, jax.Array, jax.Array], tuple[tuple[History, jax.Array], jax.Array]]
+
+
+def _stepping(member: WorldModel) -> tuple[Callable[[History], jax.Array], _Move]:
+    """Functions that begin and continue branches in a model of one member.
+
+    The first gives the hidden state of histories; the second takes histories with a chosen
+    treatment, their hidden state and noise, and gives both after the step, and the mean [B, 39].
+    """
+    if not member.is_recurrent:
+
+        def follow_window(
+            history: History, hidden: jax.Array, eps: jax.Array
+        ) -> tuple[tuple[History, jax.Array], jax.Array]:
+            prediction = member.transition(*history.window(schema.STATE_WINDOW))
+            moved, _ = follow(member, history, prediction, eps, mode="corrected")
+            return (moved, hidden), prediction.mu
+
+        return lambda history: jnp.zeros(()), follow_window
+    kernel = pack_stays(member)
+
+    def follow_stay(
+        history: History, hidden: jax.Array, eps: jax.Array
+    ) -> tuple[tuple[History, jax.Array], jax.Array]:
+        action = history.action[:, -1]
+        after, found = step_stay(
+            member,
+            kernel,
+            start_state(history, hidden),
+            history.static,
+            history.step,
+            action,
+            eps,
+            follow=False,
+        )
+        moved, _ = append_row(member, history, after, found)
+        return (moved, after.hidden), found.prediction.mu
+
+    return lambda history: encode_past(kernel, memory_of(history)), follow_stay
 
 
 def _best_by_first(values: jax.Array, first: jax.Array) -> jax.Array:
@@ -309,6 +363,9 @@ def _predicted_effects(
     world_model: WorldModel, train: Episodes, stay: np.ndarray, step: np.ndarray
 ) -> np.ndarray:
     """[M, 8] of the treatments that were given."""
+    if world_model.is_recurrent:
+        mu = predict_stays(world_model, train)[0].mu[stay, step]
+        return np.asarray(effects(jnp.asarray(mu), world_model.scaler))
     sequences = to_sequences(train, world_model.scaler)
     index = np.stack([stay, step], axis=1).astype(np.int32)
 

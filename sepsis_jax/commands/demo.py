@@ -22,6 +22,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Cohort, world model, counterfactual futures and a one-page report, in minutes."""
+    from sepsis_jax.commands.world_model import show_futures
     from sepsis_jax.pipelines.demo import run_demo
     from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
@@ -38,10 +39,8 @@ def demo(
         )
     print_table("Next state, test split (z-scores)", STATE_COLUMNS, state_rows(summary))
     print_table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(summary))
-    for name, row in summary.get("effects", {}).items():
-        console.print(
-            f"{name}: learned against true effects of 25 treatments, Spearman {row['spearman']:.2f}"
-        )
+    if "futures" in summary:
+        show_futures(summary["futures"], summary["plans"])
     console.print(f"{summary['branch_steps_per_second']:,.0f} branch-steps per second")
     console.print(f"report: {out / 'report.html'}")
     if json:

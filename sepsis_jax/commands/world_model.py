@@ -93,23 +93,63 @@ def effects(
     out: Out,
     patients: Annotated[
         int, typer.Option("--patients", help="Fresh synthetic patients to ask about.")
-    ] = 2000,
+    ] = 1000,
+    step: Annotated[int, typer.Option("--step", help="Row from which a treatment is held.")] = 2,
+    held: Annotated[int, typer.Option("--held", help="Steps for which it is held.")] = 6,
+    samples: Annotated[
+        int, typer.Option("--samples", help="Futures per patient, plan and member.")
+    ] = 2,
     seed: Seed = 1000,
     json: Json = False,
 ) -> None:
-    """Compare what a model says the 25 actions do with what they truly do (synthetic world)."""
-    from sepsis_jax.pipelines.world_model import compare_effects
+    """Compare what a model says 25 held treatments do with what they truly do (synthetic world)."""
+    from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
 
-    with phases("action effects") as progress:
-        result = compare_effects(model, out, patients=patients, seed=seed, progress=progress)
-    print_table(
-        "Effect of the 25 actions on the next step: learned against true",
-        ("feature", "Spearman", "Pearson", "mean absolute error", "largest true effect"),
-        [(name, *row.values()) for name, row in result.items()],
-    )
+    config = FuturesConfig(patients, step, held, samples, seed)
+    with phases("true and learned futures") as progress:
+        metrics = compare_futures(model, out, config, progress=progress)
+    show_futures(metrics, mortality_rows(out))
     console.print(f"written to {out}")
     if json:
-        print_json(result)
+        print_json(metrics)
+
+
+def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
+    """Prints mortality by plan, agreement with the truth, and what the model's choice is worth."""
+    grid = {(row["vasopressor"], row["fluid"]): row for row in plans}
+    levels = sorted({row["fluid"] for row in plans})
+    print_table(
+        "Death within 90 days of fresh patients, true / learned: treatment held for 24 h, then the "
+        "clinician",
+        ("vasopressor", *(f"fluid {level:g}" for level in levels)),
+        [
+            (f"{row:g}", *(_true_and_learned(grid[row, column]) for column in levels))
+            for row in levels
+        ],
+    )
+    print_table(
+        "Agreement over the 25 treatments",
+        ("of", "Spearman", "mean error"),
+        [(name, *row.values()) for name, row in metrics.items() if _is_score(row)],
+    )
+    print_table(
+        "Giving, per patient, what the model rates best: true outcome",
+        ("who chooses", "total reward", "mortality"),
+        [(name, *row.values()) for name, row in metrics.items() if _is_value(row)],
+    )
+
+
+def _true_and_learned(row: JsonDict) -> str:
+    mark = "" if row["support"] != row["support"] or row["support"] >= 0.02 else " *"
+    return f"{row['mortality_true']:.2f} / {row['mortality_learned']:.2f}{mark}"
+
+
+def _is_score(row: object) -> bool:
+    return isinstance(row, dict) and "spearman" in row
+
+
+def _is_value(row: object) -> bool:
+    return isinstance(row, dict) and "reward" in row
 
 
 @app.command(

@@ -89,8 +89,11 @@ def _mortality_panel(axis: Axes, outcomes: pd.DataFrame, plans: list[str]) -> No
     )  # fmt: skip
 
 
+_UNITS = {"mortality": "share", "reward": "total reward", "sofa": "points"}
+
+
 def effects_figure(table: pd.DataFrame, path: Path) -> None:
-    """Learned against true mean effect of the 25 actions, one panel per feature.
+    """Learned against true means of the 25 treatments, one panel per quantity.
 
     Args:
       table: rows per action with vasopressor, fluid and `<feature>_true` / `_learned`.
@@ -108,8 +111,8 @@ def effects_figure(table: pd.DataFrame, path: Path) -> None:
             )  # fmt: skip
         limits = [min(true.min(), learned.min()), max(true.max(), learned.max())]
         axis.plot(limits, limits, color="grey", lw=0.8, ls="--")
-        unit = schema.FEATURES[schema.INDEX[name]].unit
-        axis.set(xlabel=f"true effect, {unit}", ylabel=f"learned effect, {unit}", title=name)
+        unit = _UNITS.get(name) or schema.FEATURES[schema.INDEX[name]].unit
+        axis.set(xlabel=f"true, {unit}", ylabel=f"learned, {unit}", title=name)
     np.atleast_1d(axes)[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
     figure.tight_layout()
     _save(figure, path)

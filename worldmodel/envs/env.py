@@ -24,6 +24,7 @@ from worldmodel import keys, schema
 from worldmodel.envs.base import Dynamics, Timestep
 from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
 from worldmodel.envs.learned import LearnedDynamics, learned_dynamics
+from worldmodel.envs.stays import RecurrentDynamics
 from worldmodel.envs.synthetic import SyntheticDynamics
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -75,7 +76,7 @@ class SepsisEnv:
         """An environment over a learned world model.
 
         With an ensemble, one member is drawn at reset for the whole episode (trajectory
-        sampling).
+        sampling). Episodes of a recurrent model end as its competing risks decide.
 
         Args:
           world_model: one model or an ensemble.
@@ -112,6 +113,7 @@ class SepsisEnv:
             behavior=behavior,
             mortality_each_step=mortality_each_step,
             follow_record=follow_record,
+            kind=RecurrentDynamics if world_model.is_recurrent else LearnedDynamics,
         )
         return cls(dynamics, _checked(max_steps))
 

@@ -255,8 +255,11 @@ def learned_dynamics(
     behavior: PolicyFn | None = None,
     mortality_each_step: bool = True,
     follow_record: bool = False,
+    kind: type[LearnedDynamics] = LearnedDynamics,
 ) -> LearnedDynamics:
     """Makes `LearnedDynamics` after checking its arguments; see `SepsisEnv.learned`."""
+    if world_model.is_recurrent and (mode == "reference" or follow_record):
+        raise InputError("the recurrent variant has neither reference mode nor follow_record")
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
     outcome = outcome or ("expected" if mode == "corrected" else "threshold")
@@ -270,7 +273,7 @@ def learned_dynamics(
         raise InputError("follow_record: recorded stays end with their last row; leave out horizon")
     if not episodes.num_stays:
         raise InputError("episodes: no stay to start from; pick a split that has some")
-    return LearnedDynamics(
+    return kind(
         world_model=world_model,
         episodes=episodes,
         sequences=to_sequences(episodes, world_model.scaler),

@@ -129,9 +129,7 @@ def predict_mortality(
     return result
 
 
-def predict_stays(
-    world_model: WorldModel, episodes: Episodes
-) -> tuple[HostPrediction, np.ndarray]:
+def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPrediction, np.ndarray]:
     """Predictions of a recurrent world model in every row of N stays, with its ensemble's moments.
 
     Returns:

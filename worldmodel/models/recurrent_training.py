@@ -13,6 +13,7 @@ discrete time, Prentice & Gloeckler, Biometrics 34:57).
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +108,8 @@ def stay_row(
     )
 
 
-def to_stay_rows(
-    episodes: Episodes, scaler: Scaler, dose_edges: schema.DoseEdges
-) -> StayRows:
+@partial(jax.jit, static_argnames="dose_edges")
+def to_stay_rows(episodes: Episodes, scaler: Scaler, dose_edges: schema.DoseEdges) -> StayRows:
     """Recorded stays as the recurrent variant reads them."""
     valid = episodes.valid
     obs = jnp.where(valid[..., None], scaler.normalize(episodes.dynamic), 0.0)
@@ -252,9 +252,7 @@ def calibrate_noise(world_model: WorldModel, rows: StayRows) -> WorldModel:
 
 
 @jax.jit
-def _standardised_errors(
-    model: RecurrentStateModel, rows: StayRows
-) -> tuple[jax.Array, jax.Array]:
+def _standardised_errors(model: RecurrentStateModel, rows: StayRows) -> tuple[jax.Array, jax.Array]:
     h = model.encode(rows.inputs)
     residual = residual_code(model.propensity(h, rows.inputs), rows.action)
     found = model.predict(h, rows.inputs, rows.obs, residual)

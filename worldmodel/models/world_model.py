@@ -169,9 +169,7 @@ def init_world_model(
         if config.variant != RECURRENT:
             return StateModel(config, rngs=rngs)
         dropout = 0.5 * config.dropout
-        return RecurrentStateModel(
-            config.hidden, config.head, dropout, config.precision, rngs=rngs
-        )
+        return RecurrentStateModel(config.hidden, config.head, dropout, config.precision, rngs=rngs)
 
     def outcome(key: jax.Array) -> OutcomeModel | CompetingRisks:
         rngs = nnx.Rngs(key)
@@ -182,8 +180,8 @@ def init_world_model(
         )
 
     return WorldModel(
-        state_model=jax.vmap(state)(jax.random.split(key_state, members)),
-        outcome_model=jax.vmap(outcome)(jax.random.split(key_outcome, members)),
+        state_model=jax.jit(jax.vmap(state))(jax.random.split(key_state, members)),
+        outcome_model=jax.jit(jax.vmap(outcome))(jax.random.split(key_outcome, members)),
         scaler=scaler,
         config=config,
         step_hours=step_hours,

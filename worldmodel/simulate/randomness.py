@@ -54,6 +54,11 @@ def outcome_chance(key: jax.Array) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(key, keys.OUTCOME))
 
 
+def outcome_chances(key: jax.Array, count: int) -> jax.Array:
+    """[count] uniforms in [0, 1) that decide how a step of a stay ends."""
+    return jax.random.uniform(jax.random.fold_in(key, keys.OUTCOME), (count,))
+
+
 Treat = Callable[[jax.Array, StepState], jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
 

@@ -27,9 +27,9 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
-from worldmodel.simulate.step import MODES
 from worldmodel.simulate.stay_unroll import unroll_branches
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
+from worldmodel.simulate.step import MODES
 from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
@@ -105,8 +105,8 @@ def rollout(
       samples: noise samples S per patient and plan; a multiple of the ensemble size.
       features: names to return.
       common_noise: the same noise under every plan; otherwise each plan draws its own.
-      noise: [P, S, H, 39] (`WorldModel.noise_width`) standard normal values to use instead of drawing them, as
-        `abduct_noise` returns them.
+      noise: [P, S, H, 39] standard normal values to use instead of drawing them, as
+        `abduct_noise` returns them; `WorldModel.noise_width` of them for a recurrent model.
       mode: "corrected" (projection into physiologic ranges, standard SOFA, scaled urine) or
         "reference" (SepsisAgent's rules: neither).
       mortality: evaluate the Outcome Model at the end; otherwise `Rollouts.mortality` is NaN.
@@ -292,9 +292,7 @@ def _simulate(
     if noise is None:
         common = config.common_noise
         width = world_model.noise_width
-        eps = drawn_noise(
-            key, start, samples, shape, config.horizon, common=common, width=width
-        )
+        eps = drawn_noise(key, start, samples, shape, config.horizon, common=common, width=width)
     else:
         given = noise[:, None, samples]
 

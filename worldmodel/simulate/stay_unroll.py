@@ -21,6 +21,8 @@ from worldmodel.simulate.history import History, urine_per_day
 from worldmodel.simulate.stays import (
     StayState,
     continuation_at,
+    encode_past,
+    memory_of,
     pack_stays,
     start_state,
     step_stay,
@@ -61,8 +63,6 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
         return unroll(world_model, start, spec)
     if spec.config.mode == "reference":
         raise InputError("mode: the recurrent variant has no reference mode; use corrected")
-    if start.memory is None:
-        raise InputError("start: made for another world model; make it with start_history")
     kernel = pack_stays(world_model, spec.config.precision)
     static = start.static[:, None, None]
     first = start.step[:, None, None]
@@ -113,7 +113,7 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
         with jax.named_scope("output"):
             return _ScanCarry(stay, moved, folded), spec.collect(result)
 
-    recorded = start_state(kernel, start.memory, start.obs[:, -1], start.ventilated)
+    recorded = start_state(start, encode_past(kernel, memory_of(start)))
     carry = _ScanCarry(
         jax.tree.map(lambda leaf: leaf[:, None, None], recorded),
         start_branches(world_model, start, spec),

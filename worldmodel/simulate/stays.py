@@ -20,6 +20,7 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.clinical import reward
 from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import PRECISIONS
@@ -39,8 +40,9 @@ from worldmodel.models.recurrent import (
 )
 from worldmodel.models.recurrent_training import hold_steps
 from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import History
 from worldmodel.simulate.memory import StayMemory
-from worldmodel.simulate.step import NextRow, project
+from worldmodel.simulate.step import LACTATE, NextRow, StepOutputs, project, score_row
 
 FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
 _FEATURES = schema.NUM_FEATURES
@@ -122,9 +124,7 @@ def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKer
     """
     precision = precision or world_model.config.precision
     if precision not in (*PRECISIONS, BFLOAT16):
-        raise InputError(
-            f"precision: got {precision!r}, expected one of {(*PRECISIONS, BFLOAT16)}"
-        )
+        raise InputError(f"precision: got {precision!r}, expected one of {(*PRECISIONS, BFLOAT16)}")
     state: RecurrentStateModel
     risks: CompetingRisks
     state, risks = jax.tree.map(
@@ -265,30 +265,111 @@ def encode_past(kernel: StayKernel, memory: StayMemory) -> jax.Array:
     return hidden
 
 
-def start_state(
-    kernel: StayKernel, memory: StayMemory, obs: jax.Array, ventilated: jax.Array
-) -> StayState:
-    """The state of B branches at a recorded row.
+def start_state(history: History, hidden: jax.Array) -> StayState:
+    """The state of B stays that are about to be treated.
 
     Args:
-      kernel: of the member.
-      memory: of the stays.
-      obs: [B, 39] the newest row, z-scores.
-      ventilated: [B] bool.
+      history: of a recurrent world model.
+      hidden: [B, H] from `encode_past`, or from the step before.
+
+    Raises:
+      InputError: the history was made for another world model.
     """
-    one = jnp.ones(obs.shape[:-1])
+    memory = memory_of(history)
+    one = jnp.ones(history.step.shape)
     return StayState(
-        hidden=encode_past(kernel, memory),
-        obs=obs,
+        hidden=hidden,
+        obs=history.obs[:, -1],
         value=memory.value,
         age=memory.age,
         measured=memory.measured,
-        ventilated=ventilated,
+        ventilated=history.ventilated,
         before=memory.before,
         sums=memory.sums,
         alive=one,
         dead=0.0 * one,
     )
+
+
+def memory_of(history: History) -> StayMemory:
+    """The memory of a history.
+
+    Raises:
+      InputError: it has none, as it was made for a model that reads windows.
+    """
+    if history.memory is None:
+        raise InputError("history: made for another world model; make it with start_history")
+    return history.memory
+
+
+def append_row(
+    world_model: WorldModel, history: History, after: StayState, found: StayStep
+) -> tuple[History, StepOutputs]:
+    """Histories [B] with the row that a step drew, scored; the stays are taken to go on.
+
+    Args:
+      world_model: whose scaler and dose edges are used.
+      history: before the step.
+      after, found: results of `step_stay`.
+    """
+    row = found.row
+    moved = history.choose(found.action).append(
+        row.obs,
+        row.dynamic[:, schema.URINE],
+        after.ventilated,
+        after.measured[:, : schema.NUM_MASKED],
+    )
+    memory = replace(
+        memory_of(history),
+        value=after.value,
+        age=after.age,
+        measured=after.measured,
+        before=after.before,
+        sums=after.sums,
+    )
+    score = score_row(
+        world_model,
+        row._replace(ventilation=after.ventilated.astype(jnp.float32)),
+        found.action,
+        urine_before=history.urine.sum(-1),  # read in reference mode only
+        urine_24h=moved.urine_24h(),
+        mode="corrected",
+    )
+    before = world_model.scaler.denormalize(history.obs[:, -1])
+    earned = reward.step_reward(history.sofa, score, before[:, LACTATE], row.dynamic[:, LACTATE])
+    return (
+        replace(moved, memory=memory, sofa=score),
+        StepOutputs(row.ventilation, earned, row.projected),
+    )
+
+
+def predict_next(world_model: WorldModel, history: History) -> jax.Array:
+    """[E, B, 39] every member's mean of the next row, z-scores; treatments are chosen.
+
+    Of any variant; for the recurrent one it is that of values which are measured.
+    """
+    if not world_model.is_recurrent:
+        return world_model.transitions(*history.window(schema.STATE_WINDOW)).mu
+    quiet = jnp.zeros((history.step.shape[0], world_model.noise_width))
+
+    def of_member(models: tuple[object, object]) -> jax.Array:
+        member = with_models(world_model, *models)
+        kernel = pack_stays(member)
+        state = start_state(history, encode_past(kernel, memory_of(history)))
+        action = history.action[:, -1]
+        _, found = step_stay(
+            member, kernel, state, history.static, history.step, action, quiet, follow=False
+        )
+        return found.prediction.mu
+
+    result: jax.Array = jax.lax.map(of_member, (world_model.state_model, world_model.outcome_model))
+    return result
+
+
+def with_models(world_model: WorldModel, state_model: object, outcome_model: object) -> WorldModel:
+    """A world model of one member, whose parameters have no ensemble axis."""
+    state_model, outcome_model = jax.tree.map(lambda leaf: leaf[None], (state_model, outcome_model))
+    return replace(world_model, state_model=state_model, outcome_model=outcome_model)
 
 
 def step_stay(

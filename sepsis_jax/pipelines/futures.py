@@ -1,0 +1,279 @@
+"""Truth benchmark of futures: what a world model says of treatments, beside what they truly do.
+
+Fresh patients of the synthetic world are treated by the clinician up to a row; from there each of
+the 25 treatments is held for some hours, and the clinician goes on. The world plays that out for
+the same patients; the model predicts it from the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from sepsis_jax.report.figures import effects_figure
+from sepsis_jax.runs import Progress, provenance, silent
+from worldmodel import schema
+from worldmodel.compilation import in_blocks
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.files import atomic_folder, write_json
+from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import start_history
+from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.stays import FOLLOW_CLINICIAN
+from worldmodel.synthetic import generate
+from worldmodel.synthetic.generate import Truth, generate_patients
+
+VALUES = ("meanbp", "lactate", "output_4hourly")
+SHOCK = 60.0  # mmHg: patients with a lower MAP are reported apart
+SUPPORTED = 0.02  # least mean probability of a supported plan under the clinician, per step
+LARGE_ERROR = 0.1  # of a plan's mortality
+_BLOCK = 128  # patients per call
+_SAME = np.arange(schema.NUM_ACTIONS)
+
+
+@dataclass(frozen=True)
+class FuturesConfig:
+    """What is asked.
+
+    Attributes:
+      patients: fresh synthetic patients.
+      step: row from which a treatment is held.
+      held: steps for which it is held; the clinician goes on.
+      samples: simulated futures per patient and plan, and ensemble member.
+      seed: of the patients' world; another than the training data's.
+    """
+
+    patients: int = 1000
+    step: int = 2
+    held: int = 6
+    samples: int = 2
+    seed: int = 1000
+
+
+class Futures(NamedTuple):
+    """Results of P patients under K plans, [P, K]; values are those at the end of the plan."""
+
+    mortality: np.ndarray  # death within 90 days: 0 or 1 in truth, a probability in the model
+    reward: np.ndarray  # total reward from the start row on
+    alive: np.ndarray  # share of the stay's futures that reach the end of the plan
+    values: dict[str, np.ndarray]  # by feature, and sofa; times `alive`
+    support: np.ndarray  # geometric mean probability of the plan's steps under the clinician
+    disagreement: np.ndarray  # SD of the members' mortality; NaN for one member
+
+
+def true_futures(
+    episodes: Episodes, truth: Truth, config: FuturesConfig
+) -> tuple[Futures, np.ndarray, np.ndarray]:
+    """The world's own answer for the patients of `episodes`, all of which reach the row.
+
+    Returns:
+      The futures of the 25 plans, and mortality and total reward [P] under the clinician.
+    """
+    patients, given = np.asarray(truth.patient), np.asarray(episodes.action)
+    until = config.step + config.held
+    found = []
+    for action in (*range(schema.NUM_ACTIONS), FOLLOW_CLINICIAN):
+        plans = np.full((len(patients), truth.config.horizon), FOLLOW_CLINICIAN, np.int32)
+        plans[:, : config.step] = given[:, : config.step]
+        plans[:, config.step : until] = action
+        futures, behind = generate_patients(
+            truth.key, patients, plans, config=truth.config, params=truth.params, keep_latent=False
+        )
+        there = np.asarray(futures.length) > until
+        rows = np.asarray(futures.dynamic)[:, until]
+        values = {name: there * rows[:, schema.INDEX[name]] for name in VALUES}
+        values["sofa"] = there * np.asarray(futures.sofa)[:, until]
+        reward = np.asarray(behind.reward)[:, config.step :].sum(1)
+        found.append((np.asarray(futures.died_90d, float), reward, there.astype(float), values))
+    *plans_found, clinician = found
+    mortality, reward, alive = (np.stack([one[i] for one in plans_found], 1) for i in range(3))
+    values = {name: np.stack([one[3][name] for one in plans_found], 1) for name in clinician[3]}
+    unknown = np.full(mortality.shape, np.nan)
+    return (
+        Futures(mortality, reward, alive, values, unknown, unknown),
+        clinician[0],
+        clinician[1],
+    )
+
+
+def learned_futures(world_model: WorldModel, episodes: Episodes, config: FuturesConfig) -> Futures:
+    """The model's answer; models that read windows end every future with the plan."""
+    members = world_model.num_members
+    plans = np.repeat(_SAME[:, None], config.held, axis=1)
+    key = jax.random.key(config.seed)
+
+    def of_patients(rows: np.ndarray) -> tuple[np.ndarray, ...]:
+        start = start_history(world_model, episodes.select(rows), config.step)
+        found = rollout(
+            world_model, key, start, plans, samples=config.samples * members, features=VALUES
+        )
+        mortality = np.asarray(found.mortality, np.float64)
+        alive = (
+            np.ones(mortality.shape) if found.alive is None else np.asarray(found.alive[..., -1])
+        )
+        support = np.full(alive.shape, np.nan)
+        if found.support is not None:
+            support = np.log(np.maximum(np.asarray(found.support), 1e-9)).mean(-1)
+        by_member = mortality.reshape(*mortality.shape[:2], -1, members).mean(2)
+        spread = by_member.std(-1, ddof=1) if members > 1 else np.full(by_member.shape[:2], np.nan)
+        values = [np.asarray(found.feature(name)[..., -1]) for name in VALUES]
+        values.append(np.asarray(found.sofa[..., -1]))
+        return (
+            mortality.mean(-1),
+            np.asarray(found.total_reward, np.float64).mean(-1),
+            alive.mean(-1),
+            np.exp(support.mean(-1)),
+            spread,
+            *((value * alive).mean(-1) for value in values),
+        )
+
+    count = episodes.num_stays
+    mortality, reward, alive, support, spread, *values = in_blocks(
+        of_patients, count, min(_BLOCK, count)
+    )
+    named = dict(zip((*VALUES, "sofa"), values, strict=True))
+    return Futures(mortality, reward, alive, named, support, spread)
+
+
+def compare_futures(
+    model: str | Path,
+    out: str | Path,
+    config: FuturesConfig | None = None,
+    *,
+    progress: Progress = silent,
+) -> dict[str, object]:
+    """Compares a world model's futures with the truth; writes futures.csv, .png, metrics.json.
+
+    Args:
+      model: folder of a world model trained in the synthetic world.
+      out: folder to write.
+      config: what is asked.
+      progress: called with (phase, share done).
+
+    Raises:
+      InputError: no patient reaches the row.
+    """
+    config = config or FuturesConfig()
+    world_model = load_world_model(model)
+    progress("simulating patients", 0.0)
+    episodes, truth = generate(jax.random.key(config.seed), config.patients, keep_latent=False)
+    reached = np.flatnonzero(np.asarray(episodes.length) > config.step)
+    if not len(reached):
+        raise InputError(f"step: none of {config.patients} patients reaches row {config.step}")
+    episodes = episodes.select(reached)
+    truth = replace(truth, patient=truth.patient[reached])
+    progress("true futures", 0.1)
+    true, died, total = true_futures(episodes, truth, config)
+    progress("learned futures", 0.5)
+    learned = learned_futures(world_model, episodes, config)
+    shock = np.asarray(episodes.dynamic)[:, config.step, schema.INDEX["meanbp"]] < SHOCK
+    table = futures_table(true, learned)
+    metrics = agreement(true, learned, shock) | choice(true, learned, died, total)
+    metrics |= {"patients": len(reached), "in_shock": int(shock.sum())}
+    with atomic_folder(Path(out), marker="futures.csv") as folder:
+        table.to_csv(folder / "futures.csv", index=False)
+        write_json(folder / "metrics.json", metrics)
+        write_json(folder / "manifest.json", provenance(model=str(model), **asdict(config)))
+        effects_figure(table, folder / "futures.png")
+    progress("done", 1.0)
+    return metrics
+
+
+def futures_table(true: Futures, learned: Futures) -> pd.DataFrame:
+    """One row per plan: mortality, reward and effects on values, true and learned."""
+    table = pd.DataFrame({"plan": [schema.action_name(a) for a in _SAME]})
+    table["vasopressor"], table["fluid"] = schema.action_levels(_SAME)
+    for name in ("mortality", "reward"):
+        table[f"{name}_true"] = getattr(true, name).mean(0)
+        table[f"{name}_learned"] = getattr(learned, name).mean(0)
+    for name in true.values:
+        for source, futures in (("true", true), ("learned", learned)):
+            mean = _mean_value(futures, name)
+            table[f"{name}_{source}"] = mean - mean[0]
+    table["support"] = learned.support.mean(0)
+    table["disagreement"] = learned.disagreement.mean(0)
+    return table
+
+
+def _mean_value(futures: Futures, name: str) -> np.ndarray:
+    """[K] mean over those still there at the end of the plan."""
+    result: np.ndarray = futures.values[name].sum(0) / futures.alive.sum(0)
+    return result
+
+
+def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, object]:
+    """Ranks and errors over the 25 plans, over those with support, and of patients in shock."""
+    supported = ~(learned.support.mean(0) < SUPPORTED)  # NaN counts as supported
+
+    def against(of: np.ndarray, plans: np.ndarray, name: str) -> dict[str, float]:
+        one, other = (getattr(futures, name)[of][:, plans].mean(0) for futures in (true, learned))
+        return {"spearman": _rank(one, other), "error": float(np.abs(one - other).mean())}
+
+    everyone, every = np.ones(len(shock), bool), np.ones(schema.NUM_ACTIONS, bool)
+    metrics: dict[str, object] = {
+        "mortality": against(everyone, every, "mortality"),
+        "mortality_supported": against(everyone, supported, "mortality"),
+        "mortality_shock": against(shock, every, "mortality"),
+        "mortality_shock_ceiling": _ceiling(true.mortality[shock]),
+        "reward": against(everyone, every, "reward"),
+        "supported_plans": int(supported.sum()),
+        "nothing_rated_safest": bool(learned.mortality.mean(0).argmin() == 0),
+        "nothing_truly_safest": bool(true.mortality.mean(0).argmin() == 0),
+    }
+    for name in true.values:
+        one, other = (_mean_value(futures, name) for futures in (true, learned))
+        metrics[name] = {
+            "spearman": _rank(one - one[0], other - other[0]),
+            "error": float(np.abs((one - one[0]) - (other - other[0])).mean()),
+        }
+    return metrics
+
+
+def _rank(one: np.ndarray, other: np.ndarray) -> float:
+    return float(spearmanr(one, other).statistic) if len(one) > 2 else float("nan")
+
+
+def _ceiling(mortality: np.ndarray) -> float:
+    """Rank correlation of the true plans between two halves of the patients."""
+    return _rank(mortality[::2].mean(0), mortality[1::2].mean(0))
+
+
+def choice(
+    true: Futures, learned: Futures, died: np.ndarray, total: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """True reward and mortality of holding, per patient, the plan that the model rates best.
+
+    Beside the clinician, and beside the plan that is best on average in truth.
+    """
+    allowed = ~(learned.support < SUPPORTED)
+    rated = np.where(allowed, learned.reward, -np.inf)
+    best = np.where(allowed.any(1), rated.argmax(1), learned.reward.argmax(1))
+    rows = np.arange(len(best))
+    constant = int(true.reward.mean(0).argmax())
+    return {
+        "chosen_by_model": {
+            "reward": float(true.reward[rows, best].mean()),
+            "mortality": float(true.mortality[rows, best].mean()),
+        },
+        "clinician": {"reward": float(total.mean()), "mortality": float(died.mean())},
+        "best_constant_plan": {
+            "reward": float(true.reward[:, constant].mean()),
+            "mortality": float(true.mortality[:, constant].mean()),
+        },
+    }
+
+
+def mortality_rows(folder: str | Path) -> list[dict[str, float]]:
+    """Rows of a written futures.csv: levels, true and learned mortality, support; 25 plans."""
+    table = pd.read_csv(Path(folder) / "futures.csv")
+    columns = ["vasopressor", "fluid", "mortality_true", "mortality_learned", "support"]
+    rows: list[dict[str, float]] = table[columns].to_dict("records")
+    return rows

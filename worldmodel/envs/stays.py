@@ -1,0 +1,145 @@
+"""Dynamics of a recurrent world model: stays that end by death, discharge or the window's end.
+
+Each step draws whether the patient dies in the unit or is discharged (competing risks); where the
+stay ends, the terminal reward is asked. With a `horizon` the episode ends after so many rows at
+the latest, and the model says how the clinician would go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from worldmodel.clinical import reward
+from worldmodel.envs.base import Timestep, action_probability, first_timestep, reward_terms
+from worldmodel.envs.learned import LearnedDynamics, LearnedState
+from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.history import History
+from worldmodel.simulate.randomness import branch_key, outcome_chances, policy_key, state_noise
+from worldmodel.simulate.stays import (
+    StayState,
+    StayStep,
+    append_row,
+    continuation_at,
+    encode_past,
+    memory_of,
+    pack_stays,
+    start_state,
+    step_stay,
+    with_models,
+)
+
+TreeT = TypeVar("TreeT")
+
+_LONGEST = 2**31 - 1
+
+
+@struct.dataclass
+class RecurrentState(LearnedState):
+    """One patient in a recurrent world model."""
+
+    hidden: jax.Array | None = None  # [E, 1, H] of every member
+
+
+@struct.dataclass
+class RecurrentDynamics(LearnedDynamics):
+    """`LearnedDynamics` of a recurrent world model."""
+
+    def reset_to(self, key: jax.Array, stay: jax.Array) -> tuple[RecurrentState, Timestep]:
+        """A given stay [] at its start row; the row and the member are drawn."""
+        state, timestep = super().reset_to(key, stay)
+        history = state.history
+        hidden = self._of_members(
+            lambda member: encode_past(pack_stays(member), memory_of(history))
+        )
+        last = state.last_row if self.horizon is not None else jnp.int32(_LONGEST)
+        values = {name: getattr(state, name) for name in LearnedState.__dataclass_fields__}
+        return RecurrentState(**values | {"last_row": last}, hidden=hidden), timestep
+
+    def step(self, state: RecurrentState, action: jax.Array) -> tuple[RecurrentState, Timestep]:
+        """One step of four hours, with which the stay may end."""
+        history, before = state.history, self._observation(state.history)
+        key = branch_key(state.key, history.patient[0], before.step, state.member)
+        noise = state_noise(key, self.world_model.noise_width)[None]
+        after, found, mortality = self._of_members(
+            lambda member, hidden: self._step_of(member, history, hidden, action, noise),
+            state.hidden,
+        )
+        mean = found.prediction.mu  # [E, 1, 39]
+        drawn, found, mortality = jax.tree.map(
+            lambda leaf: leaf[state.member], (after, found, mortality)
+        )
+        death, discharge, later = found.risks[0, 0], found.risks[0, 1], found.risks[0, 2]
+        chances = outcome_chances(key, 3)
+        died = chances[0] < death
+        left = ~died & (chances[1] < discharge)
+        cut = ~died & ~left & (before.step >= state.last_row)
+        terminated = died | left | cut
+        risk = jnp.where(died, 1.0, jnp.where(left, later, mortality[0]))
+        final = {
+            "expected": risk,
+            "threshold": risk > 0.5,
+            "sampled": died | (chances[2] < risk),
+        }[self.outcome]
+        moved, outputs = append_row(self.world_model, history, drawn, found)
+        history, ventilation = jax.tree.map(
+            lambda old, new: jnp.where(terminated, old, new),
+            (history, state.ventilation),
+            (moved, outputs.ventilation[0]),
+        )
+        seen = self._observation(history)
+        terms = reward_terms(before, seen, terminated, reward.terminal_reward(final))
+        start = first_timestep(seen, sofa=seen.sofa, ventilation=ventilation)
+        support = action_probability(self.behavior, policy_key(key), before, action)
+        info = replace(
+            start.info,
+            reward_terms=terms,
+            mortality=risk,
+            projected=jnp.where(terminated, 0, outputs.projected[0]),
+            support=found.support[0] if self.behavior is None else support,
+            disagreement=mean.std(0).mean(),
+        )
+        timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
+        hidden = jnp.where(terminated, state.hidden, after.hidden)
+        return (
+            replace(
+                state, history=history, ventilation=ventilation, ended=terminated, hidden=hidden
+            ),
+            timestep,
+        )
+
+    def _step_of(
+        self,
+        member: WorldModel,
+        history: History,
+        hidden: jax.Array,
+        action: jax.Array,
+        noise: jax.Array,
+    ) -> tuple[StayState, StayStep, jax.Array]:
+        """A member's step, and the mortality [1] if the clinician goes on after it."""
+        kernel = pack_stays(member)
+        after, found = step_stay(
+            member,
+            kernel,
+            start_state(history, hidden),
+            history.static,
+            history.step,
+            action[None],
+            noise,
+            follow=False,
+        )
+        later = continuation_at(kernel, after, history.static, history.step + 1)
+        return after, found, jax.nn.sigmoid(later.mortality_logit)
+
+    def _of_members(self, function: Callable[..., TreeT], *leaves: jax.Array) -> TreeT:
+        """Results of every member, with a leading axis E."""
+        models = (self.world_model.state_model, self.world_model.outcome_model)
+        result: TreeT = jax.vmap(
+            lambda models, *rest: function(with_models(self.world_model, *models), *rest)
+        )(models, *leaves)
+        return result
