@@ -216,9 +216,9 @@ def _effects_section(metrics: JsonDict, plans: list[JsonDict], out: Path) -> Sec
     ]
     return Section(
         "Is it true?",
-        (f"In the synthetic world the truth is known. {metrics['patients']} patients that the model "
-         "has not seen get each of the 25 treatments for 24 hours, then the clinician goes on: what "
-         "really happens, beside what the model said. Each dot is one treatment.",),
+        (f"In the synthetic world the truth is known. {metrics['patients']} patients that the "
+         "model has not seen get each of the 25 treatments for 24 hours, then the clinician goes "
+         "on: what really happens, beside what the model said. Each dot is one treatment.",),
         pictures=((out / "effects" / "futures.png", "Learned against true effects at 24 hours."),),
         tables=(
             Table("Death within 90 days by treatment",

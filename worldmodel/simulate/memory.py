@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -24,6 +26,7 @@ class StayMemory:
     sums: jax.Array  # [B, 30] decayed sums of the doses before
 
 
+@partial(jax.jit, static_argnames="dose_edges")
 def stay_memory(
     dose_edges: DoseEdges,
     *,

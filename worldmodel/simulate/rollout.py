@@ -123,6 +123,7 @@ def rollout(
     least = FOLLOW_CLINICIAN if world_model.is_recurrent else 0
     plans, policy = _resolve(plans_or_policy, start, horizon, least)
     follow = plans is not None and bool((plans == FOLLOW_CLINICIAN).any())
+    plans = None if plans is None else jnp.asarray(plans)
     horizon = plans.shape[-1] if plans is not None else int(horizon or 0)
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
