@@ -28,9 +28,9 @@ from policy.offline.algorithms import (
     Perceptron,
     make_networks,
 )
-from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner.advantage import untrained_advantage
 from policy.planner.search import Planner, PlannerConfig
+from policy.ppo import OnlinePolicy, PPOConfig
 from policy.simple import Constant, GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
 from worldmodel import schema
 from worldmodel.configuration import from_mapping

@@ -24,11 +24,11 @@ from policy.simple import GuidelineRules
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, batches, cut, pack, written
 from policy.train.data.qa_sampling import Question, as_dialogue
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import Report
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import EpisodeRunner
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model

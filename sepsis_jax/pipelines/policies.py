@@ -18,8 +18,8 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig, OfflinePolicy
 from policy.offline.data import transitions
 from policy.offline.training import train_offline
-from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
+from policy.ppo import PPOConfig, train_ppo
 from sepsis_jax.runs import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes

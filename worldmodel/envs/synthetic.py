@@ -13,7 +13,7 @@ from worldmodel.clinical import reward
 from worldmodel.envs.base import Timestep, first_timestep, reward_terms
 from worldmodel.observation import PolicyFn
 from worldmodel.scaling import Scaler, published_scaler
-from worldmodel.synthetic import clinician, outcome, world
+from worldmodel.synthetic import clinician, world
 
 
 @struct.dataclass
@@ -64,7 +64,7 @@ class SyntheticDynamics:
         start = first_timestep(
             after, sofa=after.sofa, ventilation=after.ventilated.astype(jnp.float32)
         )
-        late = outcome.late_death(moved.latent, moved.traits, self.params.outcome)
+        late = world.late_death(moved.latent, moved.traits, self.params.outcome)
         info = replace(
             start.info,
             reward_terms=terms,

@@ -16,11 +16,10 @@ from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.files import digest
-from worldmodel.models import baselines
-from worldmodel.models.baselines import Rows
+from worldmodel.models import evaluation
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
-from worldmodel.models.evaluation import evaluate_world_model, predict_members
+from worldmodel.models.evaluation import Rows, evaluate_world_model, predict_members
 from worldmodel.models.fitting import (
     FitConfig,
     Loss,
@@ -164,7 +163,7 @@ def train_world_model(
         )
 
     if config.model.variant == "residual":
-        rows = baselines.transition_rows(sequences["train"], transitions["train"])
+        rows = evaluation.transition_rows(sequences["train"], transitions["train"])
         start_from_last_value(world_model.state_model, rows)
     state_model, state_history = run(
         "state",
@@ -209,7 +208,7 @@ def start_from_last_value(state_model: StateModel, train: Rows) -> None:
       train: transitions of the training split.
     """
     low, high = LOG_SIGMA_RANGE
-    log_sigma = np.log(baselines.spread(train.target - train.last, train.measured))
+    log_sigma = np.log(evaluation.spread(train.target - train.last, train.measured))
     share = np.clip((log_sigma - low) / (high - low), 0.02, 0.98)
     bias = state_model.log_sigma_head.bias
     bias[...] = jnp.broadcast_to(np.log(share / (1 - share)).astype(np.float32), bias.shape)

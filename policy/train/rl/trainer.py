@@ -22,12 +22,12 @@ from policy.agent.env_pool import StateScorer
 from policy.qwen3.model import Qwen3
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.publishing import Publisher
 from policy.train.losses import PRESETS, Objective, policy_loss
 from policy.train.rl.advantages import EPISODE, STEP, AdvantageConfig, assign_advantages
-from policy.train.rl.episode_runner import EpisodeRunner
 from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
 from worldmodel.configuration import require
 from worldmodel.errors import InputError

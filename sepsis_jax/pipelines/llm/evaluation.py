@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, Stay
-from policy.agent.records import to_record
-from policy.agent.summary import summarize
+from policy.agent.records import summarize, to_record
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
+from policy.train.episodes import EpisodeRunner
 from policy.train.rl.advantages import breaks_rules
-from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0

@@ -27,13 +27,13 @@ from policy.qwen3.weights import load, save_hf
 from policy.serving.batching import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.train.data.packing import Dialogue, batches, cut, pack
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.distributed import is_first, wait, whole
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
 from sepsis_jax.runs import Progress
 from worldmodel import keys

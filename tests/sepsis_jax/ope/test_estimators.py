@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sepsis_jax.ope import ESTIMATORS, Clip, OPEData, check, estimate, make_batch, weigh
+from sepsis_jax.ope.bootstrap import tail_statistics
 from sepsis_jax.ope.data import pad
-from sepsis_jax.ope.distribution import tail
 from sepsis_jax.ope.doubly_robust import blend, partial_returns, with_magic
 from sepsis_jax.ope.estimators import recursive_dr
 from sepsis_jax.ope.weights import drug_weights, scaled
@@ -188,7 +188,9 @@ def test_tail_equals_slow_reference(case, level):
     *_, batch, _, references = case
     order = np.argsort(np.asarray(batch.returns), kind="stable")
     weights = scaled(batch.log_weight[..., -1], -1)[:, order]
-    quantile, cvar = tail(batch.returns[order], weights, jnp.ones((1, len(order))), (level,))
+    quantile, cvar = tail_statistics(
+        batch.returns[order], weights, jnp.ones((1, len(order))), (level,)
+    )
     for k, reference in enumerate(references):
         expected = reference.tail(level)
         assert float(cvar[0, k, 0]) == pytest.approx(expected[1], abs=1e-4)
