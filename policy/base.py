@@ -38,7 +38,7 @@ class Policy:
     past: ClassVar[int] = 0
     """Rows of `Observation.past` that the policy looks back on."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, 25]:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """Probabilities [25] of the joint actions; the key is consumed."""
         raise NotImplementedError
 
@@ -99,7 +99,7 @@ def _on_rows(
     return result
 
 
-def decision_features(observation: Observation, scaler: Scaler) -> jax.Array:
+def decision_features(observation: Observation, scaler: Scaler) -> Float[Array, "*b D"]:
     """[..., D] `state_features`, with the changes and treatments of `Observation.past`.
 
     For each earlier row: z-scored change of the measurements since, and both levels; zero where

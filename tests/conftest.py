@@ -8,9 +8,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 
-from worldmodel.scaling import Scaler
+import tests.shapes
+
+# Arrays are checked against their annotations in all that is imported from here on.
+jaxtyping.install_import_hook(
+    ["worldmodel", "policy", "sepsis_jax"],
+    f"{tests.shapes.__name__}.{tests.shapes.arrays_checked.__name__}",
+)
+
+from worldmodel.scaling import Scaler  # noqa: E402
 
 
 def compiled_programs() -> Path:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -47,7 +48,7 @@ class Adapter(nnx.Module):
         """What the product is multiplied by."""
         return self.alpha / self.a.shape[-1]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
         """[..., O] scaled product with the low-rank matrices."""
         low = x @ self.a[...].astype(x.dtype)
         return self.scale * (low @ self.b[...].astype(x.dtype))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
@@ -37,7 +37,13 @@ class Cache:
     k: jax.Array  # [L, B, S, K, D]
     v: jax.Array  # [L, B, S, K, D]
 
-    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> Cache:
+    def write(
+        self,
+        layer: jax.Array,
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        start: Int[Array, " B"],
+    ) -> Cache:
         """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ..."""
         row = jnp.arange(k.shape[0])[:, None]
         slot = start[:, None] + jnp.arange(k.shape[1])
@@ -55,7 +61,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(config.initializer_range * draw)
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
         """[..., O] product with the kernel, plus the adapter if there is one."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
@@ -68,7 +74,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """[..., D] normalised by the root mean square, in float32."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
@@ -113,7 +119,7 @@ class MLP(nnx.Module):
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """[B, L, D] SwiGLU of [B, L, D]."""
         inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(constrain(inner, "batch", "length", "mlp"))
@@ -143,7 +149,7 @@ class Embedding(nnx.Module):
         draw = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
         self.embedding = nnx.Param(config.initializer_range * draw)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """[B, L, D] embeddings of ids [B, L]."""
         return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
 
@@ -186,14 +192,14 @@ class Qwen3(nnx.Module):
 
     def hidden(
         self,
-        ids: jax.Array,
+        ids: Int[Array, "B T"],
         *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        shared: jax.Array | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        shared: Bool[Array, "B T"] | None = None,
         remat: str = "none",
         query_block: int | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T D"]:
         """Final normed hidden states [B, T, D] of whole sequences, padded or packed.
 
         Args:
@@ -226,7 +232,9 @@ class Qwen3(nnx.Module):
         x, _ = jax.lax.scan(one, self._embed(ids), stacked)
         return self.norm(x)
 
-    def extend(self, ids: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, ids: Int[Array, "B T"], start: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Reads further tokens after what a cache holds.
 
         Args:
@@ -272,13 +280,13 @@ class Qwen3(nnx.Module):
         )
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def head(self) -> jax.Array:
+    def head(self) -> Float[Array, "D V"]:
         """[D, V] output projection; the transposed embeddings where they are tied."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """[..., V] float32 logits of hidden states [..., D]."""
         return project(hidden, self.head())
 
@@ -286,7 +294,7 @@ class Qwen3(nnx.Module):
         return constrain(self.embed_tokens(ids).astype(self.dtype), "batch", "length", "embed")
 
 
-def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def project(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:
     """[..., V] float32 logits; operands in the type of the hidden states, sums in float32."""
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
@@ -312,14 +320,18 @@ class Tokens(NamedTuple):
     shared: jax.Array | None = None  # [B, T] bool: keys that later positions of any segment see
 
 
-def rotary(position: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary(
+    position: Int[Array, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine [B, T, 1, head_dim / 2] float32 of the rotary embedding's angles."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angle = position[..., None, None].astype(jnp.float32) * (1.0 / theta**exponent)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(
+    x: Float[Array, "B T H D"], angles: tuple[jax.Array, jax.Array]
+) -> Float[Array, "B T H D"]:
     """Heads [B, T, H, head_dim] turned by their positions; halves are pairs, as in the weights."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -328,14 +340,14 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     queries: Tokens,
     keys: Tokens,
     *,
     block: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T H D"]:
     """Causal softmax attention with scores and weights in float32.
 
     Args:

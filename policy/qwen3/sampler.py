@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
 from policy.qwen3.model import Cache, Qwen3
@@ -167,11 +168,11 @@ def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most:
 
 
 def draw_token(
-    logits: jax.Array,
-    seed: jax.Array,
-    position: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array | None = None,
+    logits: Float[Array, " V"],
+    seed: Shaped[Array, " 2"],
+    position: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token.
 
@@ -197,7 +198,7 @@ def draw_token(
     return token, logprob, jax.nn.log_softmax(logits)[token]
 
 
-def nucleus(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+def nucleus(probs: Float[Array, " V"], top_p: Float[Array, ""]) -> Bool[Array, " V"]:
     """[V] bool: the least set of most probable tokens whose mass reaches `top_p`.
 
     Equally probable tokens at its edge are all in. The edge is found by bisection over the bits

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num, Shaped
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
@@ -57,12 +57,12 @@ LOG_RATIO_LIMIT = 20.0
 """Bound on the absolute value of log ratios, so that their exponentials stay finite."""
 
 
-def bounded_exp(log_ratio: jax.Array) -> jax.Array:
+def bounded_exp(log_ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The exponential of a log ratio clipped to `LOG_RATIO_LIMIT`."""
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
-def k3(log_ratio: jax.Array) -> jax.Array:
+def k3(log_ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """exp(x) - x - 1, never negative, whose mean under q is KL(q, p) where x = log p / q."""
     bounded = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return jnp.expm1(bounded) - bounded
@@ -75,7 +75,7 @@ class SegmentMeans:
         self._segments = segments
         self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
 
-    def sum(self, x: jax.Array) -> jax.Array:
+    def sum(self, x: Num[Array, "R L"]) -> Num[Array, "R L"]:
         """[R, L] sums per segment, row by row, so that rows can be sharded over devices."""
 
         def one(x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -84,13 +84,15 @@ class SegmentMeans:
 
         return jax.vmap(one)(x, self._segments)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Num[Array, "R L"]) -> Float[Array, "R L"]:
         """[R, L] mean over the learned tokens of each segment."""
         return self.sum(x) / self.count
 
 
 def mismatch(
-    sampler_logprobs: np.ndarray, old_logprobs: np.ndarray, mask: np.ndarray
+    sampler_logprobs: Float[np.ndarray, "*b"],
+    old_logprobs: Float[np.ndarray, "*b"],
+    mask: Shaped[np.ndarray, "*b"],
 ) -> dict[str, float]:
     """Difference of the trainer's log-probabilities from the sampler's, before any update.
 

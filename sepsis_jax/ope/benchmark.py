@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
@@ -220,7 +221,7 @@ class Sample(NamedTuple):
     data: OPEData
     state: np.ndarray  # [N, T] int32, 0 on padding
 
-    def probs(self, policy: np.ndarray) -> np.ndarray:
+    def probs(self, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, "N T A"]:
         """[N, T, A] probabilities of a policy [S, A] along the stays."""
         found: np.ndarray = policy[self.state].astype(np.float32)
         return found

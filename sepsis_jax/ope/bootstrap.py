@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Num
 
 from sepsis_jax.ope import weights
 from sepsis_jax.ope.estimators import Batch, Means, columns, evaluate_means
@@ -42,7 +43,7 @@ def block_shapes(batch: Batch, *, names: Sequence[str]) -> dict[str, jax.Array]:
     return columns(batch, names)
 
 
-def join(batch: Batch, names: Sequence[str]) -> tuple[jax.Array, dict[str, int]]:
+def join(batch: Batch, names: Sequence[str]) -> tuple[Float[Array, "N KS"], dict[str, int]]:
     """[N, K * S] columns that the estimators need, and the widths of their blocks."""
     blocks = columns(batch, names)
     table = jnp.concatenate(list(blocks.values()), -1)
@@ -56,7 +57,7 @@ def split(means: jax.Array, widths: dict[str, int]) -> Means:
     return dict(zip(widths, jnp.split(means, ends, -1), strict=True))
 
 
-def draw_counts(rng: np.random.Generator, resamples: int, stays: int) -> np.ndarray:
+def draw_counts(rng: np.random.Generator, resamples: int, stays: int) -> Num[np.ndarray, "B N"]:
     """[B, N] uint8 how often each stay is drawn; every row sums to N."""
     counts = np.empty((resamples, stays), np.uint8)
     step = max(_DRAWS // stays, 1)
@@ -105,7 +106,7 @@ def _from_counts(
 def resample(
     key: jax.Array,
     batch: Batch,
-    table: jax.Array,
+    table: Float[Array, "N KS"],
     widths: dict[str, int],
     names: Sequence[str],
     *,
@@ -152,8 +153,8 @@ def make_tail(batch: Batch, levels: Sequence[float]) -> Tail:
 
 
 def influence(
-    batch: Batch, table: jax.Array, widths: dict[str, int], names: Sequence[str]
-) -> jax.Array:
+    batch: Batch, table: Float[Array, "N KS"], widths: dict[str, int], names: Sequence[str]
+) -> Float[Array, "N K E"]:
     """[N, K, E] influence of each stay: the gradient of f times (x_i - mean x).
 
     The delta method's standard error is the root of sum_i influence^2 / N^2.
@@ -170,8 +171,8 @@ def influence(
 
 
 def leave_one_out(
-    batch: Batch, table: jax.Array, widths: dict[str, int], names: Sequence[str]
-) -> jax.Array:
+    batch: Batch, table: Float[Array, "N KS"], widths: dict[str, int], names: Sequence[str]
+) -> Float[Array, "N K E"]:
     """[N, K, E] values without each stay, from sums less one row."""
     stays, policies = table.shape[0], batch.log_weight.shape[0]
     total = table.sum(0)
@@ -185,8 +186,11 @@ def leave_one_out(
 
 
 def tail_statistics(
-    returns: jax.Array, weights: jax.Array, counts: jax.Array, levels: Sequence[float]
-) -> tuple[jax.Array, jax.Array]:
+    returns: Float[Array, " N"],
+    weights: Float[Array, "K N"],
+    counts: Num[Array, "B N"],
+    levels: Sequence[float],
+) -> tuple[Float[Array, "B K L"], Float[Array, "B K L"]]:
     """Quantiles and lower CVaR of resamples, exactly, without a running sum over all stays.
 
     Sums over slices of about sqrt(N) stays find the slice of the quantile, and only that slice is
@@ -246,7 +250,9 @@ def _before(running: jax.Array, which: jax.Array) -> jax.Array:
     return jnp.where(which > 0, jnp.take_along_axis(running, index, -1)[..., 0], 0.0)
 
 
-def cdf(returns: jax.Array, weights: jax.Array, at: jax.Array) -> jax.Array:
+def cdf(
+    returns: Float[Array, " N"], weights: Float[Array, "K N"], at: Float[Array, " X"]
+) -> Float[Array, "K X"]:
     """[K, X] F at the points `at` [X]."""
     below = (returns[:, None] <= at).astype(weights.dtype)
     return weights @ below / weights.sum(-1, keepdims=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
@@ -39,7 +40,7 @@ class OPEData:
         return self.reward.shape[1]
 
     @property
-    def length(self) -> jax.Array:
+    def length(self) -> Int[Array, " N"]:
         """[N] int32 number of recorded steps."""
         return self.alive.sum(1)
 
@@ -48,7 +49,7 @@ class OPEData:
         selected: OPEData = jax.tree.map(lambda leaf: leaf[index], self)
         return selected
 
-    def returns(self, gamma: float = 1.0) -> jax.Array:
+    def returns(self, gamma: float = 1.0) -> Float[Array, " N"]:
         """[N] sum_t gamma^t r_t."""
         return (self.reward * gamma ** jnp.arange(self.num_steps)).sum(1)
 
@@ -87,8 +88,8 @@ class InputPolicy:
 def from_episodes(
     episodes: Episodes,
     *,
-    behavior_probs: np.ndarray | jax.Array | None = None,
-    features: jax.Array | None = None,
+    behavior_probs: Float[np.ndarray | Array, "N T 25"] | None = None,
+    features: Float[Array, "N T D"] | None = None,
 ) -> OPEData:
     """Recorded stays for evaluation.
 
@@ -128,7 +129,7 @@ def from_episodes(
     )
 
 
-def taken_probs(probs: jax.Array, action: jax.Array) -> jax.Array:
+def taken_probs(probs: Float[Array, "*#b A"], action: Int[Array, "*#b"]) -> Float[Array, "*#b"]:
     """[..., T] probabilities of the taken actions from [..., T, A] of all."""
     action = jnp.broadcast_to(action, probs.shape[:-1])
     return jnp.take_along_axis(probs, action[..., None], -1)[..., 0]
@@ -157,7 +158,7 @@ class Rows:
     alive: np.ndarray  # [N, T]
     divide: bool = False  # by the sum of the row
 
-    def of(self, index: Any, steps: int | None = None) -> np.ndarray:
+    def of(self, index: Any, steps: int | None = None) -> Float[np.ndarray, "n t A"]:
         """[n, steps, A] float32 of the stays `index`, uniform on padding."""
         rows = self.given[index, :steps]
         rows = np.where(self.alive[index, :steps, None], rows, 1.0 / rows.shape[-1])

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from sepsis_jax.ope import doubly_robust, fqe
 from sepsis_jax.ope.data import OPEData
@@ -60,7 +61,7 @@ def fit(
     method: str = "linear",
     gamma: float = 1.0,
     folds: int = 2,
-    state: jax.Array | None = None,
+    state: Int[Array, "N T"] | None = None,
     num_states: int | None = None,
     config: fqe.NeuralConfig | None = None,
 ) -> Fitted:
@@ -127,14 +128,14 @@ Regress = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 @partial(jax.jit, static_argnames=("num_states", "folds"))
 def tabular_ratios(
     data: OPEData,
-    state: jax.Array,
-    log_ratio: jax.Array,
-    fold: jax.Array,
+    state: Int[Array, "N T"],
+    log_ratio: Float[Array, "K N T"],
+    fold: Int[Array, " N"],
     *,
     num_states: int,
     folds: int,
     prior: float = 1.0,
-) -> jax.Array:
+) -> Float[Array, "K N T"]:
     """[K, N, T] mu by discrete state [N, T]; cells shrink to the step's mean by `prior` stays."""
 
     def regress(target: jax.Array, used: jax.Array, where: jax.Array, step: jax.Array) -> jax.Array:
@@ -151,12 +152,12 @@ def tabular_ratios(
 @partial(jax.jit, static_argnames=("folds",))
 def linear_ratios(
     data: OPEData,
-    log_ratio: jax.Array,
-    fold: jax.Array,
+    log_ratio: Float[Array, "K N T"],
+    fold: Int[Array, " N"],
     *,
     folds: int,
     ridge: float = 0.1,
-) -> jax.Array:
+) -> Float[Array, "K N T"]:
     """[K, N, T] mu by ridge regression on `data.features`, whose first column is constant.
 
     Args:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
 
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import Values
@@ -19,7 +20,7 @@ from worldmodel.observation import observations
 from worldmodel.scaling import Scaler
 
 
-def state_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Array:
+def state_features(episodes: Episodes, scaler: Scaler | None = None) -> Float[Array, "N T 49"]:
     """[N, T, 49] `worldmodel.observation.state_features` of every recorded row; 0 after the end.
 
     Args:
@@ -39,25 +40,25 @@ _KEY_COLUMNS = (
 )
 
 
-def key_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Array:
+def key_features(episodes: Episodes, scaler: Scaler | None = None) -> Float[Array, "N T 14"]:
     """[N, T, 14] the few of `state_features` that matter most, for small samples."""
     return state_features(episodes, scaler)[..., np.array(_KEY_COLUMNS)]
 
 
-def dose_basis() -> np.ndarray:
+def dose_basis() -> Float[np.ndarray, "25 6"]:
     """[25, 6] for linear values: 1, v, f, v^2, f^2, v f with levels scaled to [0, 1]."""
     v, f = (level / (schema.NUM_LEVELS - 1) for level in schema.action_levels(np.arange(25)))
     return np.stack([np.ones(25), v, f, v**2, f**2, v * f], -1).astype(np.float32)
 
 
-def action_basis(actions: int) -> np.ndarray:
+def action_basis(actions: int) -> Float[np.ndarray, "A J"]:
     """The dose basis for 25 actions, otherwise one indicator per action."""
     if actions == schema.NUM_ACTIONS:
         return dose_basis()
     return np.eye(actions, dtype=np.float32)
 
 
-def fold_of(key: jax.Array, stays: int, folds: int) -> jax.Array:
+def fold_of(key: jax.Array, stays: int, folds: int) -> Int[Array, " N"]:
     """[N] int32 folds of equal size up to one."""
     return jax.random.permutation(key, jnp.arange(stays) % folds)
 
@@ -68,7 +69,9 @@ def after(values: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(jnp.concatenate([values[1:], jnp.zeros_like(values[:1])]), 0, axis)
 
 
-def expand(features: jax.Array, action: jax.Array) -> jax.Array:
+def expand(
+    features: Float[Array, "*#b D"], action: Float[Array, "*#b J"]
+) -> Float[Array, "*#b DJ"]:
     """Products of state features [..., D] and action features [..., J]: [..., D * J]."""
     return (features[..., :, None] * action[..., None, :]).reshape(*features.shape[:-1], -1)
 
@@ -76,9 +79,9 @@ def expand(features: jax.Array, action: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames=("gamma", "folds", "iterations"))
 def linear(
     data: OPEData,
-    probs: jax.Array,
-    basis: jax.Array,
-    fold: jax.Array,
+    probs: Float[Array, "K N T A"],
+    basis: Float[Array, "A J"],
+    fold: Int[Array, " N"],
     *,
     gamma: float,
     folds: int,
@@ -142,9 +145,9 @@ def linear(
 @partial(jax.jit, static_argnames=("num_states", "gamma", "folds", "iterations"))
 def tabular(
     data: OPEData,
-    state: jax.Array,
-    probs: jax.Array,
-    fold: jax.Array,
+    state: Int[Array, "N T"],
+    probs: Float[Array, "K N T A"],
+    fold: Int[Array, " N"],
     *,
     num_states: int,
     gamma: float,
@@ -252,8 +255,8 @@ def _apply(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 def fit_neural(
     key: jax.Array,
     data: OPEData,
-    probs: jax.Array,
-    fold: jax.Array,
+    probs: Float[Array, "K N T A"],
+    fold: Int[Array, " N"],
     *,
     gamma: float,
     folds: int,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Array, Float
 
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.evaluate import evaluate
@@ -23,8 +24,8 @@ GAMMAS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 
 
 def worst_case(
-    returns: jax.Array, log_weight: jax.Array, gamma: jax.Array | float
-) -> tuple[jax.Array, jax.Array]:
+    returns: Float[Array, " N"], log_weight: Float[Array, "K N"], gamma: jax.Array | float
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """[K] least and greatest WIS value when every weight may be wrong by a factor of `gamma`.
 
     Args:
@@ -50,8 +51,8 @@ def worst_case(
 
 def confounding_table(
     names: Sequence[str],
-    returns: jax.Array,
-    log_weight: jax.Array,
+    returns: Float[Array, " N"],
+    log_weight: Float[Array, "K N"],
     gammas: Sequence[float] = GAMMAS,
 ) -> pd.DataFrame:
     """Rows (policy, Gamma) with the bounds of WIS and whether they exclude the mean return."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from worldmodel import keys, schema
 from worldmodel.clinical import reward
@@ -45,7 +46,7 @@ class Timestep:
     info: Info
 
     @property
-    def done(self) -> jax.Array:
+    def done(self) -> Bool[Array, "*b"]:
         """[] bool, terminated or truncated."""
         return self.terminated | self.truncated
 
@@ -63,7 +64,7 @@ class Dynamics(Protocol):
 
 
 def first_timestep(
-    observation: Any, *, sofa: jax.Array, ventilation: jax.Array | float = jnp.nan
+    observation: Any, *, sofa: Num[Array, ""], ventilation: jax.Array | float = jnp.nan
 ) -> Timestep:
     """The timestep of a reset: reward 0, neither terminated nor truncated."""
     zero, unknown = jnp.zeros(()), jnp.full((), jnp.nan)
@@ -80,8 +81,8 @@ def first_timestep(
 
 
 def reward_terms(
-    before: Observation, after: Observation, terminated: jax.Array, final: jax.Array
-) -> jax.Array:
+    before: Observation, after: Observation, terminated: Bool[Array, ""], final: Float[Array, ""]
+) -> Float[Array, " 4"]:
     """[4] terms of a step between two rows; a step that ends the episode earns `final` alone."""
     shaping = reward.step_terms(
         before.sofa, after.sofa, before.dynamic[_LACTATE], after.dynamic[_LACTATE]
@@ -91,8 +92,8 @@ def reward_terms(
 
 
 def action_probability(
-    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: jax.Array
-) -> jax.Array:
+    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: Int[Array, ""]
+) -> Float[Array, ""]:
     """[] probability of an action under a policy; NaN without one."""
     return jnp.full((), jnp.nan) if behavior is None else behavior(key, observation)[action]
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int
 
 from worldmodel import keys
 from worldmodel.clinical import reward
@@ -53,7 +54,9 @@ class SyntheticDynamics:
         timestep = first_timestep(observation, sofa=observation.sofa, ventilation=ventilation)
         return SyntheticState(start, key), timestep
 
-    def step(self, state: SyntheticState, action: jax.Array) -> tuple[SyntheticState, Timestep]:
+    def step(
+        self, state: SyntheticState, action: Int[Array, ""]
+    ) -> tuple[SyntheticState, Timestep]:
         """One step of four hours."""
         before = state.world.observation
         moved, transition = world.step(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.configuration import require
@@ -145,10 +146,10 @@ class StateModel(_Trunk):
 
     def __call__(
         self,
-        obs: jax.Array,
-        observed: jax.Array,
-        static: jax.Array,
-        action: jax.Array,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
         *,
         key: jax.Array | None = None,
     ) -> Prediction:
@@ -198,13 +199,13 @@ class OutcomeModel(_Trunk):
 
     def __call__(
         self,
-        obs: jax.Array,
-        observed: jax.Array,
-        static: jax.Array,
-        action: jax.Array,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
         *,
         key: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, " B"]:
         """Mortality logit [B]; arguments as for the State Model, window 12."""
         key_gru, key_head = (None, None) if key is None else jax.random.split(key)
         h = jax.nn.relu(self.outcome_hidden(self.encode(obs, observed, static, action, key_gru)))

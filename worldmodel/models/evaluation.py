@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -95,7 +96,9 @@ def evaluate_world_model(
     }
 
 
-def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> HostPrediction:
+def predict(
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> HostPrediction:
     """The world model's (ensemble) prediction of the transitions `index` [K, 2]."""
     outputs = _in_batches(
         lambda rows: world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)), index
@@ -108,8 +111,8 @@ def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) ->
 
 
 def predict_mortality(
-    world_model: WorldModel, sequences: Sequences, index: np.ndarray
-) -> np.ndarray:
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> Float[np.ndarray, " K"]:
     """Probability [K] of death within 90 days, at the rows `index` [K, 2]."""
     logit = _in_batches(
         lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
@@ -120,8 +123,8 @@ def predict_mortality(
 
 
 def predict_members(
-    world_model: WorldModel, sequences: Sequences, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> tuple[Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K"]]:
     """Every member's (mu [E, K, 39], log_sigma [E, K, 39], vent_logit [E, K])."""
     outputs = _in_batches(
         lambda rows: jax.tree.map(
@@ -163,7 +166,9 @@ def _outcome_report(
     return {name: outcome_metrics(score, test.died(rows)) for name, score in scores.items()}
 
 
-def gaussian_crps(target: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def gaussian_crps(
+    target: Float[np.ndarray, "*#b"], mu: Float[np.ndarray, "*#b"], sigma: Float[np.ndarray, "*#b"]
+) -> Float[np.ndarray, "*#b"]:
     """Continuous ranked probability score of a normal (Gneiting & Raftery 2007, eq. 21)."""
     z = (target - mu) / sigma
     result: np.ndarray = sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
@@ -214,7 +219,9 @@ def feature_metrics(prediction: HostPrediction, rows: Rows) -> dict[str, dict[st
     return out
 
 
-def outcome_metrics(probability: np.ndarray, died: np.ndarray) -> dict[str, float | None]:
+def outcome_metrics(
+    probability: Float[np.ndarray, " K"], died: Shaped[np.ndarray, " K"]
+) -> dict[str, float | None]:
     """Discrimination and calibration of predicted mortality.
 
     Returns:
@@ -231,7 +238,7 @@ def outcome_metrics(probability: np.ndarray, died: np.ndarray) -> dict[str, floa
 
 
 def expected_calibration_error(
-    probability: np.ndarray, label: np.ndarray, *, bins: int = 10
+    probability: Float[np.ndarray, " K"], label: Shaped[np.ndarray, " K"], *, bins: int = 10
 ) -> float:
     """Mean gap between predicted and observed frequency over equal-width bins."""
     which = np.minimum((probability * bins).astype(int), bins - 1)
@@ -266,7 +273,7 @@ class HostPrediction(NamedTuple):
     ventilation: np.ndarray  # [K] score; higher means more likely ventilated
 
 
-def transition_rows(sequences: Sequences, index: np.ndarray) -> Rows:
+def transition_rows(sequences: Sequences, index: Int[np.ndarray, "K 2"]) -> Rows:
     """Last rows and targets of the transitions `index` [K, 2] (stay, step)."""
     window = sequences.window(index, 1)
     target = sequences.target(index)
@@ -312,7 +319,11 @@ def linear_autoregression(train: Rows, test: Rows) -> HostPrediction:
     )
 
 
-def logistic(inputs: np.ndarray, label: np.ndarray, test_inputs: np.ndarray) -> np.ndarray:
+def logistic(
+    inputs: Float[np.ndarray, "M D"],
+    label: Shaped[np.ndarray, " M"],
+    test_inputs: Float[np.ndarray, "K D"],
+) -> Float[np.ndarray, " K"]:
     """Probability [K] by logistic regression; the base rate where only one class was seen."""
     if label.min() == label.max():
         return np.full(len(test_inputs), float(label.mean()))
@@ -321,7 +332,9 @@ def logistic(inputs: np.ndarray, label: np.ndarray, test_inputs: np.ndarray) -> 
     return result
 
 
-def spread(error: np.ndarray, measured: np.ndarray) -> np.ndarray:
+def spread(
+    error: Float[np.ndarray, "K F"], measured: Bool[np.ndarray, "K F"]
+) -> Float[np.ndarray, " F"]:
     """Root mean square error of each feature [39] over its measured entries [K, 39]."""
     total = np.maximum(measured.sum(0), 1)
     result: np.ndarray = np.maximum(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from worldmodel import schema
 from worldmodel.configuration import require
@@ -214,7 +215,9 @@ def start_from_last_value(state_model: StateModel, train: Rows) -> None:
     bias[...] = jnp.broadcast_to(np.log(share / (1 - share)).astype(np.float32), bias.shape)
 
 
-def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> WorldModel:
+def calibrate_sigma(
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> WorldModel:
     """Scales each feature's sigma to the validation errors, by maximum likelihood.
 
     For a fixed mu the best scale of sigma_j is the root mean square of error / sigma over the

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.clinical import reward
@@ -50,7 +51,7 @@ class Rollouts:
     mode: str = struct.field(pytree_node=False)
 
     @property
-    def total_reward(self) -> jax.Array:
+    def total_reward(self) -> Float[Array, "P K S"]:
         """[P, K, S] undiscounted: shaping plus the terminal reward.
 
         The terminal reward is its expectation in corrected mode; in reference mode a
@@ -59,7 +60,7 @@ class Rollouts:
         died = self.mortality if self.mode == "corrected" else self.mortality > 0.5
         return self.reward.sum(-1) + reward.terminal_reward(died)
 
-    def feature(self, name: str) -> jax.Array:
+    def feature(self, name: str) -> Float[Array, "P K S H"]:
         """[P, K, S, H] one of the collected features, in physical units."""
         return self.values[..., self.features.index(name)]
 
@@ -74,7 +75,7 @@ def rollout(
     samples: int = 1,
     features: tuple[str, ...] = CHART_FEATURES,
     common_noise: bool = True,
-    noise: jax.Array | None = None,
+    noise: Float[Array, "P S H 39"] | None = None,
     mode: str = "corrected",
     mortality: bool = True,
     precision: str | None = None,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from policy.agent.dialogue import Stay
 from policy.agent.records import newly_read
@@ -32,7 +33,7 @@ class Dialogue:
     def __getitem__(self, part: slice) -> Dialogue:
         return Dialogue(self.ids[part], self.own[part])
 
-    def ends(self) -> np.ndarray:
+    def ends(self) -> Int[np.ndarray, " turns"]:
         """[turns] where a turn is over: the index after each reply's last token."""
         return np.flatnonzero(self.own & ~np.append(self.own[1:], False)) + 1
 
