@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from worldmodel.simulate.history import start_history
     from worldmodel.simulate.randomness import abduct_noise
     from worldmodel.simulate.rollout import Rollouts, rollout
-    from worldmodel.synthetic import generate, true_value
+    from worldmodel.synthetic.generate import generate
+    from worldmodel.synthetic.truth import true_value
 
 _HOMES = {
     "Episodes": "worldmodel.episodes",
@@ -32,7 +33,7 @@ _HOMES = {
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
     "abduct_noise": "worldmodel.simulate.randomness",
-    "generate": "worldmodel.synthetic",
+    "generate": "worldmodel.synthetic.generate",
     "load_episodes": "worldmodel.episode_files",
     "load_world_model": "worldmodel.models.checkpoint",
     "rollout": "worldmodel.simulate.rollout",
@@ -40,7 +41,7 @@ _HOMES = {
     "save_world_model": "worldmodel.models.checkpoint",
     "start_history": "worldmodel.simulate.history",
     "train_world_model": "worldmodel.models.training",
-    "true_value": "worldmodel.synthetic",
+    "true_value": "worldmodel.synthetic.truth",
 }
 
 __all__ = [

@@ -41,11 +41,11 @@ class SofaScore(NamedTuple):
 
 
 def standard(
-    dynamic: Float[Array, "*b 39"],
+    dynamic: Float[Array, "*#b 39"],
     *,
-    ventilated: Bool[Array, "*b"],
-    vasopressor_dose: Num[Array, "*b"],
-    urine_24h: Num[Array, "*b"],
+    ventilated: Bool[Array, "*#b"],
+    vasopressor_dose: Num[Array, "*#b"],
+    urine_24h: Num[Array, "*#b"],
 ) -> SofaScore:
     """SOFA where doses are known.
 
@@ -65,11 +65,11 @@ def standard(
 
 
 def reference(
-    dynamic: Float[Array, "*b 39"],
+    dynamic: Float[Array, "*#b 39"],
     *,
-    ventilated: Bool[Array, "*b"],
-    vasopressor_level: Num[Array, "*b"],
-    urine_before: Num[Array, "*b"],
+    ventilated: Bool[Array, "*#b"],
+    vasopressor_level: Num[Array, "*#b"],
+    urine_before: Num[Array, "*#b"],
 ) -> SofaScore:
     """SOFA as SepsisAgent's world model scores it.
 
