@@ -6,7 +6,7 @@ Also the features of an observation that learned policies read.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.observation import (
     NUM_STATE_FEATURES,
     Observation,
+    PolicyFn,
     as_pytree,
     draw_action,
     observation_at,
@@ -85,7 +86,7 @@ def action_probs(
 
 @partial(jax.jit, static_argnames="past")
 def _on_rows(
-    policy: Any,
+    policy: PolicyFn,
     key: jax.Array,
     episodes: Episodes,
     row: jax.Array,

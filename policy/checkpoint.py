@@ -23,6 +23,7 @@ from policy.clinician_models import (
 )
 from policy.offline.algorithms import (
     ALGORITHMS,
+    Networks,
     OfflineConfig,
     OfflinePolicy,
     Perceptron,
@@ -49,7 +50,7 @@ _CLONES: dict[str, Any] = {cls.__name__: cls for cls in (Logistic, MLP, GRU, Clu
 
 
 def save_policy(
-    policy: Policy, path: str | Path, *, manifest: Mapping[str, Any] | None = None
+    policy: Policy, path: str | Path, *, manifest: Mapping[str, object] | None = None
 ) -> Path:
     """Writes a policy as a folder that appears whole or not at all.
 
@@ -115,8 +116,8 @@ class _Kind(NamedTuple):
     """How policies of some classes are written and read."""
 
     names: tuple[str, ...]
-    settings: Callable[[Any], dict[str, Any]]
-    arrays: Callable[[Any], Any] | None
+    settings: Callable[[Any], dict[str, object]]
+    arrays: Callable[[Any], object] | None
     load: Callable[[str, dict[str, Any], Path], Policy]
 
 
@@ -133,7 +134,7 @@ def _scaler() -> Scaler:
     return Scaler(*(jnp.zeros(width) for width in widths))
 
 
-def _simple_settings(policy: Any) -> dict[str, Any]:
+def _simple_settings(policy: Any) -> dict[str, object]:
     return {field.name: np.asarray(getattr(policy, field.name)).item() for field in fields(policy)}
 
 
@@ -142,7 +143,7 @@ def _load_simple(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return _SIMPLE[name](**settings)
 
 
-def _learned_settings(policy: Any) -> dict[str, Any]:
+def _learned_settings(policy: Any) -> dict[str, object]:
     seeds = {"seeds": policy.num_seeds} if isinstance(policy, OfflinePolicy) else {}
     return {"config": asdict(policy.config), "temperature": policy.temperature, **seeds}
 
@@ -152,7 +153,7 @@ def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
     config = from_mapping(OfflineConfig, settings["config"], source=str(path / MARKER))
     algorithm, width = ALGORITHMS[config.algorithm], feature_width(config.past)
 
-    def make(key: jax.Array) -> Any:
+    def make(key: jax.Array) -> Networks:
         return make_networks(algorithm, width, config, nnx.Rngs(key))
 
     def untrained() -> OfflinePolicy:
@@ -177,7 +178,7 @@ def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _clone_settings(policy: Any) -> dict[str, Any]:
+def _clone_settings(policy: Any) -> dict[str, object]:
     if isinstance(policy, Clusters):
         return {"clusters": policy.centers.shape[0], "features": policy.centers.shape[1]}
     width = policy.params["in_bias"].shape[0] if "in_bias" in policy.params else 1
@@ -200,7 +201,7 @@ def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _planner_settings(policy: Any) -> dict[str, Any]:
+def _planner_settings(policy: Any) -> dict[str, object]:
     return {"config": asdict(policy.config)}
 
 
@@ -212,7 +213,7 @@ def _load_planner(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return Planner(world_model, advantage, load_policy(path / _CLINICIAN), config)
 
 
-def _itself(policy: Any) -> Any:
+def _itself(policy: object) -> object:
     return policy
 
 

@@ -34,7 +34,11 @@ from worldmodel.errors import InputError
 from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 
-_NETWORKS: dict[str, Any] = {"logistic": Logistic, "mlp": MLP, "gru": GRU}
+_NETWORKS: dict[str, type[Logistic] | type[MLP] | type[GRU]] = {
+    "logistic": Logistic,
+    "mlp": MLP,
+    "gru": GRU,
+}
 MODELS = (*_NETWORKS, "clusters", "marginal")
 _ROWS_PER_CLUSTER = 50
 

@@ -49,7 +49,7 @@ def begin_run(out: Path, kind: str, request: JsonDict, *, resume: bool) -> None:
         raise InputError(f"{out}: holds a run; resume it, or choose another folder")
 
 
-def _first_difference(found: Any, wanted: JsonDict, prefix: str = "") -> str:
+def _first_difference(found: object, wanted: JsonDict, prefix: str = "") -> str:
     for name, value in wanted.items():
         there = found.get(name) if isinstance(found, dict) else None
         if there != value:
@@ -61,21 +61,20 @@ def _first_difference(found: Any, wanted: JsonDict, prefix: str = "") -> str:
 def plain(options: Any) -> JsonDict:
     """A dataclass as JSON holds it: paths as text, tuples as lists."""
 
-    def convert(value: Any) -> Any:
+    def convert(value: object) -> object:
         if isinstance(value, dict):
             return {name: convert(item) for name, item in value.items()}
         if isinstance(value, tuple | list):
             return [convert(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    found: JsonDict = convert(asdict(options))
-    return found
+    return {name: convert(item) for name, item in asdict(options).items()}
 
 
 _PACKAGES = ("sepsis-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pandas", "duckdb")
 
 
-def provenance(**extra: Any) -> JsonDict:
+def provenance(**extra: object) -> JsonDict:
     """A JSON-ready record to keep in a manifest, with `extra` fields added."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,9 +1,9 @@
 """Checks the shapes and dtypes that the packages annotate, while the tests run.
 
 The checker keeps to arrays. beartype on every annotation is not possible: stand-ins of models,
-episodes and policies in the tests are not of the annotated classes, names that are imported for type
-checkers alone do not exist at run time, and functions of `jax.Array` are called with NumPy arrays and
-with numbers, which JAX takes alike.
+episodes and policies in the tests are not of the annotated classes, names that are imported for
+type checkers alone do not exist at run time, and functions of `jax.Array` are called with NumPy
+arrays and with numbers, which JAX takes alike.
 """
 
 from __future__ import annotations

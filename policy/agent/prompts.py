@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -210,7 +211,7 @@ _FORECAST_FORMATS = tuple(_FORMATS[i] for i in _COLUMNS)
 _UNITS = tuple(schema.FEATURES[i].unit for i in _COLUMNS)
 
 
-def _texts(values: np.ndarray, formats: tuple[str, ...] = _FORMATS) -> list[str]:
+def _texts(values: jax.Array | np.ndarray, formats: tuple[str, ...] = _FORMATS) -> list[str]:
     """Rounded to the features' decimals."""
     numbers = np.asarray(values).tolist()
     return [form % number for form, number in zip(formats, numbers, strict=True)]

@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from policy.agent.dialogue import COMPLETED, DEATH, Decision, Stay, Turn
 from policy.serving.backend import Reply, ToolCall
@@ -30,13 +31,33 @@ VERSION = 1
 RECORDS_FILE = "records.jsonl"
 
 
-def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
+class Record(TypedDict):
+    """One attempt at a stay, as a line of the file; decisions and turns as JSON holds them."""
+
+    version: int
+    patient: int
+    attempt: int
+    status: str
+    failure: str | None
+    detail: str | None
+    outcome: str | None
+    mortality: float | None
+    total_reward: float | None  # of a completed stay
+    tool_calls: int
+    invalid: dict[str, int]
+    decisions: list[dict[str, Any]]  # Any: fields of several types; see `Decision`
+    turns: list[dict[str, Any]]  # see `Turn`
+    closing: str
+    real: NotRequired[object]  # the recorded course
+
+
+def to_record(stay: Stay, *, attempt: int = 0, **extra: object) -> Record:
     """A stay as JSON-ready data, with `extra` fields.
 
     `turns[i].prompt_ids` has the ids since the previous reply. If the prompt does not begin with
     all earlier ids, it has the whole prompt and `restarts` is true.
     """
-    return {
+    record = {
         "version": VERSION,
         "patient": stay.patient,
         "attempt": attempt,
@@ -53,9 +74,10 @@ def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
         "closing": stay.closing,
         **extra,
     }
+    return cast("Record", record)
 
 
-def from_record(record: Mapping[str, Any]) -> Stay:
+def from_record(record: Record) -> Stay:
     """The stay of a record; the inverse of `to_record`."""
     read: tuple[int, ...] = ()
     turns: list[Turn] = []
@@ -77,9 +99,14 @@ def from_record(record: Mapping[str, Any]) -> Stay:
             name: tuple(x) if isinstance(x, list) else x for name, x in decision.items()
         }
         decisions.append(Decision(**values))
-    names = ("patient", "status", "failure", "detail", "outcome", "mortality", "closing")
     return Stay(
-        **{name: record[name] for name in names},
+        patient=record["patient"],
+        status=record["status"],
+        failure=record["failure"],
+        detail=record["detail"],
+        outcome=record["outcome"],
+        mortality=record["mortality"],
+        closing=record["closing"],
         decisions=decisions,
         turns=turns,
         invalid=Counter(record["invalid"]),
@@ -106,7 +133,7 @@ class Records:
         for record in read_records(path):
             self._count(record)
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Writes one attempt and flushes it to the disk.
 
         Raises:
@@ -121,14 +148,14 @@ class Records:
             os.fsync(file.fileno())
         self._count(record)
 
-    def _count(self, record: Mapping[str, Any]) -> None:
+    def _count(self, record: Record) -> None:
         patient = int(record["patient"])
         self.attempts[patient] = self.attempts.get(patient, 0) + 1
         if record["status"] == COMPLETED:
             self.completed.add(patient)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[Record]:
     """All attempts in the order they ended.
 
     Raises:
@@ -142,13 +169,13 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: no such file; name the folder of an agent's run") from None
 
 
-def last_attempts(path: Path) -> dict[int, dict[str, Any]]:
+def last_attempts(path: Path) -> dict[int, Record]:
     """The last attempt at each stay, by patient, sorted."""
     found = {record["patient"]: record for record in read_records(path)}
     return dict(sorted(found.items()))
 
 
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _record(line: bytes, path: Path, number: int) -> Record:
     try:
         record = json.loads(line.decode("utf-8", errors="surrogatepass"))
     except ValueError as error:
@@ -156,8 +183,7 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     known = isinstance(record, dict) and record.get("version") == VERSION
     if not known or not isinstance(record.get("patient"), int):
         raise InputError(f"{path}: line {number} is no record of version {VERSION}")
-    result: dict[str, Any] = record
-    return result
+    return cast("Record", record)
 
 
 def _cut_off_half_line(path: Path) -> None:
@@ -190,7 +216,7 @@ def newly_read(turns: Sequence[Turn]) -> Iterator[tuple[tuple[int, ...] | None, 
         before = (*(prompt or ()), *(turn.reply.token_ids or ()))
 
 
-def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
+def _turns(turns: list[Turn]) -> list[dict[str, object]]:
     return [
         {
             "messages": list(turn.messages),
@@ -208,7 +234,7 @@ RATES = ("adherence", "unsafe", "underdosing", "overdosing", "g1", "g2", "dose_j
 
 
 def summarize(
-    records: Iterable[Mapping[str, Any]],
+    records: Iterable[Record],
     *,
     step_hours: float = schema.STEP_HOURS,
     dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
@@ -229,16 +255,16 @@ def summarize(
       `prompt_tokens`, `completion_tokens` in all, failed stays included.
     """
     done: list[_Done] = []
-    decisions: list[Mapping[str, Any]] = []
+    decisions: list[dict[str, Any]] = []
     failures, invalid, usage = Counter[str](), Counter[str](), Counter[str]()
     tool_calls = replies = 0
     example: str | None = None
     for record in records:
         if record["status"] == COMPLETED:
             died = record["outcome"] == DEATH
-            done.append(_Done(record["total_reward"], died, record["decisions"]))
+            done.append(_Done(cast("float", record["total_reward"]), died, record["decisions"]))
         else:
-            failures[record["failure"]] += 1
+            failures[cast("str", record["failure"])] += 1
             example = example or f"patient {record['patient']}: {record['detail']}"
         decisions += record["decisions"]
         invalid.update(record["invalid"])
@@ -273,7 +299,7 @@ class _Done(NamedTuple):
 
     total_reward: float
     died: bool
-    decisions: Sequence[Mapping[str, Any]]
+    decisions: list[dict[str, Any]]
 
 
 def _mean(values: Iterable[float]) -> float | None:
@@ -289,7 +315,7 @@ def _rates(
         return dict.fromkeys(RATES)
     valid = np.arange(lengths.max()) < lengths[:, None]
 
-    def rows(name: str, dtype: Any = np.float32) -> jax.Array:
+    def rows(name: str, dtype: DTypeLike = np.float32) -> jax.Array:
         values = np.zeros(valid.shape, dtype)
         values[valid] = [decision[name] for stay in done for decision in stay.decisions]
         return jnp.asarray(values)

@@ -89,7 +89,7 @@ class Qwen3Config:
                 raise InputError(f"{source}: {name} = {value!r}, expected {known[name]}")
         return cls(**figures)
 
-    def to_hf(self, *, dtype: str) -> dict[str, Any]:
+    def to_hf(self, *, dtype: str) -> dict[str, object]:
         """The contents of a config.json that transformers 4 and 5 and vLLM read alike.
 
         Args:

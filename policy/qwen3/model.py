@@ -11,15 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
+
+S = TypeVar("S")  # PyTrees of arrays
+T = TypeVar("T")
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 REMAT: dict[str, Any] = {
@@ -56,7 +61,9 @@ class Cache:
 class Linear(nnx.Module):
     """x @ kernel, plus a low-rank adapter where one is attached."""
 
-    def __init__(self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         draw = jax.random.normal(rngs.params(), (n_in, n_out), dtype)
         self.kernel = nnx.Param(config.initializer_range * draw)
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
@@ -70,7 +77,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, in float32."""
 
-    def __init__(self, config: Qwen3Config, width: int, *, dtype: Any):
+    def __init__(self, config: Qwen3Config, width: int, *, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.eps = config.rms_norm_eps
 
@@ -84,7 +91,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; what is attended to is the caller's."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(Linear, config, dtype=dtype, rngs=rngs)
         inner = config.num_attention_heads * config.head_dim
         outer = config.num_key_value_heads * config.head_dim
@@ -96,7 +103,9 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config, config.head_dim, dtype=dtype)
         self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
 
-    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         """[B, L, D] attention over the rows, and the new memory of keys and values."""
         batch, length, _ = x.shape
 
@@ -113,7 +122,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(Linear, config, dtype=dtype, rngs=rngs)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
@@ -128,13 +137,15 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each on normed input and added to the stream."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
+    ) -> tuple[jax.Array, Any]:
         """[B, L, D] after attention and MLP, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")
@@ -145,7 +156,7 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """A table [V, D] of token embeddings."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         draw = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
         self.embedding = nnx.Param(config.initializer_range * draw)
 
@@ -168,8 +179,8 @@ class Qwen3(nnx.Module):
         self,
         config: Qwen3Config,
         *,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -192,11 +203,11 @@ class Qwen3(nnx.Module):
 
     def hidden(
         self,
-        ids: Int[Array, "B T"],
+        ids: Int[Array | np.ndarray, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
-        shared: Bool[Array, "B T"] | None = None,
+        positions: Int[Array | np.ndarray, "B T"] | None = None,
+        segments: Int[Array | np.ndarray, "B T"] | None = None,
+        shared: Bool[Array | np.ndarray, "B T"] | None = None,
         remat: str = "none",
         query_block: int | None = None,
     ) -> Float[Array, "B T D"]:
@@ -212,6 +223,10 @@ class Qwen3(nnx.Module):
           remat: what the backward pass keeps, one of `REMAT`.
           query_block: see `attention.attend`.
         """
+        ids = jnp.asarray(ids)
+        positions = None if positions is None else jnp.asarray(positions)
+        segments = None if segments is None else jnp.asarray(segments)
+        shared = None if shared is None else jnp.asarray(shared)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segments is None:
@@ -385,12 +400,12 @@ def _attend(
     sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(sees[:, None, None], scores, float(np.finfo(np.float32).min))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 
 
-def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+def map_chunks(f: Callable[[S], T], arrays: S, size: int) -> T:
     """Applies f to pieces of the second axis, one after another, and concatenates the results.
 
     Args:
@@ -413,4 +428,5 @@ def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
 
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))
+    result: T = jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))
+    return result

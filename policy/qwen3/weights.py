@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -41,7 +42,11 @@ Key = tuple[Any, ...]
 
 
 def load(
-    path: str | Path, *, dtype: Any = None, param_dtype: Any = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Qwen3:
     """A Qwen3 from a Hugging Face folder (config.json, one or several safetensors files).
 
@@ -148,7 +153,7 @@ class _Tensors:
             )
         self.dtype = _DTYPES[kinds.pop()]
 
-    def read(self, key: Key, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def read(self, key: Key, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         """The array of a parameter of our model: stacked, kernels as [in, out]."""
         transposed = key[-1] == "kernel"
         if key[0] != "layers":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from policy.agent.dialogue import Stay
 from policy.agent.forecast import ForecastConfig, Forecaster
@@ -139,7 +140,7 @@ def taught_tiny(
     phases: tuple[TrainingPhase, ...] = PHASES,
     demonstrator: PolicyFn | None = None,
     report: Callable[[Report], None] | None = None,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     **size: Any,
 ) -> Path:
     """Writes a tiny Qwen3 folder whose replies are valid tool calls in the compact dialogue.

@@ -6,7 +6,7 @@ The caller adds sums over a whole batch and divides once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,8 +71,9 @@ def k3(log_ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
 class SegmentMeans:
     """Sums and means over the learned tokens of each segment, repeated at each of its tokens."""
 
-    def __init__(self, learned: jax.Array, segments: jax.Array):
-        self._segments = segments
+    def __init__(self, learned: jax.Array | np.ndarray, segments: jax.Array | np.ndarray):
+        learned = jnp.asarray(learned)
+        self._segments = jnp.asarray(segments)
         self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
 
     def sum(self, x: Num[Array, "R L"]) -> Num[Array, "R L"]:
@@ -90,9 +91,9 @@ class SegmentMeans:
 
 
 def mismatch(
-    sampler_logprobs: Float[np.ndarray, "*b"],
-    old_logprobs: Float[np.ndarray, "*b"],
-    mask: Shaped[np.ndarray, "*b"],
+    sampler_logprobs: Float[Array | np.ndarray, "*b"],
+    old_logprobs: Float[Array | np.ndarray, "*b"],
+    mask: Shaped[Array | np.ndarray, "*b"],
 ) -> dict[str, float]:
     """Difference of the trainer's log-probabilities from the sampler's, before any update.
 
@@ -132,14 +133,18 @@ class RolloutRows(NamedTuple):
     distribution, at the temperature of the sampler.
     """
 
-    ids: Any  # int32
-    positions: Any  # int32, counted within a dialogue
-    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
-    mask: Any  # bool, tokens to learn
-    sampler_logprobs: Any  # float32, log-probability under the sampler when drawn
-    old_logprobs: Any  # float32, under the trainer's weights at the start of the update
-    reference: Any  # float32, under the reference model; unused where beta is 0
-    advantage: Any  # float32
+    ids: jax.Array | np.ndarray  # int32
+    positions: jax.Array | np.ndarray  # int32, counted within a dialogue
+    segments: jax.Array | np.ndarray  # int32, one number per dialogue in a row; 0 marks padding
+    mask: jax.Array | np.ndarray  # bool, tokens to learn
+    sampler_logprobs: (
+        jax.Array | np.ndarray
+    )  # float32, log-probability under the sampler when drawn
+    old_logprobs: (
+        jax.Array | np.ndarray
+    )  # float32, under the trainer's weights at the start of the update
+    reference: jax.Array | np.ndarray  # float32, under the reference model; unused where beta is 0
+    advantage: jax.Array | np.ndarray  # float32
 
 
 @dataclass(frozen=True)
@@ -299,7 +304,7 @@ def surrogate_loss(
     """
     learned = rows.mask & (rows.positions > 0)
 
-    def own(x: Any, other: float = 0.0) -> jax.Array:
+    def own(x: jax.Array | np.ndarray, other: float = 0.0) -> jax.Array:
         """Replaces values of tokens that are not learned, which may not be finite."""
         return jnp.where(learned, x, other)
 

@@ -105,7 +105,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     }
 
 
-def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], object]:
+def _placed(compiled: Any, job: Workload, inputs: tuple[object, ...]) -> Callable[[], object]:
     """A call of a compiled program with its inputs where it wants them."""
     arguments, _ = compiled.input_shardings
     leaves = jax.device_put((job.world_model, None, *inputs), arguments)

@@ -60,7 +60,7 @@ class Workspace:
         """The single value of a query."""
         return self.rows(sql)[0][0]
 
-    def create(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def create(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Makes a small table from Python rows."""
         frame = pd.DataFrame([list(row) for row in rows], columns=list(columns))
         self.connection.register("incoming", frame)

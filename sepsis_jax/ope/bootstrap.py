@@ -143,7 +143,10 @@ def resample(
             levels=() if tail is None else tail.levels,
         )  # fmt: skip
         parts.append(jax.tree.map(lambda leaf, size=size: np.asarray(leaf)[:size], part))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    joined: tuple[np.ndarray, tuple[np.ndarray, np.ndarray] | None] = jax.tree.map(
+        lambda *leaves: np.concatenate(leaves), *parts
+    )
+    return joined
 
 
 def make_tail(batch: Batch, levels: Sequence[float]) -> Tail:

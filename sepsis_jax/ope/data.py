@@ -44,7 +44,7 @@ class OPEData:
         """[N] int32 number of recorded steps."""
         return self.alive.sum(1)
 
-    def select(self, index: Any) -> OPEData:
+    def select(self, index: np.ndarray | slice) -> OPEData:
         """The stays picked by an index array or boolean mask [N]."""
         selected: OPEData = jax.tree.map(lambda leaf: leaf[index], self)
         return selected
@@ -158,7 +158,7 @@ class Rows:
     alive: np.ndarray  # [N, T]
     divide: bool = False  # by the sum of the row
 
-    def of(self, index: Any, steps: int | None = None) -> Float[np.ndarray, "n t A"]:
+    def of(self, index: np.ndarray | slice, steps: int | None = None) -> Float[np.ndarray, "n t A"]:
         """[n, steps, A] float32 of the stays `index`, uniform on padding."""
         rows = self.given[index, :steps]
         rows = np.where(self.alive[index, :steps, None], rows, 1.0 / rows.shape[-1])
@@ -183,7 +183,9 @@ class Inspected(NamedTuple):
 
 
 def inspect(
-    data: OPEData, target_probs: Mapping[str, Any], input_policy: InputPolicy | None = None
+    data: OPEData,
+    target_probs: Mapping[str, jax.Array | np.ndarray],
+    input_policy: InputPolicy | None = None,
 ) -> Inspected:
     """`check` without copies of what is large; the same arguments and errors."""
     input_policy = input_policy or InputPolicy()
@@ -241,7 +243,7 @@ def inspect(
 
 def check(
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     input_policy: InputPolicy | None = None,
 ) -> tuple[OPEData, dict[str, jax.Array], dict[str, int]]:
     """Refuses flawed input, or treats it as asked.

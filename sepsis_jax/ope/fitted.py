@@ -15,10 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
@@ -41,7 +41,7 @@ class Fitted:
     marginal: jax.Array | None = None  # [K, N, T]
     clinician_value: float | None = struct.field(pytree_node=False, default=None)
 
-    def select(self, index: Any, steps: int) -> Fitted:
+    def select(self, index: np.ndarray | slice, steps: int) -> Fitted:
         """The stays picked by an index [N], cut to a number of steps."""
         selected: Fitted = jax.tree.map(lambda leaf: leaf[:, index, :steps], self)
         return selected
@@ -56,7 +56,7 @@ class Fitted:
 def fit(
     key: jax.Array,
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     *,
     method: str = "linear",
     gamma: float = 1.0,
@@ -95,24 +95,29 @@ def fit(
     fold = fqe.fold_of(fold_key, data.num_stays, folds)
     known = data.behavior_probs is not None
     both = jnp.concatenate([probs, data.behavior_probs[None]]) if known else probs  # type: ignore[index]
-    options: dict[str, Any] = {"gamma": gamma, "folds": folds}
     mrdr_values = None
     if method == "tabular":
         if state is None or num_states is None:
             raise InputError("method 'tabular' needs discrete states and their number")
-        values = fqe.tabular(data, state, both, fold, num_states=num_states, **options)
+        values = fqe.tabular(
+            data, state, both, fold, num_states=num_states, gamma=gamma, folds=folds
+        )
         marginals = tabular_ratios(data, state, log_ratio, fold, num_states=num_states, folds=folds)
     else:
         if data.features is None:
             raise InputError(f"method {method!r} needs features; see sepsis_jax.ope.fqe")
         basis = jnp.asarray(action_basis(probs.shape[-1]))
         if method == "linear":
-            values = fqe.linear(data, both, basis, fold, **options)
+            values = fqe.linear(data, both, basis, fold, gamma=gamma, folds=folds)
         else:
-            values = fqe.fit_neural(network_key, data, both, fold, config=config, **options)
+            values = fqe.fit_neural(
+                network_key, data, both, fold, config=config, gamma=gamma, folds=folds
+            )
         marginals = linear_ratios(data, log_ratio, fold, folds=folds)
         if known:
-            mrdr_values = doubly_robust.fit_mrdr(data, probs, log_ratio, basis, fold, **options)
+            mrdr_values = doubly_robust.fit_mrdr(
+                data, probs, log_ratio, basis, fold, gamma=gamma, folds=folds
+            )
     policies = len(target_probs)
     return Fitted(
         values=Values(values.q[:policies], values.v[:policies]),

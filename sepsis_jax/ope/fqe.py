@@ -19,6 +19,8 @@ from worldmodel.episodes import Episodes
 from worldmodel.observation import observations
 from worldmodel.scaling import Scaler
 
+Network = list[dict[str, jax.Array]]  # layers
+
 
 def state_features(episodes: Episodes, scaler: Scaler | None = None) -> Float[Array, "N T 49"]:
     """[N, T, 49] `worldmodel.observation.state_features` of every recorded row; 0 after the end.
@@ -234,7 +236,7 @@ class NeuralConfig:
     target_rate: float = 0.01
 
 
-def _init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+def _init(key: jax.Array, sizes: tuple[int, ...]) -> Network:
     keys = jax.random.split(key, len(sizes) - 1)
     return [
         {
@@ -245,7 +247,7 @@ def _init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
     ]
 
 
-def _apply(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def _apply(params: Network, x: jax.Array) -> jax.Array:
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
     return x @ params[-1]["w"] + params[-1]["b"]
@@ -297,7 +299,9 @@ def fit_neural(
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     number = jnp.arange(folds)
 
-    def loss(one: Any, slow: Any, f: jax.Array, policy: jax.Array, rows: Any) -> jax.Array:
+    def loss(
+        one: Network, slow: Network, f: jax.Array, policy: jax.Array, rows: dict[str, jax.Array]
+    ) -> jax.Array:
         value = (policy * _apply(slow, rows["ahead"])).sum(-1) * rows["goes_on"]
         target = rows["reward"] + gamma * value
         q = jnp.take_along_axis(_apply(one, rows["x"]), rows["action"][:, None], -1)[:, 0]
@@ -305,7 +309,9 @@ def fit_neural(
         mean: jax.Array = (used * (q - target) ** 2).sum() / jnp.maximum(used.sum(), 1)
         return mean
 
-    def total(params: Any, slow: Any, policy: jax.Array, rows: Any) -> jax.Array:
+    def total(
+        params: Network, slow: Network, policy: jax.Array, rows: dict[str, jax.Array]
+    ) -> jax.Array:
         by_policy = jax.vmap(loss, (0, 0, None, 0, None))
         return jax.vmap(by_policy, (0, 0, 0, None, None))(params, slow, number, policy, rows).sum()
 
@@ -326,7 +332,7 @@ def fit_neural(
     carry = (params, params, optimizer.init(params))
     (params, _, _), _ = jax.lax.scan(update, carry, jax.random.split(batch_key, config.steps))
 
-    def predict(one: Any) -> jax.Array:
+    def predict(one: Network) -> jax.Array:
         return _apply(one, features) * scale
 
     every = jax.vmap(jax.vmap(predict))(params)  # [F, K, N, T, A]

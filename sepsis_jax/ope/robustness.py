@@ -96,7 +96,7 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
 
 def evaluate_groups(
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     masks: Mapping[str, np.ndarray],
     *,
     key: jax.Array,

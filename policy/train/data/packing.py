@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Int
 
@@ -41,13 +42,15 @@ class Dialogue:
 class Rows(NamedTuple):
     """Dialogues packed into rows of equal length; leaves [..., R, L]."""
 
-    ids: Any  # int32
-    positions: Any  # int32, counted within a dialogue
-    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
-    mask: Any  # bool, tokens to learn
+    ids: jax.Array | np.ndarray  # int32
+    positions: jax.Array | np.ndarray  # int32, counted within a dialogue
+    segments: jax.Array | np.ndarray  # int32, one number per dialogue in a row; 0 marks padding
+    mask: jax.Array | np.ndarray  # bool, tokens to learn
 
 
-def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> list[Dialogue]:
+def written(
+    stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, object]]
+) -> list[Dialogue]:
     """Training sequences of a stay, tokenised for another model.
 
     Args:

@@ -126,7 +126,7 @@ def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     )
 
 
-def initial_state(params: Any, config: LearnerConfig) -> State:
+def initial_state(params: nnx.State[Any, Any], config: LearnerConfig) -> State:
     """The state before the first update.
 
     Args:
@@ -153,12 +153,12 @@ def update(
       The next state; the loss summed over the batch; the norm of the gradient before clipping.
     """
 
-    def of_micro_batch(params: Any, micro: Any) -> tuple[jax.Array, Summed]:
+    def of_micro_batch(params: Any, micro: object) -> tuple[jax.Array, Summed]:
         params = jax.tree.map_with_path(_sum_in_float32, params)
         summed = loss(nnx.merge(graphdef, params, frozen), micro)
         return summed.total, summed
 
-    def add(so_far: Any, micro: Any) -> tuple[Any, None]:
+    def add(so_far: Any, micro: object) -> tuple[Any, None]:
         gradient, summed = jax.grad(of_micro_batch, has_aux=True)(state.params, micro)
         return jax.tree.map(jnp.add, so_far, (widen(gradient), summed)), None
 
@@ -182,13 +182,13 @@ def update(
     return new, summed, optax.tree.norm(gradient)
 
 
-def _is_matrix(path: Any, leaf: Any) -> bool:
+def _is_matrix(path: tuple[Any, ...], leaf: object) -> bool:
     """Norms of stacked layers have two axes too, so names tell."""
     return "scale" not in jax.tree_util.keystr(path)
 
 
-def _of_matrices(tree: Any, dtype: str) -> Any:
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
+def _of_matrices(tree: object, dtype: str) -> Any:
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.array(leaf)
         return jnp.array(leaf, dtype if _is_matrix(path, leaf) else jnp.float32)
@@ -196,7 +196,7 @@ def _of_matrices(tree: Any, dtype: str) -> Any:
     return jax.tree.map_with_path(one, tree)
 
 
-def _sum_in_float32(path: Any, leaf: jax.Array) -> jax.Array:
+def _sum_in_float32(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
     """Outside of the layers: embeddings collect many gradients, one per token or chunk of logits.
 
     A layer's matrices get one each, whose sum is float32 within the product.
@@ -218,7 +218,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def store(tree: Any, like: Any, key: jax.Array) -> Any:
+def store(tree: object, like: object, key: jax.Array) -> Any:
     """A tree in the types of another; float32 becomes bfloat16 by stochastic rounding.
 
     Args:
@@ -237,7 +237,7 @@ def store(tree: Any, like: Any, key: jax.Array) -> Any:
     return jax.tree.unflatten(structure, [one(index, *pair) for index, pair in pairs])
 
 
-def widen(tree: Any) -> Any:
+def widen(tree: object) -> Any:
     """A tree with bfloat16 as float32, and the rest as it is."""
     return jax.tree.map(
         lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,

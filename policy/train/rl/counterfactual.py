@@ -72,7 +72,7 @@ def smoothing() -> np.ndarray:
 @partial(jax.jit, static_argnames=("past", "samples", "horizon", "smooth"))
 def _advantages(
     env: SepsisEnv,
-    policy: Any,
+    policy: PolicyFn,
     states: EnvState,
     *,
     past: int,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from policy import registry
 from policy.agent.dialogue import DECISION, DialogueConfig
@@ -32,10 +33,10 @@ from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.distributed import is_first, wait, whole
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
-from policy.train.loop.optimizer import LearnerConfig
+from policy.train.loop.optimizer import LearnerConfig, Loss
 from policy.train.losses import cross_entropy
 from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
-from sepsis_jax.runs import Progress
+from sepsis_jax.runs import JsonDict, Progress
 from worldmodel import keys
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
@@ -110,7 +111,7 @@ class TrainableModel:
             trainable = nnx.LoRAParam
         return cls(model, folder, trainable, mesh, options)
 
-    def learner(self, loss: Any, config: LearnerConfig) -> Learner:
+    def learner(self, loss: Loss, config: LearnerConfig) -> Learner:
         """A learner of it."""
         return Learner(self.model, loss, config, trainable=self.trainable, mesh=self.mesh)
 
@@ -121,7 +122,7 @@ class TrainableModel:
         return Throughput(flops, peak_flops())
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """Of the weights that others get."""
         kind = next(iter(jax.tree.leaves(nnx.state(self.model, nnx.Param)))).dtype
         return self.options.save_dtype or kind
@@ -165,7 +166,7 @@ def learn(
     dialogues: Sequence[Dialogue],
     options: SupervisedOptions,
     *,
-    request: dict[str, Any],
+    request: JsonDict,
     seed: int,
     progress: Progress,
 ) -> list[Report]:

@@ -14,7 +14,7 @@ from typing import Any
 _OPEN = ("/health", "/ping")
 
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
+Receive = Callable[[], Awaitable[object]]
 Send = Callable[[Any], Awaitable[None]]
 
 
