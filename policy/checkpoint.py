@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ _ARRAYS, _WORLD_MODEL, _CLINICIAN = "arrays", "world_model", "clinician"
 
 _SIMPLE = {cls.__name__: cls for cls in (
     RandomPolicy, NoTreatment, MaximumTreatment, Constant, GuidelineRules)}  # fmt: skip
+# each class has a constructor and settings of its own
 _CLONES: dict[str, Any] = {cls.__name__: cls for cls in (Logistic, MLP, GRU, Clusters)}
 
 
@@ -107,9 +108,20 @@ def load_policy(path: str | Path) -> Policy:
     if kind is None or not isinstance(settings, dict):
         raise InputError(f"{file}: policies of class {name!r} are unknown to this software")
     try:
-        return kind.load(name, settings, path)
+        return kind.load(name, cast("Settings", settings), path)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: field missing or malformed ({error})") from None
+
+
+class Settings(TypedDict, total=False):
+    """Settings of a saved policy, as JSON holds them; those of simple policies are their fields."""
+
+    config: dict[str, object]
+    temperature: float
+    seeds: int
+    hidden: int
+    clusters: int
+    features: int
 
 
 class _Kind(NamedTuple):
@@ -118,7 +130,7 @@ class _Kind(NamedTuple):
     names: tuple[str, ...]
     settings: Callable[[Any], dict[str, object]]
     arrays: Callable[[Any], object] | None
-    load: Callable[[str, dict[str, Any], Path], Policy]
+    load: Callable[[str, Settings, Path], Policy]
 
 
 def _kind_of(policy: Policy) -> _Kind:
@@ -138,17 +150,17 @@ def _simple_settings(policy: Any) -> dict[str, object]:
     return {field.name: np.asarray(getattr(policy, field.name)).item() for field in fields(policy)}
 
 
-def _load_simple(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_simple(name: str, settings: Settings, path: Path) -> Policy:
     del path
-    return _SIMPLE[name](**settings)
+    return _SIMPLE[name](**cast("dict[str, int]", settings))
 
 
-def _learned_settings(policy: Any) -> dict[str, object]:
+def _learned_settings(policy: OfflinePolicy | OnlinePolicy) -> dict[str, object]:
     seeds = {"seeds": policy.num_seeds} if isinstance(policy, OfflinePolicy) else {}
     return {"config": asdict(policy.config), "temperature": policy.temperature, **seeds}
 
 
-def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_offline(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(OfflineConfig, settings["config"], source=str(path / MARKER))
     algorithm, width = ALGORITHMS[config.algorithm], feature_width(config.past)
@@ -164,7 +176,7 @@ def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_online(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(PPOConfig, settings["config"], source=str(path / MARKER))
 
@@ -178,14 +190,14 @@ def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _clone_settings(policy: Any) -> dict[str, object]:
+def _clone_settings(policy: Clusters | Logistic | MLP | GRU) -> dict[str, object]:
     if isinstance(policy, Clusters):
         return {"clusters": policy.centers.shape[0], "features": policy.centers.shape[1]}
     width = policy.params["in_bias"].shape[0] if "in_bias" in policy.params else 1
     return {"hidden": width}
 
 
-def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_clone(name: str, settings: Settings, path: Path) -> Policy:
     def untrained() -> ClonedClinician:
         if name == Clusters.__name__:
             count = settings["clusters"]
@@ -201,11 +213,11 @@ def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _planner_settings(policy: Any) -> dict[str, object]:
+def _planner_settings(policy: Planner) -> dict[str, object]:
     return {"config": asdict(policy.config)}
 
 
-def _load_planner(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_planner(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(PlannerConfig, settings["config"], source=str(path / MARKER))
     advantage = load_arrays(path / _ARRAYS, jax.eval_shape(lambda: untrained_advantage(_scaler())))

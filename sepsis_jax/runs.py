@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldmodel.errors import InputError
 from worldmodel.files import check_replaceable, read_json, write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # A JSON object: its values are of several types.
 JsonDict = dict[str, Any]
@@ -58,7 +61,7 @@ def _first_difference(found: object, wanted: JsonDict, prefix: str = "") -> str:
     return prefix.rstrip(".") or "request"
 
 
-def plain(options: Any) -> JsonDict:
+def plain(options: DataclassInstance) -> JsonDict:
     """A dataclass as JSON holds it: paths as text, tuples as lists."""
 
     def convert(value: object) -> object:

@@ -36,7 +36,7 @@ from worldmodel.errors import InputError
 from worldmodel.observation import Observation, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
-# Any: an `Observation`, or the number of a state.
+# an `Observation`, or the number of a state.
 Features = Callable[[Any], jax.Array]
 
 _SEEDS = 2**31

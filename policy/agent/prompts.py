@@ -165,6 +165,7 @@ class Chart:
         """The treatment before the newest row; none at admission."""
         return self.treatments[-1] if self.treatments else Treatment(0, 0)
 
+    # an observation with leaves of NumPy
     def _see(self, observation: Any, step: int) -> None:
         self._write(observation.dynamic)
         self.sofa.append(float(observation.sofa))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -45,7 +45,7 @@ class Record(TypedDict):
     total_reward: float | None  # of a completed stay
     tool_calls: int
     invalid: dict[str, int]
-    decisions: list[dict[str, Any]]  # Any: fields of several types; see `Decision`
+    decisions: list[dict[str, Any]]  # fields of several types; see `Decision`
     turns: list[dict[str, Any]]  # see `Turn`
     closing: str
     real: NotRequired[object]  # the recorded course
@@ -255,7 +255,7 @@ def summarize(
       `prompt_tokens`, `completion_tokens` in all, failed stays included.
     """
     done: list[_Done] = []
-    decisions: list[dict[str, Any]] = []
+    decisions: list[Mapping[str, float]] = []
     failures, invalid, usage = Counter[str](), Counter[str](), Counter[str]()
     tool_calls = replies = 0
     example: str | None = None
@@ -299,7 +299,7 @@ class _Done(NamedTuple):
 
     total_reward: float
     died: bool
-    decisions: list[dict[str, Any]]
+    decisions: Sequence[Mapping[str, float]]
 
 
 def _mean(values: Iterable[float]) -> float | None:

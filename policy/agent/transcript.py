@@ -119,6 +119,7 @@ def actions_text(actions: Iterable[int]) -> str:
     return ",".join("[{},{}]".format(*schema.action_levels(int(action))) for action in actions)
 
 
+# fields of several types; a record's decision or `vars` of a `Decision`
 def g1(decision: Mapping[str, Any]) -> bool:
     """Whether a decision leaves hypoperfusion untreated."""
     levels = schema.action_levels(decision["action"])

@@ -49,6 +49,7 @@ class Qwen3Config:
             raise InputError(f"head_dim: got {self.head_dim}, expected an even number")
 
     @classmethod
+    # JSON of a Hugging Face folder, checked field by field
     def from_hf(cls, values: Mapping[str, Any], *, source: str) -> Qwen3Config:
         """The configuration in the contents of a config.json.
 

@@ -25,8 +25,9 @@ from policy.qwen3.sharding import constrain
 
 S = TypeVar("S")  # PyTrees of arrays
 T = TypeVar("T")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]]
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# policies of `jax.checkpoint`, which have no exact type
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -104,8 +105,8 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
+    ) -> tuple[jax.Array, T]:
         """[B, L, D] attention over the rows, and the new memory of keys and values."""
         batch, length, _ = x.shape
 
@@ -144,8 +145,8 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend
-    ) -> tuple[jax.Array, Any]:
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
+    ) -> tuple[jax.Array, T]:
         """[B, L, D] after attention and MLP, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")

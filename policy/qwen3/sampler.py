@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,12 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("graphdef", "most"))
 def _generate(
-    graphdef: Any, state: Any, ids: jax.Array, settings: _Settings[jax.Array], *, most: int
+    graphdef: nnx.GraphDef[Qwen3],
+    state: object,
+    ids: jax.Array,
+    settings: _Settings[jax.Array],
+    *,
+    most: int,
 ) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
@@ -335,7 +340,7 @@ def _stack(rows: Sequence[_Row[list[int]]]) -> _Row[np.ndarray]:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _logprobs(graphdef: Any, state: Any, batch: _Row[jax.Array]) -> jax.Array:
+def _logprobs(graphdef: nnx.GraphDef[Qwen3], state: object, batch: _Row[jax.Array]) -> jax.Array:
     model: Qwen3 = nnx.merge(graphdef, state)
     hidden = model.hidden(
         batch.ids, positions=batch.position, segments=batch.segment, shared=batch.segment == 1

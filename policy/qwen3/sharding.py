@@ -60,6 +60,7 @@ def check_divisible(config: Qwen3Config, mesh: Mesh) -> None:
             )
 
 
+# the structure is that of the tree
 def shardings(tree: object, mesh: Mesh) -> Any:
     """How each array of a tree lies on the mesh.
 

@@ -38,6 +38,7 @@ _COMPANIONS = (  # what a tokenizer and a sampler need beside the weights
     "vocab.json",
 )
 
+# names and numbers of layers, as flax gives them
 Key = tuple[Any, ...]
 
 
@@ -200,7 +201,7 @@ def _hf_name(key: Key, layer: int | None = None) -> str:
     return "lm_head.weight" if key[0] == "lm_head" else f"model.{key[0]}.weight"
 
 
-def _tensor_sizes(key: Key, param: Any) -> Iterator[tuple[str, int]]:
+def _tensor_sizes(key: Key, param: jax.Array) -> Iterator[tuple[str, int]]:
     size = int(np.prod(param.shape)) * jnp.dtype(param.dtype).itemsize
     if key[0] != "layers":
         yield _hf_name(key), size
@@ -209,8 +210,8 @@ def _tensor_sizes(key: Key, param: Any) -> Iterator[tuple[str, int]]:
         yield _hf_name(key, layer), size // param.shape[0]
 
 
-def _hf_tensors(key: Key, param: Any, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    def tensor(value: Any) -> np.ndarray:
+def _hf_tensors(key: Key, param: jax.Array, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def tensor(value: jax.Array) -> np.ndarray:
         array = np.asarray(value)
         return np.ascontiguousarray(array.T if key[-1] == "kernel" else array)
 

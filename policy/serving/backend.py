@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 STOP, LENGTH, TOOL_CALLS = "stop", "length", "tool_calls"
 
+# values are texts and lists of calls, read by their role
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form: role, content, and `tool_call_id` where the role is tool."""
 

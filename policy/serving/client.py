@@ -147,7 +147,7 @@ class Client:
         body: Mapping[str, object] | None,
         read: Callable[[object], T] | None,
         query: Mapping[str, str],
-    ) -> Any:
+    ) -> Any:  # what `read` made of the reply
         endpoint = self.endpoint
         faults = failures = 0
         away_since: float | None = None

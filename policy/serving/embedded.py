@@ -83,7 +83,7 @@ class EmbeddedGenerator:
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
-        **settings: Any,
+        **settings: Any,  # settings of the generator, passed on as they are
     ) -> EmbeddedGenerator:
         """A generator from a Hugging Face folder, with its end-of-sequence tokens as stop tokens.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from policy.serving.backend import (
     LENGTH,
@@ -18,6 +18,8 @@ from policy.serving.backend import (
     as_message,
 )
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
+
+T = TypeVar("T")
 
 _UNKNOWN = -9999.0  # stands for one that vLLM does not have, or cannot write as JSON
 
@@ -155,7 +157,7 @@ def _call(call: object) -> ToolCall:
     )
 
 
-def _optional(value: object, name: str, kind: type) -> Any:
+def _optional(value: object, name: str, kind: type[T]) -> T | None:
     if not isinstance(value, dict) or value.get(name) is None:
         return None
     return member(value, name, kind)

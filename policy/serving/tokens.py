@@ -35,6 +35,7 @@ class ChatTokens:
       InputError: there is no such template.
     """
 
+    # transformers has no one class of tokenizers
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "chat_template", None) or not tokenizer.eos_token:
             raise InputError("tokenizer: has no chat template; give a folder of a chat model")

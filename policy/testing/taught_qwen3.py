@@ -67,6 +67,7 @@ WHOLE_STAYS = (
 )
 """Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
 
+# whole and real numbers, as the arguments of `make_tiny`
 _SIZE: dict[str, Any] = {
     "layers": 1,
     "hidden": 64,

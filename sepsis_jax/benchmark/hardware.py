@@ -146,7 +146,11 @@ def torch_products(torch: ModuleType, device: str) -> list[Contender]:
         calls = _calls("gpu" if device == "cuda" else "cpu", flops)
 
         def run(
-            repeat: int, x: Any = x, weight: Any = weight, out: Any = out, calls: int = calls
+            repeat: int,
+            x: Any = x,  # tensors of torch, for readers without torch
+            weight: Any = weight,
+            out: Any = out,
+            calls: int = calls,
         ) -> None:
             for _ in range(calls):
                 torch.mm(x, weight, out=out)

@@ -43,6 +43,7 @@ def plain_model(job: Workload) -> Contender:
     branches = job.shape.branches
 
     def run(world_model: WorldModel, start: History, key: jax.Array, plans: jax.Array) -> object:
+        # what is kept depends on the model's outputs
         def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> Any:
             h, action = inputs
             noise = jax.random.normal(jax.random.fold_in(key, h), (branches, schema.NUM_FEATURES))
@@ -138,7 +139,7 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     )
 
 
-def _memory(compiled: Any) -> int | None:
+def _memory(compiled: jax.stages.Compiled) -> int | None:
     """Bytes of arguments, results and temporaries of a compiled call."""
     analysis = compiled.memory_analysis()
     if analysis is None:

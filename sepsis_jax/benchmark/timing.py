@@ -38,6 +38,7 @@ class Contender:
     run: Callable[[int], object]
     work: float
     branches: int = 0
+    # whatever `run` returns
     checksum: Callable[[Any], float] | None = None
     compile_seconds: float | None = None
     memory_bytes: int | None = None

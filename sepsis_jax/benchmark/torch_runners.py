@@ -119,7 +119,7 @@ class TorchRollout:
         self.models = TorchModels(torch, world_model, device, unrolled=compiled)
         scaler = world_model.scaler
 
-        def tensor(values: Any) -> Tensor:
+        def tensor(values: object) -> Tensor:
             return torch.tensor(np.asarray(values, np.float32), device=device)
 
         self.mean, self.std = tensor(scaler.mean), tensor(scaler.std)

@@ -147,6 +147,7 @@ class CohortOptions:
         return values
 
 
+# values of several types, checked by `CohortOptions`
 def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
     """The options under which derived tables equal mimic-code's DuckDB tables.
 

@@ -52,6 +52,7 @@ class Workspace:
         finally:
             self.execute("RESET disabled_optimizers")
 
+    # rows of DuckDB have the types of their columns
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a query."""
         return self.connection.execute(sql).fetchall()

@@ -189,6 +189,7 @@ def inspect(
 ) -> Inspected:
     """`check` without copies of what is large; the same arguments and errors."""
     input_policy = input_policy or InputPolicy()
+    # the same fields with leaves of NumPy
     host: Any = jax.tree.map(np.asarray, data)
     _check_shapes(host)
     alive = host.alive
@@ -262,14 +263,15 @@ def check(
     """
     found = inspect(data, target_probs, input_policy)
     kept, steps = found.kept, found.steps
-    cleaned: Any = found.stays(kept)
+    cleaned = found.stays(kept)
     if found.behavior is not None:
-        cleaned = cleaned.replace(behavior_probs=found.behavior.of(kept, steps))
+        cleaned = replace(cleaned, behavior_probs=jnp.asarray(found.behavior.of(kept, steps)))
     if data.features is not None:
         features = _zero_after(np.asarray(data.features), np.asarray(found.small.alive))
-        cleaned = cleaned.replace(features=features[kept, :steps])
+        cleaned = replace(cleaned, features=jnp.asarray(features[kept, :steps]))
     probs = {name: jnp.asarray(rows.of(kept, steps)) for name, rows in found.policies.items()}
-    return jax.tree.map(jnp.asarray, cleaned), probs, found.counts
+    on_device: OPEData = jax.tree.map(jnp.asarray, cleaned)
+    return on_device, probs, found.counts
 
 
 def _check_shapes(data: OPEData) -> None:

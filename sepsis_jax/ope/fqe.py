@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -315,7 +314,9 @@ def fit_neural(
         by_policy = jax.vmap(loss, (0, 0, None, 0, None))
         return jax.vmap(by_policy, (0, 0, 0, None, None))(params, slow, number, policy, rows).sum()
 
-    def update(carry: Any, k: jax.Array) -> tuple[Any, None]:
+    def update(
+        carry: tuple[Network, Network, optax.OptState], k: jax.Array
+    ) -> tuple[tuple[Network, Network, optax.OptState], None]:
         params, slow, state = carry
         index = jax.random.randint(k, (config.batch,), 0, valid_count)
         index = valid[index]

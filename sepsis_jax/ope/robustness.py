@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ def evaluate_groups(
     key: jax.Array,
     fitted: Fitted | None = None,
     alpha: float = 0.05,
-    **options: Any,
+    **options: Any,  # passed on to `evaluate` as they are
 ) -> pd.DataFrame:
     """Rows as `evaluate` returns them, with `group`, `stays` and an adjusted verdict.
 
@@ -126,9 +127,10 @@ def evaluate_groups(
         if own is not None:
             own = replace(own, clinician_value=None)
         key_of_group = jax.random.fold_in(key, number)
-        shared: dict[str, Any] = {"key": key_of_group, "fitted": own, "tail_levels": (), **options}
-        table = evaluate(part, probs, alpha=alpha, **shared)
-        strict = evaluate(part, probs, alpha=alpha / tests, **shared)
+        shared = partial(
+            evaluate, part, probs, key=key_of_group, fitted=own, tail_levels=(), **options
+        )
+        table, strict = shared(alpha=alpha), shared(alpha=alpha / tests)
         table.insert(0, "group", name)
         table.insert(1, "stays", stays)
         table["differs"] = _excludes_zero(table)

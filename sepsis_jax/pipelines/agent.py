@@ -100,6 +100,7 @@ def open_backend(options: BackendOptions) -> Backend:
     return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
 
 
+# the endpoint's class is imported only where it is used
 def endpoint(options: BackendOptions) -> Any:
     """The endpoint of a vllm or openai backend, as `policy.serving.client.Endpoint`."""
     from policy.serving.client import Endpoint

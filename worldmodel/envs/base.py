@@ -32,7 +32,7 @@ class Info:
     projected: jax.Array  # int32 entries moved into their physiologic range
     support: jax.Array  # probability of the action under the behaviour policy
     disagreement: jax.Array  # SD of the members' mean predictions, z-scores, mean over features
-    final_observation: Any = None  # with automatic reset only: what the step led to
+    final_observation: object = None  # with automatic reset only: what the step led to
 
 
 @struct.dataclass
@@ -64,7 +64,7 @@ class Dynamics(Protocol):
 
 
 def first_timestep(
-    observation: Any, *, sofa: Num[Array, ""], ventilation: jax.Array | float = jnp.nan
+    observation: object, *, sofa: Num[Array, ""], ventilation: jax.Array | float = jnp.nan
 ) -> Timestep:
     """The timestep of a reset: reward 0, neither terminated nor truncated."""
     zero, unknown = jnp.zeros(()), jnp.full((), jnp.nan)
@@ -92,9 +92,9 @@ def reward_terms(
 
 
 def action_probability(
-    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: Int[Array, ""]
-) -> Float[Array, ""]:
-    """[] probability of an action under a policy; NaN without one."""
+    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: Int[Array, "*k"]
+) -> Float[Array, "*k"]:
+    """[...] probabilities of actions [...] under a policy; NaN without one."""
     return jnp.full((), jnp.nan) if behavior is None else behavior(key, observation)[action]
 
 

@@ -215,7 +215,7 @@ class OutcomeModel(_Trunk):
         return result
 
 
-# Any: `nnx.Linear` declares its bias optional, but these layers always have one.
+# `nnx.Linear` declares its bias optional, but these layers always have one.
 def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[int, int], Any]:
     def make(in_features: int, out_features: int) -> nnx.Linear:
         return nnx.Linear(in_features, out_features, rngs=rngs, precision=config.precision)

@@ -56,7 +56,7 @@ class _Side(NamedTuple):
 
 def evaluate_world_model(
     world_model: WorldModel, episodes: Episodes, *, split: str = "test"
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # nested numbers by name, as JSON holds them
     """Metrics of a world model on one split, beside both baselines.
 
     The baselines are fitted on the training split of the same episodes.

@@ -92,7 +92,7 @@ class Trained(NamedTuple):
     """A trained world model, its training history and its test metrics."""
 
     world_model: WorldModel
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # nested numbers by name, as JSON holds them
     history: dict[str, list[dict[str, float]]]
 
 

@@ -126,7 +126,9 @@ class VLLMGenerator:
         return start, seen, completion.weight_version
 
     async def _generate(
-        self, prompt_ids: Sequence[int], **params: Any
+        self,
+        prompt_ids: Sequence[int],
+        **params: Any,  # of vLLM, of several types
     ) -> tuple[Completion, dict[int, float]]:
         wanted = params.get("logprob_token_ids", ())
         body: dict[str, object] = {

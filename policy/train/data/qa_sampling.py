@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from policy.train.data.packing import Dialogue
 from policy.train.data.qa_prompts import ASKED, QAPrompts, short_state
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.envs.base import Timestep
+from worldmodel.envs.base import Info, Timestep
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation
@@ -319,9 +319,9 @@ def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
     """A recorded row as an environment shows it; `observation_at` in NumPy."""
     row = stay, step
     before = (stay, step - 1)
-    nothing: Any = np.int32(0)
-    over: Any = np.bool_(False)
-    info: Any = None
+    nothing = cast("jax.Array", np.int32(0))
+    over = cast("jax.Array", np.bool_(False))
+    info = cast("Info", None)
     observation = Observation(
         dynamic=episodes.dynamic[row],
         measured=episodes.measured[row],

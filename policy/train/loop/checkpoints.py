@@ -185,14 +185,14 @@ def _check(metadata: Any, template: object, source: Path) -> None:
             )
 
 
-def _abstract(tree: object) -> Any:
+def _abstract(tree: object) -> object:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         tree,
     )
 
 
-def _named(tree: object) -> dict[str, Any]:
+def _named(tree: object) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

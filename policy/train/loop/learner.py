@@ -46,12 +46,13 @@ class Learner:
         loss: Loss,
         config: LearnerConfig,
         *,
-        trainable: Any = nnx.Param,
+        trainable: nnx.filterlib.Filter = nnx.Param,
         mesh: Mesh | None = None,
     ):
         self.config = config
         self._mesh = mesh
         self._schedule = schedule(config)
+        # flax's split has no exact type for a variable number of filters
         parts: Any = nnx.split(model, trainable, ...)
         self._graphdef, params, self._frozen = parts
         make: Callable[[Any], State] = partial(initial_state, config=config)
@@ -98,7 +99,7 @@ class Learner:
             self.state, summed, norm = self._update(self.state, self._frozen, batch)
         return summed, norm
 
-    def resume(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    def resume(self, checkpoints: Checkpoints) -> dict[str, object] | None:
         """Takes the state of the newest checkpoint.
 
         Returns:

@@ -303,6 +303,7 @@ def penalties(decisions: Sequence[Decision], config: AdvantageConfig) -> Float[n
 def breaks_rules(decisions: Sequence[Decision]) -> Bool[np.ndarray, " D"]:
     """[decisions] bool; whether G1 or G2 is broken; never both at once."""
 
+    # NumPy arrays, which the rules take as JAX arrays
     def column(name: str) -> Any:
         return np.array([getattr(decision, name) for decision in decisions])
 

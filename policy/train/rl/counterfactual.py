@@ -99,6 +99,7 @@ def _advantages(
 
     of_all = jax.vmap(jax.vmap(jax.vmap(go_on, (0, None, None)), (0, 0, None)), (0, 0, None))
 
+    # states of an environment over any source of dynamics
     def unfinished(carry: Any) -> jax.Array:
         step, (state, _) = carry
         result: jax.Array = (step < horizon) & ~state.last.done.all()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import SupportsFloat
 
 import numpy as np
 
@@ -126,5 +126,5 @@ def _percent(found: tuple[float, np.ndarray]) -> tuple[float, float, float]:
     return 100.0 * share, 100.0 * float(low), 100.0 * float(high)
 
 
-def _number(value: Any) -> float:
+def _number(value: SupportsFloat) -> float:
     return float("nan") if value is None else float(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from flax import nnx
@@ -90,7 +90,7 @@ class TrainableModel:
 
     model: Qwen3
     folder: Path  # that it came from
-    trainable: Any  # filter of NNX
+    trainable: nnx.filterlib.Filter  # filter of NNX
     mesh: Mesh | None
     options: ModelOptions
 
@@ -103,7 +103,7 @@ class TrainableModel:
         """
         mesh = options.mesh()
         model = load(folder, dtype=options.dtype, mesh=mesh)
-        trainable: Any = nnx.Param
+        trainable: nnx.filterlib.Filter = nnx.Param
         if options.lora_rank:
             model = add_adapters(
                 model, rank=options.lora_rank, alpha=options.lora_alpha, rngs=nnx.Rngs(seed)

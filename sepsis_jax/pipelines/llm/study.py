@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
-from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate, gains
+from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, Evaluation, evaluate, gains
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.setup import (
     METRICS,
@@ -210,7 +210,7 @@ def _evaluate_stage(
         tokens = ChatTokens.load(folder / MODEL)
         backend = TokenBackend(generator, tokens)
 
-        async def run() -> tuple[Any, Any]:
+        async def run() -> tuple[Evaluation, list[np.ndarray]]:
             treated = await evaluate(
                 evaluator, backend, options.evaluation.patients, lockstep=lockstep
             )

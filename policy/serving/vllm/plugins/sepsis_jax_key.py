@@ -13,9 +13,10 @@ from typing import Any
 
 _OPEN = ("/health", "/ping")
 
+# as ASGI defines it
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[object]]
-Send = Callable[[Any], Awaitable[None]]
+Send = Callable[[object], Awaitable[None]]
 
 
 class KeyOnEveryPath:
