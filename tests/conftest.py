@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import gc
 import hashlib
 import json
 import os
@@ -73,7 +74,7 @@ def pytest_runtest_setup(item):
 DURATIONS = Path(__file__).with_name("durations.txt")
 
 
-FAST = 3.0
+FAST = 8.0
 
 
 def durations() -> dict[str, float]:
@@ -83,7 +84,7 @@ def durations() -> dict[str, float]:
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fast", action="store_true", help="only files that take a few seconds")
+    parser.addoption("--fast", action="store_true", help="only files of few seconds")
     parser.addoption("--write-durations", action="store_true", help="to tests/durations.txt")
 
 
@@ -115,6 +116,9 @@ class Stopwatch:
 
 
 def pytest_configure(config):
+    # Tracing makes millions of small objects that live on; looking for circles among them costs.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
         config.pluginmanager.register(Stopwatch())
 
