@@ -149,6 +149,9 @@ def test_the_view_leads_back_to_the_history(stay):
             np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-3)
 
 
+means = jax.jit(lambda world, *window: world.transitions(*window).mu)
+
+
 def by_hand(planner, stay, observation):
     """J [25] of the one-step search, action by action."""
     prior = np.asarray(planner.clinician(KEY, observation))
@@ -157,9 +160,7 @@ def by_hand(planner, stay, observation):
     for action in range(25):
         window = start_history(WORLD, stay, STEP).window(6)
         rows = window.action.at[:, -1].set(encode_action(jnp.array([action])))
-        mu.append(
-            np.asarray(WORLD.transitions(window.obs, window.observed, window.static, rows).mu)
-        )
+        mu.append(np.asarray(means(WORLD, window.obs, window.observed, window.static, rows)))
     mu = np.stack(mu, 1)[:, :, 0]  # [E, 25, 39]
     moderator = np.asarray(moderators(observation, SCALER))
     doses = dose_basis() @ (moderator @ np.asarray(advantage.doses))

@@ -46,6 +46,9 @@ def step(env, state, action):
     return env.step(state, action)
 
 
+draw = jax.jit(draw_action)
+
+
 def played(env, policy, state, sample, action, horizon):
     """The return of one future, step by step."""
     own = jax.random.fold_in(state.dynamics.key, COUNTERFACTUAL + state.taken.astype(jnp.uint32))
@@ -55,7 +58,7 @@ def played(env, policy, state, sample, action, horizon):
     for number in range(horizon):
         if bool(state.last.done):
             break
-        drawn = draw_action(policy, jax.random.fold_in(key, number), state.last.observation)
+        drawn = draw(policy, jax.random.fold_in(key, number), state.last.observation)
         state, timestep = step(env, state, drawn)
         total += float(timestep.reward)
     return total
