@@ -102,7 +102,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class Stopwatch:
-    """Sums seconds per file over all workers."""
+    """Sums seconds per file over all workers; files that did not run keep theirs."""
 
     def __init__(self):
         self.seconds = Counter()
@@ -111,7 +111,8 @@ class Stopwatch:
         self.seconds[report.nodeid.split("::")[0]] += report.duration
 
     def pytest_sessionfinish(self):
-        rows = [f"{seconds:7.1f} {file}" for file, seconds in self.seconds.most_common()]
+        known = Counter(durations() | self.seconds)
+        rows = [f"{n:7.1f} {file}" for file, n in known.most_common() if Path(file).exists()]
         DURATIONS.write_text("\n".join([f"# {os.cpu_count()} CPUs, {date.today()}", *rows, ""]))
 
 
