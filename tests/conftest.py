@@ -62,7 +62,7 @@ from worldmodel.scaling import Scaler  # noqa: E402
 OPTIMIZED = (
     "tests/policy/agent/test_served.py",
     "tests/policy/offline/test_training.py",
-    "tests/policy/online/",
+    "tests/policy/test_ppo.py",
     "tests/policy/serving/",
     "tests/policy/train/test_rl_trainer.py",
     "tests/policy/train/test_taught_qwen3.py",
