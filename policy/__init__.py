@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from policy.offline.algorithms import OfflineConfig, OfflinePolicy
     from policy.offline.data import transitions
     from policy.offline.training import train_offline
-    from policy.online.ppo import PPOConfig, train_ppo
     from policy.planner import Planner, PlannerConfig, fit_planner
+    from policy.ppo import PPOConfig, train_ppo
     from policy.registry import find, make, names
 
 _HOMES = {
     "OfflineConfig": "policy.offline.algorithms",
     "OfflinePolicy": "policy.offline.algorithms",
-    "PPOConfig": "policy.online.ppo",
+    "PPOConfig": "policy.ppo",
     "Planner": "policy.planner",
     "PlannerConfig": "policy.planner",
     "Policy": "policy.base",
@@ -34,7 +34,7 @@ _HOMES = {
     "names": "policy.registry",
     "save_policy": "policy.checkpoint",
     "train_offline": "policy.offline.training",
-    "train_ppo": "policy.online.ppo",
+    "train_ppo": "policy.ppo",
     "transitions": "policy.offline.data",
 }
 

@@ -6,7 +6,7 @@ Also the features of an observation that learned policies read.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.observation import (
     NUM_STATE_FEATURES,
     Observation,
+    PolicyFn,
     as_pytree,
     draw_action,
     observation_at,
@@ -38,7 +39,7 @@ class Policy:
     past: ClassVar[int] = 0
     """Rows of `Observation.past` that the policy looks back on."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, 25]:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """Probabilities [25] of the joint actions; the key is consumed."""
         raise NotImplementedError
 
@@ -85,7 +86,7 @@ def action_probs(
 
 @partial(jax.jit, static_argnames="past")
 def _on_rows(
-    policy: Any,
+    policy: PolicyFn,
     key: jax.Array,
     episodes: Episodes,
     row: jax.Array,
@@ -99,7 +100,7 @@ def _on_rows(
     return result
 
 
-def decision_features(observation: Observation, scaler: Scaler) -> jax.Array:
+def decision_features(observation: Observation, scaler: Scaler) -> Float[Array, "*b D"]:
     """[..., D] `state_features`, with the changes and treatments of `Observation.past`.
 
     For each earlier row: z-scored change of the measurements since, and both levels; zero where

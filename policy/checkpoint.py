@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +23,15 @@ from policy.clinician_models import (
 )
 from policy.offline.algorithms import (
     ALGORITHMS,
+    Networks,
     OfflineConfig,
     OfflinePolicy,
     Perceptron,
     make_networks,
 )
-from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner.advantage import untrained_advantage
 from policy.planner.search import Planner, PlannerConfig
+from policy.ppo import OnlinePolicy, PPOConfig
 from policy.simple import Constant, GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
 from worldmodel import schema
 from worldmodel.configuration import from_mapping
@@ -45,11 +46,12 @@ _ARRAYS, _WORLD_MODEL, _CLINICIAN = "arrays", "world_model", "clinician"
 
 _SIMPLE = {cls.__name__: cls for cls in (
     RandomPolicy, NoTreatment, MaximumTreatment, Constant, GuidelineRules)}  # fmt: skip
+# each class has a constructor and settings of its own
 _CLONES: dict[str, Any] = {cls.__name__: cls for cls in (Logistic, MLP, GRU, Clusters)}
 
 
 def save_policy(
-    policy: Policy, path: str | Path, *, manifest: Mapping[str, Any] | None = None
+    policy: Policy, path: str | Path, *, manifest: Mapping[str, object] | None = None
 ) -> Path:
     """Writes a policy as a folder that appears whole or not at all.
 
@@ -106,18 +108,29 @@ def load_policy(path: str | Path) -> Policy:
     if kind is None or not isinstance(settings, dict):
         raise InputError(f"{file}: policies of class {name!r} are unknown to this software")
     try:
-        return kind.load(name, settings, path)
+        return kind.load(name, cast("Settings", settings), path)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: field missing or malformed ({error})") from None
+
+
+class Settings(TypedDict, total=False):
+    """Settings of a saved policy, as JSON holds them; those of simple policies are their fields."""
+
+    config: dict[str, object]
+    temperature: float
+    seeds: int
+    hidden: int
+    clusters: int
+    features: int
 
 
 class _Kind(NamedTuple):
     """How policies of some classes are written and read."""
 
     names: tuple[str, ...]
-    settings: Callable[[Any], dict[str, Any]]
-    arrays: Callable[[Any], Any] | None
-    load: Callable[[str, dict[str, Any], Path], Policy]
+    settings: Callable[[Any], dict[str, object]]
+    arrays: Callable[[Any], object] | None
+    load: Callable[[str, Settings, Path], Policy]
 
 
 def _kind_of(policy: Policy) -> _Kind:
@@ -133,26 +146,26 @@ def _scaler() -> Scaler:
     return Scaler(*(jnp.zeros(width) for width in widths))
 
 
-def _simple_settings(policy: Any) -> dict[str, Any]:
+def _simple_settings(policy: Any) -> dict[str, object]:
     return {field.name: np.asarray(getattr(policy, field.name)).item() for field in fields(policy)}
 
 
-def _load_simple(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_simple(name: str, settings: Settings, path: Path) -> Policy:
     del path
-    return _SIMPLE[name](**settings)
+    return _SIMPLE[name](**cast("dict[str, int]", settings))
 
 
-def _learned_settings(policy: Any) -> dict[str, Any]:
+def _learned_settings(policy: OfflinePolicy | OnlinePolicy) -> dict[str, object]:
     seeds = {"seeds": policy.num_seeds} if isinstance(policy, OfflinePolicy) else {}
     return {"config": asdict(policy.config), "temperature": policy.temperature, **seeds}
 
 
-def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_offline(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(OfflineConfig, settings["config"], source=str(path / MARKER))
     algorithm, width = ALGORITHMS[config.algorithm], feature_width(config.past)
 
-    def make(key: jax.Array) -> Any:
+    def make(key: jax.Array) -> Networks:
         return make_networks(algorithm, width, config, nnx.Rngs(key))
 
     def untrained() -> OfflinePolicy:
@@ -163,7 +176,7 @@ def _load_offline(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_online(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(PPOConfig, settings["config"], source=str(path / MARKER))
 
@@ -177,14 +190,14 @@ def _load_online(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _clone_settings(policy: Any) -> dict[str, Any]:
+def _clone_settings(policy: Clusters | Logistic | MLP | GRU) -> dict[str, object]:
     if isinstance(policy, Clusters):
         return {"clusters": policy.centers.shape[0], "features": policy.centers.shape[1]}
     width = policy.params["in_bias"].shape[0] if "in_bias" in policy.params else 1
     return {"hidden": width}
 
 
-def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_clone(name: str, settings: Settings, path: Path) -> Policy:
     def untrained() -> ClonedClinician:
         if name == Clusters.__name__:
             count = settings["clusters"]
@@ -200,11 +213,11 @@ def _load_clone(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return result
 
 
-def _planner_settings(policy: Any) -> dict[str, Any]:
+def _planner_settings(policy: Planner) -> dict[str, object]:
     return {"config": asdict(policy.config)}
 
 
-def _load_planner(name: str, settings: dict[str, Any], path: Path) -> Policy:
+def _load_planner(name: str, settings: Settings, path: Path) -> Policy:
     del name
     config = from_mapping(PlannerConfig, settings["config"], source=str(path / MARKER))
     advantage = load_arrays(path / _ARRAYS, jax.eval_shape(lambda: untrained_advantage(_scaler())))
@@ -212,7 +225,7 @@ def _load_planner(name: str, settings: dict[str, Any], path: Path) -> Policy:
     return Planner(world_model, advantage, load_policy(path / _CLINICIAN), config)
 
 
-def _itself(policy: Any) -> Any:
+def _itself(policy: object) -> object:
     return policy
 
 

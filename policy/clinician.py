@@ -9,7 +9,7 @@ temperature and a lapse rate fitted there calibrate it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,11 @@ from worldmodel.errors import InputError
 from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 
-_NETWORKS: dict[str, Any] = {"logistic": Logistic, "mlp": MLP, "gru": GRU}
+_NETWORKS: dict[str, type[Logistic] | type[MLP] | type[GRU]] = {
+    "logistic": Logistic,
+    "mlp": MLP,
+    "gru": GRU,
+}
 MODELS = (*_NETWORKS, "clusters", "marginal")
 _ROWS_PER_CLUSTER = 50
 
@@ -128,7 +132,7 @@ def fit_behavior(
         seen = rows["validation"]
         log_probs = np.log(np.maximum(raw[seen], 1e-30))
         calibration = fit_calibration(jnp.asarray(log_probs), jnp.asarray(action[seen]))
-        policy = policy.replace(calibration=calibration)
+        policy = replace(policy, calibration=calibration)
         probs = policy.action_probs(episodes)
         report, reliability = judge(probs, action, reported)
         report.update({name: float(x) for name, x in calibration._asdict().items()})
@@ -151,20 +155,27 @@ def _fit(
     rows: dict[str, tuple[np.ndarray, np.ndarray]],
     scaler: Scaler,
     config: BehaviorConfig,
-) -> Any:
+) -> ClonedClinician:
     if name in _NETWORKS:
         start_key, train_key = jax.random.split(key)
         start = _NETWORKS[name].initial(start_key, scaler, config.hidden)
-        return _train(train_key, start, episodes, rows["train"], rows["validation"], config=config)
+        result: ClonedClinician = _train(
+            train_key, start, episodes, rows["train"], rows["validation"], config=config
+        )
+        return result
     most = max(len(rows["train"][0]) // _ROWS_PER_CLUSTER, 1)
     clusters = 1 if name == "marginal" else min(config.clusters, most)
     return Clusters.fit(key, episodes, rows["train"], scaler, clusters, config.smoothing)
 
 
+Params = dict[str, jax.Array]
+Learner = tuple[Params, optax.OptState]
+
+
 @partial(jax.jit, static_argnames="config")
 def _train(
     key: jax.Array,
-    policy: Any,
+    policy: Any,  # flax adds `replace` to policies' classes, which type checkers do not see
     episodes: Episodes,
     train: tuple[jax.Array, jax.Array],
     validation: tuple[jax.Array, jax.Array],
@@ -181,14 +192,14 @@ def _train(
     decayed = {name: name not in ("out", "bias") for name in policy.params}
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay, mask=decayed)
 
-    def loss(params: Any, stay: jax.Array, step: jax.Array) -> jax.Array:
+    def loss(params: Params, stay: jax.Array, step: jax.Array) -> jax.Array:
         observation = observation_at(episodes, stay, step, past=policy.past)
         logits = jax.vmap(policy.replace(params=params).logits)(observation)
         action = episodes.action[stay, step]
         result: jax.Array = optax.softmax_cross_entropy_with_integer_labels(logits, action).mean()
         return result
 
-    def update(carry: Any, rows: jax.Array) -> tuple[Any, None]:
+    def update(carry: Learner, rows: jax.Array) -> tuple[Learner, None]:
         params, state = carry
         gradient = jax.grad(loss)(params, train[0][rows], train[1][rows])
         change, state = optimizer.update(gradient, state, params)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 from sklearn.cluster import MiniBatchKMeans
 
 from policy.base import Policy
@@ -38,11 +38,11 @@ class ClonedClinician(Policy):
     scaler: Scaler
     calibration: Calibration
 
-    def logits(self, observation: Observation) -> Float[Array, 25]:
+    def logits(self, observation: Observation) -> Float[Array, " 25"]:
         """[25] before calibration."""
         raise NotImplementedError
 
-    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, 25]:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] calibrated probabilities."""
         del key
         temperature, lapse = self.calibration
@@ -56,7 +56,7 @@ class Logistic(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, observation: Observation) -> Float[Array, 25]:
+    def logits(self, observation: Observation) -> Float[Array, " 25"]:
         """[25] before calibration."""
         return _head(self.params, _inputs(observation, self.scaler))
 
@@ -74,7 +74,7 @@ class MLP(ClonedClinician):
 
     params: dict[str, jax.Array]
 
-    def logits(self, observation: Observation) -> Float[Array, 25]:
+    def logits(self, observation: Observation) -> Float[Array, " 25"]:
         """[25] before calibration."""
         x = _inputs(observation, self.scaler) @ self.params["in"] + self.params["in_bias"]
         return _head(self.params, jax.nn.relu(x))
@@ -99,7 +99,7 @@ class GRU(ClonedClinician):
     params: dict[str, jax.Array]
     past: ClassVar[int] = schema.STATE_WINDOW
 
-    def logits(self, observation: Observation) -> Float[Array, 25]:
+    def logits(self, observation: Observation) -> Float[Array, " 25"]:
         """[25] before calibration."""
         p = self.params
         assert observation.past is not None, "a GRU needs observations with Observation.past"
@@ -139,7 +139,7 @@ class Clusters(ClonedClinician):
     centers: jax.Array  # [K, D]
     log_probs: jax.Array  # [K, 25]
 
-    def logits(self, observation: Observation) -> Float[Array, 25]:
+    def logits(self, observation: Observation) -> Float[Array, " 25"]:
         """[25] log-frequencies of the nearest cluster."""
         distance = (self.centers**2).sum(-1) - 2 * self.centers @ _inputs(observation, self.scaler)
         return self.log_probs[jnp.argmin(distance)]
@@ -216,7 +216,7 @@ _LARGEST_LOG_TEMPERATURE = 3.0  # of the logarithm of the temperature
 
 
 def judge(
-    probs: np.ndarray, action: np.ndarray, used: np.ndarray
+    probs: Float[np.ndarray, "N T A"], action: Int[np.ndarray, "N T"], used: Bool[np.ndarray, "N T"]
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """Likelihood, accuracy and calibration of [N, T, A] probabilities on the steps `used` [N, T].
 
@@ -264,7 +264,7 @@ class Calibration(NamedTuple):
 
 
 @jax.jit
-def fit_calibration(logits: jax.Array, action: jax.Array) -> Calibration:
+def fit_calibration(logits: Float[Array, "M A"], action: Int[Array, " M"]) -> Calibration:
     """The likeliest temperature and lapse rate, by expectation-maximisation.
 
     A temperature alone cannot mend probabilities near 0, of which weights are made: a model that
@@ -289,7 +289,7 @@ def fit_calibration(logits: jax.Array, action: jax.Array) -> Calibration:
 
 @jax.jit
 def fit_temperature(
-    logits: jax.Array, action: jax.Array, weight: jax.Array | float = 1.0
+    logits: Float[Array, "M A"], action: Int[Array, " M"], weight: jax.Array | float = 1.0
 ) -> Float[Array, ""]:
     """[] temperature T that makes softmax(logits / T) likeliest (Guo et al., ICML 2017).
 

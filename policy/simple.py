@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from policy.base import Policy
 from worldmodel import schema
@@ -17,7 +18,7 @@ from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
 class RandomPolicy(Policy):
     """All 25 actions alike."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] the uniform distribution."""
         return random_policy(key, observation)
 
@@ -26,7 +27,7 @@ class RandomPolicy(Policy):
 class NoTreatment(Policy):
     """Neither drug, ever."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] all on action 0."""
         return no_treatment(key, observation)
 
@@ -35,7 +36,7 @@ class NoTreatment(Policy):
 class MaximumTreatment(Policy):
     """The highest level of both drugs, always."""
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] all on action 24."""
         return maximum_treatment(key, observation)
 
@@ -46,7 +47,7 @@ class Constant(Policy):
 
     action: int | jax.Array  # joint action 0-24
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] all on the action."""
         del key, observation
         return jax.nn.one_hot(self.action, schema.NUM_ACTIONS)
@@ -84,7 +85,7 @@ class GuidelineRules(Policy):
     highest: int = 4  # vasopressor level that is not exceeded
     step_hours: float = schema.STEP_HOURS
 
-    def __call__(self, key: jax.Array, observation: Observation) -> jax.Array:
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
         """[25] all on the action that the rules ask for."""
         del key
         meanbp, lactate, pao2, fio2 = (

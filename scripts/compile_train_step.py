@@ -21,7 +21,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -205,7 +205,7 @@ def lowered(case: Case, config: Qwen3Config, mesh: Any) -> Any:
     shape = (case.accumulate, case.rows, case.length)
     batch = Rows(
         *(
-            jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+            cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=where))
             for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
         )
     )

@@ -1,15 +1,25 @@
-"""`sepsis-jax`: the command line."""
+"""`sepsis-jax`: the command line, and its first command, `sepsis-jax demo`."""
 
 from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from sepsis_jax.commands import agent, bench, cohort, demo, ope, policy, simulate, world_model
-from sepsis_jax.console import DISCLAIMER, errors
+from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, world_model
+from sepsis_jax.console import (
+    DISCLAIMER,
+    Json,
+    Seed,
+    console,
+    epochs,
+    errors,
+    print_json,
+    print_table,
+)
 from worldmodel.errors import InputError
 
 app = typer.Typer(
@@ -39,7 +49,43 @@ def options(
     del show_version
 
 
-app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")(demo.demo)
+@app.command("demo", epilog="Example: sepsis-jax demo --out runs/demo")
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")] = Path("runs/demo"),
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="MIMIC-IV (hosp/ and icu/); default: synthetic patients."),
+    ] = None,
+    patients: Annotated[int, typer.Option("--patients", help="Synthetic patients.")] = 4000,
+    samples: Annotated[int, typer.Option("--samples", help="Futures per plan.")] = 2000,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Cohort, world model, counterfactual futures and a one-page report, in minutes."""
+    from sepsis_jax.pipelines.demo import run_demo
+    from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
+
+    console.print(f"sepsis-jax demo.  {DISCLAIMER}")
+    with epochs("world model") as progress:
+        summary = run_demo(
+            out,
+            data=data,
+            patients=patients,
+            samples=samples,
+            seed=seed,
+            say=console.print,
+            training_progress=progress,
+        )
+    print_table("Next state, test split (z-scores)", STATE_COLUMNS, state_rows(summary))
+    print_table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(summary))
+    if "futures" in summary:
+        world_model.show_futures(summary["futures"], summary["plans"])
+    console.print(f"{summary['branch_steps_per_second']:,.0f} branch-steps per second")
+    console.print(f"report: {out / 'report.html'}")
+    if json:
+        print_json(summary)
+
+
 app.add_typer(cohort.app, name="cohort")
 app.add_typer(world_model.app, name="world-model")
 app.add_typer(policy.app, name="policy")

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldmodel.errors import InputError
 from worldmodel.files import check_replaceable, read_json, write_json
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 # A JSON object: its values are of several types.
 JsonDict = dict[str, Any]
@@ -49,7 +52,7 @@ def begin_run(out: Path, kind: str, request: JsonDict, *, resume: bool) -> None:
         raise InputError(f"{out}: holds a run; resume it, or choose another folder")
 
 
-def _first_difference(found: Any, wanted: JsonDict, prefix: str = "") -> str:
+def _first_difference(found: object, wanted: JsonDict, prefix: str = "") -> str:
     for name, value in wanted.items():
         there = found.get(name) if isinstance(found, dict) else None
         if there != value:
@@ -58,24 +61,23 @@ def _first_difference(found: Any, wanted: JsonDict, prefix: str = "") -> str:
     return prefix.rstrip(".") or "request"
 
 
-def plain(options: Any) -> JsonDict:
+def plain(options: DataclassInstance) -> JsonDict:
     """A dataclass as JSON holds it: paths as text, tuples as lists."""
 
-    def convert(value: Any) -> Any:
+    def convert(value: object) -> object:
         if isinstance(value, dict):
             return {name: convert(item) for name, item in value.items()}
         if isinstance(value, tuple | list):
             return [convert(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    found: JsonDict = convert(asdict(options))
-    return found
+    return {name: convert(item) for name, item in asdict(options).items()}
 
 
 _PACKAGES = ("sepsis-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pandas", "duckdb")
 
 
-def provenance(**extra: Any) -> JsonDict:
+def provenance(**extra: object) -> JsonDict:
     """A JSON-ready record to keep in a manifest, with `extra` fields added."""
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),

@@ -1,16 +1,24 @@
 """Fixtures that all tests share."""
 
+import gc
 import hashlib
+import json
 import os
 import platform
 import re
+import sys
+from collections import Counter
+from dataclasses import asdict
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import pytest
-
-from worldmodel.scaling import Scaler
+# XLA's newer code generator takes nearly twice as long to compile small programs, and they run no
+# faster. The flag is of the version that is tested; XLA aborts at flags that it does not know.
+# Workers and other processes find it in their environment.
+FLAG = "--xla_cpu_use_fusion_emitters=false"
+if version("jax").startswith("0.10.") and FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
 
 
 def compiled_programs() -> Path:
@@ -18,31 +26,125 @@ def compiled_programs() -> Path:
     cpu = Path("/proc/cpuinfo")
     flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
     machine = flags[0] if flags else platform.platform()
-    name = hashlib.sha256(f"{jax.__version__} {machine}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{version('jax')} {machine}".encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     return cache / "sepsis-jax" / f"compiled-{name}"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def keep_compiled_programs():
-    """What one module, worker or run compiled, the others read from the disk."""
-    settings = {
-        "jax_compilation_cache_dir": str(compiled_programs()),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
+# Of JAX here and, as it is in the environment, of every process that a test starts: what one
+# module, worker, process or run compiled, the others read from the disk.
+os.environ |= {
+    "JAX_COMPILATION_CACHE_DIR": str(compiled_programs()),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+}
+assert "jax" not in sys.modules, "too late for JAX to read its settings"
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+import tests.shapes  # noqa: E402
+
+# Arrays are checked against their annotations in all that is imported from here on.
+jaxtyping.install_import_hook(
+    ["worldmodel", "policy", "sepsis_jax"],
+    f"{tests.shapes.__name__}.{tests.shapes.arrays_checked.__name__}",
+)
+
+from tests.shared import made_once  # noqa: E402
+from worldmodel.scaling import Scaler  # noqa: E402
+
+# Most tests compile much and compute little. Those of these files and folders compute much, or
+# measure it, and their programs are optimized as a user's are.
+OPTIMIZED = (
+    "tests/policy/agent/test_served.py",
+    "tests/policy/offline/test_training.py",
+    "tests/policy/test_ppo.py",
+    "tests/policy/serving/",
+    "tests/policy/train/test_rl_trainer.py",
+    "tests/policy/train/test_taught_qwen3.py",
+    "tests/sepsis_jax/benchmark/",
+    "tests/sepsis_jax/test_llm_",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Sets what the compiler spends on the programs of a test and of the processes it starts."""
+    little = not item.nodeid.startswith(OPTIMIZED)
+    jax.config.update("jax_disable_most_optimizations", little)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(little))
+
+
+# Seconds per file, as `make durations` writes them.
+DURATIONS = Path(__file__).with_name("durations.txt")
+
+
+FAST = 8.0
+
+
+def durations() -> dict[str, float]:
+    """Seconds of each file of tests."""
+    lines = (line.split() for line in DURATIONS.read_text().splitlines() if line[0] != "#")
+    return {file: float(seconds) for seconds, file in lines}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="only files of few seconds")
+    parser.addoption("--write-durations", action="store_true", help="to tests/durations.txt")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Longest files first, so that workers end together; with `--fast` those of few seconds."""
+    seconds = durations()
+    cost = {item: seconds.get(item.nodeid.split("::")[0], 0.0) for item in items}
+    if config.getoption("--fast"):
+        dropped = [item for item in items if cost[item] > FAST]
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if cost[item] <= FAST]
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -cost[item])
+
+
+class Stopwatch:
+    """Sums seconds per file over all workers; files that did not run keep theirs."""
+
+    def __init__(self):
+        self.seconds = Counter()
+
+    def pytest_runtest_logreport(self, report):
+        self.seconds[report.nodeid.split("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self):
+        known = Counter(durations() | self.seconds)
+        rows = [f"{n:7.1f} {file}" for file, n in known.most_common() if Path(file).exists()]
+        DURATIONS.write_text("\n".join([f"# {os.cpu_count()} CPUs, {date.today()}", *rows, ""]))
+
+
+def pytest_configure(config):
+    # Tracing makes millions of small objects that live on; looking for circles among them costs.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    if config.getoption("--write-durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Stopwatch())
+
+
+# Each program keeps mappings of memory. XLA aborts the process at Linux's limit
+# (`vm.max_map_count`, 65,530), wherever it happens to be.
+MAPPINGS = 25_000
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Each program keeps mappings of memory; a whole suite of them exceeds Linux's limit of 65,530.
-
-    XLA aborts the process at the limit (`vm.max_map_count`), wherever it happens to be.
-    """
+    """Programs are kept from module to module until there are too many."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -59,10 +161,16 @@ def key():
 
 
 @pytest.fixture(scope="session")
-def taught(tmp_path_factory):
+def taught(tmp_path_factory, worker_id):
     """A tiny Qwen3 that holds short dialogues: its folder, and the reports of its training."""
     from policy.testing.taught_qwen3 import taught_tiny
+    from policy.train.loop.metrics import Report
 
-    reports = []
-    path = taught_tiny(tmp_path_factory.mktemp("taught") / "tiny", report=reports.append)
-    return path, reports
+    def make(folder):
+        reports = []
+        taught_tiny(folder / "tiny", report=reports.append)
+        (folder / "reports.json").write_text(json.dumps([asdict(one) for one in reports]))
+
+    folder = made_once("taught", make, tmp_path_factory, worker_id)
+    reports = [Report(**one) for one in json.loads((folder / "reports.json").read_text())]
+    return folder / "tiny", reports

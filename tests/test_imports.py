@@ -72,8 +72,8 @@ def test_the_walk_sees_the_whole_house():
     assert {"worldmodel.schema", "worldmodel.simulate.rollout", "sepsis_jax.cli"} <= set(MODULES)
     assert "worldmodel.schema" in imports("worldmodel.episodes", deep=False)
     assert "worldmodel.scaling" not in imports("worldmodel.episodes", deep=False)
-    assert "sepsis_jax.pipelines.demo" in imports("sepsis_jax.commands.demo", deep=True)
-    assert "sepsis_jax.pipelines.demo" not in imports("sepsis_jax.commands.demo", deep=False)
+    assert "sepsis_jax.pipelines.demo" in imports("sepsis_jax.cli", deep=True)
+    assert "sepsis_jax.pipelines.demo" not in imports("sepsis_jax.cli", deep=False)
 
 
 @pytest.mark.parametrize("package", FLOORS)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from worldmodel.simulate.history import start_history
     from worldmodel.simulate.randomness import abduct_noise
     from worldmodel.simulate.rollout import Rollouts, rollout
+    from worldmodel.synthetic.generate import generate
+    from worldmodel.synthetic.truth import true_value
 
 _HOMES = {
     "Episodes": "worldmodel.episodes",
@@ -31,6 +33,7 @@ _HOMES = {
     "TrainConfig": "worldmodel.models.training",
     "WorldModel": "worldmodel.models.world_model",
     "abduct_noise": "worldmodel.simulate.randomness",
+    "generate": "worldmodel.synthetic.generate",
     "load_episodes": "worldmodel.episode_files",
     "load_world_model": "worldmodel.models.checkpoint",
     "rollout": "worldmodel.simulate.rollout",
@@ -38,6 +41,7 @@ _HOMES = {
     "save_world_model": "worldmodel.models.checkpoint",
     "start_history": "worldmodel.simulate.history",
     "train_world_model": "worldmodel.models.training",
+    "true_value": "worldmodel.synthetic.truth",
 }
 
 __all__ = [
@@ -49,6 +53,7 @@ __all__ = [
     "TrainConfig",
     "WorldModel",
     "abduct_noise",
+    "generate",
     "load_episodes",
     "load_world_model",
     "rollout",
@@ -56,6 +61,7 @@ __all__ = [
     "save_world_model",
     "start_history",
     "train_world_model",
+    "true_value",
 ]
 
 

@@ -54,7 +54,7 @@ def _known(name: str, value: object) -> bool:
     return True
 
 
-# Any: the result has the structure of the function's, with NumPy instead of JAX arrays.
+# the result has the structure of the function's, with NumPy instead of JAX arrays.
 def in_blocks(function: Callable[[np.ndarray], Any], count: int, block: int) -> Any:
     """Applies a function to the row numbers 0 ... count - 1, `block` at a time.
 

@@ -15,6 +15,7 @@ from worldmodel.errors import InputError
 T = TypeVar("T")
 
 
+# a check knows the type of its field
 def require(config: object, expected: str, holds: Callable[[Any], bool], *names: str) -> None:
     """Checks fields of a configuration.
 

@@ -206,6 +206,7 @@ def save_episodes(
     return path
 
 
+# JSON of any structure
 def load_manifest(path: str | Path) -> dict[str, Any]:
     """The manifest of a folder of episodes.
 

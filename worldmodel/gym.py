@@ -36,7 +36,7 @@ from worldmodel.errors import InputError
 from worldmodel.observation import Observation, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
-# Any: an `Observation`, or the number of a state.
+# an `Observation`, or the number of a state.
 Features = Callable[[Any], jax.Array]
 
 _SEEDS = 2**31
@@ -87,8 +87,8 @@ class SepsisGymEnv(gymnasium.Env):
         self._state: EnvState | None = None
 
     def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray | np.int64, dict[str, Any]]:
+        self, *, seed: int | None = None, options: dict[str, object] | None = None
+    ) -> tuple[np.ndarray | np.int64, dict[str, object]]:
         """The next episode; with a seed, the first of that seed."""
         super().reset(seed=seed, options=options)
         if seed is not None or self._key is None:
@@ -102,7 +102,7 @@ class SepsisGymEnv(gymnasium.Env):
 
     def step(
         self, action: object
-    ) -> tuple[np.ndarray | np.int64, float, bool, bool, dict[str, Any]]:
+    ) -> tuple[np.ndarray | np.int64, float, bool, bool, dict[str, object]]:
         """One step.
 
         Raises:
@@ -175,8 +175,8 @@ class SepsisVectorEnv(VectorEnv):
         self,
         *,
         seed: int | Sequence[int | None] | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+        options: dict[str, object] | None = None,
+    ) -> tuple[np.ndarray, dict[str, object]]:
         """Starts all sub-environments anew.
 
         Args:
@@ -208,7 +208,7 @@ class SepsisVectorEnv(VectorEnv):
 
     def step(
         self, actions: object
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, object]]:
         """One step of every sub-environment, with actions [N].
 
         Raises:
@@ -222,7 +222,7 @@ class SepsisVectorEnv(VectorEnv):
             self._env, self._encoder.features, self._state, jnp.asarray(numbers)
         )
         observation, final, timestep, shown = jax.device_get(seen)
-        infos: dict[str, Any] = {**_infos(shown)}
+        infos: dict[str, object] = {**_infos(shown)}
         done = timestep.terminated | timestep.truncated
         if self._same_step and done.any():
             ends = np.full(self.num_envs, None, object)
@@ -350,13 +350,13 @@ def _named(info: Info) -> Mapping[str, np.ndarray]:
     return {**fields, **terms}
 
 
-def _info(info: Info) -> dict[str, float]:
+def _info(info: Info) -> dict[str, object]:
     return {name: value.item() for name, value in _named(info).items() if not np.isnan(value)}
 
 
-def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, np.ndarray]:
+def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, object]:
     """Gymnasium's form of infos: `_name` marks the sub-environments where `name` is known."""
-    infos: dict[str, np.ndarray] = {}
+    infos: dict[str, object] = {}
     for name, value in _named(info).items():
         known = ~np.isnan(value) & among
         infos[name], infos[f"_{name}"] = np.where(known, value, 0).astype(value.dtype), known

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float, Int
 
 from worldmodel import schema
 
@@ -28,13 +29,13 @@ class ImputationCounts:
 
 
 def impute(
-    values: np.ndarray,
-    length: np.ndarray,
-    medians: np.ndarray,
+    values: Float[np.ndarray, "N T F"],
+    length: Int[np.ndarray, " N"],
+    medians: Float[np.ndarray, " F"],
     *,
     step_hours: float = schema.STEP_HOURS,
     carry_forever: bool = False,
-) -> tuple[np.ndarray, ImputationCounts]:
+) -> tuple[Float[np.ndarray, "N T F"], ImputationCounts]:
     """Fills missing values by sample-and-hold, then by medians.
 
     A measurement always fills the step it was recorded in and at least the next one.
@@ -68,7 +69,11 @@ def impute(
     return filled, counts
 
 
-def training_medians(values: np.ndarray, train: np.ndarray, fallback: np.ndarray) -> np.ndarray:
+def training_medians(
+    values: Float[np.ndarray, "N T F"],
+    train: Bool[np.ndarray, " N"],
+    fallback: Float[np.ndarray, " F"],
+) -> Float[np.ndarray, " F"]:
     """Median of each feature's recorded values in the training stays.
 
     Args:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from worldmodel.errors import InputError
 
@@ -76,7 +77,9 @@ def small_mdp(seed: int = 0, *, states: int = 6, actions: int = 25) -> MDP:
     return MDP(transition, reward, start, terminal, clinician)
 
 
-def exact(mdp: MDP, policy: np.ndarray, *, horizon: int, gamma: float = 1.0) -> np.ndarray:
+def exact(
+    mdp: MDP, policy: Float[np.ndarray, "S A"], *, horizon: int, gamma: float = 1.0
+) -> Float[np.ndarray, "H S A"]:
     """[H, S, A] Q-values of a policy [S, A] with t steps gone, by backward induction in float64."""
     gain = (mdp.transition * mdp.reward).sum(-1)
     goes_on = ~mdp.terminal
@@ -89,13 +92,15 @@ def exact(mdp: MDP, policy: np.ndarray, *, horizon: int, gamma: float = 1.0) -> 
     return np.stack(out[::-1])
 
 
-def true_value(mdp: MDP, policy: np.ndarray, *, horizon: int, gamma: float = 1.0) -> float:
+def true_value(
+    mdp: MDP, policy: Float[np.ndarray, "S A"], *, horizon: int, gamma: float = 1.0
+) -> float:
     """Exact value of a policy over a horizon."""
     first = (policy * exact(mdp, policy, horizon=horizon, gamma=gamma)[0]).sum(-1)
     return float(mdp.start @ first)
 
 
-def best_policy(mdp: MDP, *, horizon: int = 200, gamma: float = 0.999) -> np.ndarray:
+def best_policy(mdp: MDP, *, horizon: int = 200, gamma: float = 0.999) -> Float[np.ndarray, "S A"]:
     """[S, A] the greedy policy after value iteration, one action per state."""
     gain = (mdp.transition * mdp.reward).sum(-1)
     value = np.zeros(len(mdp.start))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -63,7 +63,7 @@ def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
     return jax.tree_util.Partial(_call, policy)
 
 
-def draw_action(policy: PolicyFn, key: jax.Array, observation: Observation) -> jax.Array:
+def draw_action(policy: PolicyFn, key: jax.Array, observation: Observation) -> Int[Array, ""]:
     """[] int32 joint action of one patient, drawn from a policy; the key is consumed."""
     own, draw = jax.random.split(key)
     return jax.random.categorical(draw, jnp.log(policy(own, observation))).astype(jnp.int32)
@@ -95,7 +95,7 @@ def recent(observation: Observation, past: int) -> Observation:
 
 
 def observation_at(
-    episodes: Episodes, stay: jax.Array, step: jax.Array, *, past: int = 0
+    episodes: Episodes, stay: Int[Array, "*#b"], step: Int[Array, "*#b"], *, past: int = 0
 ) -> Observation:
     """What was seen in recorded rows, leaves [..., ...]; undefined after the end of a stay.
 
@@ -187,7 +187,9 @@ def state_features(observation: Observation, scaler: Scaler) -> Float[Array, "*b
     return jnp.concatenate(blocks, -1)
 
 
-def state_feature_bounds(last_step: int) -> tuple[np.ndarray, np.ndarray]:
+def state_feature_bounds(
+    last_step: int,
+) -> tuple[Float[np.ndarray, " 49"], Float[np.ndarray, " 49"]]:
     """Lower and upper bounds [49] of `state_features` in rows up to `last_step`."""
     time = last_step / _STEPS
     scores = schema.NUM_FEATURES + schema.NUM_STATIC

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from jaxtyping import Int, Num
 
 if TYPE_CHECKING:
     import jax
@@ -152,7 +153,7 @@ def action_name(action: int) -> str:
     return f"vasopressor {LEVEL_NAMES[vasopressor]}, fluid {LEVEL_NAMES[fluid]}"
 
 
-def dose_level(dose: np.ndarray, edges: tuple[float, ...]) -> np.ndarray:
+def dose_level(dose: Num[np.ndarray, "*b"], edges: tuple[float, ...]) -> Int[np.ndarray, "*b"]:
     """Levels 0 to 4 of doses (any shape, same unit as `edges`): 0 iff the dose is zero."""
     dose = np.asarray(dose)
     return np.where(dose > 0, 1 + np.searchsorted(np.asarray(edges), dose, side="left"), 0)

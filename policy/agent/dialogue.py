@@ -11,7 +11,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from policy.agent.env_pool import EnvPool
 from policy.agent.prompts import Chart, Prompts, options
@@ -29,6 +28,7 @@ from policy.serving.backend import (
     Backend,
     BackendError,
     Conversation,
+    Message,
     Reply,
     Sampling,
     ToolCall,
@@ -74,7 +74,7 @@ class DialogueConfig:
 class Turn:
     """Messages to the model, and its reply."""
 
-    messages: tuple[dict[str, Any], ...]
+    messages: tuple[Message, ...]
     reply: Reply
     seed: int
     opens: bool = False  # true at the first turn of a conversation
@@ -176,7 +176,7 @@ class _Dialogue:
         self.opens = True
 
     async def run(self) -> Stay:
-        messages: list[dict[str, Any]] = []
+        messages: Sequence[Message] = []
         try:
             while not self.done:
                 if self.opens:
@@ -190,13 +190,13 @@ class _Dialogue:
             self.stay.failure, self.stay.detail = failure.reason, str(failure)
         return self.stay
 
-    def _open(self) -> list[dict[str, Any]]:
+    def _open(self) -> Sequence[Message]:
         """Opens a conversation and returns its first messages."""
         can_simulate = self.pool.can_simulate
         self.conversation = self.backend.open(SCHEMAS if can_simulate else SCHEMAS[1:])
         return self.prompts.first(self.chart, can_simulate=can_simulate)
 
-    async def _ask(self, messages: Sequence[dict[str, Any]]) -> Reply:
+    async def _ask(self, messages: Sequence[Message]) -> Reply:
         turn = f"{self.seed}:{self.stay.patient}:{len(self.stay.turns)}"
         seed = int.from_bytes(hashlib.sha256(turn.encode()).digest()[:4], "big") >> 1
         reply = await self.conversation.ask(messages, sampling=self.config.sampling, seed=seed)
@@ -204,7 +204,7 @@ class _Dialogue:
         self.opens = False
         return reply
 
-    async def _answer(self, reply: Reply) -> list[dict[str, Any]]:
+    async def _answer(self, reply: Reply) -> Sequence[Message]:
         """Messages that answer a reply."""
         if not reply.tool_calls:
             reason = "truncated" if reply.finish_reason == LENGTH else "no_call"

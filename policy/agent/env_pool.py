@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,7 @@ from policy.serving.batching import Batcher, Lockstep
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
+from worldmodel.observation import Observation
 
 CAPACITY = 64
 _MAX_WAIT_S = 0.002
@@ -173,8 +173,9 @@ def _reset(env: SepsisEnv, keys: jax.Array, stays: jax.Array | None) -> tuple[En
 
 
 @jax.jit
-def _observations(states: EnvState, slots: jax.Array) -> Any:
-    return jax.tree.map(lambda leaf: leaf[slots], states.last.observation)
+def _observations(states: EnvState, slots: jax.Array) -> Observation:
+    result: Observation = jax.tree.map(lambda leaf: leaf[slots], states.last.observation)
+    return result
 
 
 @jax.jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from worldmodel.simulate.history import History, history_from_observation
 from worldmodel.simulate.randomness import policy_key
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.step import MODES
+
+T = TypeVar("T")  # a PyTree of arrays
 
 QUANTILES = (0.05, 0.95)
 _MAX_BRANCHES = 65_536  # a single step: blocks that fit the caches would repeat the networks
@@ -50,13 +52,17 @@ class ForecastConfig:
 class Forecast:
     """The state four hours ahead under a treatment; leading axes [B, K] or none."""
 
-    mean: Any  # [..., 39] physical units
-    low: Any  # [..., 39] the 5% quantile
-    high: Any  # [..., 39] the 95% quantile
-    sofa: Any  # [...] mean points
-    ventilation: Any  # [...] mean probability
-    disagreement: Any  # [...] SD of the members' means, z-scores, mean over features
-    support: Any  # [...] probability of the action under the behaviour policy; NaN without one
+    mean: jax.Array | np.ndarray  # [..., 39] physical units
+    low: jax.Array | np.ndarray  # [..., 39] the 5% quantile
+    high: jax.Array | np.ndarray  # [..., 39] the 95% quantile
+    sofa: jax.Array | np.ndarray  # [...] mean points
+    ventilation: jax.Array | np.ndarray  # [...] mean probability
+    disagreement: (
+        jax.Array | np.ndarray
+    )  # [...] SD of the members' means, z-scores, mean over features
+    support: (
+        jax.Array | np.ndarray
+    )  # [...] probability of the action under the behaviour policy; NaN without one
 
 
 class Forecaster:
@@ -165,7 +171,12 @@ def _histories(world_model: WorldModel, observations: Observation, patients: jax
 
 @partial(jax.jit, static_argnames="past")
 def _support(
-    behavior: Any, key: jax.Array, observations: Observation, actions: jax.Array, *, past: int
+    behavior: PolicyFn | None,
+    key: jax.Array,
+    observations: Observation,
+    actions: jax.Array,
+    *,
+    past: int,
 ) -> jax.Array:
     """[B, K] probabilities under the behaviour policy, NaN without one."""
     if behavior is None:
@@ -178,7 +189,9 @@ def _support(
 
 
 @partial(jax.jit, static_argnames="members")
-def _averages(values: jax.Array, scores: Any, scaler: Scaler, *, members: int) -> tuple[Any, ...]:
+def _averages(
+    values: jax.Array, scores: T, scaler: Scaler, *, members: int
+) -> tuple[jax.Array, T, jax.Array]:
     """Means over the samples of values [B, K, S, 39] and scores [B, K, S]; the disagreement."""
     # Sample s belongs to member s mod E.
     by_member = values.reshape(*values.shape[:2], -1, members, schema.NUM_FEATURES).mean(2)

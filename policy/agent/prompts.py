@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -164,6 +165,7 @@ class Chart:
         """The treatment before the newest row; none at admission."""
         return self.treatments[-1] if self.treatments else Treatment(0, 0)
 
+    # an observation with leaves of NumPy
     def _see(self, observation: Any, step: int) -> None:
         self._write(observation.dynamic)
         self.sofa.append(float(observation.sofa))
@@ -210,7 +212,7 @@ _FORECAST_FORMATS = tuple(_FORMATS[i] for i in _COLUMNS)
 _UNITS = tuple(schema.FEATURES[i].unit for i in _COLUMNS)
 
 
-def _texts(values: np.ndarray, formats: tuple[str, ...] = _FORMATS) -> list[str]:
+def _texts(values: jax.Array | np.ndarray, formats: tuple[str, ...] = _FORMATS) -> list[str]:
     """Rounded to the features' decimals."""
     numbers = np.asarray(values).tolist()
     return [form % number for form, number in zip(formats, numbers, strict=True)]

@@ -1,7 +1,8 @@
-"""Records of an agent run: an append-only file of JSON lines, one per attempt at a stay.
+"""Records of an agent run, and the summary of a run.
 
-A line is written when the attempt ends, so that a killed run loses only the stays in progress. A
-stay that failed may have several attempts, of which the last counts.
+Records are an append-only file of JSON lines, one per attempt at a stay. A line is written when the
+attempt ends, so that a killed run loses only the stays in progress. A stay that failed may have
+several attempts, of which the last counts.
 """
 
 from __future__ import annotations
@@ -9,26 +10,54 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
-from policy.agent.dialogue import COMPLETED, Decision, Stay, Turn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from policy.agent.dialogue import COMPLETED, DEATH, Decision, Stay, Turn
 from policy.serving.backend import Reply, ToolCall
+from worldmodel import schema
+from worldmodel.clinical import sofa
+from worldmodel.clinical.safety import Prescriptions, judge
 from worldmodel.errors import InputError
 
 VERSION = 1
 RECORDS_FILE = "records.jsonl"
 
 
-def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
+class Record(TypedDict):
+    """One attempt at a stay, as a line of the file; decisions and turns as JSON holds them."""
+
+    version: int
+    patient: int
+    attempt: int
+    status: str
+    failure: str | None
+    detail: str | None
+    outcome: str | None
+    mortality: float | None
+    total_reward: float | None  # of a completed stay
+    tool_calls: int
+    invalid: dict[str, int]
+    decisions: list[dict[str, Any]]  # fields of several types; see `Decision`
+    turns: list[dict[str, Any]]  # see `Turn`
+    closing: str
+    real: NotRequired[object]  # the recorded course
+
+
+def to_record(stay: Stay, *, attempt: int = 0, **extra: object) -> Record:
     """A stay as JSON-ready data, with `extra` fields.
 
     `turns[i].prompt_ids` has the ids since the previous reply. If the prompt does not begin with
     all earlier ids, it has the whole prompt and `restarts` is true.
     """
-    return {
+    record = {
         "version": VERSION,
         "patient": stay.patient,
         "attempt": attempt,
@@ -45,9 +74,10 @@ def to_record(stay: Stay, *, attempt: int = 0, **extra: Any) -> dict[str, Any]:
         "closing": stay.closing,
         **extra,
     }
+    return cast("Record", record)
 
 
-def from_record(record: Mapping[str, Any]) -> Stay:
+def from_record(record: Record) -> Stay:
     """The stay of a record; the inverse of `to_record`."""
     read: tuple[int, ...] = ()
     turns: list[Turn] = []
@@ -69,9 +99,14 @@ def from_record(record: Mapping[str, Any]) -> Stay:
             name: tuple(x) if isinstance(x, list) else x for name, x in decision.items()
         }
         decisions.append(Decision(**values))
-    names = ("patient", "status", "failure", "detail", "outcome", "mortality", "closing")
     return Stay(
-        **{name: record[name] for name in names},
+        patient=record["patient"],
+        status=record["status"],
+        failure=record["failure"],
+        detail=record["detail"],
+        outcome=record["outcome"],
+        mortality=record["mortality"],
+        closing=record["closing"],
         decisions=decisions,
         turns=turns,
         invalid=Counter(record["invalid"]),
@@ -98,7 +133,7 @@ class Records:
         for record in read_records(path):
             self._count(record)
 
-    def append(self, record: Mapping[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Writes one attempt and flushes it to the disk.
 
         Raises:
@@ -113,14 +148,14 @@ class Records:
             os.fsync(file.fileno())
         self._count(record)
 
-    def _count(self, record: Mapping[str, Any]) -> None:
+    def _count(self, record: Record) -> None:
         patient = int(record["patient"])
         self.attempts[patient] = self.attempts.get(patient, 0) + 1
         if record["status"] == COMPLETED:
             self.completed.add(patient)
 
 
-def read_records(path: Path) -> Iterator[dict[str, Any]]:
+def read_records(path: Path) -> Iterator[Record]:
     """All attempts in the order they ended.
 
     Raises:
@@ -134,13 +169,13 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"{path}: no such file; name the folder of an agent's run") from None
 
 
-def last_attempts(path: Path) -> dict[int, dict[str, Any]]:
+def last_attempts(path: Path) -> dict[int, Record]:
     """The last attempt at each stay, by patient, sorted."""
     found = {record["patient"]: record for record in read_records(path)}
     return dict(sorted(found.items()))
 
 
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _record(line: bytes, path: Path, number: int) -> Record:
     try:
         record = json.loads(line.decode("utf-8", errors="surrogatepass"))
     except ValueError as error:
@@ -148,8 +183,7 @@ def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
     known = isinstance(record, dict) and record.get("version") == VERSION
     if not known or not isinstance(record.get("patient"), int):
         raise InputError(f"{path}: line {number} is no record of version {VERSION}")
-    result: dict[str, Any] = record
-    return result
+    return cast("Record", record)
 
 
 def _cut_off_half_line(path: Path) -> None:
@@ -182,7 +216,7 @@ def newly_read(turns: Sequence[Turn]) -> Iterator[tuple[tuple[int, ...] | None, 
         before = (*(prompt or ()), *(turn.reply.token_ids or ()))
 
 
-def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
+def _turns(turns: list[Turn]) -> list[dict[str, object]]:
     return [
         {
             "messages": list(turn.messages),
@@ -192,3 +226,113 @@ def _turns(turns: list[Turn]) -> list[dict[str, Any]]:
         }
         for turn, (prompt, restarts) in zip(turns, newly_read(turns), strict=True)
     ]
+
+
+RATES = ("adherence", "unsafe", "underdosing", "overdosing", "g1", "g2", "dose_jump",
+         "abrupt_stop", "early_fluid_missed")  # fmt: skip
+"""Columns of the safety report that are included, in percent of prescriptions."""
+
+
+def summarize(
+    records: Iterable[Record],
+    *,
+    step_hours: float = schema.STEP_HOURS,
+    dose_edges: schema.DoseEdges = schema.DEFAULT_DOSE_EDGES,
+) -> dict[str, Any]:
+    """Figures of a run from its records; rewards, deaths and rates are of completed stays.
+
+    Args:
+      records: the last attempt at each stay.
+      step_hours: hours per step.
+      dose_edges: their mid-interval doses stand for the fluid levels.
+
+    Returns:
+      Numbers by name, None where there is nothing to count: `stays`, `completed`, `failed`,
+      `reward` (mean of total rewards) with `reward_se` (standard error over stays), `deaths`
+      (percent of completed stays), the rates of `RATES`; `failures` and `invalid` by reason, with
+      `failure_example`, the first one in words; mean
+      `simulations` and `invalid_calls` per decision; `decisions`, `tool_calls`, `replies`,
+      `prompt_tokens`, `completion_tokens` in all, failed stays included.
+    """
+    done: list[_Done] = []
+    decisions: list[Mapping[str, float]] = []
+    failures, invalid, usage = Counter[str](), Counter[str](), Counter[str]()
+    tool_calls = replies = 0
+    example: str | None = None
+    for record in records:
+        if record["status"] == COMPLETED:
+            died = record["outcome"] == DEATH
+            done.append(_Done(cast("float", record["total_reward"]), died, record["decisions"]))
+        else:
+            failures[cast("str", record["failure"])] += 1
+            example = example or f"patient {record['patient']}: {record['detail']}"
+        decisions += record["decisions"]
+        invalid.update(record["invalid"])
+        tool_calls += record["tool_calls"]
+        replies += len(record["turns"])
+        for turn in record["turns"]:
+            usage.update(turn["reply"]["usage"])
+    rewards = np.array([stay.total_reward for stay in done], np.float64)
+    return {
+        "stays": len(done) + failures.total(),
+        "completed": len(done),
+        "failed": failures.total(),
+        "reward": float(rewards.mean()) if len(done) else None,
+        "reward_se": float(rewards.std(ddof=1) / len(done) ** 0.5) if len(done) > 1 else None,
+        "deaths": 100.0 * sum(stay.died for stay in done) / len(done) if done else None,
+        **_rates(done, step_hours, dose_edges),
+        "decisions": len(decisions),
+        "simulations": _mean(decision["simulations"] for decision in decisions),
+        "invalid_calls": sum(invalid.values()) / len(decisions) if decisions else None,
+        "tool_calls": tool_calls,
+        "replies": replies,
+        "prompt_tokens": usage["prompt_tokens"],
+        "completion_tokens": usage["completion_tokens"],
+        "failures": dict(failures),
+        "failure_example": example,
+        "invalid": dict(invalid),
+    }
+
+
+class _Done(NamedTuple):
+    """Fields of a completed stay that are needed, without its turns."""
+
+    total_reward: float
+    died: bool
+    decisions: Sequence[Mapping[str, float]]
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return float(np.mean(found)) if found else None
+
+
+def _rates(
+    done: list[_Done], step_hours: float, dose_edges: schema.DoseEdges
+) -> dict[str, float | None]:
+    lengths = np.array([len(stay.decisions) for stay in done], np.int32)
+    if not lengths.sum():
+        return dict.fromkeys(RATES)
+    valid = np.arange(lengths.max()) < lengths[:, None]
+
+    def rows(name: str, dtype: DTypeLike = np.float32) -> jax.Array:
+        values = np.zeros(valid.shape, dtype)
+        values[valid] = [decision[name] for stay in done for decision in stay.decisions]
+        return jnp.asarray(values)
+
+    vasopressor, fluid = schema.action_levels(rows("action", np.int32))
+    dose = jnp.where(valid, jnp.asarray(schema.level_doses(dose_edges.fluid))[fluid], 0.0)
+    prescriptions = Prescriptions(
+        meanbp=rows("meanbp"),
+        lactate=rows("lactate"),
+        pf_ratio=sofa.pf_ratio(rows("pao2"), rows("fio2")),
+        vasopressor=vasopressor,
+        previous_vasopressor=rows("previous_vasopressor", np.int32),
+        fluid=fluid,
+        fluid_dose=dose,
+        cumulative_fluid=jnp.cumsum(dose, -1) - dose,
+        step=rows("step", np.int32),
+        valid=jnp.asarray(valid),
+    )
+    report = judge(prescriptions, step_hours).table()
+    return {name: report[name] for name in RATES}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -66,7 +65,7 @@ class ScriptedBackend:
     def __init__(self, script: Script, *, name: str = "scripted"):
         self.script, self.name = script, name
 
-    def open(self, tools: Sequence[Mapping[str, Any]]) -> ScriptedConversation:
+    def open(self, tools: Sequence[Mapping[str, object]]) -> ScriptedConversation:
         """A new dialogue."""
         return ScriptedConversation(self.script)
 

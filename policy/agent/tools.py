@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ _LEVEL = {"type": "integer", "minimum": 0, "maximum": schema.NUM_LEVELS - 1}
 _PAIR = r"\[ ?[0-4] ?, ?[0-4] ?\]"
 _READ_PAIR = re.compile(r"\[ ?([0-4]) ?, ?([0-4]) ?\]", re.ASCII)
 
-SCHEMAS: tuple[Mapping[str, Any], ...] = (
+SCHEMAS: tuple[Mapping[str, object], ...] = (
     {
         "type": "function",
         "function": {
@@ -142,7 +141,7 @@ def simulation_arguments(actions: tuple[int, ...]) -> str:
     return json.dumps({"actions": [json.dumps(pair) for pair in pairs]})
 
 
-def _arguments(text: Any) -> dict[str, Any]:
+def _arguments(text: object) -> dict[str, object]:
     if not isinstance(text, str):
         raise InvalidCallError("not_json")
     if len(text) > MAX_CHARACTERS:
@@ -156,17 +155,17 @@ def _arguments(text: Any) -> dict[str, Any]:
     return value
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len({name for name, _ in pairs}) < len(pairs):
         raise InvalidCallError("duplicate_argument")
     return dict(pairs)
 
 
-def _no_constant(name: str) -> Any:
+def _no_constant(name: str) -> object:
     raise ValueError(f"{name} is not JSON")
 
 
-def _take(arguments: dict[str, Any], *names: str) -> list[Any]:
+def _take(arguments: dict[str, object], *names: str) -> list[object]:
     if any(name not in arguments for name in names):
         raise InvalidCallError("missing_argument")
     if len(arguments) > len(names):
@@ -174,7 +173,7 @@ def _take(arguments: dict[str, Any], *names: str) -> list[Any]:
     return [arguments[name] for name in names]
 
 
-def _level(value: Any) -> int:
+def _level(value: object) -> int:
     if type(value) is not int:  # neither 2.0 nor true is a level
         raise InvalidCallError("wrong_type")
     if not 0 <= value < schema.NUM_LEVELS:
@@ -182,7 +181,7 @@ def _level(value: Any) -> int:
     return value
 
 
-def _pairs(value: Any) -> tuple[int, ...]:
+def _pairs(value: object) -> tuple[int, ...]:
     if not isinstance(value, list):
         raise InvalidCallError("wrong_type")
     if not value:
@@ -192,7 +191,7 @@ def _pairs(value: Any) -> tuple[int, ...]:
     return tuple(_pair(item) for item in value)
 
 
-def _pair(value: Any) -> int:
+def _pair(value: object) -> int:
     if not isinstance(value, str):
         raise InvalidCallError("wrong_type")
     found = _READ_PAIR.fullmatch(value)

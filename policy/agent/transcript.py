@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from policy.agent.dialogue import COMPLETED
+from policy.agent.records import Record
 from worldmodel import schema
 from worldmodel.clinical import rules
 
@@ -19,7 +20,7 @@ class Entry(NamedTuple):
     text: str
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def markdown(record: Record) -> str:
     """The dialogue of a stay as Markdown; messages are fenced code blocks."""
     parts = [f"# Patient {record['patient']}", _headline(record)]
     for entry in entries(record):
@@ -30,7 +31,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def page(record: Mapping[str, Any]) -> str:
+def page(record: Record) -> str:
     """The dialogue of a stay as a self-contained HTML page; messages are escaped."""
     body = "\n".join(
         f"<section><h2>{html.escape(entry.speaker)}</h2><pre>{html.escape(entry.text)}</pre>"
@@ -47,7 +48,7 @@ def page(record: Mapping[str, Any]) -> str:
     )
 
 
-def entries(record: Mapping[str, Any]) -> Iterator[Entry]:
+def entries(record: Record) -> Iterator[Entry]:
     """All messages in order."""
     for turn in record["turns"]:
         for message in turn["messages"]:
@@ -64,7 +65,7 @@ def entries(record: Mapping[str, Any]) -> Iterator[Entry]:
         yield Entry("tool: prescription", record["closing"])
 
 
-def _headline(record: Mapping[str, Any]) -> str:
+def _headline(record: Record) -> str:
     given = ", ".join(
         json.dumps([int(level) for level in schema.action_levels(decision["action"])])
         for decision in record["decisions"]
@@ -80,7 +81,7 @@ def _headline(record: Mapping[str, Any]) -> str:
     )
 
 
-def published_results(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def published_results(records: Iterable[Record]) -> list[dict[str, object]]:
     """One entry per completed stay: metadata and the log of messages.
 
     Failed stays are left out, since the format does not allow them. `real` is the recorded course,
@@ -93,7 +94,7 @@ def published_results(records: Iterable[Mapping[str, Any]]) -> list[dict[str, An
     ]
 
 
-def _metadata(number: int, record: Mapping[str, Any]) -> dict[str, Any]:
+def _metadata(number: int, record: Record) -> dict[str, object]:
     decisions = record["decisions"]
     return {
         "episode_id": number,
@@ -118,6 +119,7 @@ def actions_text(actions: Iterable[int]) -> str:
     return ",".join("[{},{}]".format(*schema.action_levels(int(action))) for action in actions)
 
 
+# fields of several types; a record's decision or `vars` of a `Decision`
 def g1(decision: Mapping[str, Any]) -> bool:
     """Whether a decision leaves hypoperfusion untreated."""
     levels = schema.action_levels(decision["action"])
@@ -134,7 +136,7 @@ def g2(decision: Mapping[str, Any]) -> bool:
     )
 
 
-def _messages(record: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+def _messages(record: Record) -> Iterable[dict[str, object]]:
     for turn in record["turns"]:
         for message in turn["messages"]:
             role = "tool_response" if message["role"] == "tool" else message["role"]

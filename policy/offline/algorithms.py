@@ -115,6 +115,7 @@ class DuelingQ(nnx.Module):
         return value + advantage - advantage.mean(-1, keepdims=True)
 
 
+# networks of several classes, by role
 Networks = dict[str, Any]
 
 LOW_SOFA = 4.0  # below it WD3QNE uses the value of the clinician's action

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,7 +171,7 @@ def _rows(episodes: Episodes, scaler: Scaler, past: int) -> Transitions:
     return transitions(episodes, scaler, past=past)
 
 
-def _observation_space(num_steps: int, past: int) -> dict[str, Any]:
+def _observation_space(num_steps: int, past: int) -> dict[str, object]:
     """`decision_features` as Minari describes a box."""
     low, high = state_feature_bounds(num_steps - 1)
     rows = max(past - 1, 0)

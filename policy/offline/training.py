@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,9 @@ def _train_one(
     per_record = -(-config.updates // RECORDS)
     optimizer = _optimizer(config, RECORDS * per_record)
 
-    def update(learner: _Learner, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Learner, Any]:
+    def update(
+        learner: _Learner, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[_Learner, jax.Array]:
         key, number = inputs
         batch = draw_batch(key, transitions, config)
         loss, gradient = jax.value_and_grad(algorithm.loss)(
@@ -166,7 +168,9 @@ def _train_one(
         targets = optax.incremental_update(networks, learner.targets, share)
         return _Learner(networks, targets, state), loss
 
-    def record(learner: _Learner, inputs: tuple[jax.Array, jax.Array]) -> tuple[_Learner, Any]:
+    def record(
+        learner: _Learner, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[_Learner, jax.Array]:
         learner, losses = jax.lax.scan(update, learner, inputs)
         loss = losses.mean()
         if report is not None:

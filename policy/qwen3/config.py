@@ -49,6 +49,7 @@ class Qwen3Config:
             raise InputError(f"head_dim: got {self.head_dim}, expected an even number")
 
     @classmethod
+    # JSON of a Hugging Face folder, checked field by field
     def from_hf(cls, values: Mapping[str, Any], *, source: str) -> Qwen3Config:
         """The configuration in the contents of a config.json.
 
@@ -89,7 +90,7 @@ class Qwen3Config:
                 raise InputError(f"{source}: {name} = {value!r}, expected {known[name]}")
         return cls(**figures)
 
-    def to_hf(self, *, dtype: str) -> dict[str, Any]:
+    def to_hf(self, *, dtype: str) -> dict[str, object]:
         """The contents of a config.json that transformers 4 and 5 and vLLM read alike.
 
         Args:

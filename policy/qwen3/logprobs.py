@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from policy.qwen3.model import Qwen3, map_chunks, project
@@ -23,10 +24,10 @@ class TokenLogprobs(NamedTuple):
 
 def token_logprobs(
     model: Qwen3,
-    ids: Int[Array, "B T"],
+    ids: Int[Array | np.ndarray, "B T"],
     *,
-    positions: Int[Array, "B T"] | None = None,
-    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
+    segments: Int[Array | np.ndarray, "B T"] | None = None,
     temperature: float | jax.Array = 1.0,
     remat: str = "none",
     chunk: int | None = None,
@@ -59,7 +60,7 @@ def token_logprobs(
 def chunked_logprobs(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "D V"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array | np.ndarray, "B T"],
     *,
     temperature: float | jax.Array = 1.0,
     chunk: int | None = None,
@@ -85,6 +86,6 @@ def chunked_logprobs(
         return TokenLogprobs(logprob, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
 
     result: TokenLogprobs = map_chunks(
-        one, (hidden, targets), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
+        one, (hidden, jnp.asarray(targets)), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
     )
     return result

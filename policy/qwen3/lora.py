@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -47,7 +48,7 @@ class Adapter(nnx.Module):
         """What the product is multiplied by."""
         return self.alpha / self.a.shape[-1]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
         """[..., O] scaled product with the low-rank matrices."""
         low = x @ self.a[...].astype(x.dtype)
         return self.scale * (low @ self.b[...].astype(x.dtype))
@@ -60,7 +61,7 @@ def add_adapters(
     alpha: float,
     rngs: nnx.Rngs,
     targets: Sequence[str] = PROJECTIONS,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
 ) -> Qwen3:
     """A model that shares the given one's weights and has adapters, which change nothing yet.
 
@@ -207,7 +208,7 @@ def _peft_name(projection: str, layer: int, letter: str) -> str:
     return f"base_model.model.model.layers.{layer}.{block}.{projection}.lora_{letter}.weight"
 
 
-def _settings(settings: Any, source: str) -> tuple[int, float, list[str]]:
+def _settings(settings: object, source: str) -> tuple[int, float, list[str]]:
     if not isinstance(settings, Mapping) or settings.get("peft_type") != "LORA":
         raise InputError(f"{source}: not the settings of a LoRA adapter")
     for name, allowed in _REFUSED.items():

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx, struct
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+S = TypeVar("S")  # PyTrees of arrays
+T = TypeVar("T")
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]]
+
+# policies of `jax.checkpoint`, which have no exact type
 REMAT: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -37,7 +43,13 @@ class Cache:
     k: jax.Array  # [L, B, S, K, D]
     v: jax.Array  # [L, B, S, K, D]
 
-    def write(self, layer: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array) -> Cache:
+    def write(
+        self,
+        layer: jax.Array,
+        k: Float[Array, "B T K D"],
+        v: Float[Array, "B T K D"],
+        start: Int[Array, " B"],
+    ) -> Cache:
         """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ..."""
         row = jnp.arange(k.shape[0])[:, None]
         slot = start[:, None] + jnp.arange(k.shape[1])
@@ -50,12 +62,14 @@ class Cache:
 class Linear(nnx.Module):
     """x @ kernel, plus a low-rank adapter where one is attached."""
 
-    def __init__(self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(
+        self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         draw = jax.random.normal(rngs.params(), (n_in, n_out), dtype)
         self.kernel = nnx.Param(config.initializer_range * draw)
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
         """[..., O] product with the kernel, plus the adapter if there is one."""
         y = x @ self.kernel[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
@@ -64,11 +78,11 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation, in float32."""
 
-    def __init__(self, config: Qwen3Config, width: int, *, dtype: Any):
+    def __init__(self, config: Qwen3Config, width: int, *, dtype: DTypeLike):
         self.scale = nnx.Param(jnp.ones((width,), dtype))
         self.eps = config.rms_norm_eps
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*b D"]) -> Float[Array, "*b D"]:
         """[..., D] normalised by the root mean square, in float32."""
         full = x.astype(jnp.float32)
         full = full * jax.lax.rsqrt(jnp.mean(full * full, axis=-1, keepdims=True) + self.eps)
@@ -78,7 +92,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Grouped-query attention; what is attended to is the caller's."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(Linear, config, dtype=dtype, rngs=rngs)
         inner = config.num_attention_heads * config.head_dim
         outer = config.num_key_value_heads * config.head_dim
@@ -90,7 +104,9 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(config, config.head_dim, dtype=dtype)
         self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
 
-    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
+    ) -> tuple[jax.Array, T]:
         """[B, L, D] attention over the rows, and the new memory of keys and values."""
         batch, length, _ = x.shape
 
@@ -107,13 +123,13 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         linear = partial(Linear, config, dtype=dtype, rngs=rngs)
         self.gate_proj = linear(config.hidden_size, config.intermediate_size)
         self.up_proj = linear(config.hidden_size, config.intermediate_size)
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """[B, L, D] SwiGLU of [B, L, D]."""
         inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(constrain(inner, "batch", "length", "mlp"))
@@ -122,13 +138,15 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each on normed input and added to the stream."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
         self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: Any, attend: Attend) -> tuple[jax.Array, Any]:
+    def __call__(
+        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
+    ) -> tuple[jax.Array, T]:
         """[B, L, D] after attention and MLP, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")
@@ -139,11 +157,11 @@ class Layer(nnx.Module):
 class Embedding(nnx.Module):
     """A table [V, D] of token embeddings."""
 
-    def __init__(self, config: Qwen3Config, *, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
         draw = jax.random.normal(rngs.params(), (config.vocab_size, config.hidden_size), dtype)
         self.embedding = nnx.Param(config.initializer_range * draw)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """[B, L, D] embeddings of ids [B, L]."""
         return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
 
@@ -162,8 +180,8 @@ class Qwen3(nnx.Module):
         self,
         config: Qwen3Config,
         *,
-        dtype: Any = jnp.float32,
-        param_dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.config = config
@@ -186,14 +204,14 @@ class Qwen3(nnx.Module):
 
     def hidden(
         self,
-        ids: jax.Array,
+        ids: Int[Array | np.ndarray, "B T"],
         *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        shared: jax.Array | None = None,
+        positions: Int[Array | np.ndarray, "B T"] | None = None,
+        segments: Int[Array | np.ndarray, "B T"] | None = None,
+        shared: Bool[Array | np.ndarray, "B T"] | None = None,
         remat: str = "none",
         query_block: int | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, "B T D"]:
         """Final normed hidden states [B, T, D] of whole sequences, padded or packed.
 
         Args:
@@ -206,6 +224,10 @@ class Qwen3(nnx.Module):
           remat: what the backward pass keeps, one of `REMAT`.
           query_block: see `attention.attend`.
         """
+        ids = jnp.asarray(ids)
+        positions = None if positions is None else jnp.asarray(positions)
+        segments = None if segments is None else jnp.asarray(segments)
+        shared = None if shared is None else jnp.asarray(shared)
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segments is None:
@@ -226,7 +248,9 @@ class Qwen3(nnx.Module):
         x, _ = jax.lax.scan(one, self._embed(ids), stacked)
         return self.norm(x)
 
-    def extend(self, ids: jax.Array, start: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    def extend(
+        self, ids: Int[Array, "B T"], start: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Reads further tokens after what a cache holds.
 
         Args:
@@ -272,13 +296,13 @@ class Qwen3(nnx.Module):
         )
         return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
 
-    def head(self) -> jax.Array:
+    def head(self) -> Float[Array, "D V"]:
         """[D, V] output projection; the transposed embeddings where they are tied."""
         if self.lm_head is None:
             return self.embed_tokens.embedding[...].T
         return self.lm_head.kernel[...]
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: Float[Array, "*b D"]) -> Float[Array, "*b V"]:
         """[..., V] float32 logits of hidden states [..., D]."""
         return project(hidden, self.head())
 
@@ -286,7 +310,7 @@ class Qwen3(nnx.Module):
         return constrain(self.embed_tokens(ids).astype(self.dtype), "batch", "length", "embed")
 
 
-def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+def project(hidden: Float[Array, "*b D"], head: Float[Array, "D V"]) -> Float[Array, "*b V"]:
     """[..., V] float32 logits; operands in the type of the hidden states, sums in float32."""
     return jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
@@ -312,14 +336,18 @@ class Tokens(NamedTuple):
     shared: jax.Array | None = None  # [B, T] bool: keys that later positions of any segment see
 
 
-def rotary(position: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary(
+    position: Int[Array, "B T"], head_dim: int, theta: float
+) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine [B, T, 1, head_dim / 2] float32 of the rotary embedding's angles."""
     exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     angle = position[..., None, None].astype(jnp.float32) * (1.0 / theta**exponent)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(
+    x: Float[Array, "B T H D"], angles: tuple[jax.Array, jax.Array]
+) -> Float[Array, "B T H D"]:
     """Heads [B, T, H, head_dim] turned by their positions; halves are pairs, as in the weights."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -328,14 +356,14 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
     queries: Tokens,
     keys: Tokens,
     *,
     block: int | None = None,
-) -> jax.Array:
+) -> Float[Array, "B T H D"]:
     """Causal softmax attention with scores and weights in float32.
 
     Args:
@@ -373,12 +401,12 @@ def _attend(
     sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(sees[:, None, None], scores, float(np.finfo(np.float32).min))
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 
 
-def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
+def map_chunks(f: Callable[[S], T], arrays: S, size: int) -> T:
     """Applies f to pieces of the second axis, one after another, and concatenates the results.
 
     Args:
@@ -401,4 +429,5 @@ def map_chunks(f: Callable[[Any], Any], arrays: Any, size: int) -> Any:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
 
-    return jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))
+    result: T = jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))
+    return result

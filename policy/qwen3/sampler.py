@@ -10,16 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
 from policy.qwen3.model import Cache, Qwen3
 from worldmodel.errors import InputError
+
+ArrayT = TypeVar("ArrayT")  # lists or NumPy arrays before, JAX arrays inside a jitted function
 
 SMALLEST_BUCKET = 32
 
@@ -103,13 +106,13 @@ def generate(
     return [_of_row(out, row) for row in range(len(draws))]
 
 
-class _Settings(NamedTuple):
-    length: Any  # [B]
-    limit: Any  # [B]
-    seed: Any  # [B, 2] uint32
-    temperature: Any  # [B]
-    top_p: Any  # [B], or None where every row draws from all tokens
-    stop_ids: Any  # [K], filled up with -1
+class _Settings(NamedTuple, Generic[ArrayT]):
+    length: ArrayT  # [B]
+    limit: ArrayT  # [B]
+    seed: ArrayT  # [B, 2] uint32
+    temperature: ArrayT  # [B]
+    top_p: ArrayT | None  # [B], or None where every row draws from all tokens
+    stop_ids: ArrayT  # [K], filled up with -1
 
 
 class _State(NamedTuple):
@@ -123,7 +126,14 @@ class _State(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("graphdef", "most"))
-def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most: int) -> _State:
+def _generate(
+    graphdef: nnx.GraphDef[Qwen3],
+    state: object,
+    ids: jax.Array,
+    settings: _Settings[jax.Array],
+    *,
+    most: int,
+) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
     cache = model.empty_cache(batch, width + most)
@@ -167,11 +177,11 @@ def _generate(graphdef: Any, state: Any, ids: Any, settings: _Settings, *, most:
 
 
 def draw_token(
-    logits: jax.Array,
-    seed: jax.Array,
-    position: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array | None = None,
+    logits: Float[Array, " V"],
+    seed: Shaped[Array, " 2"],
+    position: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_p: Float[Array, ""] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draws one token.
 
@@ -197,7 +207,7 @@ def draw_token(
     return token, logprob, jax.nn.log_softmax(logits)[token]
 
 
-def nucleus(probs: jax.Array, top_p: jax.Array) -> jax.Array:
+def nucleus(probs: Float[Array, " V"], top_p: Float[Array, ""]) -> Bool[Array, " V"]:
     """[V] bool: the least set of most probable tokens whose mass reaches `top_p`.
 
     Equally probable tokens at its edge are all in. The edge is found by bisection over the bits
@@ -284,12 +294,12 @@ def score(model: Qwen3, questions: Sequence[Question]) -> list[list[float]]:
     return scores
 
 
-class _Row(NamedTuple):
-    ids: Any  # [T]
-    position: Any  # [T]
-    segment: Any  # [T]; 1 for the prompt, then one per continuation, 0 for padding
-    before: Any  # [N] index of the token before each token of a continuation
-    target: Any  # [N]
+class _Row(NamedTuple, Generic[ArrayT]):
+    ids: ArrayT  # [T]
+    position: ArrayT  # [T]
+    segment: ArrayT  # [T]; 1 for the prompt, then one per continuation, 0 for padding
+    before: ArrayT  # [N] index of the token before each token of a continuation
+    target: ArrayT  # [N]
 
 
 def _groups(continuations: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]:
@@ -304,7 +314,7 @@ def _groups(continuations: Sequence[Sequence[int]]) -> list[list[Sequence[int]]]
     return groups
 
 
-def _pack(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Row:
+def _pack(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Row[list[int]]:
     length = len(prompt)
     ids, position, segment = list(prompt), list(range(length)), [1] * length
     before: list[int] = []
@@ -317,7 +327,7 @@ def _pack(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Row
     return _Row(ids, position, segment, before, ids[length:])
 
 
-def _stack(rows: Sequence[_Row]) -> _Row:
+def _stack(rows: Sequence[_Row[list[int]]]) -> _Row[np.ndarray]:
     def padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
         out = np.zeros(
             (bucket(len(lists)), bucket(max(map(len, lists)), SMALLEST_BUCKET)), np.int32
@@ -330,7 +340,7 @@ def _stack(rows: Sequence[_Row]) -> _Row:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _logprobs(graphdef: Any, state: Any, batch: _Row) -> jax.Array:
+def _logprobs(graphdef: nnx.GraphDef[Qwen3], state: object, batch: _Row[jax.Array]) -> jax.Array:
     model: Qwen3 = nnx.merge(graphdef, state)
     hidden = model.hidden(
         batch.ids, positions=batch.position, segments=batch.segment, shared=batch.segment == 1

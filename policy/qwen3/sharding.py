@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
@@ -13,8 +13,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from policy.qwen3.config import Qwen3Config
 from worldmodel.errors import InputError
 
+T = TypeVar("T")  # a PyTree or a module
 
-def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Any = None) -> Mesh:
+
+def make_mesh(
+    *, data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """A mesh of `data` x `fsdp` x `tensor` devices.
 
     Args:
@@ -56,14 +60,15 @@ def check_divisible(config: Qwen3Config, mesh: Mesh) -> None:
             )
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+# the structure is that of the tree
+def shardings(tree: object, mesh: Mesh) -> Any:
     """How each array of a tree lies on the mesh.
 
     Args:
       tree: a model's state, its gradients, or the state of an optimiser over it; arrays or shapes.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[object, ...], leaf: jax.Array) -> NamedSharding:
         names = [getattr(key, "key", getattr(key, "name", None)) for key in path]
         names = [name for name in names if isinstance(name, str) and name != "value"]
         return NamedSharding(mesh, param_spec(names, leaf.ndim))
@@ -76,26 +81,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def shard(tree: Any, mesh: Mesh) -> Any:
+def shard(tree: T, mesh: Mesh) -> T:
     """A model's or an optimiser's state, laid out over the mesh."""
-    return jax.device_put(tree, shardings(tree, mesh))
+    placed: T = jax.device_put(tree, shardings(tree, mesh))
+    return placed
 
 
-def abstract(make: Callable[[], Any], mesh: Mesh) -> Any:
+def abstract(make: Callable[[], T], mesh: Mesh) -> T:
     """Shapes, types and shardings of a tree that is never made.
 
     Args:
       make: gives the tree; a module's state, an optimiser's, ...
     """
     shapes = jax.eval_shape(make)
-    return jax.tree.map(
+    result: T = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
         shardings(shapes, mesh),
     )
+    return result
 
 
-def init_sharded(make: Callable[[], nnx.Module], mesh: Mesh) -> Any:
+def init_sharded(make: Callable[[], T], mesh: Mesh) -> T:
     """A module whose parameters are made where they will lie; no device holds them all.
 
     Args:
@@ -103,14 +110,15 @@ def init_sharded(make: Callable[[], nnx.Module], mesh: Mesh) -> Any:
     """
     graphdef = nnx.graphdef(nnx.eval_shape(make))
 
-    def state() -> Any:
+    def state() -> object:
         return nnx.state(make())
 
     places = shardings(jax.eval_shape(state), mesh)
-    return nnx.merge(graphdef, jax.jit(state, out_shardings=places)())
+    made: T = nnx.merge(graphdef, jax.jit(state, out_shardings=places)())
+    return made
 
 
-def bytes_per_device(tree: Any) -> int:
+def bytes_per_device(tree: object) -> int:
     """Bytes that one device holds of arrays or shapes with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -154,7 +162,7 @@ def to_mesh(logical: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*(RULES[name] for name in logical))
 
 
-def param_spec(path: Sequence[Any], ndim: int) -> PartitionSpec:
+def param_spec(path: Sequence[object], ndim: int) -> PartitionSpec:
     """How the array at a path lies on the mesh.
 
     Args:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -37,11 +38,16 @@ _COMPANIONS = (  # what a tokenizer and a sampler need beside the weights
     "vocab.json",
 )
 
+# names and numbers of layers, as flax gives them
 Key = tuple[Any, ...]
 
 
 def load(
-    path: str | Path, *, dtype: Any = None, param_dtype: Any = None, mesh: Mesh | None = None
+    path: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
+    mesh: Mesh | None = None,
 ) -> Qwen3:
     """A Qwen3 from a Hugging Face folder (config.json, one or several safetensors files).
 
@@ -148,7 +154,7 @@ class _Tensors:
             )
         self.dtype = _DTYPES[kinds.pop()]
 
-    def read(self, key: Key, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    def read(self, key: Key, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
         """The array of a parameter of our model: stacked, kernels as [in, out]."""
         transposed = key[-1] == "kernel"
         if key[0] != "layers":
@@ -195,7 +201,7 @@ def _hf_name(key: Key, layer: int | None = None) -> str:
     return "lm_head.weight" if key[0] == "lm_head" else f"model.{key[0]}.weight"
 
 
-def _tensor_sizes(key: Key, param: Any) -> Iterator[tuple[str, int]]:
+def _tensor_sizes(key: Key, param: jax.Array) -> Iterator[tuple[str, int]]:
     size = int(np.prod(param.shape)) * jnp.dtype(param.dtype).itemsize
     if key[0] != "layers":
         yield _hf_name(key), size
@@ -204,8 +210,8 @@ def _tensor_sizes(key: Key, param: Any) -> Iterator[tuple[str, int]]:
         yield _hf_name(key, layer), size // param.shape[0]
 
 
-def _hf_tensors(key: Key, param: Any, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
-    def tensor(value: Any) -> np.ndarray:
+def _hf_tensors(key: Key, param: jax.Array, wanted: set[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def tensor(value: jax.Array) -> np.ndarray:
         array = np.asarray(value)
         return np.ascontiguousarray(array.T if key[-1] == "kernel" else array)
 

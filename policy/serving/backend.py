@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 STOP, LENGTH, TOOL_CALLS = "stop", "length", "tool_calls"
 
+# values are texts and lists of calls, read by their role
 Message = Mapping[str, Any]
 """A chat message in OpenAI's form: role, content, and `tool_call_id` where the role is tool."""
 
@@ -90,7 +91,7 @@ class Backend(Protocol):
 
     name: str  # for records: the model's name or folder
 
-    def open(self, tools: Sequence[Mapping[str, Any]]) -> Conversation:
+    def open(self, tools: Sequence[Mapping[str, object]]) -> Conversation:
         """A new dialogue with tools as JSON schemas in OpenAI's form."""
         ...
 
@@ -129,9 +130,9 @@ class Generator(Protocol):
         ...
 
 
-def as_message(reply: Reply) -> dict[str, Any]:
+def as_message(reply: Reply) -> dict[str, object]:
     """A reply as a message in OpenAI's form."""
-    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    message: dict[str, object] = {"role": "assistant", "content": reply.content}
     if reply.tool_calls:
         message["tool_calls"] = [
             {

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
@@ -15,7 +15,7 @@ Answer = TypeVar("Answer")
 _SETTLED = 16  # rounds of the event loop without a new request
 
 
-def _alike(_: Any) -> Hashable:
+def _alike(_: object) -> Hashable:
     return None
 
 

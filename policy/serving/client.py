@@ -106,8 +106,8 @@ class Client:
     async def post(
         self,
         path: str,
-        body: Mapping[str, Any] | None,
-        read: Callable[[Any], T],
+        body: Mapping[str, object] | None,
+        read: Callable[[object], T],
         *,
         query: Mapping[str, str] | None = None,
     ) -> T:
@@ -125,11 +125,11 @@ class Client:
         found: T = await self._with_retries("POST", path, body, read, query or {})
         return found
 
-    async def tell(self, path: str, body: Mapping[str, Any]) -> None:
+    async def tell(self, path: str, body: Mapping[str, object]) -> None:
         """Like `post`, for endpoints whose body does not matter."""
         await self._with_retries("POST", path, body, None, {})
 
-    async def get(self, path: str, read: Callable[[Any], T]) -> T:
+    async def get(self, path: str, read: Callable[[object], T]) -> T:
         """Like `post`, without a body."""
         found: T = await self._with_retries("GET", path, None, read, {})
         return found
@@ -144,10 +144,10 @@ class Client:
         self,
         method: str,
         path: str,
-        body: Mapping[str, Any] | None,
-        read: Callable[[Any], T] | None,
+        body: Mapping[str, object] | None,
+        read: Callable[[object], T] | None,
         query: Mapping[str, str],
-    ) -> Any:
+    ) -> Any:  # what `read` made of the reply
         endpoint = self.endpoint
         faults = failures = 0
         away_since: float | None = None
@@ -178,7 +178,7 @@ class Client:
                 await asyncio.sleep(wait)
 
     async def _once(
-        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str]
+        self, method: str, path: str, body: Mapping[str, object] | None, query: Mapping[str, str]
     ) -> str:
         import openai
 
@@ -219,7 +219,7 @@ class Client:
         return text.replace(self._key, "***") if self._key else text
 
 
-def _read(text: str, read: Callable[[Any], T]) -> T:
+def _read(text: str, read: Callable[[object], T]) -> T:
     try:
         return read(json.loads(text, parse_constant=_refuse))
     except (ValueError, MalformedError) as error:
@@ -252,7 +252,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def member(value: Any, name: str, kind: type[T] | tuple[type[T], ...]) -> T:
+def member(value: object, name: str, kind: type[T] | tuple[type[T], ...]) -> T:
     """A member of a JSON object, of the expected type.
 
     Raises:
@@ -266,7 +266,7 @@ def member(value: Any, name: str, kind: type[T] | tuple[type[T], ...]) -> T:
     return found
 
 
-def integers(value: Any, name: str) -> tuple[int, ...]:
+def integers(value: object, name: str) -> tuple[int, ...]:
     """A list of integers.
 
     Raises:

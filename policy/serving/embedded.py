@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+from jax.typing import DTypeLike
 
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
@@ -18,6 +20,9 @@ from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, bucket, genera
 from policy.qwen3.weights import load
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
 from policy.serving.batching import Batcher, Lockstep
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class _Weights(NamedTuple):
@@ -73,7 +78,12 @@ class EmbeddedGenerator:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, *, dtype: Any = None, param_dtype: Any = None, **settings: Any
+        cls,
+        folder: str | Path,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        **settings: Any,  # settings of the generator, passed on as they are
     ) -> EmbeddedGenerator:
         """A generator from a Hugging Face folder, with its end-of-sequence tokens as stop tokens.
 
@@ -142,10 +152,10 @@ class EmbeddedGenerator:
         return score(self._weights.model, questions)
 
 
-def _as_backend_error(answer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _as_backend_error(answer: Callable[[S], T]) -> Callable[[S], T]:
     """Wraps a function so that every exception becomes a `BackendError`."""
 
-    def wrapped(asked: Any) -> Any:
+    def wrapped(asked: S) -> T:
         try:
             return answer(asked)
         except Exception as error:  # passed on to the dialogues

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from policy.serving.backend import ToolCall
 
@@ -74,7 +74,7 @@ def _call(body: str) -> tuple[str, str]:
         return "", body
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len({name for name, _ in pairs}) < len(pairs):
         raise ValueError("a name is given twice")
     return dict(pairs)

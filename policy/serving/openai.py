@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeVar
 
 from policy.serving.backend import (
     LENGTH,
@@ -19,6 +19,8 @@ from policy.serving.backend import (
 )
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
 
+T = TypeVar("T")
+
 _UNKNOWN = -9999.0  # stands for one that vLLM does not have, or cannot write as JSON
 
 REASONING_MODELS = frozenset({"temperature", "top_p", "seed"})
@@ -32,7 +34,7 @@ class ChatOptions:
     vllm: bool = False  # gives token ids and log-probabilities of what it read and wrote
     omit: frozenset[str] = frozenset()  # parameters not to send; see REASONING_MODELS
     limit: str = "max_completion_tokens"  # what the limit is called; older ones: max_tokens
-    extra: Mapping[str, Any] = field(default_factory=dict)  # sent as it is, reasoning_effort say
+    extra: Mapping[str, object] = field(default_factory=dict)  # sent as it is, reasoning_effort say
 
 
 class OpenAIBackend:
@@ -55,7 +57,7 @@ class OpenAIBackend:
         self.options = options or ChatOptions()
         self._client = Client(endpoint, key=key)
 
-    def open(self, tools: Sequence[Mapping[str, Any]]) -> OpenAIConversation:
+    def open(self, tools: Sequence[Mapping[str, object]]) -> OpenAIConversation:
         """A new dialogue with tools as JSON schemas in OpenAI's form."""
         return OpenAIConversation(self._client, self.options, tools)
 
@@ -68,12 +70,12 @@ class OpenAIConversation:
     """One dialogue; all of it is sent every time."""
 
     def __init__(
-        self, client: Client, options: ChatOptions, tools: Sequence[Mapping[str, Any]]
+        self, client: Client, options: ChatOptions, tools: Sequence[Mapping[str, object]]
     ) -> None:
         """Starts with nothing said; see `OpenAIBackend.open`."""
         self._client, self._options = client, options
         self._tools = [dict(tool) for tool in tools]
-        self._said: list[dict[str, Any]] = []
+        self._said: list[Message] = []
 
     async def ask(self, messages: Sequence[Message], *, sampling: Sampling, seed: int) -> Reply:
         """Appends messages and lets the model speak; see `Conversation.ask`.
@@ -84,7 +86,7 @@ class OpenAIConversation:
         """
         options = self._options
         said = [*self._said, *(dict(message) for message in messages)]
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": self._client.endpoint.model,
             "messages": said,
             "temperature": sampling.temperature,
@@ -106,7 +108,7 @@ class OpenAIConversation:
         return reply
 
 
-def _reply(found: Any, options: ChatOptions) -> Reply:
+def _reply(found: object, options: ChatOptions) -> Reply:
     choices = member(found, "choices", list)
     if len(choices) != 1:
         raise MalformedError(f"{len(choices)} choices")
@@ -146,7 +148,7 @@ def _reply(found: Any, options: ChatOptions) -> Reply:
     )
 
 
-def _call(call: Any) -> ToolCall:
+def _call(call: object) -> ToolCall:
     function = member(call, "function", dict)
     return ToolCall(
         id=member(call, "id", str),
@@ -155,7 +157,7 @@ def _call(call: Any) -> ToolCall:
     )
 
 
-def _optional(value: Any, name: str, kind: type) -> Any:
+def _optional(value: object, name: str, kind: type[T]) -> T | None:
     if not isinstance(value, dict) or value.get(name) is None:
         return None
     return member(value, name, kind)

@@ -35,6 +35,7 @@ class ChatTokens:
       InputError: there is no such template.
     """
 
+    # transformers has no one class of tokenizers
     def __init__(self, tokenizer: Any):
         if not getattr(tokenizer, "chat_template", None) or not tokenizer.eos_token:
             raise InputError("tokenizer: has no chat template; give a folder of a chat model")
@@ -56,11 +57,13 @@ class ChatTokens:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{path}: no readable tokenizer ({first})") from None
 
-    def first(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def first(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]
+    ) -> list[int]:
         """The ids that begin a dialogue, up to where the model speaks."""
         return self._encode(self._render(messages, tools))
 
-    def more(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[int]:
+    def more(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> list[int]:
         """The ids that follow a reply with its end token, up to where the model speaks again."""
         before = [{"role": "user", "content": "."}, {"role": "assistant", "content": _MARK}]
         text = self._render([*before, *messages], tools)
@@ -80,7 +83,7 @@ class ChatTokens:
         """Ids of a piece of a reply."""
         return self._encode(text)
 
-    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> str:
+    def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> str:
         result: str = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,
@@ -106,7 +109,7 @@ class TokenBackend:
         self.generator, self.tokens = generator, tokens
         self.name = generator.name
 
-    def open(self, tools: Sequence[Mapping[str, Any]]) -> TokenConversation:
+    def open(self, tools: Sequence[Mapping[str, object]]) -> TokenConversation:
         """A new dialogue."""
         return TokenConversation(self, tools)
 
@@ -118,7 +121,7 @@ class TokenBackend:
 class TokenConversation:
     """One dialogue; `ids` only grows."""
 
-    def __init__(self, backend: TokenBackend, tools: Sequence[Mapping[str, Any]]):
+    def __init__(self, backend: TokenBackend, tools: Sequence[Mapping[str, object]]):
         self._backend, self._tools = backend, tools
         self._turns = 0
         self.ids: list[int] = []

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from policy.agent.dialogue import Stay
 from policy.agent.forecast import ForecastConfig, Forecaster
@@ -24,11 +25,11 @@ from policy.simple import GuidelineRules
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, batches, cut, pack, written
 from policy.train.data.qa_sampling import Question, as_dialogue
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import Report
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import EpisodeRunner
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -66,6 +67,7 @@ WHOLE_STAYS = (
 )
 """Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
 
+# whole and real numbers, as the arguments of `make_tiny`
 _SIZE: dict[str, Any] = {
     "layers": 1,
     "hidden": 64,
@@ -139,7 +141,7 @@ def taught_tiny(
     phases: tuple[TrainingPhase, ...] = PHASES,
     demonstrator: PolicyFn | None = None,
     report: Callable[[Report], None] | None = None,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     **size: Any,
 ) -> Path:
     """Writes a tiny Qwen3 folder whose replies are valid tool calls in the compact dialogue.

@@ -10,11 +10,11 @@ import random
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.model import Qwen3
@@ -88,7 +88,7 @@ def make_tiny(
     tied: bool = True,
     rope_theta: float = 1e6,
     initializer_range: float = 0.02,
-    dtype: Any = "float32",
+    dtype: DTypeLike = "float32",
     texts: Iterable[str] | None = None,
     brief: bool = False,
 ) -> Path:

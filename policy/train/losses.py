@@ -6,12 +6,12 @@ The caller adds sums over a whole batch and divides once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num, Shaped
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
@@ -57,12 +57,12 @@ LOG_RATIO_LIMIT = 20.0
 """Bound on the absolute value of log ratios, so that their exponentials stay finite."""
 
 
-def bounded_exp(log_ratio: jax.Array) -> jax.Array:
+def bounded_exp(log_ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """The exponential of a log ratio clipped to `LOG_RATIO_LIMIT`."""
     return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
-def k3(log_ratio: jax.Array) -> jax.Array:
+def k3(log_ratio: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """exp(x) - x - 1, never negative, whose mean under q is KL(q, p) where x = log p / q."""
     bounded = jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return jnp.expm1(bounded) - bounded
@@ -71,11 +71,12 @@ def k3(log_ratio: jax.Array) -> jax.Array:
 class SegmentMeans:
     """Sums and means over the learned tokens of each segment, repeated at each of its tokens."""
 
-    def __init__(self, learned: jax.Array, segments: jax.Array):
-        self._segments = segments
+    def __init__(self, learned: jax.Array | np.ndarray, segments: jax.Array | np.ndarray):
+        learned = jnp.asarray(learned)
+        self._segments = jnp.asarray(segments)
         self.count = jnp.maximum(self.sum(learned.astype(jnp.float32)), 1.0)
 
-    def sum(self, x: jax.Array) -> jax.Array:
+    def sum(self, x: Num[Array, "R L"]) -> Num[Array, "R L"]:
         """[R, L] sums per segment, row by row, so that rows can be sharded over devices."""
 
         def one(x: jax.Array, segments: jax.Array) -> jax.Array:
@@ -84,13 +85,15 @@ class SegmentMeans:
 
         return jax.vmap(one)(x, self._segments)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Num[Array, "R L"]) -> Float[Array, "R L"]:
         """[R, L] mean over the learned tokens of each segment."""
         return self.sum(x) / self.count
 
 
 def mismatch(
-    sampler_logprobs: np.ndarray, old_logprobs: np.ndarray, mask: np.ndarray
+    sampler_logprobs: Float[Array | np.ndarray, "*b"],
+    old_logprobs: Float[Array | np.ndarray, "*b"],
+    mask: Shaped[Array | np.ndarray, "*b"],
 ) -> dict[str, float]:
     """Difference of the trainer's log-probabilities from the sampler's, before any update.
 
@@ -130,14 +133,18 @@ class RolloutRows(NamedTuple):
     distribution, at the temperature of the sampler.
     """
 
-    ids: Any  # int32
-    positions: Any  # int32, counted within a dialogue
-    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
-    mask: Any  # bool, tokens to learn
-    sampler_logprobs: Any  # float32, log-probability under the sampler when drawn
-    old_logprobs: Any  # float32, under the trainer's weights at the start of the update
-    reference: Any  # float32, under the reference model; unused where beta is 0
-    advantage: Any  # float32
+    ids: jax.Array | np.ndarray  # int32
+    positions: jax.Array | np.ndarray  # int32, counted within a dialogue
+    segments: jax.Array | np.ndarray  # int32, one number per dialogue in a row; 0 marks padding
+    mask: jax.Array | np.ndarray  # bool, tokens to learn
+    sampler_logprobs: (
+        jax.Array | np.ndarray
+    )  # float32, log-probability under the sampler when drawn
+    old_logprobs: (
+        jax.Array | np.ndarray
+    )  # float32, under the trainer's weights at the start of the update
+    reference: jax.Array | np.ndarray  # float32, under the reference model; unused where beta is 0
+    advantage: jax.Array | np.ndarray  # float32
 
 
 @dataclass(frozen=True)
@@ -297,7 +304,7 @@ def surrogate_loss(
     """
     learned = rows.mask & (rows.positions > 0)
 
-    def own(x: Any, other: float = 0.0) -> jax.Array:
+    def own(x: jax.Array | np.ndarray, other: float = 0.0) -> jax.Array:
         """Replaces values of tokens that are not learned, which may not be finite."""
         return jnp.where(learned, x, other)
 

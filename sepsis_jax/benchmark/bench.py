@@ -12,8 +12,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from sepsis_jax.benchmark.flops import minimal_flops, plain_flops
-from sepsis_jax.benchmark.hardware import jax_products, torch_products
+from sepsis_jax.benchmark.hardware import jax_products, minimal_flops, plain_flops, torch_products
 from sepsis_jax.benchmark.jax_runners import (
     QUESTION,
     agent_questions,

@@ -28,12 +28,12 @@ from worldmodel.simulate.step import advance
 from worldmodel.simulate.unroll import RolloutConfig
 
 
-def checksum(found: Any) -> float:
+def checksum(found: object) -> float:
     """Sum of everything that was returned, NaN left out."""
     return float(sum(np.nansum(np.asarray(leaf), dtype=np.float64) for leaf in _leaves(found)))
 
 
-def _leaves(found: Any) -> list[Any]:
+def _leaves(found: object) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(found) if hasattr(leaf, "shape")]
 
 
@@ -42,7 +42,8 @@ def plain_model(job: Workload) -> Contender:
     start, plans = job.flat()
     branches = job.shape.branches
 
-    def run(world_model: WorldModel, start: History, key: jax.Array, plans: jax.Array) -> Any:
+    def run(world_model: WorldModel, start: History, key: jax.Array, plans: jax.Array) -> object:
+        # what is kept depends on the model's outputs
         def step(history: History, inputs: tuple[jax.Array, jax.Array]) -> Any:
             h, action = inputs
             noise = jax.random.normal(jax.random.fold_in(key, h), (branches, schema.NUM_FEATURES))
@@ -67,7 +68,7 @@ def jitted_rollout(
 ) -> Contender:
     """`rollout` in one jitted call."""
 
-    def run(world_model: WorldModel, start: History, key: jax.Array) -> Any:
+    def run(world_model: WorldModel, start: History, key: jax.Array) -> object:
         return rollout(
             world_model,
             key,
@@ -84,9 +85,9 @@ def jitted_rollout(
 def _compiled(
     name: str,
     job: Workload,
-    function: Callable[..., Any],
-    before: tuple[Any, ...],
-    after: tuple[Any, ...],
+    function: Callable[..., object],
+    before: tuple[object, ...],
+    after: tuple[object, ...],
     *,
     precision: str | None = None,
 ) -> Contender:
@@ -96,7 +97,7 @@ def _compiled(
     lower = partial(jitted.lower, *before, jax.random.key(0), *after)
     call, seconds = seconds_of(lambda: lower().compile())
 
-    def run(repeat: int) -> Any:
+    def run(repeat: int) -> object:
         return jax.block_until_ready(call(*before, jax.random.key(repeat + 1), *after))
 
     return Contender(
@@ -120,7 +121,7 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     sharded_rollout = ShardedRollout(job.world_model, mesh, shape, settings)
     plans = jnp.asarray(job.plans)
 
-    def run(repeat: int) -> Any:
+    def run(repeat: int) -> object:
         return rollout_block(
             sharded_rollout, jax.random.key(repeat + 1), job.start, plans, job.shape.samples
         )
@@ -138,7 +139,7 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     )
 
 
-def _memory(compiled: Any) -> int | None:
+def _memory(compiled: jax.stages.Compiled) -> int | None:
     """Bytes of arguments, results and temporaries of a compiled call."""
     analysis = compiled.memory_analysis()
     if analysis is None:

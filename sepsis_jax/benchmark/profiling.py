@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,9 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     }
 
 
-def _placed(compiled: Any, job: Workload, inputs: tuple[Any, ...]) -> Callable[[], object]:
+def _placed(
+    compiled: jax.stages.Compiled, job: Workload, inputs: tuple[object, ...]
+) -> Callable[[], object]:
     """A call of a compiled program with its inputs where it wants them."""
     arguments, _ = compiled.input_shardings
     leaves = jax.device_put((job.world_model, None, *inputs), arguments)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.benchmark.flops import Shape
+from sepsis_jax.benchmark.hardware import Shape
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from sepsis_jax.runs import Progress, silent
+
+T = TypeVar("T")
 
 # Thread pools spin for some milliseconds after their work, on cores that the next one needs.
 _SETTLE = 0.03
@@ -33,9 +35,10 @@ class Contender:
     """
 
     name: str
-    run: Callable[[int], Any]
+    run: Callable[[int], object]
     work: float
     branches: int = 0
+    # whatever `run` returns
     checksum: Callable[[Any], float] | None = None
     compile_seconds: float | None = None
     memory_bytes: int | None = None
@@ -97,7 +100,7 @@ def best(timed: Sequence[Timed]) -> Timed:
     return max(timed, key=lambda found: float(np.median(found.rates)))
 
 
-def seconds_of(function: Callable[[], Any]) -> tuple[Any, float]:
+def seconds_of(function: Callable[[], T]) -> tuple[T, float]:
     """The result of a call, and its seconds."""
     start = time.perf_counter()
     found = function()

@@ -44,7 +44,7 @@ def torch_contender(torch: ModuleType, job: Workload, device: str, name: str) ->
     started = torch_rollout.start(start)
     actions = torch.tensor(np.asarray(plans, np.int64), device=device)
 
-    def run(repeat: int) -> Any:
+    def run(repeat: int) -> object:
         torch.manual_seed(repeat)
         found = torch_rollout.run(started, actions)
         if device == "cuda":
@@ -119,7 +119,7 @@ class TorchRollout:
         self.models = TorchModels(torch, world_model, device, unrolled=compiled)
         scaler = world_model.scaler
 
-        def tensor(values: Any) -> Tensor:
+        def tensor(values: object) -> Tensor:
             return torch.tensor(np.asarray(values, np.float32), device=device)
 
         self.mean, self.std = tensor(scaler.mean), tensor(scaler.std)

@@ -10,7 +10,7 @@ from typing import Any
 from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
-CHOICES: dict[str, tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[object, ...]] = {
     "step_hours": (1, 2, 4, 8),
     "stays": ("first", "first-septic", "all"),
     "mimic_code": ("2026-07", "before"),
@@ -147,6 +147,7 @@ class CohortOptions:
         return values
 
 
+# values of several types, checked by `CohortOptions`
 def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
     """The options under which derived tables equal mimic-code's DuckDB tables.
 

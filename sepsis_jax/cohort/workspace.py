@@ -13,7 +13,7 @@ from typing import Any
 import duckdb
 import pandas as pd
 
-from sepsis_jax.cohort import charlson, items
+from sepsis_jax.cohort import items
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import RawTable, reading
 from sepsis_jax.runs import JsonDict
@@ -32,7 +32,7 @@ class Workspace:
 
     def run(self, name: str) -> None:
         """Runs `sql/<name>.sql`."""
-        file = resources.files("sepsis_jax.cohort.sql").joinpath(f"{name}.sql")
+        file = resources.files("sepsis_jax.cohort").joinpath("sql", f"{name}.sql")
         self.connection.execute(file.read_text(encoding="utf-8"))
 
     def execute(self, sql: str) -> duckdb.DuckDBPyConnection:
@@ -52,6 +52,7 @@ class Workspace:
         finally:
             self.execute("RESET disabled_optimizers")
 
+    # rows of DuckDB have the types of their columns
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         """All rows of a query."""
         return self.connection.execute(sql).fetchall()
@@ -60,7 +61,7 @@ class Workspace:
         """The single value of a query."""
         return self.rows(sql)[0][0]
 
-    def create(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    def create(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """Makes a small table from Python rows."""
         frame = pd.DataFrame([list(row) for row in rows], columns=list(columns))
         self.connection.register("incoming", frame)
@@ -235,17 +236,18 @@ def read_diagnoses(work: Workspace, tables: dict[str, RawTable]) -> None:
     work.create(
         "charlson_codes",
         ("condition", "icd_version", "characters", "first_code", "last_code"),
-        charlson.code_ranges(),
+        items.charlson_code_ranges(),
     )
     work.run("charlson")
     flags = ", ".join(
         f"CAST(coalesce(bool_or(c.condition = '{name}'), false) AS INTEGER) AS {name}"
-        for name in charlson.WEIGHTS
+        for name in items.CHARLSON_WEIGHTS
     )
     ages = ">=" if work.options.charlson_age_bands == "2026-07" else ">"
     points = " + ".join(f"CAST(p.age {ages} {limit} AS INTEGER)" for limit in (50, 60, 70, 80))
+    index = items.charlson_index_sql()
     work.execute(
-        f"CREATE TABLE charlson AS SELECT *, age_score + {charlson.index_sql()} AS charlson FROM ("
+        f"CREATE TABLE charlson AS SELECT *, age_score + {index} AS charlson FROM ("
         f"SELECT p.hadm_id, any_value({points}) AS age_score, {flags} "
         "FROM people AS p LEFT JOIN comorbidities AS c USING (hadm_id) GROUP BY p.hadm_id)"
     )

@@ -72,6 +72,7 @@ def train(
 
     if method not in OPTIONS:
         raise InputError(f"--method: got {method!r}, expected one of {', '.join(TRAINED)}")
+    # each method has a configuration of its own
     settings: Any = resolve_config(OPTIONS[method], config, setting, source="--set")
     with phases("policy") as progress:
         record = train_policy(

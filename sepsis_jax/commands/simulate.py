@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,9 @@ from sepsis_jax.console import (
     print_table,
 )
 from sepsis_jax.runs import JsonDict
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEFAULT_PLANS = ["nothing=0,0", "fluids=0,3", "vasopressor=3,0", "both=3,3;2,1"]
 
@@ -214,7 +217,7 @@ def _start_rows(steps: str | None, every: int | None) -> JsonDict:
         raise InputError(f"--steps: got {steps!r}, expected such as 0,2,4, or all") from None
 
 
-def _show(summary: Any, groups: JsonDict) -> None:
+def _show(summary: pd.DataFrame, groups: JsonDict) -> None:
     columns = {
         "mortality": "mortality_mean", "reward": "reward_mean", "MAP": "meanbp_mean",
         "lactate": "lactate_mean", "SOFA change": "sofa_change", "MAP < 65": "map_below_65",
@@ -231,7 +234,7 @@ def _show(summary: Any, groups: JsonDict) -> None:
     )
 
 
-def _plain(summary: Any) -> list[JsonDict]:
+def _plain(summary: pd.DataFrame) -> list[JsonDict]:
     """Rows with None for NaN."""
     return [
         {name: None if value != value else value for name, value in row.items()}

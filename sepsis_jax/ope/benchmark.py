@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
@@ -80,7 +81,7 @@ class BenchmarkOptions:
 class Pool(NamedTuple):
     """Stays of several data sets, one after the other, and the truth."""
 
-    setting: dict[str, Any]
+    setting: Mapping[str, object]
     repeats: range  # numbers of the data sets
     data: OPEData
     probs: dict[str, jax.Array]  # by policy
@@ -93,7 +94,7 @@ class Pool(NamedTuple):
 def _mixed(
     share: jax.Array,
     better: jax.Array,
-    clinician: Any,
+    clinician: clinicians.ClinicianParams,
     key: jax.Array,
     observation: Observation,
 ) -> jax.Array:
@@ -134,7 +135,7 @@ def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> It
                 world_key, stays, params=replace(params, clinician=clinician), keep_latent=False,
                 first_patient=first,
             )  # fmt: skip
-            behavior: Any = hidden.probabilities
+            behavior: np.ndarray | jax.Array = hidden.probabilities
             if dial > 0:
                 config = BehaviorConfig(epochs=5)
                 behavior = fit_behavior(fit_key, episodes, models=("mlp",), config=config)[0].probs
@@ -198,7 +199,7 @@ def _one(pool: Pool, rows: slice, options: BenchmarkOptions, repeat: int) -> pd.
     fit_key, bootstrap_key = jax.random.split(key)
     data = pool.data.select(rows)
     steps = data.num_steps
-    probs: Mapping[str, Any] = {name: p[rows] for name, p in pool.probs.items()}
+    probs = {name: p[rows] for name, p in pool.probs.items()}
     fitting = dict(pool.fitting)
     if pool.state is not None:
         fitting["state"] = jnp.asarray(pool.state[rows])
@@ -220,7 +221,7 @@ class Sample(NamedTuple):
     data: OPEData
     state: np.ndarray  # [N, T] int32, 0 on padding
 
-    def probs(self, policy: np.ndarray) -> np.ndarray:
+    def probs(self, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, "N T A"]:
         """[N, T, A] probabilities of a policy [S, A] along the stays."""
         found: np.ndarray = policy[self.state].astype(np.float32)
         return found

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
@@ -39,16 +40,16 @@ class OPEData:
         return self.reward.shape[1]
 
     @property
-    def length(self) -> jax.Array:
+    def length(self) -> Int[Array, " N"]:
         """[N] int32 number of recorded steps."""
         return self.alive.sum(1)
 
-    def select(self, index: Any) -> OPEData:
+    def select(self, index: np.ndarray | slice) -> OPEData:
         """The stays picked by an index array or boolean mask [N]."""
         selected: OPEData = jax.tree.map(lambda leaf: leaf[index], self)
         return selected
 
-    def returns(self, gamma: float = 1.0) -> jax.Array:
+    def returns(self, gamma: float = 1.0) -> Float[Array, " N"]:
         """[N] sum_t gamma^t r_t."""
         return (self.reward * gamma ** jnp.arange(self.num_steps)).sum(1)
 
@@ -87,8 +88,8 @@ class InputPolicy:
 def from_episodes(
     episodes: Episodes,
     *,
-    behavior_probs: np.ndarray | jax.Array | None = None,
-    features: jax.Array | None = None,
+    behavior_probs: Float[np.ndarray | Array, "N T 25"] | None = None,
+    features: Float[Array, "N T D"] | None = None,
 ) -> OPEData:
     """Recorded stays for evaluation.
 
@@ -128,7 +129,7 @@ def from_episodes(
     )
 
 
-def taken_probs(probs: jax.Array, action: jax.Array) -> jax.Array:
+def taken_probs(probs: Float[Array, "*#b A"], action: Int[Array, "*#b"]) -> Float[Array, "*#b"]:
     """[..., T] probabilities of the taken actions from [..., T, A] of all."""
     action = jnp.broadcast_to(action, probs.shape[:-1])
     return jnp.take_along_axis(probs, action[..., None], -1)[..., 0]
@@ -157,7 +158,7 @@ class Rows:
     alive: np.ndarray  # [N, T]
     divide: bool = False  # by the sum of the row
 
-    def of(self, index: Any, steps: int | None = None) -> np.ndarray:
+    def of(self, index: np.ndarray | slice, steps: int | None = None) -> Float[np.ndarray, "n t A"]:
         """[n, steps, A] float32 of the stays `index`, uniform on padding."""
         rows = self.given[index, :steps]
         rows = np.where(self.alive[index, :steps, None], rows, 1.0 / rows.shape[-1])
@@ -182,10 +183,13 @@ class Inspected(NamedTuple):
 
 
 def inspect(
-    data: OPEData, target_probs: Mapping[str, Any], input_policy: InputPolicy | None = None
+    data: OPEData,
+    target_probs: Mapping[str, jax.Array | np.ndarray],
+    input_policy: InputPolicy | None = None,
 ) -> Inspected:
     """`check` without copies of what is large; the same arguments and errors."""
     input_policy = input_policy or InputPolicy()
+    # the same fields with leaves of NumPy
     host: Any = jax.tree.map(np.asarray, data)
     _check_shapes(host)
     alive = host.alive
@@ -240,7 +244,7 @@ def inspect(
 
 def check(
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     input_policy: InputPolicy | None = None,
 ) -> tuple[OPEData, dict[str, jax.Array], dict[str, int]]:
     """Refuses flawed input, or treats it as asked.
@@ -259,14 +263,15 @@ def check(
     """
     found = inspect(data, target_probs, input_policy)
     kept, steps = found.kept, found.steps
-    cleaned: Any = found.stays(kept)
+    cleaned = found.stays(kept)
     if found.behavior is not None:
-        cleaned = cleaned.replace(behavior_probs=found.behavior.of(kept, steps))
+        cleaned = replace(cleaned, behavior_probs=jnp.asarray(found.behavior.of(kept, steps)))
     if data.features is not None:
         features = _zero_after(np.asarray(data.features), np.asarray(found.small.alive))
-        cleaned = cleaned.replace(features=features[kept, :steps])
+        cleaned = replace(cleaned, features=jnp.asarray(features[kept, :steps]))
     probs = {name: jnp.asarray(rows.of(kept, steps)) for name, rows in found.policies.items()}
-    return jax.tree.map(jnp.asarray, cleaned), probs, found.counts
+    on_device: OPEData = jax.tree.map(jnp.asarray, cleaned)
+    return on_device, probs, found.counts
 
 
 def _check_shapes(data: OPEData) -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float
 
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import ESTIMATORS
@@ -56,7 +57,10 @@ class Diagnostics(NamedTuple):
 
 
 def diagnose(
-    data: OPEData, target_probs: jax.Array, weights: Weights, limits: Limits | None = None
+    data: OPEData,
+    target_probs: Float[Array, "K N T A"],
+    weights: Weights,
+    limits: Limits | None = None,
 ) -> Diagnostics:
     """Diagnostics of K policies [K, N, T, A].
 
@@ -67,7 +71,9 @@ def diagnose(
     return summarize(weights.log_weight, weights.clipped_share, mass / data.alive.sum())
 
 
-def summarize(log_weight: jax.Array, clipped: jax.Array, unsupported: jax.Array) -> Diagnostics:
+def summarize(
+    log_weight: Float[Array, "K N T"], clipped: Float[Array, " K"], unsupported: Float[Array, " K"]
+) -> Diagnostics:
     """Diagnostics of log weights [K, N, T], with the shares [K] that they do not tell."""
     final, stays = log_weight[..., -1], log_weight.shape[1]
     ess_step = effective_size(log_weight, 1)
@@ -89,7 +95,9 @@ def summarize(log_weight: jax.Array, clipped: jax.Array, unsupported: jax.Array)
     )
 
 
-def unsupported_mass(data: OPEData, target_probs: jax.Array, support: float) -> jax.Array:
+def unsupported_mass(
+    data: OPEData, target_probs: Float[Array, "K N T A"], support: float
+) -> Float[Array, " K"]:
     """[K] sum over recorded steps of the policy's probability on actions that are rarely given.
 
     Rare is what the clinician gives less than `support`; without `data.behavior_probs` a step

@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 from scipy.optimize import nnls
 from scipy.stats import norm
 
@@ -17,7 +18,7 @@ from sepsis_jax.ope.weights import LOG_LIMIT, previous
 _SHARE = 0.5  # of the interval that b is measured from
 
 
-def partial_returns(batch: Batch) -> tuple[jax.Array, jax.Array]:
+def partial_returns(batch: Batch) -> tuple[Float[Array, "K J"], Float[Array, "K J J"]]:
     """g^(j) [K, T + 1] for j = -1 .. T - 1, and their covariance [K, T + 1, T + 1]."""
     blocks = columns(batch, ("wdr",))
     stays = batch.reward.shape[0]
@@ -35,7 +36,9 @@ def partial_returns(batch: Batch) -> tuple[jax.Array, jax.Array]:
     return values, covariance
 
 
-def blend(values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+def blend(
+    values: Float[np.ndarray, "K J"], covariance: Float[np.ndarray, "K J J"]
+) -> Float[np.ndarray, "K J"]:
     """[K, T + 1] weights on the simplex.
 
     The simplex is reached by a heavily weighted row in a non-negative least-squares problem.
@@ -57,7 +60,7 @@ def blend(values: np.ndarray, covariance: np.ndarray) -> np.ndarray:
     return np.array(out)
 
 
-def reach(weights: np.ndarray) -> np.ndarray:
+def reach(weights: Float[np.ndarray, "K J"]) -> Float[np.ndarray, "K T"]:
     """[K, T] for `Batch.magic`: the share of blended returns that include step t's correction."""
     return np.cumsum(weights[:, :0:-1], axis=1)[:, ::-1].astype(np.float32)
 
@@ -77,10 +80,10 @@ _LEAST = 1e-6  # behaviour probability in pi^2 / b of actions that were not take
 @partial(jax.jit, static_argnames=("gamma", "folds"))
 def fit_mrdr(
     data: OPEData,
-    probs: jax.Array,
-    log_ratio: jax.Array,
-    basis: jax.Array,
-    fold: jax.Array,
+    probs: Float[Array, "K N T A"],
+    log_ratio: Float[Array, "K N T"],
+    basis: Float[Array, "A J"],
+    fold: Int[Array, " N"],
     *,
     gamma: float,
     folds: int,

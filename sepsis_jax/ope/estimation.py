@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope import bootstrap, distribution, intervals
+from sepsis_jax.ope import bootstrap, intervals
 from sepsis_jax.ope.data import BLOCK, Inspected, OPEData
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, summarize, unsupported_mass
 from sepsis_jax.ope.estimators import Batch, Shrinkage, evaluate_means, make_batch
@@ -159,7 +159,7 @@ def _tails(
     }, labels
 
 
-_tail = jax.jit(distribution.tail, static_argnames=("levels",))
+_tail = jax.jit(bootstrap.tail_statistics, static_argnames=("levels",))
 
 
 def with_bounds(

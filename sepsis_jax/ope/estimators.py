@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
 from sepsis_jax.ope import weights as w
 from sepsis_jax.ope.data import OPEData
@@ -63,14 +64,14 @@ class Batch:
     shrinkage: Shrinkage = struct.field(pytree_node=False, default=Shrinkage())
 
     @property
-    def returns(self) -> jax.Array:
+    def returns(self) -> Float[Array, " N"]:
         """[N] sum_t g^t r_t."""
         return (self.reward * self.discount).sum(-1)
 
 
 def make_batch(
     data: OPEData,
-    log_weight: jax.Array,
+    log_weight: Float[Array, "K N T"],
     *,
     gamma: float = 1.0,
     shrinkage: Shrinkage | None = None,
@@ -307,7 +308,7 @@ def check_names(names: Sequence[str], batch: Batch | None = None) -> None:
             raise InputError(f"estimator {name!r} needs {', '.join(missing)}; see docs/ope.md")
 
 
-def evaluate_means(means: Means, batch: Batch, names: Sequence[str]) -> jax.Array:
+def evaluate_means(means: Means, batch: Batch, names: Sequence[str]) -> Float[Array, "*b K E"]:
     """[..., K, E] values of estimators from column means [..., K, S]."""
     return jnp.stack([ESTIMATORS[name].value(means, batch) for name in names], -1)
 
@@ -319,7 +320,7 @@ def estimate(batch: Batch, names: Sequence[str]) -> dict[str, jax.Array]:
     return {name: ESTIMATORS[name].value(means, batch) for name in names}
 
 
-def recursive_dr(batch: Batch, log_ratio: jax.Array) -> jax.Array:
+def recursive_dr(batch: Batch, log_ratio: Float[Array, "K N T"]) -> Float[Array, " K"]:
     """[K] doubly robust value by the backward recursion of Jiang & Li (2016).
 
     DR_T = 0, DR_t = V_t + rho_t (r_t + g DR_t+1 - Q_t); equals "dr" where weights are unclipped.

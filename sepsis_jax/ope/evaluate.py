@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ TAIL_LEVELS = (0.1, 0.25)
 
 def evaluate(
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     *,
     key: jax.Array,
     estimators: Sequence[str] | None = None,

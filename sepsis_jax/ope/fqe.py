@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float, Int
 
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import Values
@@ -18,8 +18,10 @@ from worldmodel.episodes import Episodes
 from worldmodel.observation import observations
 from worldmodel.scaling import Scaler
 
+Network = list[dict[str, jax.Array]]  # layers
 
-def state_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Array:
+
+def state_features(episodes: Episodes, scaler: Scaler | None = None) -> Float[Array, "N T 49"]:
     """[N, T, 49] `worldmodel.observation.state_features` of every recorded row; 0 after the end.
 
     Args:
@@ -39,25 +41,25 @@ _KEY_COLUMNS = (
 )
 
 
-def key_features(episodes: Episodes, scaler: Scaler | None = None) -> jax.Array:
+def key_features(episodes: Episodes, scaler: Scaler | None = None) -> Float[Array, "N T 14"]:
     """[N, T, 14] the few of `state_features` that matter most, for small samples."""
     return state_features(episodes, scaler)[..., np.array(_KEY_COLUMNS)]
 
 
-def dose_basis() -> np.ndarray:
+def dose_basis() -> Float[np.ndarray, "25 6"]:
     """[25, 6] for linear values: 1, v, f, v^2, f^2, v f with levels scaled to [0, 1]."""
     v, f = (level / (schema.NUM_LEVELS - 1) for level in schema.action_levels(np.arange(25)))
     return np.stack([np.ones(25), v, f, v**2, f**2, v * f], -1).astype(np.float32)
 
 
-def action_basis(actions: int) -> np.ndarray:
+def action_basis(actions: int) -> Float[np.ndarray, "A J"]:
     """The dose basis for 25 actions, otherwise one indicator per action."""
     if actions == schema.NUM_ACTIONS:
         return dose_basis()
     return np.eye(actions, dtype=np.float32)
 
 
-def fold_of(key: jax.Array, stays: int, folds: int) -> jax.Array:
+def fold_of(key: jax.Array, stays: int, folds: int) -> Int[Array, " N"]:
     """[N] int32 folds of equal size up to one."""
     return jax.random.permutation(key, jnp.arange(stays) % folds)
 
@@ -68,7 +70,9 @@ def after(values: jax.Array, axis: int) -> jax.Array:
     return jnp.moveaxis(jnp.concatenate([values[1:], jnp.zeros_like(values[:1])]), 0, axis)
 
 
-def expand(features: jax.Array, action: jax.Array) -> jax.Array:
+def expand(
+    features: Float[Array, "*#b D"], action: Float[Array, "*#b J"]
+) -> Float[Array, "*#b DJ"]:
     """Products of state features [..., D] and action features [..., J]: [..., D * J]."""
     return (features[..., :, None] * action[..., None, :]).reshape(*features.shape[:-1], -1)
 
@@ -76,9 +80,9 @@ def expand(features: jax.Array, action: jax.Array) -> jax.Array:
 @partial(jax.jit, static_argnames=("gamma", "folds", "iterations"))
 def linear(
     data: OPEData,
-    probs: jax.Array,
-    basis: jax.Array,
-    fold: jax.Array,
+    probs: Float[Array, "K N T A"],
+    basis: Float[Array, "A J"],
+    fold: Int[Array, " N"],
     *,
     gamma: float,
     folds: int,
@@ -142,9 +146,9 @@ def linear(
 @partial(jax.jit, static_argnames=("num_states", "gamma", "folds", "iterations"))
 def tabular(
     data: OPEData,
-    state: jax.Array,
-    probs: jax.Array,
-    fold: jax.Array,
+    state: Int[Array, "N T"],
+    probs: Float[Array, "K N T A"],
+    fold: Int[Array, " N"],
     *,
     num_states: int,
     gamma: float,
@@ -231,7 +235,7 @@ class NeuralConfig:
     target_rate: float = 0.01
 
 
-def _init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
+def _init(key: jax.Array, sizes: tuple[int, ...]) -> Network:
     keys = jax.random.split(key, len(sizes) - 1)
     return [
         {
@@ -242,7 +246,7 @@ def _init(key: jax.Array, sizes: tuple[int, ...]) -> list[dict[str, jax.Array]]:
     ]
 
 
-def _apply(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def _apply(params: Network, x: jax.Array) -> jax.Array:
     for layer in params[:-1]:
         x = jax.nn.relu(x @ layer["w"] + layer["b"])
     return x @ params[-1]["w"] + params[-1]["b"]
@@ -252,8 +256,8 @@ def _apply(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
 def fit_neural(
     key: jax.Array,
     data: OPEData,
-    probs: jax.Array,
-    fold: jax.Array,
+    probs: Float[Array, "K N T A"],
+    fold: Int[Array, " N"],
     *,
     gamma: float,
     folds: int,
@@ -294,7 +298,9 @@ def fit_neural(
     optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
     number = jnp.arange(folds)
 
-    def loss(one: Any, slow: Any, f: jax.Array, policy: jax.Array, rows: Any) -> jax.Array:
+    def loss(
+        one: Network, slow: Network, f: jax.Array, policy: jax.Array, rows: dict[str, jax.Array]
+    ) -> jax.Array:
         value = (policy * _apply(slow, rows["ahead"])).sum(-1) * rows["goes_on"]
         target = rows["reward"] + gamma * value
         q = jnp.take_along_axis(_apply(one, rows["x"]), rows["action"][:, None], -1)[:, 0]
@@ -302,11 +308,15 @@ def fit_neural(
         mean: jax.Array = (used * (q - target) ** 2).sum() / jnp.maximum(used.sum(), 1)
         return mean
 
-    def total(params: Any, slow: Any, policy: jax.Array, rows: Any) -> jax.Array:
+    def total(
+        params: Network, slow: Network, policy: jax.Array, rows: dict[str, jax.Array]
+    ) -> jax.Array:
         by_policy = jax.vmap(loss, (0, 0, None, 0, None))
         return jax.vmap(by_policy, (0, 0, 0, None, None))(params, slow, number, policy, rows).sum()
 
-    def update(carry: Any, k: jax.Array) -> tuple[Any, None]:
+    def update(
+        carry: tuple[Network, Network, optax.OptState], k: jax.Array
+    ) -> tuple[tuple[Network, Network, optax.OptState], None]:
         params, slow, state = carry
         index = jax.random.randint(k, (config.batch,), 0, valid_count)
         index = valid[index]
@@ -323,7 +333,7 @@ def fit_neural(
     carry = (params, params, optimizer.init(params))
     (params, _, _), _ = jax.lax.scan(update, carry, jax.random.split(batch_key, config.steps))
 
-    def predict(one: Any) -> jax.Array:
+    def predict(one: Network) -> jax.Array:
         return _apply(one, features) * scale
 
     every = jax.vmap(jax.vmap(predict))(params)  # [F, K, N, T, A]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Num
 from scipy import stats
 
 from worldmodel.errors import InputError
@@ -25,13 +26,13 @@ class Mean(NamedTuple):
     high: float
 
 
-def mean_of(numbers: np.ndarray) -> Mean:
+def mean_of(numbers: Num[np.ndarray, " N"]) -> Mean:
     """The mean of independent numbers [N], at least two."""
     mean, error = float(numbers.mean()), float(numbers.std(ddof=1) / np.sqrt(len(numbers)))
     return Mean(mean, error, mean - 1.96 * error, mean + 1.96 * error)
 
 
-def share_of(part: np.ndarray, whole: np.ndarray) -> tuple[float, np.ndarray]:
+def share_of(part: Num[np.ndarray, " N"], whole: Num[np.ndarray, " N"]) -> tuple[float, np.ndarray]:
     """Sum of a part [N] by the sum of the whole [N], and its influences [N] (delta method).
 
     Influences of two shares of the same stays may be subtracted, for an interval of the difference.
@@ -40,15 +41,15 @@ def share_of(part: np.ndarray, whole: np.ndarray) -> tuple[float, np.ndarray]:
     return share, (part - share * whole) / whole.mean()
 
 
-def percentile(resampled: np.ndarray, alpha: float = 0.05) -> Interval:
+def percentile(resampled: Float[np.ndarray, " B *b"], alpha: float = 0.05) -> Interval:
     """Quantiles alpha/2 and 1 - alpha/2 of resampled values [B, ...], undefined ones left out."""
     return _quantiles(resampled, np.asarray(alpha / 2), np.asarray(1 - alpha / 2))
 
 
 def bca(
-    resampled: np.ndarray,
-    estimate: np.ndarray,
-    left_out: np.ndarray | None,
+    resampled: Float[np.ndarray, " B *b"],
+    estimate: Float[np.ndarray, "*b"],
+    left_out: Float[np.ndarray, " N *b"] | None,
     alpha: float = 0.05,
 ) -> Interval:
     """Bias-corrected and accelerated bootstrap (Efron 1987).
@@ -109,19 +110,23 @@ def _quantiles(resampled: np.ndarray, low: np.ndarray, high: np.ndarray) -> Inte
     return at(low), at(high)
 
 
-def delta(estimate: np.ndarray, influence: np.ndarray, alpha: float = 0.05) -> Interval:
+def delta(
+    estimate: Float[np.ndarray, "*b"], influence: Float[np.ndarray, " N *b"], alpha: float = 0.05
+) -> Interval:
     """Estimate +- z standard errors from influences [N, ...]."""
     half = stats.norm.isf(alpha / 2) * standard_error(influence)
     return estimate - half, estimate + half
 
 
-def student_t(estimate: np.ndarray, influence: np.ndarray, alpha: float = 0.05) -> Interval:
+def student_t(
+    estimate: Float[np.ndarray, "*b"], influence: Float[np.ndarray, " N *b"], alpha: float = 0.05
+) -> Interval:
     """Estimate +- t_{1 - alpha/2, N - 1} standard errors; exact in the limit of normal values."""
     half = stats.t.isf(alpha / 2, len(influence) - 1) * standard_error(influence)
     return estimate - half, estimate + half
 
 
-def standard_error(influence: np.ndarray) -> np.ndarray:
+def standard_error(influence: Float[np.ndarray, " N *b"]) -> Float[np.ndarray, "*b"]:
     """Root of sum_i influence_i^2 / (N (N - 1)); for a mean, the usual s / sqrt(N)."""
     stays = len(influence)
     found: np.ndarray = np.sqrt(
@@ -131,7 +136,7 @@ def standard_error(influence: np.ndarray) -> np.ndarray:
 
 
 def empirical_bernstein(
-    values: np.ndarray, low: float, high: float, alpha: float = 0.05
+    values: Num[np.ndarray, " N"], low: float, high: float, alpha: float = 0.05
 ) -> tuple[float, float]:
     """Two-sided bound for the mean of values known to lie in [low, high] (Maurer & Pontil 2009).
 
@@ -148,7 +153,7 @@ def empirical_bernstein(
 
 
 def hoeffding(
-    values: np.ndarray, low: float, high: float, alpha: float = 0.05
+    values: Num[np.ndarray, " N"], low: float, high: float, alpha: float = 0.05
 ) -> tuple[float, float]:
     """Two-sided bound: (high - low) sqrt(ln(2 / alpha) / (2 N)) on either side of the mean."""
     values = _bounded(values, low, high)
@@ -170,8 +175,8 @@ def _bounded(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def hcope_lower(
-    weights: np.ndarray,
-    returns: np.ndarray,
+    weights: Float[np.ndarray, " N"],
+    returns: Float[np.ndarray, " N"],
     least_return: float,
     rng: np.random.Generator,
     alpha: float = 0.05,

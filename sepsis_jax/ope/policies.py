@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Array, Float
 
 from policy import registry
 from worldmodel import schema
@@ -31,7 +32,7 @@ def built_in(
     return behavior_probs
 
 
-def read_probabilities(path: Path, episodes: Episodes) -> np.ndarray:
+def read_probabilities(path: Path, episodes: Episodes) -> Float[np.ndarray, "N T 25"]:
     """[N, T, 25] from a CSV or Parquet table with stay_id, step, action_0 ... action_24.
 
     Rows of stays that are not among the episodes are ignored; every recorded step needs a row.
@@ -72,7 +73,9 @@ def read_probabilities(path: Path, episodes: Episodes) -> np.ndarray:
     return out
 
 
-def write_probabilities(path: Path, episodes: Episodes, probs: np.ndarray | jax.Array) -> None:
+def write_probabilities(
+    path: Path, episodes: Episodes, probs: Float[np.ndarray | Array, "N T 25"]
+) -> None:
     """Writes [N, T, 25] probabilities as the table that `read_probabilities` reads."""
     stay, step = np.nonzero(np.asarray(episodes.valid))
     table = pd.DataFrame(np.asarray(probs)[stay, step], columns=list(PROBABILITY_COLUMNS))

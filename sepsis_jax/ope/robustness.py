@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Array, Float
 
 from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.evaluate import evaluate
@@ -23,8 +25,8 @@ GAMMAS = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0)
 
 
 def worst_case(
-    returns: jax.Array, log_weight: jax.Array, gamma: jax.Array | float
-) -> tuple[jax.Array, jax.Array]:
+    returns: Float[Array, " N"], log_weight: Float[Array, "K N"], gamma: jax.Array | float
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """[K] least and greatest WIS value when every weight may be wrong by a factor of `gamma`.
 
     Args:
@@ -50,8 +52,8 @@ def worst_case(
 
 def confounding_table(
     names: Sequence[str],
-    returns: jax.Array,
-    log_weight: jax.Array,
+    returns: Float[Array, " N"],
+    log_weight: Float[Array, "K N"],
     gammas: Sequence[float] = GAMMAS,
 ) -> pd.DataFrame:
     """Rows (policy, Gamma) with the bounds of WIS and whether they exclude the mean return."""
@@ -95,13 +97,13 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
 
 def evaluate_groups(
     data: OPEData,
-    target_probs: Mapping[str, Any],
+    target_probs: Mapping[str, jax.Array | np.ndarray],
     masks: Mapping[str, np.ndarray],
     *,
     key: jax.Array,
     fitted: Fitted | None = None,
     alpha: float = 0.05,
-    **options: Any,
+    **options: Any,  # passed on to `evaluate` as they are
 ) -> pd.DataFrame:
     """Rows as `evaluate` returns them, with `group`, `stays` and an adjusted verdict.
 
@@ -125,9 +127,10 @@ def evaluate_groups(
         if own is not None:
             own = replace(own, clinician_value=None)
         key_of_group = jax.random.fold_in(key, number)
-        shared: dict[str, Any] = {"key": key_of_group, "fitted": own, "tail_levels": (), **options}
-        table = evaluate(part, probs, alpha=alpha, **shared)
-        strict = evaluate(part, probs, alpha=alpha / tests, **shared)
+        shared = partial(
+            evaluate, part, probs, key=key_of_group, fitted=own, tail_levels=(), **options
+        )
+        table, strict = shared(alpha=alpha), shared(alpha=alpha / tests)
         table.insert(0, "group", name)
         table.insert(1, "stays", stays)
         table["differs"] = _excludes_zero(table)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from sepsis_jax.ope.data import OPEData, taken_probs
 from worldmodel import schema
@@ -72,7 +73,9 @@ class Weights(NamedTuple):
     clipped_share: jax.Array  # [K] share of recorded steps whose ratio or weight was clipped
 
 
-def log_ratio(target: jax.Array, behavior: jax.Array, alive: jax.Array) -> jax.Array:
+def log_ratio(
+    target: Float[Array, "K N T"], behavior: Float[Array, "N T"], alive: Bool[Array, "N T"]
+) -> Float[Array, "K N T"]:
     """log(pi / b), 0 after the end and -inf where pi is 0.
 
     Args:
@@ -87,7 +90,9 @@ def log_ratio(target: jax.Array, behavior: jax.Array, alive: jax.Array) -> jax.A
     return jnp.where(alive, jnp.where(quotient_is_safe, near, far), 0.0)
 
 
-def cumulate(ratios: jax.Array, alive: jax.Array, clip: Clip | None = None) -> Weights:
+def cumulate(
+    ratios: Float[Array, "K N T"], alive: Bool[Array, "N T"], clip: Clip | None = None
+) -> Weights:
     """Cumulative weights from log ratios [K, N, T].
 
     The cumulative clip bounds each w_t where it is used; it does not feed back into w_t+1.
@@ -106,13 +111,17 @@ def cumulate(ratios: jax.Array, alive: jax.Array, clip: Clip | None = None) -> W
     )
 
 
-def weigh(data: OPEData, target_probs: jax.Array, clip: Clip | None = None) -> Weights:
+def weigh(
+    data: OPEData, target_probs: Float[Array, "K N T A"], clip: Clip | None = None
+) -> Weights:
     """Weights of K policies with action probabilities [K, N, T, A]."""
     target = taken_probs(target_probs, data.action)
     return cumulate(log_ratio(target, data.behavior_prob, data.alive), data.alive, clip)
 
 
-def drug_weights(data: OPEData, target_probs: jax.Array, clip: Clip | None = None) -> jax.Array:
+def drug_weights(
+    data: OPEData, target_probs: Float[Array, "K N T A"], clip: Clip | None = None
+) -> Float[Array, "K 2 N T"]:
     """Log weights [K, 2, N, T] of the vasopressor level alone and of the fluid level alone.
 
     Ratios of marginals: rho^d = pi(a^d | s) / b(a^d | s), the other drug summed out (Rebello,
@@ -133,13 +142,13 @@ def drug_weights(data: OPEData, target_probs: jax.Array, clip: Clip | None = Non
     return jnp.stack(out, 1)
 
 
-def linear(log_weight: jax.Array) -> jax.Array:
+def linear(log_weight: Float[Array, "*b"]) -> Float[Array, "*b"]:
     """Weights, limited to exp(+-`LOG_LIMIT`) so that no sum overflows; weight 0 stays 0."""
     held = jnp.exp(jnp.clip(log_weight, -LOG_LIMIT, LOG_LIMIT))
     return jnp.where(jnp.isneginf(log_weight), 0.0, held)
 
 
-def scaled(log_weight: jax.Array, axis: int = -2) -> jax.Array:
+def scaled(log_weight: Float[Array, "*b"], axis: int = -2) -> Float[Array, "*b"]:
     """Weights divided by the largest along `axis`, for self-normalised estimators."""
     top = jnp.max(log_weight, axis, keepdims=True)
     return jnp.exp(log_weight - jnp.where(jnp.isneginf(top), 0.0, top))

@@ -14,8 +14,7 @@ from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay, treat_al
 from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
-from policy.agent.records import RECORDS_FILE, Records, last_attempts, to_record
-from policy.agent.summary import summarize
+from policy.agent.records import RECORDS_FILE, Records, last_attempts, summarize, to_record
 from policy.agent.tools import ActionScorer
 from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
@@ -101,6 +100,7 @@ def open_backend(options: BackendOptions) -> Backend:
     return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
 
 
+# the endpoint's class is imported only where it is used
 def endpoint(options: BackendOptions) -> Any:
     """The endpoint of a vllm or openai backend, as `policy.serving.client.Endpoint`."""
     from policy.serving.client import Endpoint
@@ -219,7 +219,7 @@ def run_agent(
       progress: called when stays end.
 
     Returns:
-      The summary, as `policy.agent.summary.summarize`.
+      The summary, as `policy.agent.records.summarize`.
 
     Raises:
       InputError: inputs that cannot be read or do not fit, or a folder in the way.

@@ -1,11 +1,16 @@
-"""The truth benchmark of off-policy evaluation, from settings to tables and pictures."""
+"""The truth benchmark of off-policy evaluation, from settings to scores, tables and pictures.
+
+Every score has its Monte Carlo error over data sets.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import rankdata
 
 from sepsis_jax.ope.benchmark import (
     BenchmarkOptions,
@@ -13,7 +18,6 @@ from sepsis_jax.ope.benchmark import (
     run_pool,
     synthetic_pools,
 )
-from sepsis_jax.ope.scores import SETTING, accuracy, ranking, summary
 from sepsis_jax.report.figures import accuracy_figure
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.runs import Progress, provenance, silent
@@ -106,3 +110,97 @@ def _page(
                     tables=(table("", ranks),)),
         ],
     )  # fmt: skip
+
+
+SETTING = ["world", "confounding", "horizon", "size"]
+_ACCURACY = ("bias", "rmse", "coverage")
+_RANKING = ("rank", "regret")
+
+
+def accuracy(runs: pd.DataFrame) -> pd.DataFrame:
+    """Bias, RMSE, coverage and share trusted by setting, distance and estimator.
+
+    Args:
+      runs: from `sepsis_jax.ope.benchmark.run_pool`.
+
+    Returns:
+      One row per setting, distance and estimator; `*_se` are standard errors over data sets.
+    """
+    by = [*SETTING, "distance", "estimator"]
+    table = _over_data_sets(_parts(runs), by, _ACCURACY)
+    others = runs.assign(width=runs["high"] - runs["low"], trusted=runs["trust"].astype(float))
+    others = others.groupby(by, sort=False).agg(
+        width=("width", "median"), ess=("ess", "median"), trusted=("trusted", "mean")
+    )
+    return table.join(others, on=by)
+
+
+def ranking(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation and regret@1 of the choice among all policies, by setting and estimator.
+
+    Regret@1 is (best true value - true value of the policy ranked first) / (best - worst true
+    value), the convention of DOPE (Fu et al. 2021); 0 is a perfect choice, 1 the worst.
+    """
+    return _over_data_sets(_ranks(runs), [*SETTING, "estimator"], _RANKING)
+
+
+def summary(runs: pd.DataFrame) -> pd.DataFrame:
+    """One row per world and estimator: means over all settings without confounding."""
+    clean = runs[runs["confounding"] == 0]
+    by = ["world", "estimator"]
+    table = _over_data_sets(_parts(clean), by, _ACCURACY)
+    ranks = _over_data_sets(_ranks(clean), by, _RANKING).set_index(by)
+    names = {"rank": "rank_correlation", "regret": "regret_at_1"}
+    names |= {f"{old}_se": f"{new}_se" for old, new in names.items()}
+    return table.join(ranks.rename(columns=names), on=by)
+
+
+def _parts(runs: pd.DataFrame) -> pd.DataFrame:
+    """Runs with what each adds to every score, so that a score is a mean of them.
+
+    RMSE m = sqrt(mean e^2) is linearised: m + (e^2 - m^2) / (2 m), whose mean is m.
+    """
+    error = runs["estimate"] - runs["truth"]
+    runs = runs.assign(bias=error, square=error**2)
+    by = [runs[name] for name in (*SETTING, "distance", "estimator")]
+    rmse = runs.groupby(by, sort=False)["square"].transform("mean") ** 0.5
+    slope = 1 / (2 * rmse.where(rmse > 0, 1.0))
+    covered = (runs["low"] <= runs["truth"]) & (runs["truth"] <= runs["high"])
+    return runs.assign(
+        rmse=rmse + (runs["square"] - rmse**2) * slope, coverage=covered.astype(float)
+    )
+
+
+def _ranks(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rank correlation and regret of every data set whose estimates are all defined."""
+    return pd.concat([_ranks_of(group) for _, group in runs.groupby("world", sort=False)])
+
+
+def _ranks_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """The same where all data sets have the same policies."""
+    by = [*SETTING, "repeat", "estimator"]
+    wide = runs.set_index([*by, "policy"])[["estimate", "truth"]].unstack("policy")
+    wide = wide[np.isfinite(wide["estimate"]).all(axis=1)]
+    estimate, truth = wide["estimate"].to_numpy(), wide["truth"].to_numpy()
+    # An estimator that cannot tell policies apart ranks them by chance.
+    best = np.isclose(estimate, estimate.max(1, keepdims=True), rtol=0, atol=1e-6)
+    chosen = (best * truth).sum(1) / best.sum(1)
+    ranks = [rankdata(values, axis=1) for values in (estimate, truth)]
+    x, y = (rank - rank.mean(1, keepdims=True) for rank in ranks)
+    scale = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    flat = np.ptp(estimate, axis=1) < 1e-6
+    table = wide.index.to_frame(index=False)
+    table["rank"] = np.where(flat, 0.0, (x * y).sum(1) / np.where(scale > 0, scale, 1.0))
+    table["regret"] = (truth.max(1) - chosen) / np.ptp(truth, axis=1)
+    return table
+
+
+def _over_data_sets(parts: pd.DataFrame, by: list[str], names: tuple[str, ...]) -> pd.DataFrame:
+    """Means of scores with standard errors; a data set counts once, whatever it holds."""
+    each = parts.groupby([*by, "repeat"], sort=False)[list(names)].mean()
+    groups = each.groupby(level=by, sort=False)
+    table = groups.mean()
+    error = groups.sem()
+    for name in names:
+        table[f"{name}_se"] = error[name]
+    return table.reset_index()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
@@ -18,8 +18,8 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig, OfflinePolicy
 from policy.offline.data import transitions
 from policy.offline.training import train_offline
-from policy.online.ppo import PPOConfig, train_ppo
 from policy.planner import Planner, PlannerConfig, fit_planner
+from policy.ppo import PPOConfig, train_ppo
 from sepsis_jax.runs import Progress, silent
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episodes import Episodes
@@ -27,6 +27,9 @@ from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def optimise(
     return Trained(policy, course)
 
 
-def fingerprint(method: str, config: Any, **inputs: str | None) -> str:
+def fingerprint(method: str, config: DataclassInstance, **inputs: str | None) -> str:
     """What a policy depends on, as one digest; the revision of the software is not in it."""
     facts = {"method": method, "config": asdict(config), **inputs}
     text = json.dumps(facts, sort_keys=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -55,6 +57,9 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
 from worldmodel.synthetic import Config
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 POLICIES = "policies"  # the folder that marks a comparison
 CLONE, PLANNER, PPO = "clone", "planner", "ppo"
@@ -125,12 +130,18 @@ class _Workshop:
     ):
         self.folder, self.episodes, self.scaler, self.inputs = folder, episodes, scaler, inputs
 
-    def make(self, name: str, config: Any, inputs: dict[str, str | None], train: Any) -> Policy:
+    def make(
+        self,
+        name: str,
+        config: DataclassInstance,
+        inputs: dict[str, str | None],
+        train: Callable[[], Trained],
+    ) -> Policy:
         path = self.folder / name
         method = CLINICIAN if name == CLONE else name
         inputs = {"episodes": self.inputs["episodes"], **inputs}
         if not known(path, fingerprint(method, config, **inputs)):
-            trained: Trained = train()
+            trained = train()
             write_policy(path, method, trained, config, inputs, self.episodes)
         return load_policy(path)
 
@@ -252,7 +263,7 @@ def _train_all(
         config = options.of(name)
         policies[name] = shop.make(
             name, config, {},
-            lambda config=config: train_offline_policy(episodes, scaler, config, report),
+            partial(train_offline_policy, episodes, scaler, config, report),
         )  # fmt: skip
     if PLANNER in others:
         done += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,12 +41,15 @@ from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
 from worldmodel.models.checkpoint import load_world_model
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 
 def train_policy(
     episodes_path: str | Path,
     out: str | Path,
     method: str,
-    config: Any,
+    config: Any,  # each method has a configuration of its own
     *,
     model: str | Path | None = None,
     critic: str | Path | None = None,
@@ -134,7 +137,7 @@ def write_policy(
     out: Path,
     method: str,
     trained: Trained,
-    config: Any,
+    config: DataclassInstance,
     inputs: dict[str, str | None],
     episodes: Episodes,
 ) -> JsonDict:

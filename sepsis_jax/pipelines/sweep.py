@@ -6,7 +6,7 @@ import time
 from collections import deque
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.files import atomic_file
-from worldmodel.observation import as_pytree, observation_at
+from worldmodel.observation import PolicyFn, as_pytree, observation_at
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import plans_from
 from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
@@ -100,7 +100,7 @@ class _RolloutCache:
     def __init__(self, sweep: Sweep):
         self._sweep = sweep
         self._mesh = branch_mesh()
-        self._found: dict[Any, ShardedRollout] = {}
+        self._found: dict[object, ShardedRollout] = {}
 
     def of(self, number: int) -> ShardedRollout:
         sweep, section = self._sweep, self._sweep.grid.sections[number]
@@ -200,7 +200,7 @@ def _probs(policy: Policy, episodes: Episodes, step: np.ndarray) -> np.ndarray:
 
 
 @partial(jax.jit, static_argnames="past")
-def _jitted_probs(policy: Any, episodes: Episodes, step: jax.Array, *, past: int) -> jax.Array:
+def _jitted_probs(policy: PolicyFn, episodes: Episodes, step: jax.Array, *, past: int) -> jax.Array:
     keys = jax.random.split(jax.random.key(0), step.shape[0])
     probs: jax.Array = jax.vmap(policy)(
         keys, observation_at(episodes, jnp.arange(step.shape[0]), step, past=past)

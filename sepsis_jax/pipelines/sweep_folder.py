@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,7 +128,7 @@ def _hidden(path: Path) -> bool:
     return path.name.startswith(".")
 
 
-def _compare(found: Any, wanted: JsonDict, file: Path) -> None:
+def _compare(found: object, wanted: JsonDict, file: Path) -> None:
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise InputError(f"{file}: not of a sweep; choose another folder")
     difference = _difference({**found, _REVISION: None}, {**wanted, _REVISION: None})
@@ -140,7 +139,7 @@ def _compare(found: Any, wanted: JsonDict, file: Path) -> None:
         )
 
 
-def _difference(found: Any, wanted: Any, path: str = "") -> str | None:
+def _difference(found: object, wanted: object, path: str = "") -> str | None:
     """Where two JSON values differ first, in words; None where they do not."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in [*wanted, *(key for key in found if key not in wanted)]:
@@ -152,6 +151,6 @@ def _difference(found: Any, wanted: Any, path: str = "") -> str | None:
     return None if found == wanted else f"{path}: {_short(found)} there, {_short(wanted)} here"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -261,7 +260,7 @@ def _readable(actions: np.ndarray) -> str:
     return ";".join("recorded" if v < 0 else f"{v},{f}" for v, f in levels)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """As JSON gives it back."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}

@@ -84,6 +84,7 @@ def sections(tables: Mapping[str, pd.DataFrame]) -> list[Section]:
     return [_section(name, content, attrs) for name, content in tables.items()]
 
 
+# attributes of a table, of several types
 def _section(name: str, content: pd.DataFrame, attrs: Mapping[Hashable, Any]) -> Section:
     columns = [c for c in ("group", "stays", *SHOWN) if c in content] if (
         name in ("estimates", "subgroups")

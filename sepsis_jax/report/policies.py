@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 
 from sepsis_jax.report.figures import COLORS, _save
 from sepsis_jax.report.html import Section, Table, write_page
@@ -197,8 +197,8 @@ def difference_heat_map(
 
 
 def _panels(
-    values: Mapping[str, np.ndarray], title: str, path: Path, *, norm: Any, ticks: Sequence[float],
-    label: str, text: Callable[[float], str], cmap: str,
+    values: Mapping[str, np.ndarray], title: str, path: Path, *, norm: Normalize,
+    ticks: Sequence[float], label: str, text: Callable[[float], str], cmap: str,
 ) -> None:  # fmt: skip
     columns = min(len(values), _COLUMNS)
     rows = -(-len(values) // columns)

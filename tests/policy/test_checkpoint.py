@@ -14,9 +14,9 @@ from policy.clinician_models import GRU, MLP, Clusters, Logistic, uncalibrated
 from policy.offline.algorithms import NAMES, OfflineConfig, Perceptron
 from policy.offline.data import transitions
 from policy.offline.training import train_offline
-from policy.online.ppo import OnlinePolicy, PPOConfig
 from policy.planner import Planner, PlannerConfig
 from policy.planner.advantage import untrained_advantage
+from policy.ppo import OnlinePolicy, PPOConfig
 from policy.simple import Constant, GuidelineRules, RandomPolicy
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError

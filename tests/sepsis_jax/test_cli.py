@@ -79,8 +79,8 @@ def test_a_synthetic_cohort_is_reproducible(run, cohort, tmp_path):
     assert manifest["command"].startswith("sepsis-jax cohort synthetic")
 
 
-def test_training_leaves_a_model_and_nothing_else(model):
-    assert leftovers(model.parent) == ["cohort", "model"]
+def test_training_leaves_a_model_and_nothing_else(model, first_model):
+    assert leftovers(first_model.parent) == ["model"]
     manifest = json.loads((model / "manifest.json").read_text())
     assert manifest["config"]["variant"] == "reference"
     assert manifest["training"]["state"]["epochs"] == 2

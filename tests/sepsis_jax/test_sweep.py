@@ -204,12 +204,11 @@ cli.main()
 """
 
 
-def separately(code, arguments, devices, cache):
+def separately(code, arguments, devices):
     """Runs the command in a process of its own, on so many devices."""
     settings = {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
@@ -221,18 +220,18 @@ def separately(code, arguments, devices, cache):
 def test_killed_and_resumed_it_is_the_same_to_the_byte_as_on_other_devices(
     run, swept, arguments, tmp_path
 ):
-    out, whole, cache = tmp_path / "out", tmp_path / "whole", tmp_path / "cache"
+    out, whole = tmp_path / "out", tmp_path / "whole"
     code = "from sepsis_jax import cli; cli.main()"
-    killed = separately(KILLED, [*arguments, "--out", out], 2, cache)
+    killed = separately(KILLED, [*arguments, "--out", out], 2)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = sorted(path.name for path in (out / "parts").iterdir())
     assert left[1:] == [f"part-0000{i}.parquet" for i in range(3)]
     assert left[0].startswith(".part-00003.")  # half-written
-    resumed = separately(code, [*arguments, "--out", out, "--resume", "--json"], 2, cache)
+    resumed = separately(code, [*arguments, "--out", out, "--resume", "--json"], 2)
     assert resumed.returncode == 0, resumed.stderr
     blocks = len(leftovers(swept / "parts"))
     assert json.loads(resumed.stdout.splitlines()[-1])["blocks"] == blocks - 3
-    at_once = separately(code, [*arguments, "--out", whole], 3, cache)
+    at_once = separately(code, [*arguments, "--out", whole], 3)
     assert at_once.returncode == 0, at_once.stderr
     assert contents(out) == contents(whole)
     # One device alone may differ in the last bit, and says so.

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.scaling import FEATURE_FILE, SCALER_FILE, Scaler
+from worldmodel.scaling import FEATURE_FILE, SCALER_FILE, Scaler, published_scaler
 
 URINE = 38
 
@@ -180,3 +182,37 @@ def test_bad_published_files_are_refused(published, file, change, message):
     (published / file).write_text(json.dumps({**value, **change}))
     with pytest.raises(InputError, match=message):
         Scaler.from_reference(published)
+
+
+UNIT_STAYS = st.integers(0, 2**32 - 1).map(lambda seed: np.random.default_rng(seed).random((4, 39)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(UNIT_STAYS)
+def test_values_within_the_ranges_come_back(share):
+    scaler = published_scaler()
+    values = (schema.LOW + share * (schema.HIGH - schema.LOW)).astype(np.float32)
+    back = scaler.denormalize(scaler.normalize(values))
+    np.testing.assert_allclose(back, values, rtol=2e-3, atol=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(UNIT_STAYS, st.integers(0, 38))
+def test_scores_keep_the_order_of_a_feature_and_touch_no_other(share, feature):
+    scaler = published_scaler()
+    values = (schema.LOW + share * (schema.HIGH - schema.LOW)).astype(np.float32)
+    values[:, feature] = np.sort(values[:, feature])
+    other = values.copy()
+    other[:, feature] = schema.HIGH[feature]
+    scores, changed = np.asarray(scaler.normalize(values)), np.asarray(scaler.normalize(other))
+    assert (np.diff(scores[:, feature]) >= 0).all()
+    assert (changed[:, feature] >= scores[:, feature]).all()
+    apart = np.arange(39) != feature
+    np.testing.assert_array_equal(changed[:, apart], scores[:, apart])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(-10, 10))
+def test_scores_of_any_size_become_urine_of_at_least_zero(seed, size):
+    obs = np.random.default_rng(seed).normal(size=(3, 39)).astype(np.float32) * size
+    assert (np.asarray(published_scaler().denormalize(obs))[:, URINE] >= 0).all()

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from worldmodel import schema
 
@@ -104,3 +106,34 @@ def test_a_levels_dose_lies_in_that_level(edges):
 def test_level_doses_by_hand():
     # 50/2, (50+180)/2, (180+530)/2, 1.5*530
     assert schema.level_doses((50.0, 180.0, 530.0)) == (0.0, 25.0, 115.0, 355.0, 795.0)
+
+
+EDGES = st.lists(st.floats(0.01, 1e3, allow_nan=False), min_size=3, max_size=3, unique=True).map(
+    lambda edges: tuple(sorted(edges))
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1))
+def test_levels_of_actions_come_back(pairs):
+    vasopressor, fluid = np.array(pairs).T
+    action = schema.action_index(vasopressor, fluid)
+    assert ((action >= 0) & (action < schema.NUM_ACTIONS)).all()
+    np.testing.assert_array_equal(schema.action_levels(action), (vasopressor, fluid))
+
+
+@settings(max_examples=50, deadline=None)
+@given(EDGES, st.lists(st.floats(0, 2e3), min_size=1))
+def test_levels_rise_with_the_dose_and_an_edge_belongs_to_the_level_below(edges, doses):
+    doses = np.sort(doses)
+    level = schema.dose_level(doses, edges)
+    assert (np.diff(level) >= 0).all()
+    np.testing.assert_array_equal(level == 0, doses == 0)
+    np.testing.assert_array_equal(schema.dose_level(np.array(edges), edges), (1, 2, 3))
+
+
+@settings(max_examples=50, deadline=None)
+@given(EDGES)
+def test_the_dose_of_a_level_has_that_level(edges):
+    doses = np.array(schema.level_doses(edges))
+    np.testing.assert_array_equal(schema.dose_level(doses, edges), range(5))

@@ -9,9 +9,8 @@ and the step that ends it has the terminal reward alone. The total is not discou
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Num, Shaped
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -20,8 +19,11 @@ TERMINAL = 15.0
 
 
 def step_reward(
-    sofa_t: jax.Array, sofa_tp1: jax.Array, lactate_t: jax.Array, lactate_tp1: jax.Array
-) -> jax.Array:
+    sofa_t: Num[Array, "*#b"],
+    sofa_tp1: Num[Array, "*#b"],
+    lactate_t: Num[Array, "*#b"],
+    lactate_tp1: Num[Array, "*#b"],
+) -> Float[Array, "*#b"]:
     """Reward of a step that does not end the episode.
 
     Args:
@@ -32,8 +34,11 @@ def step_reward(
 
 
 def step_terms(
-    sofa_t: jax.Array, sofa_tp1: jax.Array, lactate_t: jax.Array, lactate_tp1: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    sofa_t: Num[Array, "*#b"],
+    sofa_tp1: Num[Array, "*#b"],
+    lactate_t: Num[Array, "*#b"],
+    lactate_tp1: Num[Array, "*#b"],
+) -> tuple[Float[Array, "*#b"], Float[Array, "*#b"], Float[Array, "*#b"]]:
     """Terms [...] of `step_reward`: for unchanged SOFA, for its change, for that of lactate."""
     return (
         jnp.where((sofa_tp1 == sofa_t) & (sofa_tp1 > 0), -0.025, 0.0),
@@ -42,7 +47,7 @@ def step_terms(
     )
 
 
-def terminal_reward(died: jax.Array) -> jax.Array:
+def terminal_reward(died: Shaped[Array, "*#b"]) -> Float[Array, "*#b"]:
     """-15 for death within 90 days, +15 for survival; `died` may be a probability."""
     return TERMINAL * (1.0 - 2.0 * jnp.asarray(died, jnp.float32))
 
@@ -54,8 +59,11 @@ def episode_rewards(episodes: Episodes) -> Float[Array, "N T"]:
 
 
 def trajectory_rewards(
-    sofa: jax.Array, lactate: jax.Array, length: jax.Array, died: jax.Array
-) -> jax.Array:
+    sofa: Num[Array, "N T"],
+    lactate: Num[Array, "N T"],
+    length: Int[Array, " N"],
+    died: Shaped[Array, " N"],
+) -> Float[Array, "N T"]:
     """Rewards of recorded trajectories.
 
     Args:

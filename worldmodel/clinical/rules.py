@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from worldmodel import schema
 
@@ -14,21 +15,27 @@ MAP_TARGET = 65.0  # mmHg
 LACTATE_LIMIT = 2.0  # mmol/L
 
 
-def hypoperfused(meanbp: jax.Array, lactate: jax.Array) -> jax.Array:
+def hypoperfused(meanbp: Num[Array, "*#b"], lactate: Num[Array, "*#b"]) -> Bool[Array, "*#b"]:
     """Lactate above 2 mmol/L or MAP below 65 mmHg."""
     return (lactate > LACTATE_LIMIT) | (meanbp < MAP_TARGET)
 
 
 def g1_untreated_hypoperfusion(
-    meanbp: jax.Array, lactate: jax.Array, vasopressor: jax.Array, fluid: jax.Array
-) -> jax.Array:
+    meanbp: Num[Array, "*#b"],
+    lactate: Num[Array, "*#b"],
+    vasopressor: Num[Array, "*#b"],
+    fluid: Num[Array, "*#b"],
+) -> Bool[Array, "*#b"]:
     """G1: hypoperfusion answered with no vasopressor and no fluid."""
     return hypoperfused(meanbp, lactate) & (vasopressor == 0) & (fluid == 0)
 
 
 def g2_unneeded_escalation(
-    meanbp: jax.Array, vasopressor: jax.Array, previous_vasopressor: jax.Array, step: jax.Array
-) -> jax.Array:
+    meanbp: Num[Array, "*#b"],
+    vasopressor: Num[Array, "*#b"],
+    previous_vasopressor: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
+) -> Bool[Array, "*#b"]:
     """G2: MAP at target and the vasopressor raised above the previous level; never at step 0."""
     return (meanbp >= MAP_TARGET) & (vasopressor > previous_vasopressor) & (step > 0)
 
@@ -48,13 +55,17 @@ class Underdosing:
     max_fluid_rate: float = math.inf
 
     def __call__(
-        self, meanbp: jax.Array, vasopressor: jax.Array, fluid: jax.Array, fluid_rate: jax.Array
-    ) -> jax.Array:
+        self,
+        meanbp: Num[Array, "*#b"],
+        vasopressor: Num[Array, "*#b"],
+        fluid: Num[Array, "*#b"],
+        fluid_rate: Num[Array, "*#b"],
+    ) -> Bool[Array, "*#b"]:
         """True where underdosed; `fluid_rate` in mL/h."""
         little = (fluid <= self.max_fluid_level) & (fluid_rate <= self.max_fluid_rate)
         return self.exposed(meanbp) & (vasopressor == 0) & little
 
-    def exposed(self, meanbp: jax.Array) -> jax.Array:
+    def exposed(self, meanbp: Num[Array, "*#b"]) -> Bool[Array, "*#b"]:
         """Where the rule can be broken."""
         return meanbp < self.map_below
 
@@ -71,11 +82,13 @@ class Overdosing:
     map_above: float
     min_level: int = schema.NUM_LEVELS - 1
 
-    def __call__(self, meanbp: jax.Array, vasopressor: jax.Array) -> jax.Array:
+    def __call__(
+        self, meanbp: Num[Array, "*#b"], vasopressor: Num[Array, "*#b"]
+    ) -> Bool[Array, "*#b"]:
         """True where overdosed."""
         return self.exposed(meanbp) & (vasopressor >= self.min_level)
 
-    def exposed(self, meanbp: jax.Array) -> jax.Array:
+    def exposed(self, meanbp: Num[Array, "*#b"]) -> Bool[Array, "*#b"]:
         """Where the rule can be broken."""
         return meanbp > self.map_above
 
@@ -98,40 +111,48 @@ OVERDOSING: dict[str, Overdosing] = {
 
 
 def dose_jump(
-    vasopressor: jax.Array, previous_vasopressor: jax.Array, step: jax.Array, *, levels: int = 2
-) -> jax.Array:
+    vasopressor: Num[Array, "*#b"],
+    previous_vasopressor: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
+    *,
+    levels: int = 2,
+) -> Bool[Array, "*#b"]:
     """The vasopressor changed by `levels` or more within one step; never at step 0."""
     return (jnp.abs(vasopressor - previous_vasopressor) >= levels) & (step > 0)
 
 
 def abrupt_stop(
-    vasopressor: jax.Array, previous_vasopressor: jax.Array, step: jax.Array, *, from_level: int = 3
-) -> jax.Array:
+    vasopressor: Num[Array, "*#b"],
+    previous_vasopressor: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
+    *,
+    from_level: int = 3,
+) -> Bool[Array, "*#b"]:
     """The vasopressor stopped outright from a high level; never at step 0."""
     return (previous_vasopressor >= from_level) & (vasopressor == 0) & (step > 0)
 
 
 def needs_early_fluid(
-    meanbp: jax.Array,
-    lactate: jax.Array,
-    step: jax.Array,
+    meanbp: Num[Array, "*#b"],
+    lactate: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
     *,
     step_hours: float | jax.Array = schema.STEP_HOURS,
     within_hours: float = 3.0,
-) -> jax.Array:
+) -> Bool[Array, "*#b"]:
     """Hypoperfusion in a step that begins within the first hours."""
     return (step * step_hours < within_hours) & hypoperfused(meanbp, lactate)
 
 
 def early_fluid_missed(
-    meanbp: jax.Array,
-    lactate: jax.Array,
-    fluid: jax.Array,
-    step: jax.Array,
+    meanbp: Num[Array, "*#b"],
+    lactate: Num[Array, "*#b"],
+    fluid: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
     *,
     step_hours: float | jax.Array = schema.STEP_HOURS,
     within_hours: float = 3.0,
-) -> jax.Array:
+) -> Bool[Array, "*#b"]:
     """Hypoperfusion in the first hours answered without any fluid."""
     needed = needs_early_fluid(
         meanbp, lactate, step, step_hours=step_hours, within_hours=within_hours
@@ -140,12 +161,12 @@ def early_fluid_missed(
 
 
 def fluid_intolerant(
-    cumulative_fluid: jax.Array,
-    pf_ratio: jax.Array,
+    cumulative_fluid: Num[Array, "*#b"],
+    pf_ratio: Num[Array, "*#b"],
     *,
     volume_above: float = 10_000.0,
     pf_below: float = 200.0,
-) -> jax.Array:
+) -> Bool[Array, "*#b"]:
     """More than 10 L are in already, or the lungs fail.
 
     Args:
@@ -157,14 +178,14 @@ def fluid_intolerant(
 
 
 def fluid_overload(
-    fluid: jax.Array,
-    cumulative_fluid: jax.Array,
-    pf_ratio: jax.Array,
+    fluid: Num[Array, "*#b"],
+    cumulative_fluid: Num[Array, "*#b"],
+    pf_ratio: Num[Array, "*#b"],
     *,
     min_level: int = 3,
     volume_above: float = 10_000.0,
     pf_below: float = 200.0,
-) -> jax.Array:
+) -> Bool[Array, "*#b"]:
     """A high fluid level from `min_level` on given to a `fluid_intolerant` patient."""
     intolerant = fluid_intolerant(
         cumulative_fluid, pf_ratio, volume_above=volume_above, pf_below=pf_below
@@ -173,13 +194,15 @@ def fluid_overload(
 
 
 def vasopressor_at_high_map(
-    meanbp: jax.Array, vasopressor: jax.Array, *, map_above: float = 90.0
-) -> jax.Array:
+    meanbp: Num[Array, "*#b"], vasopressor: Num[Array, "*#b"], *, map_above: float = 90.0
+) -> Bool[Array, "*#b"]:
     """Any vasopressor at a MAP far above target."""
     return (meanbp > map_above) & (vasopressor > 0)
 
 
-def adherence(g1: jax.Array, g2: jax.Array, valid: jax.Array) -> jax.Array:
+def adherence(
+    g1: Bool[Array, "*b"], g2: Bool[Array, "*b"], valid: Bool[Array, "*b"]
+) -> Float[Array, ""]:
     """Guideline adherence in percent, pooled over prescriptions.
 
     Args:
@@ -191,34 +214,36 @@ def adherence(g1: jax.Array, g2: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 def hours_below_target(
-    meanbp: jax.Array,
-    valid: jax.Array,
+    meanbp: Num[Array, "*b T"],
+    valid: Bool[Array, "*b T"],
     *,
     target: float = MAP_TARGET,
     step_hours: float | jax.Array = schema.STEP_HOURS,
-) -> jax.Array:
+) -> Float[Array, "*b"]:
     """Hours with MAP below target along the last axis: [..., T] -> [...]."""
     return step_hours * ((meanbp < target) & valid).sum(-1)
 
 
 def area_below_target(
-    meanbp: jax.Array,
-    valid: jax.Array,
+    meanbp: Num[Array, "*b T"],
+    valid: Bool[Array, "*b T"],
     *,
     target: float = MAP_TARGET,
     step_hours: float | jax.Array = schema.STEP_HOURS,
-) -> jax.Array:
+) -> Float[Array, "*b"]:
     """Depth times duration of hypotension, mmHg h, along the last axis: [..., T] -> [...]."""
     depth = jnp.where(valid, jnp.maximum(target - meanbp, 0.0), 0.0)
     return step_hours * depth.sum(-1)
 
 
-def lactate_clearance(lactate_first: jax.Array, lactate_last: jax.Array) -> jax.Array:
+def lactate_clearance(
+    lactate_first: Num[Array, "*#b"], lactate_last: Num[Array, "*#b"]
+) -> Float[Array, "*#b"]:
     """Relative fall of lactate, (first - last) / first; negative where it rose."""
     return (lactate_first - lactate_last) / lactate_first
 
 
-def sirs_score(dynamic: jax.Array) -> jax.Array:
+def sirs_score(dynamic: Num[Array, "*b 39"]) -> Int[Array, "*b"]:
     """Criteria met, 0 to 4: temperature, heart rate, respiration, white cells.
 
     Args:

@@ -18,6 +18,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from worldmodel import schema
 from worldmodel.clinical import rules, sofa
@@ -137,10 +138,10 @@ class SafetyReport:
 
 @partial(jax.jit, static_argnames="config")
 def assess(
-    dynamic: jax.Array,
-    action: jax.Array,
-    fluid_dose: jax.Array,
-    valid: jax.Array,
+    dynamic: Float[Array, "*b T 39"],
+    action: Int[Array, "*b T"],
+    fluid_dose: Num[Array, "*b T"],
+    valid: Bool[Array, "*b T"],
     step_hours: float | jax.Array = schema.STEP_HOURS,
     config: SafetyConfig | None = None,
 ) -> SafetyReport:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
 
 from worldmodel import schema
 
@@ -34,17 +35,17 @@ class SofaScore(NamedTuple):
     renal: jax.Array
 
     @property
-    def total(self) -> jax.Array:
+    def total(self) -> Float[Array, "*b"]:
         """0 to 24."""
         return sum(self[1:], start=self[0])
 
 
 def standard(
-    dynamic: jax.Array,
+    dynamic: Float[Array, "*#b 39"],
     *,
-    ventilated: jax.Array,
-    vasopressor_dose: jax.Array,
-    urine_24h: jax.Array,
+    ventilated: Bool[Array, "*#b"],
+    vasopressor_dose: Num[Array, "*#b"],
+    urine_24h: Num[Array, "*#b"],
 ) -> SofaScore:
     """SOFA where doses are known.
 
@@ -64,11 +65,11 @@ def standard(
 
 
 def reference(
-    dynamic: jax.Array,
+    dynamic: Float[Array, "*#b 39"],
     *,
-    ventilated: jax.Array,
-    vasopressor_level: jax.Array,
-    urine_before: jax.Array,
+    ventilated: Bool[Array, "*#b"],
+    vasopressor_level: Num[Array, "*#b"],
+    urine_before: Num[Array, "*#b"],
 ) -> SofaScore:
     """SOFA as SepsisAgent's world model scores it.
 
@@ -98,27 +99,29 @@ def _shared(dynamic: jax.Array, ventilated: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def pf_ratio(pao2: jax.Array, fio2: jax.Array) -> jax.Array:
+def pf_ratio(pao2: Num[Array, "*#b"], fio2: Num[Array, "*#b"]) -> Float[Array, "*#b"]:
     """PaO2 / FiO2 in mmHg, of PaO2 in mmHg and FiO2 in percent (at least 21)."""
     return pao2 / (jnp.maximum(fio2, MIN_FIO2) / 100)
 
 
-def respiratory(pao2: jax.Array, fio2: jax.Array, ventilated: jax.Array) -> jax.Array:
+def respiratory(
+    pao2: Num[Array, "*#b"], fio2: Num[Array, "*#b"], ventilated: Bool[Array, "*#b"]
+) -> Float[Array, "*#b"]:
     """Points from PaO2 (mmHg) / FiO2 (percent); 3 and 4 need ventilation."""
     ratio = pf_ratio(pao2, fio2)
     points = _points_below(ratio, (400, 300, 200, 100))
     return jnp.where(ventilated, points, jnp.minimum(points, 2.0))
 
 
-def renal(creatinine: jax.Array, urine_24h: jax.Array) -> jax.Array:
+def renal(creatinine: Num[Array, "*#b"], urine_24h: Num[Array, "*#b"]) -> Float[Array, "*#b"]:
     """The worse of the points from creatinine (mg/dL) and urine (mL in 24 h)."""
     from_urine = jnp.where(urine_24h < 200, 4.0, jnp.where(urine_24h < 500, 3.0, 0.0))
     return jnp.maximum(_points_from(creatinine, (1.2, 2, 3.5, 5)), from_urine)
 
 
 def urine_24h(
-    urine: jax.Array, *, step_hours: float = schema.STEP_HOURS, scaled: bool = True
-) -> jax.Array:
+    urine: Num[Array, "*b T"], *, step_hours: float = schema.STEP_HOURS, scaled: bool = True
+) -> Num[Array, "*b T"]:
     """Urine of the 24 h up to the end of each step.
 
     Args:

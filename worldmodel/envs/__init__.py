@@ -10,20 +10,19 @@ from typing import TYPE_CHECKING
 from worldmodel.lazy import lazy_attributes
 
 if TYPE_CHECKING:
-    from worldmodel.envs.base import Info, Timestep
+    from worldmodel.envs.base import FollowActions, Info, Timestep, Trajectory, unroll
     from worldmodel.envs.env import AutoReset, EnvState, SepsisEnv, episode_key
-    from worldmodel.envs.trajectory import FollowActions, Trajectory, unroll
 
 _HOMES = {
     "AutoReset": "worldmodel.envs.env",
     "EnvState": "worldmodel.envs.env",
-    "FollowActions": "worldmodel.envs.trajectory",
+    "FollowActions": "worldmodel.envs.base",
     "Info": "worldmodel.envs.base",
     "SepsisEnv": "worldmodel.envs.env",
     "Timestep": "worldmodel.envs.base",
-    "Trajectory": "worldmodel.envs.trajectory",
+    "Trajectory": "worldmodel.envs.base",
     "episode_key": "worldmodel.envs.env",
-    "unroll": "worldmodel.envs.trajectory",
+    "unroll": "worldmodel.envs.base",
 }
 
 __all__ = [

@@ -1,16 +1,17 @@
-"""The timestep that an environment returns, and the protocol of its dynamics."""
+"""What environments have in common: timesteps, the protocol of dynamics, and whole episodes."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Num
 
-from worldmodel import schema
+from worldmodel import keys, schema
 from worldmodel.clinical import reward
-from worldmodel.observation import Observation, PolicyFn
+from worldmodel.observation import Observation, PolicyFn, draw_action, recent
 
 REWARD_TERMS = ("unchanged_sofa", "sofa_change", "lactate_change", "terminal")
 
@@ -31,7 +32,7 @@ class Info:
     projected: jax.Array  # int32 entries moved into their physiologic range
     support: jax.Array  # probability of the action under the behaviour policy
     disagreement: jax.Array  # SD of the members' mean predictions, z-scores, mean over features
-    final_observation: Any = None  # with automatic reset only: what the step led to
+    final_observation: object = None  # with automatic reset only: what the step led to
 
 
 @struct.dataclass
@@ -45,7 +46,7 @@ class Timestep:
     info: Info
 
     @property
-    def done(self) -> jax.Array:
+    def done(self) -> Bool[Array, "*b"]:
         """[] bool, terminated or truncated."""
         return self.terminated | self.truncated
 
@@ -63,7 +64,7 @@ class Dynamics(Protocol):
 
 
 def first_timestep(
-    observation: Any, *, sofa: jax.Array, ventilation: jax.Array | float = jnp.nan
+    observation: object, *, sofa: Num[Array, ""], ventilation: jax.Array | float = jnp.nan
 ) -> Timestep:
     """The timestep of a reset: reward 0, neither terminated nor truncated."""
     zero, unknown = jnp.zeros(()), jnp.full((), jnp.nan)
@@ -80,8 +81,8 @@ def first_timestep(
 
 
 def reward_terms(
-    before: Observation, after: Observation, terminated: jax.Array, final: jax.Array
-) -> jax.Array:
+    before: Observation, after: Observation, terminated: Bool[Array, ""], final: Float[Array, ""]
+) -> Float[Array, " 4"]:
     """[4] terms of a step between two rows; a step that ends the episode earns `final` alone."""
     shaping = reward.step_terms(
         before.sofa, after.sofa, before.dynamic[_LACTATE], after.dynamic[_LACTATE]
@@ -91,7 +92,93 @@ def reward_terms(
 
 
 def action_probability(
-    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: jax.Array
-) -> jax.Array:
-    """[] probability of an action under a policy; NaN without one."""
+    behavior: PolicyFn | None, key: jax.Array, observation: Observation, action: Int[Array, "*k"]
+) -> Float[Array, "*k"]:
+    """[...] probabilities of actions [...] under a policy; NaN without one."""
     return jnp.full((), jnp.nan) if behavior is None else behavior(key, observation)[action]
+
+
+StateT = TypeVar("StateT")
+
+
+class Environment(Protocol[StateT]):
+    """The methods that `unroll` needs, as `SepsisEnv` and `AutoReset` have them."""
+
+    def reset(self, key: jax.Array) -> tuple[StateT, Timestep]:
+        """The first state and timestep of a key []."""
+        ...
+
+    def step(self, state: StateT, action: jax.Array) -> tuple[StateT, Timestep]:
+        """The next state and timestep under an action [] int32."""
+        ...
+
+
+@struct.dataclass
+class FollowActions:
+    """Fixed actions in place of a policy in `unroll`: the action of step t is `actions[t]`."""
+
+    actions: jax.Array  # [T] int32 joint actions
+
+
+class Trajectory(NamedTuple):
+    """T steps of one environment; leaves of `timesteps` are [T, ...]."""
+
+    first: Timestep  # of the reset
+    actions: jax.Array  # [T] int32; action t was chosen after timestep t - 1, or after `first`
+    timesteps: Timestep  # timestep t is what action t led to
+
+
+def unroll(
+    env: Environment[StateT],
+    policy: PolicyFn | FollowActions,
+    key: jax.Array,
+    *,
+    num_steps: int,
+    policy_key: jax.Array | None = None,
+    past: int | None = None,
+    start: tuple[StateT, Timestep] | None = None,
+) -> tuple[StateT, Trajectory]:
+    """Plays a policy in an environment for a number of steps.
+
+    Works under `jax.jit` and `jax.vmap`; map it over keys [N] for N patients. After the end of
+    an episode the state of `SepsisEnv` no longer changes and rewards are 0; `AutoReset` starts
+    the next episode.
+
+    Args:
+      env: one patient's environment, such as `SepsisEnv` or `AutoReset`.
+      policy: `(key, observation) -> [25]` probabilities. `FollowActions` plays fixed actions.
+      key: [] of the environment's reset; ignored for the reset where `start` is given.
+      num_steps: steps T.
+      policy_key: [] that the policy's keys are folded from; by default `key`. The key of step t is
+        `fold_in(fold_in(policy_key, keys.UNROLL), t)`.
+      past: rows of `Observation.past` that the policy is given; by default its attribute `past`, or
+        0 where it has none. Give it for policies from `as_pytree`, which have no attributes.
+      start: state and timestep to continue from instead of a reset.
+
+    Returns:
+      The state after T steps, and the trajectory.
+
+    Raises:
+      InputError: the observations hold fewer past rows than the policy needs.
+    """
+    state, first = env.reset(key) if start is None else start
+    own = jax.random.fold_in(key if policy_key is None else policy_key, keys.UNROLL)
+    rows: int = getattr(policy, "past", 0) if past is None else past
+
+    def choose(number: jax.Array, observation: Observation) -> jax.Array:
+        if isinstance(policy, FollowActions):
+            return policy.actions[number]
+        if isinstance(observation, Observation):  # otherwise it is the number of a state
+            observation = recent(observation, rows)
+        return draw_action(policy, jax.random.fold_in(own, number), observation)
+
+    def step(
+        carry: tuple[StateT, Timestep], number: jax.Array
+    ) -> tuple[tuple[StateT, Timestep], tuple[jax.Array, Timestep]]:
+        state, last = carry
+        action = choose(number, last.observation)
+        after, timestep = env.step(state, action)
+        return (after, timestep), (action, timestep)
+
+    (state, _), (actions, timesteps) = jax.lax.scan(step, (state, first), jnp.arange(num_steps))
+    return state, Trajectory(first, actions, timesteps)

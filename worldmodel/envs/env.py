@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int
 
 from worldmodel import keys, schema
 from worldmodel.envs.base import Dynamics, Timestep
@@ -153,7 +154,9 @@ class SepsisEnv:
         """
         return cls(icu_sepsis_dynamics(), _checked(max_steps))
 
-    def reset(self, key: jax.Array, stay: jax.Array | None = None) -> tuple[EnvState, Timestep]:
+    def reset(
+        self, key: jax.Array, stay: Int[Array, ""] | None = None
+    ) -> tuple[EnvState, Timestep]:
         """A patient at the start of an episode.
 
         Args:
@@ -169,7 +172,7 @@ class SepsisEnv:
             dynamics, timestep = self.dynamics.reset_to(key, stay)
         return EnvState(dynamics, timestep, jnp.int32(0)), timestep
 
-    def step(self, state: EnvState, action: jax.Array) -> tuple[EnvState, Timestep]:
+    def step(self, state: EnvState, action: Int[Array, ""]) -> tuple[EnvState, Timestep]:
         """One step; after the end of the episode the state stays as it is and the reward is 0.
 
         Args:
@@ -263,7 +266,9 @@ class AutoReset:
         fresh, timestep = self.env.reset(episode_key(state.key, number))
         return AutoResetState(fresh, state.key, number), _with_final(timestep, timestep)
 
-    def step(self, state: AutoResetState, action: jax.Array) -> tuple[AutoResetState, Timestep]:
+    def step(
+        self, state: AutoResetState, action: Int[Array, ""]
+    ) -> tuple[AutoResetState, Timestep]:
         """One step under an action [] 0-24, or a reset; see the class docstring."""
         over = state.env.last.done
         moved, timestep = self.env.step(state.env, action)

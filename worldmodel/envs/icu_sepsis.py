@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Int
 
 from worldmodel import keys
 from worldmodel.envs.base import Timestep, first_timestep
@@ -47,7 +48,7 @@ class TableDynamics:
         state = TableState(number, jnp.int32(0), key)
         return state, first_timestep(number, sofa=self.sofa[number])
 
-    def step(self, state: TableState, action: jax.Array) -> tuple[TableState, Timestep]:
+    def step(self, state: TableState, action: Int[Array, ""]) -> tuple[TableState, Timestep]:
         """One transition; the noise depends on the key and the step alone."""
         key = jax.random.fold_in(state.key, state.step + 1)
         number = _draw(self.next_state[state.number, action], key)

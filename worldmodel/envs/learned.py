@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Int
 
 from worldmodel import keys, schema
 from worldmodel.clinical import reward
@@ -91,7 +92,7 @@ class LearnedDynamics:
         draw = _start_draws(key)[0]
         return self.reset_to(key, jax.random.randint(draw, (), 0, self.episodes.num_stays))
 
-    def reset_to(self, key: jax.Array, stay: jax.Array) -> tuple[LearnedState, Timestep]:
+    def reset_to(self, key: jax.Array, stay: Int[Array, ""]) -> tuple[LearnedState, Timestep]:
         """`reset` to the stay with a given index []; the row and the member are drawn."""
         draws = _start_draws(key)
         member = jax.random.randint(draws[1], (), 0, self.world_model.num_members)
@@ -116,7 +117,7 @@ class LearnedDynamics:
             observation, sofa=observation.sofa, ventilation=state.ventilation
         )
 
-    def step(self, state: LearnedState, action: jax.Array) -> tuple[LearnedState, Timestep]:
+    def step(self, state: LearnedState, action: Int[Array, ""]) -> tuple[LearnedState, Timestep]:
         """One step of four hours; the treatment of the last row ends the episode instead."""
         before = self._observation(state.history)
         key = branch_key(state.key, state.history.patient[0], before.step, state.member)

@@ -7,13 +7,14 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Int
 
 from worldmodel import keys
 from worldmodel.clinical import reward
 from worldmodel.envs.base import Timestep, first_timestep, reward_terms
 from worldmodel.observation import PolicyFn
 from worldmodel.scaling import Scaler, published_scaler
-from worldmodel.synthetic import clinician, outcome, world
+from worldmodel.synthetic import clinician, world
 
 
 @struct.dataclass
@@ -53,7 +54,9 @@ class SyntheticDynamics:
         timestep = first_timestep(observation, sofa=observation.sofa, ventilation=ventilation)
         return SyntheticState(start, key), timestep
 
-    def step(self, state: SyntheticState, action: jax.Array) -> tuple[SyntheticState, Timestep]:
+    def step(
+        self, state: SyntheticState, action: Int[Array, ""]
+    ) -> tuple[SyntheticState, Timestep]:
         """One step of four hours."""
         before = state.world.observation
         moved, transition = world.step(
@@ -64,7 +67,7 @@ class SyntheticDynamics:
         start = first_timestep(
             after, sofa=after.sofa, ventilation=after.ventilated.astype(jnp.float32)
         )
-        late = outcome.late_death(moved.latent, moved.traits, self.params.outcome)
+        late = world.late_death(moved.latent, moved.traits, self.params.outcome)
         info = replace(
             start.info,
             reward_terms=terms,

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.configuration import require
@@ -148,10 +149,10 @@ class StateModel(_Trunk):
 
     def __call__(
         self,
-        obs: jax.Array,
-        observed: jax.Array,
-        static: jax.Array,
-        action: jax.Array,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
         *,
         key: jax.Array | None = None,
     ) -> Prediction:
@@ -201,13 +202,13 @@ class OutcomeModel(_Trunk):
 
     def __call__(
         self,
-        obs: jax.Array,
-        observed: jax.Array,
-        static: jax.Array,
-        action: jax.Array,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
         *,
         key: jax.Array | None = None,
-    ) -> jax.Array:
+    ) -> Float[Array, " B"]:
         """Mortality logit [B]; arguments as for the State Model, window 12."""
         key_gru, key_head = (None, None) if key is None else jax.random.split(key)
         h = jax.nn.relu(self.outcome_hidden(self.encode(obs, observed, static, action, key_gru)))
@@ -217,7 +218,7 @@ class OutcomeModel(_Trunk):
         return result
 
 
-# Any: `nnx.Linear` declares its bias optional, but these layers always have one.
+# `nnx.Linear` declares its bias optional, but these layers always have one.
 def _linear(config: ModelConfig, rngs: nnx.Rngs) -> Callable[[int, int], Any]:
     def make(in_features: int, out_features: int) -> nnx.Linear:
         return nnx.Linear(in_features, out_features, rngs=rngs, precision=config.precision)

@@ -1,4 +1,8 @@
-"""Evaluation of a world model beside baselines: errors, calibration, discrimination."""
+"""Evaluation of a world model beside baselines: errors, calibration, discrimination.
+
+Baselines of the next row are the last value, which stays, and a linear autoregression; of
+mortality, logistic regressions on the SOFA score and on the whole row.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +12,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
 from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
-from worldmodel.models import baselines
-from worldmodel.models.baselines import HostPrediction, Rows
 from worldmodel.models.recurrent import (
     CompetingRisks,
     RecurrentStateModel,
@@ -59,7 +63,7 @@ class _Side(NamedTuple):
 
 def evaluate_world_model(
     world_model: WorldModel, episodes: Episodes, *, split: str = "test"
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # nested numbers by name, as JSON holds them
     """Metrics of a world model on one split, beside both baselines.
 
     The baselines are fitted on the training split of the same episodes.
@@ -73,8 +77,8 @@ def evaluate_world_model(
     )
     train_index = require_transitions(transition_index(train.episodes), "train")
     index = require_transitions(transition_index(test.episodes), split)
-    train_rows = baselines.transition_rows(train.sequences, train_index)
-    rows = baselines.transition_rows(test.sequences, index)
+    train_rows = transition_rows(train.sequences, train_index)
+    rows = transition_rows(test.sequences, index)
     if world_model.is_recurrent:
         by_row, died = predict_stays(world_model, test.episodes)
         prediction = HostPrediction(*(leaf[index[:, 0], index[:, 1]] for leaf in by_row))
@@ -83,8 +87,8 @@ def evaluate_world_model(
         prediction = predict(world_model, test.sequences, index)
     predictions = {
         "model": prediction,
-        "last_value": baselines.last_value(train_rows, rows),
-        "linear": baselines.linear_autoregression(train_rows, rows),
+        "last_value": last_value(train_rows, rows),
+        "linear": linear_autoregression(train_rows, rows),
     }
     outcomes = {
         name: _outcome_report(world_model, train, test, rows_of, died)
@@ -105,7 +109,9 @@ def evaluate_world_model(
     }
 
 
-def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> HostPrediction:
+def predict(
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> HostPrediction:
     """The world model's (ensemble) prediction of the transitions `index` [K, 2]."""
     outputs = _in_batches(
         lambda rows: world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)), index
@@ -118,8 +124,8 @@ def predict(world_model: WorldModel, sequences: Sequences, index: np.ndarray) ->
 
 
 def predict_mortality(
-    world_model: WorldModel, sequences: Sequences, index: np.ndarray
-) -> np.ndarray:
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> Float[np.ndarray, " K"]:
     """Probability [K] of death within 90 days, at the rows `index` [K, 2]."""
     logit = _in_batches(
         lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
@@ -166,8 +172,8 @@ def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPred
 
 
 def predict_members(
-    world_model: WorldModel, sequences: Sequences, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> tuple[Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K"]]:
     """Every member's (mu [E, K, 39], log_sigma [E, K, 39], vent_logit [E, K])."""
     outputs = _in_batches(
         lambda rows: jax.tree.map(
@@ -211,13 +217,15 @@ def _outcome_report(
     died = train.died(train_rows)
     scores = {
         "model": predicted,
-        "last_value": baselines.logistic(train.sofa(train_rows), died, test.sofa(rows)),
-        "linear": baselines.logistic(train.inputs(train_rows), died, test.inputs(rows)),
+        "last_value": logistic(train.sofa(train_rows), died, test.sofa(rows)),
+        "linear": logistic(train.inputs(train_rows), died, test.inputs(rows)),
     }
     return {name: outcome_metrics(score, test.died(rows)) for name, score in scores.items()}
 
 
-def gaussian_crps(target: np.ndarray, mu: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def gaussian_crps(
+    target: Float[np.ndarray, "*#b"], mu: Float[np.ndarray, "*#b"], sigma: Float[np.ndarray, "*#b"]
+) -> Float[np.ndarray, "*#b"]:
     """Continuous ranked probability score of a normal (Gneiting & Raftery 2007, eq. 21)."""
     z = (target - mu) / sigma
     result: np.ndarray = sigma * (z * (2 * norm.cdf(z) - 1) + 2 * norm.pdf(z) - 1 / np.sqrt(np.pi))
@@ -268,7 +276,9 @@ def feature_metrics(prediction: HostPrediction, rows: Rows) -> dict[str, dict[st
     return out
 
 
-def outcome_metrics(probability: np.ndarray, died: np.ndarray) -> dict[str, float | None]:
+def outcome_metrics(
+    probability: Float[np.ndarray, " K"], died: Shaped[np.ndarray, " K"]
+) -> dict[str, float | None]:
     """Discrimination and calibration of predicted mortality.
 
     Returns:
@@ -285,7 +295,7 @@ def outcome_metrics(probability: np.ndarray, died: np.ndarray) -> dict[str, floa
 
 
 def expected_calibration_error(
-    probability: np.ndarray, label: np.ndarray, *, bins: int = 10
+    probability: Float[np.ndarray, " K"], label: Shaped[np.ndarray, " K"], *, bins: int = 10
 ) -> float:
     """Mean gap between predicted and observed frequency over equal-width bins."""
     which = np.minimum((probability * bins).astype(int), bins - 1)
@@ -296,3 +306,99 @@ def expected_calibration_error(
 
 def _auc(label: np.ndarray, score: np.ndarray) -> float | None:
     return float(roc_auc_score(label, score)) if label.min() != label.max() else None
+
+
+_MIN_SIGMA = 1e-3
+
+
+class Rows(NamedTuple):
+    """Transitions on the host, in z-space."""
+
+    last: np.ndarray  # [K, 39] row t
+    inputs: np.ndarray  # [K, 90] row t: obs, measured, static, action
+    ventilated_now: np.ndarray  # [K] bool
+    target: np.ndarray  # [K, 39] row t + 1
+    measured: np.ndarray  # [K, 39] bool
+    ventilated: np.ndarray  # [K] bool
+
+
+class HostPrediction(NamedTuple):
+    """A Gaussian prediction of the next row and a ventilation score, on the host."""
+
+    mu: np.ndarray  # [K, 39]
+    sigma: np.ndarray  # [K, 39]
+    ventilation: np.ndarray  # [K] score; higher means more likely ventilated
+
+
+def transition_rows(sequences: Sequences, index: Int[np.ndarray, "K 2"]) -> Rows:
+    """Last rows and targets of the transitions `index` [K, 2] (stay, step)."""
+    window = sequences.window(index, 1)
+    target = sequences.target(index)
+    blocks = (window.obs[:, 0], window.observed[:, 0], window.static, window.action[:, 0])
+    return Rows(
+        last=np.asarray(blocks[0]),
+        inputs=np.concatenate([np.asarray(block) for block in blocks], axis=1),
+        ventilated_now=np.asarray(
+            sequences.ventilated[index[:, 0], sequences.padding + index[:, 1]]
+        ),
+        target=np.asarray(target.obs),
+        measured=np.asarray(target.measured),
+        ventilated=np.asarray(target.ventilated),
+    )
+
+
+def last_value(train: Rows, test: Rows) -> HostPrediction:
+    """The last value stays; spread from the training split's measured changes."""
+    return HostPrediction(
+        mu=test.last,
+        sigma=_repeated(spread(train.target - train.last, train.measured), test),
+        ventilation=test.ventilated_now.astype(np.float64),
+    )
+
+
+def linear_autoregression(train: Rows, test: Rows) -> HostPrediction:
+    """Ridge regression of each feature's measured values on the last row."""
+    features = train.target.shape[1]
+    mu = np.empty_like(test.last)
+    residual = np.zeros_like(train.target)
+    for j in range(features):
+        use = train.measured[:, j]
+        if use.sum() <= train.inputs.shape[1]:
+            mu[:, j], residual[:, j] = test.last[:, j], train.target[:, j] - train.last[:, j]
+            continue
+        model = Ridge(alpha=1.0).fit(train.inputs[use], train.target[use, j])
+        mu[:, j] = model.predict(test.inputs)
+        residual[use, j] = train.target[use, j] - model.predict(train.inputs[use])
+    return HostPrediction(
+        mu=mu,
+        sigma=_repeated(spread(residual, train.measured), test),
+        ventilation=logistic(train.inputs, train.ventilated, test.inputs),
+    )
+
+
+def logistic(
+    inputs: Float[np.ndarray, "M D"],
+    label: Shaped[np.ndarray, " M"],
+    test_inputs: Float[np.ndarray, "K D"],
+) -> Float[np.ndarray, " K"]:
+    """Probability [K] by logistic regression; the base rate where only one class was seen."""
+    if label.min() == label.max():
+        return np.full(len(test_inputs), float(label.mean()))
+    model = LogisticRegression(max_iter=500).fit(inputs, label)
+    result: np.ndarray = model.predict_proba(test_inputs)[:, 1]
+    return result
+
+
+def spread(
+    error: Float[np.ndarray, "K F"], measured: Bool[np.ndarray, "K F"]
+) -> Float[np.ndarray, " F"]:
+    """Root mean square error of each feature [39] over its measured entries [K, 39]."""
+    total = np.maximum(measured.sum(0), 1)
+    result: np.ndarray = np.maximum(
+        np.sqrt((np.square(error) * measured).sum(0) / total), _MIN_SIGMA
+    )
+    return result
+
+
+def _repeated(sigma: np.ndarray, rows: Rows) -> np.ndarray:
+    return np.broadcast_to(sigma, rows.target.shape)

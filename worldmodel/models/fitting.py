@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
@@ -250,7 +251,7 @@ def _updates(
 
 
 def mean_loss(
-    model: Params, loss: Loss, sequences: Sequences, index: jax.Array, *, batch: int
+    model: Params, loss: Loss, sequences: Sequences, index: Int[Array, "K 2"], *, batch: int
 ) -> jax.Array:
     """Evaluation loss, averaged over whole batches of `index` and its remainder."""
     count = index.shape[0]
@@ -271,7 +272,9 @@ def mean_loss(
 LOG_2PI = 1.8378770664093453
 
 
-def gaussian_nll(target: jax.Array, mu: jax.Array, log_sigma: jax.Array) -> jax.Array:
+def gaussian_nll(
+    target: Float[Array, "*#b"], mu: Float[Array, "*#b"], log_sigma: Float[Array, "*#b"]
+) -> Float[Array, "*#b"]:
     """Negative log density, elementwise, in nats."""
     error = (target - mu) * jnp.exp(-log_sigma)
     return 0.5 * (jnp.square(error) + LOG_2PI) + log_sigma
@@ -279,7 +282,7 @@ def gaussian_nll(target: jax.Array, mu: jax.Array, log_sigma: jax.Array) -> jax.
 
 def state_loss(
     prediction: Prediction, target: Target, *, imputed_weight: float, vent_weight: float
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Gaussian NLL plus ventilation cross-entropy, mean over the batch.
 
     Args:
@@ -302,13 +305,13 @@ def state_loss(
 def state_model_loss(
     model: StateModel,
     sequences: Sequences,
-    index: jax.Array,
+    index: Int[Array, "B 2"],
     key: jax.Array | None,
     *,
     window: int,
     imputed_weight: float,
     vent_weight: float,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """`state_loss` of the transitions `index` [B, 2] (stay, step)."""
     return state_loss(
         model(*sequences.window(index, window), key=key),
@@ -321,11 +324,11 @@ def state_model_loss(
 def outcome_model_loss(
     model: OutcomeModel,
     sequences: Sequences,
-    index: jax.Array,
+    index: Int[Array, "B 2"],
     key: jax.Array | None,
     *,
     window: int,
-) -> jax.Array:
+) -> Float[Array, ""]:
     """Cross-entropy of 90-day death at the rows `index` [B, 2] (stay, step)."""
     logit = model(*sequences.window(index, window), key=key)
     died = sequences.died_90d[index[:, 0]].astype(jnp.float32)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 
 class GRUCell(nnx.Module):
@@ -33,19 +34,23 @@ class GRUCell(nnx.Module):
         self.hidden = hidden
         self.precision = precision
 
-    def project_input(self, x: jax.Array) -> jax.Array:
+    def project_input(self, x: Float[Array, "*b F"]) -> Float[Array, "*b G"]:
         """Input side of the gates: [..., F] -> [..., 3H]."""
         return (
             jnp.matmul(x, self.weight_input[...], precision=self.precision) + self.bias_input[...]
         )
 
-    def step(self, projected: jax.Array, h: jax.Array) -> jax.Array:
+    def step(
+        self, projected: Float[Array, "*b G"], h: Float[Array, "*b H"]
+    ) -> Float[Array, "*b H"]:
         """Next hidden state [..., H] from projected input [..., 3H] and hidden state [..., H]."""
         recurrent = jnp.matmul(h, self.weight_hidden[...], precision=self.precision)
         return gates(projected, recurrent + self.bias_hidden[...], h)
 
 
-def gates(projected: jax.Array, recurrent: jax.Array, h: jax.Array) -> jax.Array:
+def gates(
+    projected: Float[Array, "*#b G"], recurrent: Float[Array, "*#b G"], h: Float[Array, "*#b H"]
+) -> Float[Array, "*#b H"]:
     """The elementwise half of a GRU step: two [..., 3H] sides and h [..., H] to h' [..., H]."""
     input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
     hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)

@@ -11,16 +11,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.files import digest
-from worldmodel.models import baselines
-from worldmodel.models.baselines import Rows
+from worldmodel.models import evaluation
 from worldmodel.models.checkpoint import Saver
 from worldmodel.models.clinical_model import LOG_SIGMA_RANGE, ModelConfig, StateModel
-from worldmodel.models.evaluation import evaluate_world_model, predict_members
+from worldmodel.models.evaluation import Rows, evaluate_world_model, predict_members
 from worldmodel.models.fitting import (
     FitConfig,
     Loss,
@@ -104,7 +104,7 @@ class Trained(NamedTuple):
     """A trained world model, its training history and its test metrics."""
 
     world_model: WorldModel
-    metrics: dict[str, Any]
+    metrics: dict[str, Any]  # nested numbers by name, as JSON holds them
     history: dict[str, list[dict[str, float]]]
 
 
@@ -182,7 +182,7 @@ def train_world_model(
         )
 
     if config.model.variant == "residual":
-        rows = baselines.transition_rows(sequences["train"], transitions["train"])
+        rows = evaluation.transition_rows(sequences["train"], transitions["train"])
         start_from_last_value(world_model.state_model, rows)
     state_model, state_history = run(
         "state",
@@ -259,13 +259,15 @@ def start_from_last_value(state_model: StateModel, train: Rows) -> None:
       train: transitions of the training split.
     """
     low, high = LOG_SIGMA_RANGE
-    log_sigma = np.log(baselines.spread(train.target - train.last, train.measured))
+    log_sigma = np.log(evaluation.spread(train.target - train.last, train.measured))
     share = np.clip((log_sigma - low) / (high - low), 0.02, 0.98)
     bias = state_model.log_sigma_head.bias
     bias[...] = jnp.broadcast_to(np.log(share / (1 - share)).astype(np.float32), bias.shape)
 
 
-def calibrate_sigma(world_model: WorldModel, sequences: Sequences, index: np.ndarray) -> WorldModel:
+def calibrate_sigma(
+    world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
+) -> WorldModel:
     """Scales each feature's sigma to the validation errors, by maximum likelihood.
 
     For a fixed mu the best scale of sigma_j is the root mean square of error / sigma over the

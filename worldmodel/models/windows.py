@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -53,7 +54,7 @@ class Sequences:
         """Padded number of steps T."""
         return self.obs.shape[1] - self.padding
 
-    def window(self, index: jax.Array | np.ndarray, width: int) -> Window:
+    def window(self, index: Int[Array | np.ndarray, "B 2"], width: int) -> Window:
         """Windows that end at the rows `index` [B, 2] (stay, step)."""
         stay, step = index[:, 0], index[:, 1]
         rows = self.padding + step[:, None] + jnp.arange(1 - width, 1)
@@ -65,7 +66,7 @@ class Sequences:
             action=encode_action(self.action[stays, rows]),
         )
 
-    def target(self, index: jax.Array | np.ndarray) -> Target:
+    def target(self, index: Int[Array | np.ndarray, "B 2"]) -> Target:
         """The rows after `index` [B, 2] (stay, step)."""
         stay, row = index[:, 0], self.padding + index[:, 1] + 1
         return Target(
@@ -75,7 +76,7 @@ class Sequences:
         )
 
 
-def encode_action(action: jax.Array) -> jax.Array:
+def encode_action(action: Int[Array, "*b"]) -> Float[Array, "*b 10"]:
     """Joint actions [...] to one-hot pairs [..., 10]; -1 becomes all zeros."""
     vasopressor, fluid = schema.action_levels(action)
     valid = (action >= 0)[..., None]
@@ -109,14 +110,14 @@ def to_sequences(
     )
 
 
-def transition_index(episodes: Episodes) -> np.ndarray:
+def transition_index(episodes: Episodes) -> Int[np.ndarray, "K 2"]:
     """All (stay, step) pairs with a recorded next row: [K, 2] int32."""
     length = np.asarray(episodes.length)
     pairs = np.argwhere(np.arange(episodes.num_steps) < length[:, None] - 1)
     return pairs.astype(np.int32)
 
 
-def require_transitions(index: np.ndarray, split: str) -> np.ndarray:
+def require_transitions(index: Int[np.ndarray, "K 2"], split: str) -> Int[np.ndarray, "K 2"]:
     """`index` itself, once it is known to hold a transition.
 
     Raises:
@@ -127,12 +128,12 @@ def require_transitions(index: np.ndarray, split: str) -> np.ndarray:
     return index
 
 
-def last_step_index(episodes: Episodes) -> np.ndarray:
+def last_step_index(episodes: Episodes) -> Int[np.ndarray, "N 2"]:
     """The last (stay, step) of every stay: [N, 2] int32."""
     length = np.asarray(episodes.length)
     return np.stack([np.arange(len(length)), length - 1], axis=1).astype(np.int32)
 
 
-def every_step_index(episodes: Episodes) -> np.ndarray:
+def every_step_index(episodes: Episodes) -> Int[np.ndarray, "K 2"]:
     """All recorded (stay, step) pairs: [K, 2] int32."""
     return np.argwhere(np.asarray(episodes.valid)).astype(np.int32)

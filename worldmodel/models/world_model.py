@@ -78,7 +78,11 @@ class WorldModel:
         )
 
     def transitions(
-        self, obs: jax.Array, observed: jax.Array, static: jax.Array, action: jax.Array
+        self,
+        obs: Float[Array, "B W 39"],
+        observed: Float[Array, "B W 38"],
+        static: Float[Array, "B 3"],
+        action: Float[Array, "B W 10"],
     ) -> Prediction:
         """Every member's prediction: arguments as `transition`, results [E, B, ...]."""
         self._require_windows()

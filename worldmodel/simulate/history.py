@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float, Int, Shaped
 
 from worldmodel import schema
 from worldmodel.clinical import sofa
@@ -46,16 +47,16 @@ class History:
             action=encode_action(self.action[..., -width:]),
         )
 
-    def choose(self, action: jax.Array) -> History:
+    def choose(self, action: Int[Array, " B"]) -> History:
         """Sets the treatment [B] of the newest row."""
         return replace(self, action=self.action.at[..., -1].set(action))
 
     def append(
         self,
-        obs: jax.Array,
-        urine: jax.Array,
-        ventilated: jax.Array,
-        observed: jax.Array | None = None,
+        obs: Float[Array, "B 39"],
+        urine: Float[Array, " B"],
+        ventilated: Shaped[Array, " B"],
+        observed: Shaped[Array, "B 38"] | None = None,
     ) -> History:
         """Appends a row without its SOFA.
 
@@ -81,12 +82,14 @@ class History:
             step=self.step + 1,
         )
 
-    def urine_24h(self) -> jax.Array:
+    def urine_24h(self) -> Float[Array, " B"]:
         """Urine of the last 24 h, mL, scaled up where the stay is shorter: [B]."""
         return urine_per_day(self.urine.sum(-1), self.step, self.urine.shape[-1])
 
 
-def urine_per_day(total: jax.Array, step: jax.Array, window: int) -> jax.Array:
+def urine_per_day(
+    total: Float[Array, "*#b"], step: Int[Array, "*#b"], window: int
+) -> Float[Array, "*#b"]:
     """Urine of the last 24 h, mL, scaled up where the stay is shorter.
 
     Args:
@@ -209,8 +212,8 @@ def history_at(
     world_model: WorldModel,
     episodes: Episodes,
     sequences: Sequences,
-    stays: np.ndarray | jax.Array,
-    step: jax.Array,
+    stays: Int[np.ndarray | Array, " B"],
+    step: Int[Array, " B"],
     *,
     recorded_sofa: bool,
 ) -> History:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from worldmodel import schema
 from worldmodel.episodes import Episodes
@@ -151,8 +152,11 @@ def _sequence(text: str, horizon: int) -> tuple[str, np.ndarray]:
 
 
 def plans_from(
-    actions: np.ndarray, episodes: Episodes, stay: np.ndarray, step: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+    actions: Int[np.ndarray, "K H"],
+    episodes: Episodes,
+    stay: Int[np.ndarray, " P"],
+    step: Int[np.ndarray, " P"],
+) -> tuple[Int[np.ndarray, "P K H"], Float[np.ndarray, "P K"]]:
     """Plans at starts, with the record filled in.
 
     Where the record ends before the plan, the last recorded treatment is repeated.

@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from worldmodel import keys, schema
 from worldmodel.errors import InputError
@@ -21,9 +22,9 @@ from worldmodel.simulate.unroll import Shape, StepState
 
 def branch_key(
     key: jax.Array,
-    patient: jax.Array,
-    step: jax.Array,
-    sample: jax.Array,
+    patient: Int[Array, ""],
+    step: Int[Array, ""],
+    sample: Int[Array, ""],
     plan: jax.Array | int = 0,
 ) -> jax.Array:
     """The key of one step of one branch.
@@ -39,7 +40,7 @@ def branch_key(
     return jax.random.fold_in(jax.random.fold_in(folded, sample), plan)
 
 
-def state_noise(key: jax.Array, width: int = schema.NUM_FEATURES) -> jax.Array:
+def state_noise(key: jax.Array, width: int = schema.NUM_FEATURES) -> Float[Array, " width"]:
     """[width] standard normals of a branch's step; see `WorldModel.noise_width`."""
     return jax.random.normal(jax.random.fold_in(key, keys.NOISE), (width,))
 
@@ -49,7 +50,7 @@ def policy_key(key: jax.Array) -> jax.Array:
     return jax.random.fold_in(key, keys.POLICY_CHOICE)
 
 
-def outcome_chance(key: jax.Array) -> jax.Array:
+def outcome_chance(key: jax.Array) -> Float[Array, ""]:
     """[] uniform in [0, 1) that decides an outcome that is drawn."""
     return jax.random.uniform(jax.random.fold_in(key, keys.OUTCOME))
 
@@ -63,7 +64,7 @@ Treat = Callable[[jax.Array, StepState], jax.Array]
 Noise = Callable[[jax.Array], jax.Array]
 
 
-def under_plans(plans: jax.Array) -> Treat:
+def under_plans(plans: Int[Array, "P K H"]) -> Treat:
     """Treatment by plans [P, K, H] of joint actions."""
     return lambda h, now: plans[:, :, h][..., None]
 
@@ -73,7 +74,7 @@ def under_policy(
     world_model: WorldModel,
     key: jax.Array,
     start: History,
-    samples: jax.Array,
+    samples: Int[Array, " S"],
     *,
     past: int,
 ) -> Treat:
@@ -103,7 +104,7 @@ def under_policy(
 def drawn_noise(
     key: jax.Array,
     start: History,
-    samples: jax.Array,
+    samples: Int[Array, " S"],
     shape: Shape,
     horizon: int,
     *,
@@ -142,8 +143,11 @@ def _branch_keys(
 
 
 def abduct_noise(
-    world_model: WorldModel, start: History, plan: jax.Array, recorded: jax.Array
-) -> jax.Array:
+    world_model: WorldModel,
+    start: History,
+    plan: Int[Array, "P H"],
+    recorded: Float[Array, "P H 39"],
+) -> Float[Array, "P 1 H 39"]:
     """The noise that explains what was recorded: eps = (x' - mu) / sigma (Pearl's abduction).
 
     Replayed under the factual plan it gives back the factual rows; under another plan it gives

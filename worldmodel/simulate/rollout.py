@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.clinical import reward
@@ -56,7 +57,7 @@ class Rollouts:
     later_reward: jax.Array | None = None  # [P, K, S] rewards after the horizon, clinician
 
     @property
-    def total_reward(self) -> jax.Array:
+    def total_reward(self) -> Float[Array, "P K S"]:
         """[P, K, S] undiscounted: shaping plus the terminal reward.
 
         In the recurrent variant that of the whole stay: the clinician goes on after the horizon.
@@ -68,7 +69,7 @@ class Rollouts:
         total = self.reward.sum(-1) + reward.terminal_reward(died)
         return total if self.later_reward is None else total + self.later_reward
 
-    def feature(self, name: str) -> jax.Array:
+    def feature(self, name: str) -> Float[Array, "P K S H"]:
         """[P, K, S, H] one of the collected features, in physical units."""
         return self.values[..., self.features.index(name)]
 
@@ -83,7 +84,7 @@ def rollout(
     samples: int = 1,
     features: tuple[str, ...] = CHART_FEATURES,
     common_noise: bool = True,
-    noise: jax.Array | None = None,
+    noise: Float[Array, "P S H W"] | None = None,
     mode: str = "corrected",
     mortality: bool = True,
     precision: str | None = None,

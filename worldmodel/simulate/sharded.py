@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
 
 from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
@@ -204,7 +205,7 @@ def rollout_block(
     sharded_rollout: ShardedRollout,
     key: jax.Array,
     start: History,
-    plans: jax.Array | None,
+    plans: Int[Array, "P K H"] | None,
     samples: int,
 ) -> BranchSummary:
     """Every sample of every patient: numpy leaves [P, K, S, ...].

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jaxtyping import Float
 
 from worldmodel import schema
 from worldmodel.clinical import reward
@@ -103,8 +104,8 @@ Columns = dict[str, np.ndarray]
 
 def group_statistics(
     summary: BranchSummary,
-    start_values: np.ndarray,
-    start_sofa: np.ndarray,
+    start_values: Float[np.ndarray, "P F"],
+    start_sofa: Float[np.ndarray, " P"],
     *,
     features: tuple[str, ...],
     members: int,
@@ -159,7 +160,7 @@ def group_statistics(
     return columns
 
 
-def disagreement(values: np.ndarray, members: int) -> np.ndarray:
+def disagreement(values: Float[np.ndarray, "P K S"], members: int) -> Float[np.ndarray, "P K"]:
     """[P, K] standard deviation between the members' means; NaN for one member."""
     if members < 2:
         return np.full(values.shape[:2], np.nan)
@@ -167,7 +168,7 @@ def disagreement(values: np.ndarray, members: int) -> np.ndarray:
     return result
 
 
-def standard_error(values: np.ndarray, members: int) -> np.ndarray:
+def standard_error(values: Float[np.ndarray, "P K S"], members: int) -> Float[np.ndarray, "P K"]:
     """[P, K] of the mean over samples, given the ensemble; NaN for one sample per member."""
     own = values.shape[-1] // members
     if own < 2:
@@ -177,13 +178,15 @@ def standard_error(values: np.ndarray, members: int) -> np.ndarray:
     return result
 
 
-def first_actions(summary: BranchSummary) -> np.ndarray:
+def first_actions(summary: BranchSummary) -> Float[np.ndarray, "P K"]:
     """[P, K] float64 joint action of the first step; NaN where samples differ."""
     first = np.asarray(summary.first_action)
     return np.where((first == first[..., :1]).all(-1), first[..., 0], np.nan)
 
 
-def support(probs: np.ndarray | None, summary: BranchSummary) -> np.ndarray:
+def support(
+    probs: Float[np.ndarray, "P 25"] | None, summary: BranchSummary
+) -> Float[np.ndarray, "P K"]:
     """[P, K] probability that the behaviour policy gives the first action; mean over samples.
 
     Args:

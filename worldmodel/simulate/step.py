@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
 from worldmodel.clinical import reward, sofa
@@ -37,7 +38,12 @@ class StepOutputs(NamedTuple):
 
 
 def advance(
-    world_model: WorldModel, history: History, action: jax.Array, eps: jax.Array, *, mode: str
+    world_model: WorldModel,
+    history: History,
+    action: Int[Array, " B"],
+    eps: Float[Array, "B 39"],
+    *,
+    mode: str,
 ) -> tuple[History, StepOutputs]:
     """One step of B branches in a world model of one member.
 
@@ -54,7 +60,12 @@ def advance(
 
 
 def follow(
-    world_model: WorldModel, history: History, prediction: Prediction, eps: jax.Array, *, mode: str
+    world_model: WorldModel,
+    history: History,
+    prediction: Prediction,
+    eps: Float[Array, "B 39"],
+    *,
+    mode: str,
 ) -> tuple[History, StepOutputs]:
     """`advance` with the prediction given, for histories whose treatment is chosen."""
     row = next_row(world_model, prediction, eps, mode=mode)
@@ -77,7 +88,7 @@ def follow(
 
 @jax.named_scope("sampling")
 def next_row(
-    world_model: WorldModel, prediction: Prediction, eps: jax.Array, *, mode: str
+    world_model: WorldModel, prediction: Prediction, eps: Float[Array, "*b 39"], *, mode: str
 ) -> NextRow:
     """Draws the next row from a prediction; leading axes broadcast.
 
@@ -99,12 +110,12 @@ def next_row(
 def score_row(
     world_model: WorldModel,
     row: NextRow,
-    action: jax.Array,
+    action: Int[Array, "*#b"],
     *,
-    urine_before: jax.Array,
-    urine_24h: jax.Array,
+    urine_before: Float[Array, "*#b"],
+    urine_24h: Float[Array, "*#b"],
     mode: str,
-) -> jax.Array:
+) -> Float[Array, "*#b"]:
     """SOFA [...] of a drawn row.
 
     Args:
@@ -136,7 +147,9 @@ def score_row(
 _SYSBP, _DIABP, _MEANBP = (schema.INDEX[name] for name in ("sysbp", "diabp", "meanbp"))
 
 
-def project(obs: jax.Array, scaler: Scaler) -> tuple[jax.Array, jax.Array]:
+def project(
+    obs: Float[Array, "*b 39"], scaler: Scaler
+) -> tuple[Float[Array, "*b 39"], Int[Array, "*b"]]:
     """Moves each feature into its physiologic range and orders the blood pressures.
 
     Args:

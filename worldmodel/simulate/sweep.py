@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from worldmodel.errors import InputError
 
@@ -68,7 +69,7 @@ class Grid:
         return block.size * plans * self.samples * self.horizon
 
 
-def find_starts(length: np.ndarray, steps: Sequence[int], every: int = 0) -> Starts:
+def find_starts(length: Int[np.ndarray, " N"], steps: Sequence[int], every: int = 0) -> Starts:
     """Rows to start from.
 
     Args:
@@ -142,6 +143,6 @@ def _starts_of(plans: int, samples: int, branches: int, starts: Starts) -> int:
     return int(np.clip(branches // (plans * samples), 1, min(MAX_STARTS, len(starts.stay))))
 
 
-def padded(numbers: np.ndarray, size: int) -> np.ndarray:
+def padded(numbers: Int[np.ndarray, " n"], size: int) -> Int[np.ndarray, " m"]:
     """Numbers [n] to [size], the last one repeated, so that blocks keep their shape."""
     return numbers[np.minimum(np.arange(size), len(numbers) - 1)]

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from policy.serving.backend import BackendError
 from policy.serving.client import Client, Endpoint, MalformedError, member
@@ -175,19 +174,19 @@ class WeightControl:
             _LOG.error(text)
 
 
-def _ignore(value: Any) -> None:
+def _ignore(value: object) -> None:
     """Accepts any JSON."""
 
 
-def _checksums(value: Any) -> dict[str, str]:
+def _checksums(value: object) -> dict[str, str]:
     return _texts(member(value, "checksums", dict))
 
 
-def _of_workers(value: Any) -> list[dict[str, str]]:
+def _of_workers(value: object) -> list[dict[str, str]]:
     return [_texts(worker) for worker in member(value, "results", list)]
 
 
-def _texts(sums: Any) -> dict[str, str]:
+def _texts(sums: object) -> dict[str, str]:
     if not isinstance(sums, dict) or not all(isinstance(v, str) for v in sums.values()):
         raise MalformedError("checksums are no text")
     return sums

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -126,10 +126,12 @@ class VLLMGenerator:
         return start, seen, completion.weight_version
 
     async def _generate(
-        self, prompt_ids: Sequence[int], **params: Any
+        self,
+        prompt_ids: Sequence[int],
+        **params: Any,  # of vLLM, of several types
     ) -> tuple[Completion, dict[int, float]]:
         wanted = params.get("logprob_token_ids", ())
-        body: dict[str, Any] = {
+        body: dict[str, object] = {
             "model": self.name,
             "token_ids": list(prompt_ids),
             "sampling_params": {**params, "detokenize": False},
@@ -137,7 +139,7 @@ class VLLMGenerator:
         if self.weight_version is not None:
             body["cache_salt"] = self.weight_version
 
-        def read(found: Any) -> tuple[Completion, dict[int, float]]:
+        def read(found: object) -> tuple[Completion, dict[int, float]]:
             completion, seen = _completion(found)
             if missing := set(wanted) - seen.keys():
                 raise MalformedError(f"no log-probability of tokens {sorted(missing)}")
@@ -151,7 +153,7 @@ class VLLMGenerator:
         return completion, seen
 
 
-def _completion(found: Any) -> tuple[Completion, dict[int, float]]:
+def _completion(found: object) -> tuple[Completion, dict[int, float]]:
     """A reply, and the log-probabilities of the candidates for its first token."""
     choices = member(found, "choices", list)
     if len(choices) != 1:
@@ -173,11 +175,11 @@ def _completion(found: Any) -> tuple[Completion, dict[int, float]]:
     return completion, seen
 
 
-def _logprob(entry: Any) -> float:
+def _logprob(entry: object) -> float:
     return float(member(entry, "logprob", (int, float)))
 
 
-def _version(choice: dict[str, Any]) -> str | None:
+def _version(choice: Mapping[str, object]) -> str | None:
     """The one version of the weights that drew the tokens; None if the server does not tell."""
     if not choice.get("weight_versions"):
         return None

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ def cached(
     *,
     tokenizer: str | Path,
     source: str,
-    settings: Any,
+    settings: object,
 ) -> CachedDialogues:
     """Dialogues from their file, which is made first where there is none.
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Int
 
 from policy.agent.dialogue import Stay
 from policy.agent.records import newly_read
@@ -32,7 +34,7 @@ class Dialogue:
     def __getitem__(self, part: slice) -> Dialogue:
         return Dialogue(self.ids[part], self.own[part])
 
-    def ends(self) -> np.ndarray:
+    def ends(self) -> Int[np.ndarray, " turns"]:
         """[turns] where a turn is over: the index after each reply's last token."""
         return np.flatnonzero(self.own & ~np.append(self.own[1:], False)) + 1
 
@@ -40,13 +42,15 @@ class Dialogue:
 class Rows(NamedTuple):
     """Dialogues packed into rows of equal length; leaves [..., R, L]."""
 
-    ids: Any  # int32
-    positions: Any  # int32, counted within a dialogue
-    segments: Any  # int32, one number per dialogue in a row; 0 marks padding
-    mask: Any  # bool, tokens to learn
+    ids: jax.Array | np.ndarray  # int32
+    positions: jax.Array | np.ndarray  # int32, counted within a dialogue
+    segments: jax.Array | np.ndarray  # int32, one number per dialogue in a row; 0 marks padding
+    mask: jax.Array | np.ndarray  # bool, tokens to learn
 
 
-def written(stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, Any]]) -> list[Dialogue]:
+def written(
+    stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, object]]
+) -> list[Dialogue]:
     """Training sequences of a stay, tokenised for another model.
 
     Args:

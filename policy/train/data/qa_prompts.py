@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -64,14 +64,14 @@ class QAPrompts:
         )
         self._system = self._render("system")
 
-    def messages(self, kind: str, chart: Chart, **context: Any) -> tuple[dict[str, str], ...]:
+    def messages(self, kind: str, chart: Chart, **context: object) -> tuple[dict[str, str], ...]:
         """The system's and the user's message; context as the kind's template wants it."""
         return (
             {"role": "system", "content": self._system},
             {"role": "user", "content": self._render(kind, chart=chart, **context)},
         )
 
-    def _render(self, name: str, **context: Any) -> str:
+    def _render(self, name: str, **context: object) -> str:
         return self._environment.get_template(f"{name}.md.j2").render(**context).strip()
 
 

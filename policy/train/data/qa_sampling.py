@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from policy.train.data.packing import Dialogue
 from policy.train.data.qa_prompts import ASKED, QAPrompts, short_state
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.envs.base import Timestep
+from worldmodel.envs.base import Info, Timestep
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation
@@ -57,7 +57,7 @@ class Candidates(NamedTuple):
 class Records:
     """Episodes as NumPy arrays [N, T, ...], with the features that are asked about."""
 
-    episodes: Any
+    episodes: Any  # `Episodes` with leaves of NumPy
     value: np.ndarray  # [N, T, F] of `ASKED`
     known: np.ndarray  # [N, T, F] measured in this row and in the next
     valid: np.ndarray  # [N, T]
@@ -75,7 +75,7 @@ class Records:
         known = measured & np.roll(measured, -1, axis=1) & after[..., None]
         return cls(arrays, arrays.dynamic[..., columns], known, valid)
 
-    def next(self, stay: Any, step: Any) -> np.ndarray:
+    def next(self, stay: int | np.ndarray, step: int | np.ndarray) -> np.ndarray:
         """[..., F] values one step later."""
         result: np.ndarray = self.value[stay, step + 1]
         return result
@@ -101,7 +101,9 @@ def draw_candidates(
     return _drawn(candidates, len(OPTIONS[kind]) if balanced else 0, count, draw)
 
 
-def states_after(records: Records, here: Any, donor: Any) -> tuple[str, str]:
+def states_after(
+    records: Records, here: tuple[int, int], donor: tuple[int, int]
+) -> tuple[str, str]:
     """The state that followed, and the one that would have with the donor's change."""
     both = np.flatnonzero(records.known[here] & records.known[donor])
     true = records.next(*here)
@@ -296,7 +298,7 @@ def _one(
 ) -> Question:
     here = int(candidate.stay), int(candidate.step)
     episodes, options = records.episodes, OPTIONS[kind]
-    context: dict[str, Any] = {}
+    context: dict[str, object] = {}
     answer = options[int(candidate.label)] if options else ""
     if kind in ("next_state", "trend", "effect"):
         context["given"] = Treatment(int(episodes.vasopressor[here]), int(episodes.fluid[here]))
@@ -317,9 +319,9 @@ def _timestep(episodes: Any, stay: int, step: int) -> Timestep:
     """A recorded row as an environment shows it; `observation_at` in NumPy."""
     row = stay, step
     before = (stay, step - 1)
-    nothing: Any = np.int32(0)
-    over: Any = np.bool_(False)
-    info: Any = None
+    nothing = cast("jax.Array", np.int32(0))
+    over = cast("jax.Array", np.bool_(False))
+    info = cast("Info", None)
     observation = Observation(
         dynamic=episodes.dynamic[row],
         measured=episodes.measured[row],

@@ -41,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: str | Path, *, keep: int = 2, fingerprint: Mapping[str, Any] | None = None
+        self, folder: str | Path, *, keep: int = 2, fingerprint: Mapping[str, object] | None = None
     ):
         self.folder = Path(folder).absolute()
         if keep < 1:
@@ -68,7 +68,9 @@ class Checkpoints:
         result: int | None = self._manager.latest_step()
         return result
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any], arrays: Any = None) -> None:
+    def save(
+        self, step: int, state: object, extra: Mapping[str, object], arrays: object = None
+    ) -> None:
         """Saves, then removes what is too old.
 
         Args:
@@ -88,7 +90,7 @@ class Checkpoints:
                 f"step {step}: parameters or moments are not finite and were not saved; "
                 f"{self._before()}; lower learning_rate or look for damaged data"
             )
-        items: dict[str, Any] = {
+        items: dict[str, object] = {
             "state": ocp.args.StandardSave(_named(state)),
             "extra": ocp.args.JsonSave(dict(extra)),
         }
@@ -102,7 +104,7 @@ class Checkpoints:
                 "make room on the disk and start again"
             ) from None
 
-    def restore(self, state: Any, *, step: int | None = None, arrays: Any = None) -> Restored:
+    def restore(self, state: object, *, step: int | None = None, arrays: object = None) -> Restored:
         """Reads a checkpoint.
 
         Args:
@@ -118,7 +120,7 @@ class Checkpoints:
             raise InputError(f"{self.folder}: no checkpoint to go on from")
         folder = self.folder / _STEPS / str(step)
         templates = {"state": state} | ({} if arrays is None else {"arrays": arrays})
-        items: dict[str, Any] = {"extra": ocp.args.JsonRestore()}
+        items: dict[str, object] = {"extra": ocp.args.JsonRestore()}
         try:
             for name, template in templates.items():
                 _check(self._manager.item_metadata(step)[name], template, folder / name)
@@ -143,7 +145,7 @@ class Checkpoints:
         """Frees the threads that write."""
         self._manager.close()
 
-    def _claim(self, fingerprint: dict[str, Any]) -> None:
+    def _claim(self, fingerprint: dict[str, object]) -> None:
         file = self.folder / RUN_FILE
         if file.exists():
             before = read_json(file)
@@ -167,12 +169,12 @@ def _all_finite(leaves: list[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
-def _finite(tree: Any) -> bool:
+def _finite(tree: object) -> bool:
     leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return not leaves or bool(_all_finite(leaves))
 
 
-def _check(metadata: Any, template: Any, source: Path) -> None:
+def _check(metadata: Any, template: object, source: Path) -> None:
     found = {name: tuple(leaf.shape) for name, leaf in metadata.tree.items()}
     wanted = {name: tuple(leaf.shape) for name, leaf in _named(template).items()}
     for name in sorted({*found, *wanted}):
@@ -183,14 +185,14 @@ def _check(metadata: Any, template: Any, source: Path) -> None:
             )
 
 
-def _abstract(tree: Any) -> Any:
+def _abstract(tree: object) -> object:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         tree,
     )
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _named(tree: object) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from policy.qwen3.sharding import batch_sharding, shardings
 from worldmodel.errors import InputError
+
+T = TypeVar("T")  # a PyTree of arrays
 
 COORDINATOR, PROCESSES, PROCESS, DISTRIBUTED = (
     f"SEPSIS_JAX_{name}" for name in ("COORDINATOR", "PROCESSES", "PROCESS", "DISTRIBUTED")
@@ -82,14 +84,16 @@ def wait(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def whole(tree: Any) -> Any:
+def whole(tree: T) -> T:
     """Arrays as every process can read them: NumPy, gathered from all devices."""
     if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return multihost_utils.process_allgather(tree, tiled=True)
+        found: T = jax.device_get(tree)
+    else:
+        found = multihost_utils.process_allgather(tree, tiled=True)
+    return found
 
 
-def from_first(tree: Any, like: Any) -> Any:
+def from_first(tree: T, like: object) -> T:
     """Broadcasts arrays of the first process to all processes.
 
     Args:
@@ -108,19 +112,21 @@ def from_first(tree: Any, like: Any) -> Any:
         for leaf, shape in zip(mine, shapes, strict=True)
     ]
     found = [np.asarray(leaf) for leaf in multihost_utils.broadcast_one_to_all(mine)]
-    return jax.tree.unflatten(structure, found)
+    result: T = jax.tree.unflatten(structure, found)
+    return result
 
 
-def place_state(tree: Any, mesh: Mesh) -> Any:
+def place_state(tree: T, mesh: Mesh) -> T:
     """A model's state laid out over a mesh, of several processes too.
 
     Args:
       tree: arrays that every process holds alike, or that lie on the mesh already.
     """
-    return jax.tree.map(_place, tree, shardings(tree, mesh))
+    placed: T = jax.tree.map(_place, tree, shardings(tree, mesh))
+    return placed
 
 
-def place_batch(batch: Any, mesh: Mesh) -> Any:
+def place_batch(batch: T, mesh: Mesh) -> T:
     """Micro-batches laid out over a mesh: rows over data and fsdp.
 
     Args:
@@ -133,7 +139,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     (rows,) = batch_sharding(mesh).spec
     count = math.prod(mesh.shape[axis] for axis in rows)
 
-    def one(leaf: Any) -> jax.Array:
+    def one(leaf: jax.Array | np.ndarray) -> jax.Array:
         split = leaf.ndim > 1
         if split and leaf.shape[1] % count:
             raise InputError(
@@ -143,10 +149,11 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
         spec = PartitionSpec(None, rows) if split else PartitionSpec()
         return _place(leaf, NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, batch)
+    placed: T = jax.tree.map(one, batch)
+    return placed
 
 
-def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+def _place(leaf: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1 or not getattr(leaf, "is_fully_addressable", True):
         result: jax.Array = jax.device_put(leaf, sharding)
         return result

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import shardings
@@ -45,12 +46,13 @@ class Learner:
         loss: Loss,
         config: LearnerConfig,
         *,
-        trainable: Any = nnx.Param,
+        trainable: nnx.filterlib.Filter = nnx.Param,
         mesh: Mesh | None = None,
     ):
         self.config = config
         self._mesh = mesh
         self._schedule = schedule(config)
+        # flax's split has no exact type for a variable number of filters
         parts: Any = nnx.split(model, trainable, ...)
         self._graphdef, params, self._frozen = parts
         make: Callable[[Any], State] = partial(initial_state, config=config)
@@ -77,7 +79,7 @@ class Learner:
         """Micro-batches that `run` has taken, at which the data of a resumed run begin."""
         return self.step * self.config.gradient_accumulation_steps
 
-    def update(self, batch: Any) -> tuple[Summed, jax.Array]:
+    def update(self, batch: object) -> tuple[Summed, jax.Array]:
         """One update.
 
         Args:
@@ -97,7 +99,7 @@ class Learner:
             self.state, summed, norm = self._update(self.state, self._frozen, batch)
         return summed, norm
 
-    def resume(self, checkpoints: Checkpoints) -> dict[str, Any] | None:
+    def resume(self, checkpoints: Checkpoints) -> dict[str, object] | None:
         """Takes the state of the newest checkpoint.
 
         Returns:
@@ -113,11 +115,11 @@ class Learner:
 
     def run(
         self,
-        batches: Iterable[Any],
+        batches: Iterable[object],
         *,
         report: Callable[[Report], None] | None = None,
         checkpoints: Checkpoints | None = None,
-        extra: Callable[[], Mapping[str, Any]] = dict,
+        extra: Callable[[], Mapping[str, object]] = dict,
     ) -> list[Report]:
         """Updates up to `config.max_steps`.
 
@@ -166,10 +168,10 @@ class Learner:
         result: Qwen3 = nnx.merge(self._graphdef, params, self._frozen)
         return result
 
-    def _on_mesh(self) -> AbstractContextManager[Any]:
+    def _on_mesh(self) -> AbstractContextManager[object]:
         return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
-    def _stacked(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def _stacked(self, batches: Iterable[object]) -> Iterator[object]:
         source = iter(batches)
         while (
             len(group := list(islice(source, self.config.gradient_accumulation_steps)))
@@ -202,7 +204,7 @@ class Learner:
         )
 
 
-def require_finite(step: int, loss: Summed, norm: Any) -> None:
+def require_finite(step: int, loss: Summed, norm: jax.Array | float) -> None:
     """Makes sure that an update did not destroy the parameters.
 
     Args:
@@ -219,7 +221,7 @@ def require_finite(step: int, loss: Summed, norm: Any) -> None:
         )
 
 
-def cast(model: Qwen3, dtype: Any) -> Qwen3:
+def cast(model: Qwen3, dtype: DTypeLike) -> Qwen3:
     """A model with all parameters in another type, such as to save what was trained."""
     graphdef, params = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, SupportsFloat
 
 import jax
 import numpy as np
@@ -129,7 +129,7 @@ class MetricsLog:
         self.close()
 
 
-def tokens_read(batch: Any) -> int:
+def tokens_read(batch: object) -> int:
     """Tokens of a batch, padding apart: the entries of its `segments` that are not 0."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     return sum(
@@ -154,9 +154,9 @@ def _opened(path: Path, resume_at: int) -> IO[str]:
     return path.open("a")
 
 
-def _number(value: Any) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
+def _number(value: SupportsFloat) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 # Dense bfloat16 FLOP/s of one device, from the makers' data sheets; the first name that a

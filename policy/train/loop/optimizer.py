@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from policy.qwen3.model import Qwen3
 from policy.train.losses import Summed
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
+
+T = TypeVar("T")  # a PyTree of arrays
 
 DTYPES = ("float32", "bfloat16")
 
@@ -89,6 +91,7 @@ class LearnerConfig:
             )
 
 
+# a loss knows the type of its batches
 Loss = Callable[[Qwen3, Any], Summed]
 """Of a model and a micro-batch."""
 
@@ -126,7 +129,7 @@ def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     )
 
 
-def initial_state(params: Any, config: LearnerConfig) -> State:
+def initial_state(params: nnx.State[Any, Any], config: LearnerConfig) -> State:
     """The state before the first update.
 
     Args:
@@ -138,7 +141,12 @@ def initial_state(params: Any, config: LearnerConfig) -> State:
 
 
 def update(
-    graphdef: Any, loss: Loss, config: LearnerConfig, state: State, frozen: Any, batch: Any
+    graphdef: nnx.GraphDef[Qwen3],
+    loss: Loss,
+    config: LearnerConfig,
+    state: State,
+    frozen: object,
+    batch: object,
 ) -> tuple[State, Summed, jax.Array]:
     """One update.
 
@@ -153,14 +161,15 @@ def update(
       The next state; the loss summed over the batch; the norm of the gradient before clipping.
     """
 
-    def of_micro_batch(params: Any, micro: Any) -> tuple[jax.Array, Summed]:
+    def of_micro_batch(params: object, micro: object) -> tuple[jax.Array, Summed]:
         params = jax.tree.map_with_path(_sum_in_float32, params)
         summed = loss(nnx.merge(graphdef, params, frozen), micro)
         return summed.total, summed
 
-    def add(so_far: Any, micro: Any) -> tuple[Any, None]:
+    def add(so_far: T, micro: object) -> tuple[T, None]:
         gradient, summed = jax.grad(of_micro_batch, has_aux=True)(state.params, micro)
-        return jax.tree.map(jnp.add, so_far, (widen(gradient), summed)), None
+        total: T = jax.tree.map(jnp.add, so_far, (widen(gradient), summed))
+        return total, None
 
     first = jax.tree.map(lambda leaf: leaf[0], batch)
     of_loss = jax.eval_shape(lambda micro: of_micro_batch(state.params, micro)[1], first)
@@ -182,21 +191,22 @@ def update(
     return new, summed, optax.tree.norm(gradient)
 
 
-def _is_matrix(path: Any, leaf: Any) -> bool:
+def _is_matrix(path: tuple[object, ...], leaf: object) -> bool:
     """Norms of stacked layers have two axes too, so names tell."""
     return "scale" not in jax.tree_util.keystr(path)
 
 
-def _of_matrices(tree: Any, dtype: str) -> Any:
-    def one(path: Any, leaf: jax.Array) -> jax.Array:
+def _of_matrices(tree: T, dtype: str) -> T:
+    def one(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.array(leaf)
         return jnp.array(leaf, dtype if _is_matrix(path, leaf) else jnp.float32)
 
-    return jax.tree.map_with_path(one, tree)
+    result: T = jax.tree.map_with_path(one, tree)
+    return result
 
 
-def _sum_in_float32(path: Any, leaf: jax.Array) -> jax.Array:
+def _sum_in_float32(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
     """Outside of the layers: embeddings collect many gradients, one per token or chunk of logits.
 
     A layer's matrices get one each, whose sum is float32 within the product.
@@ -218,7 +228,7 @@ def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def store(tree: Any, like: Any, key: jax.Array) -> Any:
+def store(tree: T, like: object, key: jax.Array) -> T:
     """A tree in the types of another; float32 becomes bfloat16 by stochastic rounding.
 
     Args:
@@ -234,12 +244,14 @@ def store(tree: Any, like: Any, key: jax.Array) -> Any:
         return x.astype(old.dtype)
 
     pairs = enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
-    return jax.tree.unflatten(structure, [one(index, *pair) for index, pair in pairs])
+    result: T = jax.tree.unflatten(structure, [one(index, *pair) for index, pair in pairs])
+    return result
 
 
-def widen(tree: Any) -> Any:
+def widen(tree: T) -> T:
     """A tree with bfloat16 as float32, and the rest as it is."""
-    return jax.tree.map(
+    result: T = jax.tree.map(
         lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
         tree,
     )
+    return result

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from jax.typing import DTypeLike
 
 from policy.qwen3.lora import merge_adapters, save_adapters
 from policy.qwen3.model import Qwen3
@@ -52,7 +54,7 @@ class ServerPublisher:
       dtype: of the weights as written, such as "bfloat16".
     """
 
-    def __init__(self, control: WeightControl, folder: Path, *, source: Path, dtype: Any):
+    def __init__(self, control: WeightControl, folder: Path, *, source: Path, dtype: DTypeLike):
         self._control, self._folder, self._source, self._dtype = control, folder, source, dtype
         self._served: Path | None = None
 

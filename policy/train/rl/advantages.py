@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, Num
 
 from policy.agent.dialogue import COMPLETED, Decision, Stay
 from worldmodel import schema
@@ -20,7 +20,7 @@ Labels = Sequence[Hashable] | np.ndarray
 
 
 def group_relative(
-    returns: np.ndarray,
+    returns: Num[np.ndarray, " N"],
     groups: Labels,
     *,
     scale: bool = True,
@@ -58,7 +58,7 @@ def group_relative(
 
 
 def informative(
-    returns: np.ndarray, groups: Labels, *, tolerance: float = 1e-6
+    returns: Num[np.ndarray, " N"], groups: Labels, *, tolerance: float = 1e-6
 ) -> Bool[np.ndarray, " N"]:
     """Mask of returns whose group is not constant; others have no gradient (DAPO, 2503.14476).
 
@@ -82,7 +82,7 @@ def informative(
 
 
 def returns_to_go(
-    rewards: np.ndarray, episodes: Labels, *, discount: float
+    rewards: Num[np.ndarray, " M"], episodes: Labels, *, discount: float
 ) -> Float[np.ndarray, " M"]:
     """Discounted sum of the rewards from each step to the end of its episode.
 
@@ -109,7 +109,7 @@ def returns_to_go(
 
 
 def step_relative(
-    to_go: np.ndarray,
+    to_go: Num[np.ndarray, " M"],
     anchors: Labels,
     groups: Labels,
     *,
@@ -138,11 +138,11 @@ def step_relative(
 
 
 def gigpo(
-    returns: np.ndarray,
+    returns: Num[np.ndarray, " N"],
     groups: Labels,
-    to_go: np.ndarray,
+    to_go: Num[np.ndarray, " M"],
     anchors: Labels,
-    episodes: np.ndarray,
+    episodes: Int[np.ndarray, " M"],
     *,
     weight: float = 1.0,
     scale: bool = True,
@@ -281,7 +281,7 @@ def _bounded(found: list[np.ndarray], config: AdvantageConfig) -> list[np.ndarra
     return [np.clip(one, -config.bound, config.bound) for one in found]
 
 
-def rewards(stay: Stay, config: AdvantageConfig) -> np.ndarray:
+def rewards(stay: Stay, config: AdvantageConfig) -> Float[np.ndarray, " D"]:
     """[decisions (+ 1)] reward of each decision; a failed stay has one more, of its failure.
 
     Args:
@@ -294,15 +294,16 @@ def rewards(stay: Stay, config: AdvantageConfig) -> np.ndarray:
     return np.append(step_rewards, _of_failure(stay, config)).astype(np.float32)
 
 
-def penalties(decisions: Sequence[Decision], config: AdvantageConfig) -> np.ndarray:
+def penalties(decisions: Sequence[Decision], config: AdvantageConfig) -> Float[np.ndarray, " D"]:
     """[decisions] rewards, 0 or less, of refused replies and of broken rules."""
     refused = np.array([decision.invalid for decision in decisions])
     return config.refusal * refused + config.violation * breaks_rules(decisions)
 
 
-def breaks_rules(decisions: Sequence[Decision]) -> np.ndarray:
+def breaks_rules(decisions: Sequence[Decision]) -> Bool[np.ndarray, " D"]:
     """[decisions] bool; whether G1 or G2 is broken; never both at once."""
 
+    # NumPy arrays, which the rules take as JAX arrays
     def column(name: str) -> Any:
         return np.array([getattr(decision, name) for decision in decisions])
 

@@ -72,7 +72,7 @@ def smoothing() -> np.ndarray:
 @partial(jax.jit, static_argnames=("past", "samples", "horizon", "smooth"))
 def _advantages(
     env: SepsisEnv,
-    policy: Any,
+    policy: PolicyFn,
     states: EnvState,
     *,
     past: int,
@@ -99,6 +99,7 @@ def _advantages(
 
     of_all = jax.vmap(jax.vmap(jax.vmap(go_on, (0, None, None)), (0, 0, None)), (0, 0, None))
 
+    # states of an environment over any source of dynamics
     def unfinished(carry: Any) -> jax.Array:
         step, (state, _) = carry
         result: jax.Array = (step < horizon) & ~state.last.done.all()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import numpy as np
@@ -169,8 +168,8 @@ class MinibatchUpdate:
 
 
 def _logprobs(
-    graphdef: Any,
-    state: Any,
+    graphdef: nnx.GraphDef[Qwen3],
+    state: object,
     ids: jax.Array,
     positions: jax.Array,
     segments: jax.Array,

@@ -12,22 +12,24 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from policy.agent.dialogue import NO_BACKEND, Stay
 from policy.agent.env_pool import StateScorer
 from policy.qwen3.model import Qwen3
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
+from policy.train.loop.optimizer import Loss
 from policy.train.loop.publishing import Publisher
 from policy.train.losses import PRESETS, Objective, policy_loss
 from policy.train.rl.advantages import EPISODE, STEP, AdvantageConfig, assign_advantages
-from policy.train.rl.episode_runner import EpisodeRunner
 from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
@@ -87,7 +89,7 @@ class AgenticConfig:
             )
 
 
-def agentic_loss(config: AgenticConfig, temperature: float) -> Callable[[Qwen3, Any], Any]:
+def agentic_loss(config: AgenticConfig, temperature: float) -> Loss:
     """The loss that the learner of an `AgenticTrainer` has to be made with."""
     return partial(
         policy_loss, objective=config.objective, temperature=temperature, remat=config.remat
@@ -125,7 +127,7 @@ class AgenticTrainer:
         reference: Qwen3 | None = None,
         state_scorer: StateScorer | None = None,
         lockstep: Lockstep | None = None,
-        dtype: Any = "float32",
+        dtype: DTypeLike = "float32",
     ):
         sampling = runner.dialogue.sampling
         if sampling.top_p != 1.0 or sampling.temperature <= 0:
@@ -225,7 +227,7 @@ class AgenticTrainer:
         }
         return True
 
-    def _lagged(self) -> dict[str, Any]:
+    def _lagged(self) -> dict[str, object]:
         """The weights of the newest versions; where there are fewer, the oldest again."""
         oldest = min(self._weights)
         return {

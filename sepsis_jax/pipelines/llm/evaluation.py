@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import SupportsFloat
 
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, Stay
-from policy.agent.records import to_record
-from policy.agent.summary import summarize
+from policy.agent.records import summarize, to_record
 from policy.serving.backend import Backend
 from policy.serving.batching import Lockstep
+from policy.train.episodes import EpisodeRunner
 from policy.train.rl.advantages import breaks_rules
-from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.ope.intervals import delta, mean_of, share_of
 
 FAILED_RETURN = -15.0
@@ -127,5 +126,5 @@ def _percent(found: tuple[float, np.ndarray]) -> tuple[float, float, float]:
     return 100.0 * share, 100.0 * float(low), 100.0 * float(high)
 
 
-def _number(value: Any) -> float:
+def _number(value: SupportsFloat) -> float:
     return float("nan") if value is None else float(value)

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from policy.agent.dialogue import Stay
 from policy.serving.batching import Lockstep
@@ -38,7 +38,7 @@ from sepsis_jax.pipelines.llm.setup import (
     open_policy,
     open_runner,
 )
-from sepsis_jax.runs import Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -146,7 +146,7 @@ async def _run(
     out: Path,
     options: RLOptions,
     backend: BackendOptions,
-    request: dict[str, Any],
+    request: JsonDict,
     llm: Path,
     model: Path,
     episodes: Path | None,

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from policy import registry
 from policy.agent.dialogue import DECISION, DialogueConfig
@@ -27,15 +28,15 @@ from policy.qwen3.weights import load, save_hf
 from policy.serving.batching import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.train.data.packing import Dialogue, batches, cut, pack
+from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.distributed import is_first, wait, whole
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
-from policy.train.loop.optimizer import LearnerConfig
+from policy.train.loop.optimizer import LearnerConfig, Loss
 from policy.train.losses import cross_entropy
-from policy.train.rl.episode_runner import EpisodeRunner
 from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
-from sepsis_jax.runs import Progress
+from sepsis_jax.runs import JsonDict, Progress
 from worldmodel import keys
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
@@ -89,7 +90,7 @@ class TrainableModel:
 
     model: Qwen3
     folder: Path  # that it came from
-    trainable: Any  # filter of NNX
+    trainable: nnx.filterlib.Filter  # filter of NNX
     mesh: Mesh | None
     options: ModelOptions
 
@@ -102,7 +103,7 @@ class TrainableModel:
         """
         mesh = options.mesh()
         model = load(folder, dtype=options.dtype, mesh=mesh)
-        trainable: Any = nnx.Param
+        trainable: nnx.filterlib.Filter = nnx.Param
         if options.lora_rank:
             model = add_adapters(
                 model, rank=options.lora_rank, alpha=options.lora_alpha, rngs=nnx.Rngs(seed)
@@ -110,7 +111,7 @@ class TrainableModel:
             trainable = nnx.LoRAParam
         return cls(model, folder, trainable, mesh, options)
 
-    def learner(self, loss: Any, config: LearnerConfig) -> Learner:
+    def learner(self, loss: Loss, config: LearnerConfig) -> Learner:
         """A learner of it."""
         return Learner(self.model, loss, config, trainable=self.trainable, mesh=self.mesh)
 
@@ -121,7 +122,7 @@ class TrainableModel:
         return Throughput(flops, peak_flops())
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> DTypeLike:
         """Of the weights that others get."""
         kind = next(iter(jax.tree.leaves(nnx.state(self.model, nnx.Param)))).dtype
         return self.options.save_dtype or kind
@@ -165,7 +166,7 @@ def learn(
     dialogues: Sequence[Dialogue],
     options: SupervisedOptions,
     *,
-    request: dict[str, Any],
+    request: JsonDict,
     seed: int,
     progress: Progress,
 ) -> list[Report]:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
-from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, evaluate, gains
+from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, Evaluation, evaluate, gains
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.setup import (
     METRICS,
@@ -34,7 +34,7 @@ from sepsis_jax.pipelines.llm.setup import (
 )
 from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
 from sepsis_jax.report.figures import reward_figure
-from sepsis_jax.runs import Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import PARAMS
@@ -128,11 +128,11 @@ def run_study(
     model = model or _world_model(out / "world_model", episodes, options, progress)
     start = llm or _tiny(out / "start", episodes, model, options, progress)
 
-    runs: dict[str, tuple[Path, Callable[[Path], Any]]] = {}
+    runs: dict[str, tuple[Path, Callable[[Path], object]]] = {}
     sft, bc = out / "sft", out / "bc"
-    common: dict[str, Any] = {"episodes": episodes, "resume": True}
+    common: JsonDict = {"episodes": episodes, "resume": True}
 
-    def rl(advantages: AdvantageConfig, num_generations: int) -> Callable[[Path], Any]:
+    def rl(advantages: AdvantageConfig, num_generations: int) -> Callable[[Path], object]:
         batch = options.rl.agentic.patients * options.rl.agentic.num_generations
         agentic = replace(
             options.rl.agentic,
@@ -191,7 +191,7 @@ def _evaluate_stage(
     model: Path,
     episodes: Path,
     progress: Progress,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Evaluation of a stage, saved in its folder."""
     file = folder / "evaluation.json"
     if not file.exists():
@@ -210,7 +210,7 @@ def _evaluate_stage(
         tokens = ChatTokens.load(folder / MODEL)
         backend = TokenBackend(generator, tokens)
 
-        async def run() -> tuple[Any, Any]:
+        async def run() -> tuple[Evaluation, list[np.ndarray]]:
             treated = await evaluate(
                 evaluator, backend, options.evaluation.patients, lockstep=lockstep
             )
@@ -219,7 +219,7 @@ def _evaluate_stage(
             return treated, answers
 
         treated, answers = asyncio.run(run())
-        found: dict[str, Any] = treated.figures()
+        found: JsonDict = treated.figures()
         found |= {name: getattr(treated, name).tolist() for name in OF_STAYS}
         for kind, of_kind in grade(questions, answers).items():
             for metric in ("auroc", "auprc"):
@@ -230,7 +230,8 @@ def _evaluate_stage(
                     f"{kind}_{metric}_high": estimate.high,
                 }
         write_json(file, {key: None if x != x else x for key, x in found.items()})
-    return json.loads(file.read_text())
+    result: JsonDict = json.loads(file.read_text())
+    return result
 
 
 def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
@@ -242,7 +243,7 @@ def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
 def _world_model(folder: Path, episodes: Path, options: StudyOptions, progress: Progress) -> Path:
     if not (folder / PARAMS).exists():
 
-        def tell(name: str, epoch: int, epochs: int, metrics: Any) -> None:
+        def tell(name: str, epoch: int, epochs: int, metrics: object) -> None:
             progress(f"world model, {name}, epoch {epoch} of {epochs}", epoch / epochs)
 
         config = default_config(load_episodes(episodes).num_stays, seed=0)
@@ -267,5 +268,5 @@ def _named(progress: Progress, name: str) -> Progress:
     return lambda phase, share: progress(f"{name}: {phase}", share)
 
 
-def _lines(path: Path) -> Sequence[dict[str, Any]]:
+def _lines(path: Path) -> Sequence[JsonDict]:
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -11,8 +11,14 @@ import pytest
 
 from policy.agent.dialogue import COMPLETED, FAILED, Decision, DialogueConfig, Stay, Turn, treat_all
 from policy.agent.prompts import Prompts
-from policy.agent.records import Records, from_record, last_attempts, read_records, to_record
-from policy.agent.summary import summarize
+from policy.agent.records import (
+    Records,
+    from_record,
+    last_attempts,
+    read_records,
+    summarize,
+    to_record,
+)
 from policy.agent.transcript import markdown, page, published_results
 from policy.serving.backend import Reply, ToolCall
 from policy.serving.client import Endpoint

@@ -7,6 +7,8 @@ from collections import Counter
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from policy.agent.tools import (
     MAX_CHARACTERS,
@@ -224,3 +226,50 @@ def test_fuzzed_replies_are_read_only_as_they_were_written():
             assert asked == Prescribe(action)
             assert re.search(re.escape(prescription_arguments(action)), text)
     assert obeyed > 5_000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 7) | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=6,
+)
+ARGUMENTS = st.dictionaries(
+    st.sampled_from(["vasopressor", "iv_fluid", "actions", "dose"]), JSON, max_size=3
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 24), min_size=1, max_size=3))
+def test_what_is_written_is_read_through_the_text_of_a_reply(actions):
+    text = "".join(
+        [
+            hermes.write("simulation", simulation_arguments(actions)),
+            hermes.write("prescription", prescription_arguments(actions[0])),
+        ]
+    )
+    simulate, prescribe = map(read_call, hermes.parse(text).tool_calls)
+    assert simulate == Simulate(tuple(actions))
+    assert prescribe == Prescribe(actions[0])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(["simulation", "prescription"]), ARGUMENTS)
+def test_any_arguments_are_read_as_the_schema_says_or_refused(name, arguments):
+    try:
+        found = read(name, arguments)
+    except InvalidCallError as error:
+        assert error.reason in REASONS
+        return
+    jsonschema.validate(arguments, PARAMETERS[name])
+    actions = (found.action,) if name == "prescription" else found.actions
+    assert all(0 <= action < schema.NUM_ACTIONS for action in actions)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_every_opening_mark_is_one_call(before, body):
+    text = f"{before}<tool_call>{body}</tool_call>"
+    marks = hermes.parse(text).tool_calls
+    thought = "<think>" in before or "</think>" in text
+    assert thought or len(marks) == text.count("<tool_call>")
+    assert len({call.id for call in marks}) == len(marks)

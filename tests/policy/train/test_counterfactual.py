@@ -29,26 +29,46 @@ def states(env):
     return reset_batch(env, keys, patients).states
 
 
+@pytest.fixture(scope="module")
+def under_guideline(env, states):
+    """[PATIENTS, 25] advantages under the guideline."""
+    return counterfactual(env, GuidelineRules(), samples=SAMPLES)(states)
+
+
+@pytest.fixture(scope="module")
+def under_random(env):
+    """The function of states, which compiles once."""
+    return counterfactual(env, RandomPolicy(), samples=SAMPLES)
+
+
+@jax.jit
+def step(env, state, action):
+    return env.step(state, action)
+
+
+draw = jax.jit(draw_action)
+
+
 def played(env, policy, state, sample, action, horizon):
     """The return of one future, step by step."""
     own = jax.random.fold_in(state.dynamics.key, COUNTERFACTUAL + state.taken.astype(jnp.uint32))
     key = jax.random.fold_in(own, sample)
-    step = jax.jit(env.step)
-    state, timestep = step(env.with_key(state, key), action)
+    state, timestep = step(env, env.with_key(state, key), action)
     total = float(timestep.reward)
     for number in range(horizon):
         if bool(state.last.done):
             break
-        drawn = draw_action(policy, jax.random.fold_in(key, number), state.last.observation)
-        state, timestep = step(state, drawn)
+        drawn = draw(policy, jax.random.fold_in(key, number), state.last.observation)
+        state, timestep = step(env, state, drawn)
         total += float(timestep.reward)
     return total
 
 
 @pytest.mark.parametrize("horizon", [None, pytest.param(1, marks=pytest.mark.slow)])
-def test_equals_futures_that_are_played_one_by_one(env, states, horizon):
-    policy = GuidelineRules()
-    found = counterfactual(env, policy, samples=SAMPLES, horizon=horizon)(states)
+def test_equals_futures_that_are_played_one_by_one(env, states, under_guideline, horizon):
+    policy, found = GuidelineRules(), under_guideline
+    if horizon:
+        found = counterfactual(env, policy, samples=SAMPLES, horizon=horizon)(states)
     assert found.shape == (PATIENTS, 25)
     one = jax.tree.map(lambda leaf: leaf[1], states)
     chosen = int(policy(jax.random.key(0), one.last.observation).argmax())
@@ -65,27 +85,27 @@ def test_equals_futures_that_are_played_one_by_one(env, states, horizon):
     assert abs(found[1, chosen]) < 1e-5
 
 
-def test_a_policy_gains_nothing_over_itself(env, states):
-    found = counterfactual(env, RandomPolicy(), samples=SAMPLES)(states)
+def test_a_policy_gains_nothing_over_itself(under_random, states):
+    found = under_random(states)
     np.testing.assert_allclose(found.mean(1), 0.0, atol=1e-4)
     assert float(jnp.abs(found).max()) > 0.1
 
 
-def test_who_is_not_treated_any_more_gains_nothing(env, states):
-    step = jax.jit(jax.vmap(env.step))
+def test_who_is_not_treated_any_more_gains_nothing(env, under_random, states):
+    together = jax.jit(jax.vmap(env.step))
     for _ in range(STEPS):
-        states, _ = step(states, jnp.zeros(PATIENTS, jnp.int32))
-    assert not counterfactual(env, RandomPolicy(), samples=1)(states).any()
+        states, _ = together(states, jnp.zeros(PATIENTS, jnp.int32))
+    assert not under_random(states).any()
 
 
 def test_futures_are_not_the_real_one(env, states):
     """The random numbers of the episode do not affect the values of actions."""
     one = jax.tree.map(lambda leaf: leaf[0], states)
-    real = env.step(one, jnp.int32(6))[0].last.observation.dynamic
+    real = step(env, one, jnp.int32(6))[0].last.observation.dynamic
     own = jax.random.fold_in(one.dynamics.key, COUNTERFACTUAL)
-    other = env.step(env.with_key(one, own), jnp.int32(6))[0].last.observation.dynamic
+    other = step(env, env.with_key(one, own), jnp.int32(6))[0].last.observation.dynamic
     assert float(jnp.abs(real - other).max()) > 0
-    same = env.step(env.with_key(one, one.dynamics.key), jnp.int32(6))[0]
+    same = step(env, env.with_key(one, one.dynamics.key), jnp.int32(6))[0]
     np.testing.assert_array_equal(same.last.observation.dynamic, real)
 
 
@@ -101,11 +121,9 @@ def test_smoothing_keeps_surfaces_of_degree_two_and_a_fourth_of_the_noise():
     assert np.trace(smoothing() @ smoothing().T) / 25 == pytest.approx(6 / 25)
 
 
-def test_smooth_advantages_are_the_fit_of_the_values(env, states):
-    policy = GuidelineRules()
-    plain = counterfactual(env, policy, samples=SAMPLES)(states)
-    found = counterfactual(env, policy, samples=SAMPLES, smooth=True)(states)
-    fitted = np.asarray(plain, np.float64) @ smoothing()
+def test_smooth_advantages_are_the_fit_of_the_values(env, states, under_guideline):
+    found = counterfactual(env, GuidelineRules(), samples=SAMPLES, smooth=True)(states)
+    fitted = np.asarray(under_guideline, np.float64) @ smoothing()
     np.testing.assert_allclose(
         np.asarray(found) - np.asarray(found).mean(-1, keepdims=True),
         fitted - fitted.mean(-1, keepdims=True),

@@ -7,6 +7,8 @@ from itertools import islice
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from policy.agent.dialogue import Stay, Turn
 from policy.agent.tools import SCHEMAS
@@ -156,3 +158,48 @@ def test_batches_show_every_row_once_per_round():
     assert sorted(flat[:5]) == sorted(flat[5:]) == [0, 10, 20, 30, 40]
     assert flat[:5] != flat[5:]
     assert seen == [batch.ids[:, 0].tolist() for batch in islice(batches(rows, 2, seed=1), 5)]
+
+
+LENGTHS = st.lists(st.integers(1, 16), min_size=1, max_size=20)
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(16, 40), st.integers(0, 100))
+def test_packed_dialogues_come_back_whole(lengths, length, seed):
+    dialogues = [dialogue((n - n // 2, n // 2), start=1000 * i) for i, n in enumerate(lengths)]
+    rows = pack(dialogues, length, seed=seed)
+    found = []
+    for row in range(len(rows.ids)):
+        segments = rows.segments[row]
+        numbers = np.unique(segments[segments > 0])
+        assert numbers.tolist() == list(range(1, len(numbers) + 1))
+        for number in numbers:
+            here = np.flatnonzero(segments == number)
+            assert (np.diff(here) == 1).all()
+            np.testing.assert_array_equal(rows.positions[row, here], np.arange(len(here)))
+            found.append((rows.ids[row, here].tolist(), rows.mask[row, here].tolist()))
+    want = [(one.ids.tolist(), one.own.tolist()) for one in dialogues]
+    assert sorted(found) == sorted(want)
+    for leaf in rows:
+        assert not leaf[rows.segments == 0].any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(LENGTHS, st.integers(16, 40), st.integers(0, 100))
+def test_first_fit_leaves_at_most_one_row_half_empty(lengths, length, seed):
+    rows = pack([dialogue((n, 0)) for n in lengths], length, seed=seed)
+    used = (rows.segments > 0).sum(1)
+    assert (used <= length).all()
+    assert (used * 2 <= length).sum() <= 1
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=8))
+def test_parts_joined_are_the_dialogue(turns):
+    whole = dialogue(*turns)
+    parts = cut(whole, 12, rest=True)
+    assert max(map(len, parts)) <= 12
+    np.testing.assert_array_equal(np.concatenate([part.ids for part in parts]), whole.ids)
+    np.testing.assert_array_equal(np.concatenate([part.own for part in parts]), whole.own)
+    (first,) = cut(whole, 12)
+    np.testing.assert_array_equal(first.ids, parts[0].ids)

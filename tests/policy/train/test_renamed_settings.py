@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from policy.online.ppo import PPOConfig
+from policy.ppo import PPOConfig
 from sepsis_jax.pipelines.llm.study import StudyOptions
 from worldmodel.configuration import apply_overrides, from_mapping
 from worldmodel.errors import InputError

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 
@@ -163,12 +162,7 @@ def python(code, *arguments, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
-        }
-        | environment,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
     )
 
 

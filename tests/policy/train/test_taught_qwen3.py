@@ -18,8 +18,8 @@ from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules, RandomPolicy
 from policy.testing.taught_qwen3 import TEMPLATES, tiny_runner
-from policy.train.data.demonstrations import demonstrate, neighbours
 from policy.train.data.packing import as_read, written
+from policy.train.episodes import demonstrate, neighbours
 from worldmodel import schema
 from worldmodel.errors import InputError
 

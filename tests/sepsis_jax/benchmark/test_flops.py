@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sepsis_jax.benchmark.flops import Shape, minimal_flops, plain_flops
+from sepsis_jax.benchmark.hardware import Shape, minimal_flops, plain_flops
 from tests.toy import toy_episodes
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model

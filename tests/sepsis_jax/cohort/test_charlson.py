@@ -2,7 +2,7 @@
 
 import pytest
 
-from sepsis_jax.cohort import charlson
+from sepsis_jax.cohort import items
 from tests.sepsis_jax.cohort.tiny import Tiny
 
 AGES = (49, 50, 51, 60, 70, 80, 81)
@@ -49,5 +49,7 @@ def test_diagnoses(build):
 
 
 def test_every_condition_has_codes_and_a_weight():
-    assert set(charlson.CODES) == set(charlson.WEIGHTS)
-    assert set(charlson.SUPERSEDED_BY) | set(charlson.SUPERSEDED_BY.values()) <= set(charlson.CODES)
+    assert set(items.CHARLSON_CODES) == set(items.CHARLSON_WEIGHTS)
+    assert set(items.CHARLSON_SUPERSEDED_BY) | set(items.CHARLSON_SUPERSEDED_BY.values()) <= set(
+        items.CHARLSON_CODES
+    )

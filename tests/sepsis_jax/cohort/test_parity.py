@@ -13,7 +13,7 @@ import duckdb
 import pytest
 
 from sepsis_jax.cohort import build_cohort, parity_options
-from sepsis_jax.cohort.charlson import WEIGHTS
+from sepsis_jax.cohort.items import CHARLSON_WEIGHTS
 from sepsis_jax.cohort.source import TABLES
 from worldmodel.episode_files import load_episodes
 
@@ -105,8 +105,8 @@ QUERIES = {
         FROM mimiciv_derived.gcs WHERE {ICU}""",
     ),
     "Charlson index and its conditions": (
-        f"SELECT hadm_id, age_score, {', '.join(WEIGHTS)}, charlson FROM ours.charlson",
-        f"""SELECT hadm_id, age_score, {", ".join(WEIGHTS)}, charlson_comorbidity_index
+        f"SELECT hadm_id, age_score, {', '.join(CHARLSON_WEIGHTS)}, charlson FROM ours.charlson",
+        f"""SELECT hadm_id, age_score, {", ".join(CHARLSON_WEIGHTS)}, charlson_comorbidity_index
         FROM mimiciv_derived.charlson WHERE {HADM}""",
     ),
     "ventilation": ("FROM ours.ventilation", "FROM mimiciv_derived.ventilation"),

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from sepsis_jax.ope import Clip, InputPolicy, check, diagnose, evaluate, weigh
-from sepsis_jax.ope.bootstrap import draw_counts, generator, join, resample
+from sepsis_jax.ope.bootstrap import draw_counts, generator, join, resample, tail_statistics
 from sepsis_jax.ope.data import BLOCK, inspect
-from sepsis_jax.ope.distribution import tail
 from sepsis_jax.ope.estimation import prepare
 from sepsis_jax.ope.estimators import estimate
 from sepsis_jax.ope.weights import SIZE, drug_weights
@@ -56,7 +55,9 @@ def test_resamples_and_tails_equal_those_of_all_stays(case):
     values, _ = resample(key, batch, table, widths, NAMES, resamples=3)
     counts = draw_counts(generator(key), 3, STAYS)
     weight = np.exp(np.asarray(batch.log_weight[..., -1], np.float64))
-    quantile, cvar = tail(batch.returns, jnp.asarray(weight), jnp.asarray(counts), (0.1, 0.999))
+    quantile, cvar = tail_statistics(
+        batch.returns, jnp.asarray(weight), jnp.asarray(counts), (0.1, 0.999)
+    )
     returns = np.asarray(batch.returns, np.float64)
     for b in range(3):
         drawn = np.repeat(np.arange(STAYS), counts[b])

@@ -6,13 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sepsis_jax.ope import ESTIMATORS, Clip, OPEData, check, estimate, make_batch, weigh
+from sepsis_jax.ope.bootstrap import tail_statistics
 from sepsis_jax.ope.data import pad
-from sepsis_jax.ope.distribution import tail
 from sepsis_jax.ope.doubly_robust import blend, partial_returns, with_magic
 from sepsis_jax.ope.estimators import recursive_dr
-from sepsis_jax.ope.weights import drug_weights, scaled
+from sepsis_jax.ope.weights import cumulate, drug_weights, log_ratio, scaled
 from tests.sepsis_jax.ope.reference import Reference
 from tests.sepsis_jax.ope.samples import random_case
 
@@ -188,7 +190,9 @@ def test_tail_equals_slow_reference(case, level):
     *_, batch, _, references = case
     order = np.argsort(np.asarray(batch.returns), kind="stable")
     weights = scaled(batch.log_weight[..., -1], -1)[:, order]
-    quantile, cvar = tail(batch.returns[order], weights, jnp.ones((1, len(order))), (level,))
+    quantile, cvar = tail_statistics(
+        batch.returns[order], weights, jnp.ones((1, len(order))), (level,)
+    )
     for k, reference in enumerate(references):
         expected = reference.tail(level)
         assert float(cvar[0, k, 0]) == pytest.approx(expected[1], abs=1e-4)
@@ -204,3 +208,58 @@ def test_check_then_estimate_trims_padding(case):
     assert cleaned.num_steps == data.num_steps and set(counts.values()) == {0}
     assert np.array_equal(cleaned.reward, data.reward)
     assert next(iter(kept.values())).shape == next(iter(probs.values())).shape
+
+
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+def ragged(seed, stays=5, steps=4):
+    """Log ratios [2, N, T] and whether a step was recorded [N, T]."""
+    draw = np.random.default_rng(seed)
+    alive = np.arange(steps) < draw.integers(1, steps + 1, (stays, 1))
+    return np.where(alive, draw.normal(size=(2, stays, steps)), 0).astype(np.float32), alive
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS)
+def test_weights_of_the_clinician_are_one(seed):
+    draw = np.random.default_rng(seed)
+    alive = ragged(seed)[1]
+    behavior = draw.uniform(0.01, 1.0, alive.shape).astype(np.float32)
+    weights = cumulate(log_ratio(behavior[None], behavior, alive), alive)
+    np.testing.assert_allclose(weights.log_weight, 0.0, atol=1e-5)
+    assert float(weights.clipped_share[0]) == 0.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS)
+def test_weights_are_products_of_ratios_and_stay_after_the_end(seed):
+    ratios, alive = ragged(seed)
+    weights = cumulate(ratios, alive)
+    np.testing.assert_allclose(
+        np.exp(weights.log_weight), np.cumprod(np.exp(ratios), -1), rtol=1e-4
+    )
+    last = alive.sum(-1) - 1
+    ends = np.take_along_axis(np.asarray(weights.log_weight), last[None, :, None], -1)[..., 0]
+    np.testing.assert_allclose(weights.log_weight[..., -1], ends, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, st.floats(0.1, 1.0), st.floats(1.0, 10.0))
+def test_clipped_weights_lie_within_the_bounds(seed, low, high):
+    ratios, alive = ragged(seed)
+    weights = cumulate(ratios, alive, Clip(step=(low, high), cumulative=(low, high)))
+    for values in (weights.log_weight, weights.log_ratio):
+        assert (np.asarray(values) >= np.log(low) - 1e-5).all()
+        assert (np.asarray(values) <= np.log(high) + 1e-5).all()
+    share = np.asarray(weights.clipped_share)
+    assert ((share >= 0) & (share <= 1)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(SEEDS, st.floats(-50, 50))
+def test_scaled_weights_are_at_most_one_whatever_all_are_multiplied_by(seed, shift):
+    ratios, _ = ragged(seed)
+    weights = np.asarray(scaled(jnp.asarray(ratios)))
+    np.testing.assert_allclose(weights.max(-2), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(scaled(jnp.asarray(ratios + np.float32(shift))), weights, rtol=1e-4)

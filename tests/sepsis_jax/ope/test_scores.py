@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 
-from sepsis_jax.ope.scores import accuracy, ranking, summary
+from sepsis_jax.pipelines.ope_benchmark import accuracy, ranking, summary
 
 TRUTH = {"a": 1.0, "b": 2.0, "c": 4.0}
 REPEATS = 40

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.worldmodel.envs.conftest import world_of
-from tests.worldmodel.envs.unrolling import keys_of, play, play_all
+from tests.worldmodel.envs.unrolling import keys_of, play, play_all, reset
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError
@@ -75,7 +75,7 @@ def test_first_observation_is_the_recorded_row(world, episodes):
     recorded = observations(episodes, past=3)
     rows = set()
     for key in keys_of(KEY, 12):
-        state, timestep = env.reset(key)
+        state, timestep = reset(env, key)
         history = state.dynamics.history
         stay = int(np.flatnonzero(np.asarray(episodes.stay_id) == int(history.patient[0]))[0])
         row = int(history.step[0])

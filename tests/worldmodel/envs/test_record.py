@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.worldmodel.envs.unrolling import reset, step
 from worldmodel import SepsisEnv, schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.errors import InputError
@@ -61,11 +62,11 @@ def test_from_the_first_difference_on_the_model_plays(world, episodes, mode):
         # The same stay, played by the model from the changed row on.
         single = episodes.select(np.array([stay]))
         env = make(single, start_step=changed)
-        state, _ = env.reset(KEY, jnp.int32(0))
-        for step in range(changed, int(episodes.length[stay])):
-            state, want = env.step(state, plans[stay, step])
+        state, _ = reset(env, KEY, jnp.int32(0))
+        for row in range(changed, int(episodes.length[stay])):
+            state, want = step(env, state, plans[stay, row])
             close = {"rtol": 1e-4, "atol": 1e-3}
-            found = jax.tree.map(lambda leaf, i=(stay, step): leaf[i], got)
+            found = jax.tree.map(lambda leaf, i=(stay, row): leaf[i], got)
             np.testing.assert_allclose(found.observation.dynamic, want.observation.dynamic, **close)
             np.testing.assert_allclose(found.reward, want.reward, **close)
     assert len(long) > 3

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.worldmodel.envs.unrolling import keys_of
+from tests.worldmodel.envs.unrolling import keys_of, reset, step
 from worldmodel import SepsisEnv, keys
 from worldmodel.envs import AutoReset, unroll
 from worldmodel.errors import InputError
@@ -32,13 +32,13 @@ def env(world, episodes):
 
 def test_equals_a_plain_loop(env):
     policy = LooksBack()
-    state, timestep = env.reset(KEY)
+    state, timestep = reset(env, KEY)
     own = jax.random.fold_in(KEY, keys.UNROLL)
     actions, rewards = [], []
     for number in range(3):
         observation = recent(timestep.observation, 2)
         actions.append(draw_action(policy, jax.random.fold_in(own, number), observation))
-        state, timestep = env.step(state, actions[-1])
+        state, timestep = step(env, state, actions[-1])
         rewards.append(timestep.reward)
     after, trajectory = jax.jit(lambda env: unroll(env, policy, KEY, num_steps=3))(env)
     np.testing.assert_array_equal(trajectory.actions, actions)

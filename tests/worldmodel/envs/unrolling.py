@@ -14,6 +14,18 @@ def keys_of(key, count):
 
 
 @jax.jit
+def reset(env, *arguments):
+    """`env.reset`, compiled once for all environments of a form."""
+    return env.reset(*arguments)
+
+
+@jax.jit
+def step(env, state, action):
+    """`env.step`, likewise."""
+    return env.step(state, action)
+
+
+@jax.jit
 def play(env, key, actions):
     """One episode under actions [T]: the first timestep and those that follow, leaves [T, ...]."""
     state, trajectory = unroll(env, FollowActions(actions), key, num_steps=len(actions))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from worldmodel.models import baselines, evaluation
-from worldmodel.models.baselines import HostPrediction, Rows
+from worldmodel.models import evaluation
+from worldmodel.models.evaluation import HostPrediction, Rows
 
 
 def rows(target, *, measured=None, ventilated=None, inputs=None, last=None, now=None):
@@ -108,7 +108,7 @@ def linear_world():
 
 def test_linear_baseline_recovers_a_linear_law(linear_world):
     law, train, test = linear_world
-    got = baselines.linear_autoregression(train, test)
+    got = evaluation.linear_autoregression(train, test)
     assert root_mean_square(got.mu - test.inputs @ law) < 0.03  # 0.1 sqrt(90 / 2000) = 0.021
     np.testing.assert_allclose(got.sigma, 0.1, atol=0.01)
     figures = evaluation.state_metrics(got, test)
@@ -120,7 +120,7 @@ def test_linear_baseline_fits_measured_entries_only(linear_world):
     law, train, test = linear_world
     measured = np.random.default_rng(1).random(train.target.shape) < 0.7
     dirty = train._replace(target=np.where(measured, train.target, 99.0), measured=measured)
-    got = baselines.linear_autoregression(dirty, test)
+    got = evaluation.linear_autoregression(dirty, test)
     assert root_mean_square(got.mu - test.inputs @ law) < 0.035
 
 
@@ -128,7 +128,7 @@ def test_last_value_keeps_the_last_value():
     last = np.array([[1.0], [2.0]])
     train = rows(np.array([[4.0], [6.0]]), last=last, measured=np.array([[True], [True]]))
     test = rows(np.array([[0.0]]), last=np.array([[5.0]]), now=np.array([True]))
-    got = baselines.last_value(train, test)
+    got = evaluation.last_value(train, test)
     assert got.mu == [[5.0]] and got.ventilation == [1.0]
     assert got.sigma == pytest.approx(np.sqrt((3**2 + 4**2) / 2))
 
@@ -137,10 +137,10 @@ def test_a_rare_feature_keeps_its_last_value(linear_world):
     _, train, test = linear_world
     measured = train.measured.copy()
     measured[50:, 3] = False  # 50 values for 90 inputs
-    got = baselines.linear_autoregression(train._replace(measured=measured), test)
+    got = evaluation.linear_autoregression(train._replace(measured=measured), test)
     np.testing.assert_array_equal(got.mu[:, 3], test.last[:, 3])
 
 
 def test_logistic_of_one_class_is_its_rate():
-    got = baselines.logistic(np.zeros((4, 2)), np.ones(4, bool), np.zeros((3, 2)))
+    got = evaluation.logistic(np.zeros((4, 2)), np.ones(4, bool), np.zeros((3, 2)))
     np.testing.assert_array_equal(got, [1.0, 1.0, 1.0])

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.integrate import quad
 from scipy.stats import norm
 
@@ -315,3 +317,41 @@ def test_ensemble_mortality_is_the_mean_probability(ensemble):
     each = [sigmoid(np.asarray(ensemble.member(i).mortality_logit(*window))) for i in range(3)]
     got = sigmoid(np.asarray(ensemble.mortality_logit(*window)))
     np.testing.assert_allclose(got, np.mean(each, 0), rtol=1e-5)
+
+
+STAYS = toy_episodes(num_stays=6, num_steps=9, seed=3)
+SEQUENCES = to_sequences(STAYS, Scaler.fit(STAYS))
+ROWS = every_step_index(STAYS)
+WIDTHS = st.sampled_from((1, 6, 12))  # each compiles
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, len(ROWS) - 1), WIDTHS, WIDTHS)
+def test_a_narrow_window_is_the_end_of_a_wide_one(row, one, other):
+    narrow, wide = sorted((one, other))
+    index = ROWS[[row]]
+    short, long = SEQUENCES.window(index, narrow), SEQUENCES.window(index, wide)
+    for a, b in ((short.obs, long.obs), (short.observed, long.observed),
+                 (short.action, long.action)):  # fmt: skip
+        np.testing.assert_array_equal(a, b[:, wide - narrow :])
+    np.testing.assert_array_equal(short.static, long.static)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, len(ROWS) - 1), WIDTHS)
+def test_windows_are_zero_before_admission_and_hold_one_pair_per_row_after(row, width):
+    window = SEQUENCES.window(ROWS[[row]], width)
+    before = max(width - 1 - int(ROWS[row, 1]), 0)
+    for leaf in (window.obs, window.observed, window.action):
+        assert not np.asarray(leaf)[:, :before].any()
+    np.testing.assert_array_equal(np.asarray(window.action)[0, before:].sum(-1), 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, len(ROWS) - 1))
+def test_the_target_is_the_newest_row_of_the_next_window(row):
+    stay, step = ROWS[row]
+    if step + 1 < int(STAYS.length[stay]):
+        target = SEQUENCES.target(ROWS[[row]])
+        following = SEQUENCES.window(np.array([[stay, step + 1]], np.int32), 1)
+        np.testing.assert_array_equal(target.obs, following.obs[:, 0])

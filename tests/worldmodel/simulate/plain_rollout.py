@@ -1,5 +1,6 @@
 """A second implementation of rollouts: one branch at a time, in plain Python."""
 
+import jax
 import numpy as np
 
 from worldmodel import schema
@@ -68,6 +69,9 @@ def window(rows, width):
     return parts
 
 
+transition = jax.jit(lambda world, *window: world.transition(*window))
+
+
 def play(world, episodes, stay, step, plan, eps, mode):
     """One branch: dict of lists over the steps, mortality and the count of projections."""
     scale = Scale(world.scaler)
@@ -93,7 +97,7 @@ def play(world, episodes, stay, step, plan, eps, mode):
     for h, action in enumerate(plan):
         rows[-1][2] = int(action)
         obs, mask, act = window(rows, 6)
-        mu, log_sigma, logit = (np.asarray(x[0]) for x in world.transition(obs, mask, static, act))
+        mu, log_sigma, logit = (np.asarray(x[0]) for x in transition(world, obs, mask, static, act))
         z = mu + np.exp(log_sigma) * eps[h]
         if mode == "corrected":
             before = z * scale.std + scale.mean  # urine still a logarithm

@@ -13,9 +13,10 @@ from typing import Any
 
 _OPEN = ("/health", "/ping")
 
+# as ASGI defines it
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Any]]
-Send = Callable[[Any], Awaitable[None]]
+Receive = Callable[[], Awaitable[object]]
+Send = Callable[[object], Awaitable[None]]
 
 
 class KeyOnEveryPath:

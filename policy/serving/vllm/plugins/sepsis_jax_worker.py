@@ -16,6 +16,7 @@ class WeightTools:
 
     def sepsis_jax_swap(self, folder: str) -> None:
         """Loads the weights of a folder, packed copies included."""
+        # a worker of vLLM, whose classes are not imported here
         worker: Any = self
         worker.reload_weights(weights_path=folder)
         for name, module in self._sepsis_jax_packed():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from policy.base import Policy, decision_features
 from policy.offline.algorithms import OfflinePolicy, Perceptron, pick
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.envs.env import SepsisEnv
+from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation, recent
 from worldmodel.scaling import Scaler
@@ -134,6 +134,9 @@ def _networks_of(start: OfflinePolicy, config: PPOConfig) -> Networks:
     return Networks(first["actor"], first["v"])
 
 
+Learner = tuple[Networks, optax.OptState]
+
+
 @partial(jax.jit, static_argnames=("config", "report"))
 def _train(
     key: jax.Array,
@@ -150,14 +153,14 @@ def _train(
     )
     optimizer = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), optax.adam(rate))
 
-    def iteration(learner: Any, number: jax.Array) -> Any:
+    def iteration(learner: Learner, number: jax.Array) -> tuple[Learner, tuple[jax.Array, ...]]:
         networks, state = learner
         key_play, key_rows = jax.random.split(jax.random.fold_in(key, number))
         experience = play(key_play, env, networks.actor, scaler, config)
         rows, value_error, entropy = rows_of(networks, experience, config)
         bonus = config.entropy * (1.0 - number / config.iterations)
 
-        def update(learner: Any, key: jax.Array) -> Any:
+        def update(learner: Learner, key: jax.Array) -> tuple[Learner, jax.Array]:
             networks, state = learner
             batch = draw_rows(key, rows, experience.valid, config.batch_size)
             gradient, clipped = jax.grad(ppo_loss, has_aux=True)(networks, batch, bonus, config)
@@ -176,6 +179,9 @@ def _train(
     return networks, history
 
 
+Playing = tuple[EnvState, jax.Array, jax.Array]  # states, what is seen, whether it is over
+
+
 def play(
     key: jax.Array, env: SepsisEnv, actor: Perceptron, scaler: Scaler, config: PPOConfig
 ) -> Experience:
@@ -183,7 +189,7 @@ def play(
     key_patients, key_actions = jax.random.split(key)
     state, first = jax.vmap(env.reset)(jax.random.split(key_patients, config.patients))
 
-    def step(carry: Any, key: jax.Array) -> Any:
+    def step(carry: Playing, key: jax.Array) -> tuple[Playing, tuple[jax.Array, ...]]:
         state, seen, over = carry
         action = jax.random.categorical(key, actor(seen)).astype(jnp.int32)
         state, timestep = jax.vmap(env.step)(state, action)
@@ -217,7 +223,7 @@ def advantages(
     """
     surprise = reward + gamma * jnp.where(terminated, 0.0, values[1:]) - values[:-1]
 
-    def back(following: jax.Array, now: tuple[jax.Array, jax.Array]) -> Any:
+    def back(following: jax.Array, now: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         surprise, done = now
         advantage = surprise + gamma * trace * jnp.where(done, 0.0, following)
         return advantage, advantage

@@ -16,7 +16,7 @@ from policy.offline.algorithms import (
     Perceptron,
     make_networks,
 )
-from policy.online.ppo import (
+from policy.ppo import (
     Networks,
     OnlinePolicy,
     PPOConfig,

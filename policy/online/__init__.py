@@ -1,1 +1,0 @@
-"""Reinforcement learning in a simulated environment."""
