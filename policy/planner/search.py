@@ -27,6 +27,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.simulate.history import History, history_from_observation, observe
 from worldmodel.simulate.stays import (
+    Models,
     append_row,
     encode_past,
     memory_of,
@@ -125,8 +126,8 @@ def play(
     start = _repeat(history_from_observation(planner.world_model, observation), count * repeats)
     planned = jnp.repeat(sequences, repeats, axis=0)  # [K S, H]
 
-    def of_member(models: tuple[object, object]) -> jax.Array:
-        member = with_models(planner.world_model, *models)
+    def of_member(models: Models) -> jax.Array:
+        member = with_models(planner.world_model, models)
         begin, move = _stepping(member)
 
         def step(

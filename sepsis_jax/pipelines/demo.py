@@ -103,8 +103,8 @@ def run_demo(
     }
     say("5/5 report")
     if data is None:
-        config = FuturesConfig(patients=FRESH_PATIENTS, seed=seed + 1000)
-        summary["futures"] = compare_futures(out / "model", out / "effects", config)
+        asked = FuturesConfig(patients=FRESH_PATIENTS, seed=seed + 1000)
+        summary["futures"] = compare_futures(out / "model", out / "effects", asked)
         summary["plans"] = mortality_rows(out / "effects")
         sections.append(_effects_section(summary["futures"], summary["plans"], out))
     write_page(out / "report.html", "sepsis-jax: a first look", sections)

@@ -79,7 +79,7 @@ def true_futures(
     """
     patients, given = np.asarray(truth.patient), np.asarray(episodes.action)
     until = config.step + config.held
-    found = []
+    outcomes, values = [], []
     for action in (*range(schema.NUM_ACTIONS), FOLLOW_CLINICIAN):
         plans = np.full((len(patients), truth.config.horizon), FOLLOW_CLINICIAN, np.int32)
         plans[:, : config.step] = given[:, : config.step]
@@ -89,19 +89,16 @@ def true_futures(
         )
         there = np.asarray(futures.length) > until
         rows = np.asarray(futures.dynamic)[:, until]
-        values = {name: there * rows[:, schema.INDEX[name]] for name in VALUES}
-        values["sofa"] = there * np.asarray(futures.sofa)[:, until]
         reward = np.asarray(behind.reward)[:, config.step :].sum(1)
-        found.append((np.asarray(futures.died_90d, float), reward, there.astype(float), values))
-    *plans_found, clinician = found
-    mortality, reward, alive = (np.stack([one[i] for one in plans_found], 1) for i in range(3))
-    values = {name: np.stack([one[3][name] for one in plans_found], 1) for name in clinician[3]}
+        died = np.asarray(futures.died_90d)
+        outcomes.append(np.stack([died, reward, there]).astype(np.float64))
+        seen = [rows[:, schema.INDEX[name]] for name in VALUES]
+        values.append(there * np.stack([*seen, np.asarray(futures.sofa)[:, until]]))
+    mortality, reward, alive = np.stack(outcomes[:-1], axis=-1)
+    named = dict(zip((*VALUES, "sofa"), np.stack(values[:-1], axis=-1), strict=True))
     unknown = np.full(mortality.shape, np.nan)
-    return (
-        Futures(mortality, reward, alive, values, unknown, unknown),
-        clinician[0],
-        clinician[1],
-    )
+    futures_found = Futures(mortality, reward, alive, named, unknown, unknown)
+    return futures_found, outcomes[-1][0], outcomes[-1][1]
 
 
 def learned_futures(world_model: WorldModel, episodes: Episodes, config: FuturesConfig) -> Futures:
@@ -189,7 +186,7 @@ def compare_futures(
 
 def futures_table(true: Futures, learned: Futures) -> pd.DataFrame:
     """One row per plan: mortality, reward and effects on values, true and learned."""
-    table = pd.DataFrame({"plan": [schema.action_name(a) for a in _SAME]})
+    table = pd.DataFrame({"plan": [schema.action_name(int(a)) for a in _SAME]})
     table["vasopressor"], table["fluid"] = schema.action_levels(_SAME)
     for name in ("mortality", "reward"):
         table[f"{name}_true"] = getattr(true, name).mean(0)

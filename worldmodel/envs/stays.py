@@ -43,7 +43,7 @@ _LONGEST = 2**31 - 1
 class RecurrentState(LearnedState):
     """One patient in a recurrent world model."""
 
-    hidden: jax.Array | None = None  # [E, 1, H] of every member
+    hidden: jax.Array  # [E, 1, H] of every member
 
 
 @struct.dataclass
@@ -61,8 +61,9 @@ class RecurrentDynamics(LearnedDynamics):
         values = {name: getattr(state, name) for name in LearnedState.__dataclass_fields__}
         return RecurrentState(**values | {"last_row": last}, hidden=hidden), timestep
 
-    def step(self, state: RecurrentState, action: jax.Array) -> tuple[RecurrentState, Timestep]:
+    def step(self, state: LearnedState, action: jax.Array) -> tuple[RecurrentState, Timestep]:
         """One step of four hours, with which the stay may end."""
+        assert isinstance(state, RecurrentState)
         history, before = state.history, self._observation(state.history)
         key = branch_key(state.key, history.patient[0], before.step, state.member)
         noise = state_noise(key, self.world_model.noise_width)[None]
@@ -140,6 +141,6 @@ class RecurrentDynamics(LearnedDynamics):
         """Results of every member, with a leading axis E."""
         models = (self.world_model.state_model, self.world_model.outcome_model)
         result: TreeT = jax.vmap(
-            lambda models, *rest: function(with_models(self.world_model, *models), *rest)
+            lambda models, *rest: function(with_models(self.world_model, models), *rest)
         )(models, *leaves)
         return result

@@ -18,6 +18,7 @@ from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
 from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, StateModel
+from worldmodel.models.recurrent import CompetingRisks, RecurrentStateModel
 from worldmodel.models.reference import is_reference_folder, load_reference
 from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import Scaler
@@ -148,7 +149,9 @@ def load_world_model(path: str | Path) -> WorldModel:
     )
 
 
-def _params(world_model: WorldModel) -> tuple[StateModel, OutcomeModel]:
+def _params(
+    world_model: WorldModel,
+) -> tuple[StateModel | RecurrentStateModel, OutcomeModel | CompetingRisks]:
     return world_model.state_model, world_model.outcome_model
 
 

@@ -154,15 +154,16 @@ def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPred
         found = state_model.predict(h, rows.inputs, rows.obs, residual)
         return found, jax.nn.sigmoid(risks.continuation(h, rows.inputs).mortality_logit)
 
+    models = world_model.stay_models()
+    state_models, _ = models
     found = [
         jax.tree.map(np.asarray, of_member(jax.tree.map(lambda leaf, i=i: leaf[i], models), rows))
-        for models in [(world_model.state_model, world_model.outcome_model)]
         for i in range(world_model.num_members)
     ]
     mu = np.stack([prediction.mu for prediction, _ in found])
     variance = np.stack([np.exp(2 * prediction.log_sigma) for prediction, _ in found])
     # The noise factor holds what calibration found about each sigma.
-    factor = np.asarray(world_model.state_model.noise_factor[...])  # [E, 39, 39]
+    factor = np.asarray(state_models.noise_factor[...])  # [E, 39, 39]
     variance = variance * np.square(factor).sum(-1)[:, None, None]
     ventilation = np.mean([1 / (1 + np.exp(-p.vent_logit)) for p, _ in found], axis=0)
     prediction = HostPrediction(

@@ -23,7 +23,8 @@ from worldmodel.models.windows import Sequences, Target
 ModelT = TypeVar("ModelT")  # a PyTree of parameters
 TreeT = TypeVar("TreeT")
 Params = Any  # a PyTree of parameters
-Loss = Callable[[Params, Sequences, jax.Array, jax.Array | None], jax.Array]
+DataT = TypeVar("DataT")  # a PyTree of stays
+Loss = Callable[[Params, DataT, jax.Array, jax.Array | None], jax.Array]
 Progress = Callable[[int, int, dict[str, float]], None]
 
 
@@ -96,9 +97,9 @@ def make_optimizer(config: FitConfig, steps_per_epoch: int) -> optax.GradientTra
 def fit(
     key: jax.Array,
     model: ModelT,
-    loss: Loss,
-    train: tuple[Sequences, np.ndarray],
-    validation: tuple[Sequences, np.ndarray],
+    loss: Loss[DataT],
+    train: tuple[DataT, np.ndarray],
+    validation: tuple[DataT, np.ndarray],
     config: FitConfig,
     *,
     saver: Saver | None = None,
@@ -180,10 +181,10 @@ def _stopped(state: FitState, config: FitConfig) -> bool:
 
 def _epoch(
     state: FitState,
-    train: tuple[Sequences, jax.Array],
-    validation: tuple[Sequences, jax.Array],
+    train: tuple[DataT, jax.Array],
+    validation: tuple[DataT, jax.Array],
     *,
-    loss: Loss,
+    loss: Loss[DataT],
     optimizer: optax.GradientTransformation,
     shape: tuple[int, int],
     patience: int,
@@ -227,8 +228,8 @@ def _updates(
     opt_state: optax.OptState,
     key_order: jax.Array,
     key_dropout: jax.Array,
-    train: tuple[Sequences, jax.Array],
-    loss: Loss,
+    train: tuple[DataT, jax.Array],
+    loss: Loss[DataT],
     optimizer: optax.GradientTransformation,
     shape: tuple[int, int],
 ) -> tuple[ModelT, optax.OptState, jax.Array]:
@@ -251,7 +252,7 @@ def _updates(
 
 
 def mean_loss(
-    model: Params, loss: Loss, sequences: Sequences, index: Int[Array, "K 2"], *, batch: int
+    model: Params, loss: Loss[DataT], sequences: DataT, index: Int[Array, "K 2"], *, batch: int
 ) -> jax.Array:
     """Evaluation loss, averaged over whole batches of `index` and its remainder."""
     count = index.shape[0]

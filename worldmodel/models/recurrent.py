@@ -17,6 +17,7 @@ Decayed sums of past doses are part of a row, so that long treatments are not an
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -116,27 +117,40 @@ def row_inputs(row: StayRow) -> jax.Array:
     )
 
 
+class Dense(nnx.Linear):
+    """A linear layer whose bias, where it is read, is not None."""
+
+    bias: nnx.Param[jax.Array]
+
+
+def _layers(precision: str, rngs: nnx.Rngs) -> Callable[..., Dense]:
+    def linear(inputs: int, outputs: int, *, use_bias: bool = True, zero: bool = False) -> Dense:
+        init = nnx.initializers.zeros if zero else nnx.initializers.lecun_normal()
+        return Dense(
+            inputs, outputs, use_bias=use_bias, kernel_init=init, precision=precision, rngs=rngs
+        )
+
+    return linear
+
+
 class RecurrentStateModel(nnx.Module):
     """Next row, ventilation, what is measured, and the clinician's choice."""
 
     def __init__(self, hidden: int, head: int, dropout: float, precision: str, *, rngs: nnx.Rngs):
-        zeros = nnx.initializers.zeros
         features = schema.NUM_FEATURES
 
-        def linear(inputs: int, outputs: int, **options: object) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, rngs=rngs, precision=precision, **options)
-
+        linear = _layers(precision, rngs)
         self.cell = GRUCell(ROW_WIDTH, hidden, rngs=rngs, precision=precision)
         self.choice_hidden = linear(hidden + ROW_WIDTH, head)
         self.choice = linear(head, schema.NUM_ACTIONS)
         self.trunk = linear(hidden + ROW_WIDTH, hidden)
         self.effect = linear(CODE_WIDTH, hidden, use_bias=False)
-        self.mu_row = linear(ROW_WIDTH, features, kernel_init=zeros)
-        self.mu_effect = linear(CODE_WIDTH, features, use_bias=False, kernel_init=zeros)
-        self.mu = linear(hidden, features, kernel_init=zeros)
-        self.log_sigma = linear(hidden, features, kernel_init=zeros)
+        self.mu_row = linear(ROW_WIDTH, features, zero=True)
+        self.mu_effect = linear(CODE_WIDTH, features, use_bias=False, zero=True)
+        self.mu = linear(hidden, features, zero=True)
+        self.log_sigma = linear(hidden, features, zero=True)
         self.vent = linear(hidden, 1)
-        self.measured_row = linear(ROW_WIDTH, features, kernel_init=zeros)
+        self.measured_row = linear(ROW_WIDTH, features, zero=True)
         self.measured = linear(hidden, features)
         # Not trained by gradients: set before and after training.
         self.fill = nnx.Param(jnp.zeros(features))  # z-score that stands for a missing value
@@ -205,21 +219,18 @@ class CompetingRisks(nnx.Module):
     """How a stay goes on: hazards of its next step, and the clinician's continuation."""
 
     def __init__(self, hidden: int, head: int, dropout: float, precision: str, *, rngs: nnx.Rngs):
-        zeros = nnx.initializers.zeros
         both, risks = hidden + ROW_WIDTH, len(RISKS)
 
-        def linear(inputs: int, outputs: int, **options: object) -> nnx.Linear:
-            return nnx.Linear(inputs, outputs, rngs=rngs, precision=precision, **options)
-
+        linear = _layers(precision, rngs)
         self.risk_hidden = linear(both, head)
         self.risk_effect = linear(CODE_WIDTH, head, use_bias=False)
         self.risk = linear(head, risks)
-        self.risk_row = linear(ROW_WIDTH, risks, use_bias=False, kernel_init=zeros)
-        self.risk_code = linear(CODE_WIDTH, risks, use_bias=False, kernel_init=zeros)
+        self.risk_row = linear(ROW_WIDTH, risks, use_bias=False, zero=True)
+        self.risk_code = linear(CODE_WIDTH, risks, use_bias=False, zero=True)
         self.risk.bias[...] = jnp.array([-4.0, -2.0, -1.0])  # rare, rarer first
         self.later_hidden = linear(both, head)
         self.later = linear(head, len(Continuation._fields))
-        self.later_row = linear(ROW_WIDTH, len(Continuation._fields), kernel_init=zeros)
+        self.later_row = linear(ROW_WIDTH, len(Continuation._fields), zero=True)
         self.dropout = nnx.Dropout(dropout)
 
     def risks(

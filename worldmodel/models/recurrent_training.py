@@ -214,7 +214,7 @@ def fill_values(episodes: Episodes, scaler: Scaler, step_hours: float) -> np.nda
     measured, valid = np.asarray(measured_entries(episodes)), np.asarray(episodes.valid)
     obs = np.asarray(scaler.normalize(episodes.dynamic))
     expired = (ages(measured) > hold_steps(step_hours)) & valid[..., None]
-    fill = np.asarray(scaler.normalize(np.zeros(schema.NUM_FEATURES, np.float32))).copy()
+    fill = np.array(scaler.normalize(np.zeros(schema.NUM_FEATURES, np.float32)))
     for j in range(schema.NUM_MASKED):
         use = expired[..., j] if expired[..., j].any() else valid
         fill[j] = np.median(obs[..., j][use])
@@ -225,14 +225,16 @@ def ages(measured: np.ndarray) -> np.ndarray:
     """[N, T, 39] rows since the last measurement, infinite before the first."""
     step = np.arange(measured.shape[1])[None, :, None]
     last = np.maximum.accumulate(np.where(measured, step, -1), axis=1)
-    return np.where(last >= 0, step - last, np.inf)
+    result: np.ndarray = np.where(last >= 0, step - last, np.inf)
+    return result
 
 
 def hold_steps(step_hours: float) -> np.ndarray:
     """[39] rows for which a value is held; 0 for urine, which is never held."""
     hold = np.maximum(np.ceil(schema.HOLD_HOURS / step_hours), 1).astype(np.float32)
     hold[schema.URINE] = 0.0
-    return hold
+    result: np.ndarray = hold
+    return result
 
 
 def calibrate_noise(world_model: WorldModel, rows: StayRows) -> WorldModel:
@@ -241,7 +243,7 @@ def calibrate_noise(world_model: WorldModel, rows: StayRows) -> WorldModel:
     Independent noise would lead a recurrent state to combinations of values that no patient has.
     Correlations of rare pairs are shrunk towards 0, and eigenvalues are kept positive.
     """
-    state_model = jax.tree.map(lambda leaf: leaf, world_model.state_model)
+    state_model = jax.tree.map(lambda leaf: leaf, world_model.stay_models()[0])
     factors = []
     for member in range(world_model.num_members):
         one = jax.tree.map(lambda leaf, i=member: leaf[i], state_model)

@@ -106,7 +106,8 @@ def save_reference(world_model: WorldModel, path: str | Path) -> Path:
         return member
 
     with atomic_folder(path, marker=STATE_FILE) as folder:
-        state, outcome = first(world_model.state_model), first(world_model.outcome_model)
+        state_model, outcome_model = world_model.window_models()
+        state, outcome = first(state_model), first(outcome_model)
         write_state_dict(_tensors(state, _STATE_LINEARS), folder / STATE_FILE)
         write_state_dict(_tensors(outcome, _OUTCOME_LINEARS), folder / OUTCOME_FILE)
         scaler = world_model.scaler

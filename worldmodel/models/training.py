@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -163,7 +163,7 @@ def train_world_model(
         name: str,
         key: jax.Array,
         model: ModelT,
-        loss: Loss,
+        loss: Loss[Sequences],
         index: Callable[[Episodes], np.ndarray],
         fit_config: FitConfig,
     ) -> tuple[ModelT, list[dict[str, float]]]:
@@ -183,7 +183,7 @@ def train_world_model(
 
     if config.model.variant == "residual":
         rows = evaluation.transition_rows(sequences["train"], transitions["train"])
-        start_from_last_value(world_model.state_model, rows)
+        start_from_last_value(world_model.window_models()[0], rows)
     state_model, state_history = run(
         "state",
         key_state,
@@ -223,13 +223,13 @@ def _fit_stays(
     parts: dict[str, Episodes],
     config: TrainConfig,
     state_folder: str | Path | None,
-    fingerprint: dict[str, object],
+    fingerprint: Mapping[str, object],
     progress: EpochProgress | None,
 ) -> tuple[WorldModel, dict[str, list[dict[str, float]]]]:
     """Both models of the recurrent variant at once, then the covariance of its noise."""
     scaler, edges = world_model.scaler, world_model.dose_edges
     fill = fill_values(parts["train"], scaler, world_model.step_hours)
-    state_model = world_model.state_model
+    state_model, outcome_model = world_model.stay_models()
     state_model.fill[...] = jnp.broadcast_to(fill, state_model.fill[...].shape)
     rows = {name: to_stay_rows(parts[name], scaler, edges) for name in ("train", "validation")}
     saver = None
@@ -237,7 +237,7 @@ def _fit_stays(
         saver = Saver(Path(state_folder) / "stays", fingerprint)
     (state_model, outcome_model), history = fit(
         key,
-        (state_model, world_model.outcome_model),
+        (state_model, outcome_model),
         recurrent_loss,
         (rows["train"], last_step_index(parts["train"])),
         (rows["validation"], last_step_index(parts["validation"])),

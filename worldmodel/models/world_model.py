@@ -146,6 +146,29 @@ class WorldModel:
         )
         return result
 
+    def window_models(self) -> tuple[StateModel, OutcomeModel]:
+        """Both models of a variant that reads windows, with the ensemble axis.
+
+        Raises:
+          InputError: the variant is recurrent.
+        """
+        self._require_windows()
+        assert isinstance(self.state_model, StateModel)
+        assert isinstance(self.outcome_model, OutcomeModel)
+        return self.state_model, self.outcome_model
+
+    def stay_models(self) -> tuple[RecurrentStateModel, CompetingRisks]:
+        """Both models of the recurrent variant, with the ensemble axis.
+
+        Raises:
+          InputError: the variant reads windows.
+        """
+        if not self.is_recurrent:
+            raise InputError(f"the {self.config.variant} variant reads windows, no whole stays")
+        assert isinstance(self.state_model, RecurrentStateModel)
+        assert isinstance(self.outcome_model, CompetingRisks)
+        return self.state_model, self.outcome_model
+
     def _require_windows(self) -> None:
         if self.is_recurrent:
             raise InputError(

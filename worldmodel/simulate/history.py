@@ -264,7 +264,7 @@ def _recorded_memory(
         return None
     recorded = slice(sequences.padding, None)
     rows = sequences.num_steps
-    return stay_memory(
+    memory: StayMemory = stay_memory(
         world_model.dose_edges,
         obs=sequences.obs[stays, recorded],
         measured=sequences.measured[stays, recorded],
@@ -274,6 +274,7 @@ def _recorded_memory(
         step=jnp.broadcast_to(jnp.arange(rows), (stays.shape[0], rows)),
         newest=step,
     )
+    return memory
 
 
 def _observed_memory(

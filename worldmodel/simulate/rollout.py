@@ -124,7 +124,6 @@ def rollout(
     least = FOLLOW_CLINICIAN if world_model.is_recurrent else 0
     plans, policy = _resolve(plans_or_policy, start, horizon, least)
     follow = plans is not None and bool((plans == FOLLOW_CLINICIAN).any())
-    plans = None if plans is None else jnp.asarray(plans)
     horizon = plans.shape[-1] if plans is not None else int(horizon or 0)
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
@@ -143,7 +142,8 @@ def rollout(
     num_plans = 1 if plans is None else plans.shape[1]
     if max_branches is None:
         max_branches = _suitable_branches(horizon)
-    inputs = (world_model, key, start, plans, policy and as_pytree(policy), noise)
+    actions = None if plans is None else jnp.asarray(plans)
+    inputs = (world_model, key, start, actions, policy and as_pytree(policy), noise)
     past = getattr(policy, "past", 0)
     config = RolloutConfig(
         horizon=horizon,
@@ -301,7 +301,7 @@ def _simulate(
         def eps(h: jax.Array) -> jax.Array:
             return given[:, :, :, h]
 
-    def collect(step: Step) -> dict[str, jax.Array]:
+    def collect(step: Step) -> dict[str, jax.Array | None]:
         return {
             "values": step.dynamic[..., columns],
             "sofa": step.sofa,

@@ -23,7 +23,7 @@ from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
-from worldmodel.models.clinical_model import PRECISIONS
+from worldmodel.models.clinical_model import PRECISIONS, OutcomeModel, StateModel
 from worldmodel.models.gru import gates
 from worldmodel.models.recurrent import (
     CODES,
@@ -127,9 +127,7 @@ def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKer
         raise InputError(f"precision: got {precision!r}, expected one of {(*PRECISIONS, BFLOAT16)}")
     state: RecurrentStateModel
     risks: CompetingRisks
-    state, risks = jax.tree.map(
-        lambda leaf: leaf[0], (world_model.state_model, world_model.outcome_model)
-    )
+    state, risks = jax.tree.map(lambda leaf: leaf[0], world_model.stay_models())
     width = state.hidden
 
     def side(rows: slice) -> list[jax.Array]:
@@ -352,8 +350,8 @@ def predict_next(world_model: WorldModel, history: History) -> jax.Array:
         return world_model.transitions(*history.window(schema.STATE_WINDOW)).mu
     quiet = jnp.zeros((history.step.shape[0], world_model.noise_width))
 
-    def of_member(models: tuple[object, object]) -> jax.Array:
-        member = with_models(world_model, *models)
+    def of_member(models: Models) -> jax.Array:
+        member = with_models(world_model, models)
         kernel = pack_stays(member)
         state = start_state(history, encode_past(kernel, memory_of(history)))
         action = history.action[:, -1]
@@ -366,9 +364,12 @@ def predict_next(world_model: WorldModel, history: History) -> jax.Array:
     return result
 
 
-def with_models(world_model: WorldModel, state_model: object, outcome_model: object) -> WorldModel:
+Models = tuple[StateModel | RecurrentStateModel, OutcomeModel | CompetingRisks]
+
+
+def with_models(world_model: WorldModel, models: Models) -> WorldModel:
     """A world model of one member, whose parameters have no ensemble axis."""
-    state_model, outcome_model = jax.tree.map(lambda leaf: leaf[None], (state_model, outcome_model))
+    state_model, outcome_model = jax.tree.map(lambda leaf: leaf[None], models)
     return replace(world_model, state_model=state_model, outcome_model=outcome_model)
 
 
