@@ -40,6 +40,7 @@ from worldmodel import SepsisEnv, schema
 from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
 from worldmodel.gym import SepsisGymEnv
+from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import WorldModel, init_world_model
 from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
@@ -128,7 +129,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     episodes, _ = generate(jax.random.key(0), 256, keep_latent=False)
-    world_model = init_world_model(jax.random.key(1), published_scaler())
+    world_model = init_world_model(
+        jax.random.key(1), published_scaler(), ModelConfig(variant="residual")
+    )
     plain = PlainEnv(world_model, episodes)
     once, each = (
         SepsisEnv.learned(world_model, episodes, horizon=HORIZON, mortality_each_step=every)

@@ -30,6 +30,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
@@ -116,7 +117,10 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def abstract(mesh: Any, shape: tuple[int, int, int], arguments: argparse.Namespace) -> tuple:
     """Shapes and shardings of a call's arguments."""
-    world_model = init_world_model(jax.random.key(0), published_scaler(), members=arguments.members)
+    config = ModelConfig(variant="residual")
+    world_model = init_world_model(
+        jax.random.key(0), published_scaler(), config, members=arguments.members
+    )
     episodes, _ = generate(jax.random.key(1), PATIENTS, keep_latent=False)
     start = start_history(world_model, episodes, 0)
     plans = jnp.zeros((PATIENTS, PLANS, arguments.horizon), jnp.int32)

@@ -48,6 +48,11 @@ def model_to_measure(path: Path | None, precision: str | None) -> tuple[WorldMod
         what = "untrained, of the published shape (reference variant)"
     else:
         world_model = load_world_model(path).member(0)
+        if world_model.is_recurrent:
+            raise InputError(
+                f"{path}: the bench compares models that read windows with torch; train one with "
+                "model.variant=residual, or measure variants with scripts/bench_variants.py"
+            )
         if precision is not None:
             world_model = _at(world_model, precision)
         what = f"{world_model.config.variant} variant from {path.name}, first member"

@@ -36,8 +36,8 @@ def train(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A setting as NAME=VALUE, such as --set model.variant=reference "
-            "--set state.epochs=30 --set members=5.",
+            help="A setting as NAME=VALUE, such as --set members=5 "
+            "--set stays.epochs=20 --set model.variant=residual.",
         ),
     ] = None,
     json: Json = False,

@@ -31,7 +31,6 @@ from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
-from worldmodel.models.clinical_model import RECURRENT, ModelConfig
 from worldmodel.models.training import EpochProgress, TrainConfig
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
@@ -114,7 +113,7 @@ def run_demo(
 
 def default_config(stays: int, seed: int) -> TrainConfig:
     """Settings for a demonstration: gentler where there are few stays."""
-    config = TrainConfig(model=ModelConfig(variant=RECURRENT), seed=seed)
+    config = TrainConfig(seed=seed)
     if stays >= 1000:
         return config
     few = replace(config.stays, epochs=60, batch_size=16, learning_rate=1e-3, patience=8)

@@ -234,7 +234,7 @@ _AVERAGED = (
     "sofa_mean", "sofa_change", "mortality_mean", "mortality_disagreement", "reward_mean",
     "reward_disagreement", "map_below_65", "map_ever_below_65", "lactate_clearance",
     "lactate_cleared_20", "ventilation", "vasopressor_level", "fluid_level", "projected_share",
-    "support", "supported",
+    "in_unit", "plan_support", "support", "supported",
 )  # fmt: skip
 
 

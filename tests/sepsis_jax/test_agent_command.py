@@ -20,7 +20,7 @@ FAST = ("--backend", "scripted", "--set", "max_steps=3", "--set", "forecast.samp
 def model(tmp_path_factory):
     """An untrained one, which is made at once."""
     out = tmp_path_factory.mktemp("runs") / "model"
-    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    config = ModelConfig(variant="residual", hidden=8, layers=1, embed=4, head=4)
     save_world_model(init_world_model(jax.random.key(0), published_scaler(), config), out)
     return out
 

@@ -51,7 +51,7 @@ def inputs(tmp_path_factory):
     """Episodes, an untrained world model and settings."""
     folder = tmp_path_factory.mktemp("inputs")
     make_synthetic_cohort(folder / "episodes", patients=60)
-    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    config = ModelConfig(variant="residual", hidden=8, layers=1, embed=4, head=4)
     world_model = init_world_model(jax.random.key(0), published_scaler(), config)
     save_world_model(world_model, folder / "model")
     (folder / "small.yaml").write_text(SMALL)

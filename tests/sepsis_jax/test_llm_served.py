@@ -49,7 +49,7 @@ def options(publish="weights", **agentic):
 @pytest.fixture(scope="module")
 def world_model(tmp_path_factory):
     out = tmp_path_factory.mktemp("world") / "model"
-    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    config = ModelConfig(variant="residual", hidden=8, layers=1, embed=4, head=4)
     save_world_model(init_world_model(jax.random.key(0), published_scaler(), config), out)
     return out
 

@@ -14,7 +14,7 @@ from worldmodel.observation import as_pytree, observation_at, observations
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import observe, start_history
 
-SMALL = ModelConfig(hidden=4, layers=1, embed=2, head=2)
+SMALL = ModelConfig(variant="residual", hidden=4, layers=1, embed=2, head=2)
 
 
 def test_an_observation_by_hand():

@@ -40,7 +40,7 @@ class ModelConfig:
     """Shape of a world model.
 
     Attributes:
-      variant: "residual" (default), "reference" or "recurrent".
+      variant: "recurrent" (default), "residual" or "reference".
       hidden: GRU width.
       layers: GRU layers; the recurrent variant has one.
       embed: width of the static and the action embedding; the recurrent variant has none.
@@ -50,7 +50,7 @@ class ModelConfig:
       precision: matmul precision, "highest" (float32) or "default" (TF32 on recent GPUs).
     """
 
-    variant: str = "residual"
+    variant: str = RECURRENT
     hidden: int = 128
     layers: int = 2
     embed: int = 32

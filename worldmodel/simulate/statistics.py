@@ -18,6 +18,7 @@ from worldmodel.simulate.unroll import Shape, Step
 MAP_TARGET = 65.0  # mmHg
 
 _MEANBP = schema.INDEX["meanbp"]
+_LEAST_SUPPORT = 1e-9  # probability, in logarithms
 
 
 @struct.dataclass
@@ -35,11 +36,15 @@ class BranchSummary:
     fluid: jax.Array  # [P, K, S] mean level
     projected: jax.Array  # [P, K, S] int32 entries moved into their physiologic range
     mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not computed
+    # Recurrent variant only, NaN otherwise:
+    alive: jax.Array  # [P, K, S] probability that the stay reaches the last row
+    log_support: jax.Array  # [P, K, S] mean log probability of the steps under the clinician
+    later_reward: jax.Array  # [P, K, S] rewards after the horizon; 0 for the other variants
 
     @property
     def total_reward(self) -> jax.Array:
         """[P, K, S] shaping plus the expected terminal reward."""
-        return self.shaping + reward.terminal_reward(self.mortality)
+        return self.shaping + self.later_reward + reward.terminal_reward(self.mortality)
 
 
 def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
@@ -60,6 +65,9 @@ def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
         fluid=full(0),
         projected=jnp.zeros(shape, jnp.int32),
         mortality=full(jnp.nan),
+        alive=full(jnp.nan),
+        log_support=full(jnp.nan),
+        later_reward=full(0),
     )
 
 
@@ -67,6 +75,13 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
     """The summary with one step added; sums, not yet means."""
     columns = np.array([schema.INDEX[name] for name in features], np.int32)
     map_ = step.dynamic[..., _MEANBP]
+    if step.alive is not None and step.support is not None:
+        known = jnp.where(jnp.isnan(summary.log_support), 0.0, summary.log_support)
+        summary = replace(
+            summary,
+            alive=jnp.broadcast_to(step.alive, summary.alive.shape),
+            log_support=known + jnp.log(jnp.maximum(step.support, _LEAST_SUPPORT)),
+        )
     vasopressor, fluid = schema.action_levels(step.action)
     return replace(
         summary,
@@ -84,7 +99,10 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
 
 
 def finish_summary(
-    summary: BranchSummary, mortality: jax.Array | None, horizon: int
+    summary: BranchSummary,
+    mortality: jax.Array | None,
+    horizon: int,
+    later_reward: jax.Array | None = None,
 ) -> BranchSummary:
     """The final summary: sums become means, and mortality is added."""
     return replace(
@@ -93,7 +111,9 @@ def finish_summary(
         ventilation=summary.ventilation / horizon,
         vasopressor=summary.vasopressor / horizon,
         fluid=summary.fluid / horizon,
+        log_support=summary.log_support / horizon,
         mortality=summary.mortality if mortality is None else mortality,
+        later_reward=summary.later_reward if later_reward is None else later_reward,
     )
 
 
@@ -130,7 +150,7 @@ def group_statistics(
     start = dict(zip(features, np.asarray(start_values, np.float64).T, strict=True))
     mortality = _wide(summary.mortality)
     died = mortality if mode == "corrected" else (mortality > 0.5).astype(np.float64)
-    reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died)
+    reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died) + _wide(summary.later_reward)
     shape = mortality.shape[:2]
 
     columns: Columns = {}
@@ -157,6 +177,8 @@ def group_statistics(
     columns["fluid_level"] = _wide(summary.fluid).mean(-1)
     entries = horizon * schema.NUM_FEATURES
     columns["projected_share"] = _wide(summary.projected).mean(-1) / entries
+    columns["in_unit"] = _wide(summary.alive).mean(-1)
+    columns["plan_support"] = np.exp(_wide(summary.log_support).mean(-1))
     return columns
 
 

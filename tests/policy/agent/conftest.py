@@ -18,7 +18,7 @@ STEPS, PATIENTS = 4, 8
 @pytest.fixture(scope="session")
 def world_model():
     """Two members."""
-    config = ModelConfig(hidden=8, layers=1, embed=4, head=4)
+    config = ModelConfig(variant="residual", hidden=8, layers=1, embed=4, head=4)
     return init_world_model(jax.random.key(1), published_scaler(), config, members=2)
 
 

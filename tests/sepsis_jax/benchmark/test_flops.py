@@ -20,7 +20,7 @@ def test_plain_model_by_hand():
     state = gru + 6 * 10 * 32 + 3 * 32 + 128 * 64 + 64 + 129 * 128 + 128 * 78
     outcome = 2 * gru + 12 * 10 * 32 + 3 * 32 + 128 * 64 + 64
     assert plain_flops(config, 24) == pytest.approx(2 * (state + outcome / 24))
-    residual = ModelConfig()
+    residual = ModelConfig(variant="residual")
     assert plain_flops(residual, 1) == pytest.approx(2 * (state + (3 * 87 + 3) * 39 + outcome))
 
 

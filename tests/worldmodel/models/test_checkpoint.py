@@ -21,7 +21,7 @@ from worldmodel.models.windows import to_sequences, transition_index
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 
-CONFIG = ModelConfig(hidden=4, layers=1, embed=4, head=4)
+CONFIG = ModelConfig(variant="residual", hidden=4, layers=1, embed=4, head=4)
 
 
 @pytest.fixture(scope="module")

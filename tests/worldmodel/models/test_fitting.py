@@ -142,7 +142,7 @@ def test_bad_settings_are_refused(settings, message):
 
 
 CONFIG = TrainConfig(
-    model=ModelConfig(hidden=4, layers=1, embed=4, head=4),
+    model=ModelConfig(variant="residual", hidden=4, layers=1, embed=4, head=4),
     state=FitConfig(epochs=3, batch_size=32, learning_rate=5e-3),
     outcome=FitConfig(epochs=2, batch_size=32),
     members=2,
@@ -289,7 +289,9 @@ def test_bad_training_settings_are_refused(settings, message):
 
 
 def test_the_variant_sets_its_defaults():
-    residual, reference = TrainConfig(), TrainConfig(model=ModelConfig(variant="reference"))
+    residual, reference = (
+        TrainConfig(model=ModelConfig(variant=name)) for name in ("residual", "reference")
+    )
     assert residual.resolved_prefixes and 0 < residual.resolved_imputed_weight < 1
     assert (reference.resolved_imputed_weight, reference.resolved_prefixes) == (1.0, False)
     assert replace(reference, imputed_weight=0.0).resolved_imputed_weight == 0.0

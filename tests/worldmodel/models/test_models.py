@@ -36,7 +36,7 @@ from worldmodel.models.windows import (
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 
-SMALL = ModelConfig(hidden=8, embed=4, head=6)
+SMALL = ModelConfig(variant="residual", hidden=8, embed=4, head=6)
 
 
 def sigmoid(x):

@@ -18,12 +18,12 @@ HORIZON = 24
 SMALL = {"hidden": 16, "embed": 4, "head": 8, "dropout": 0.0}
 CONFIGS = {
     "published": ModelConfig(variant="reference"),
-    "residual": ModelConfig(),
-    "one layer": ModelConfig(layers=1, **SMALL),
+    "residual": ModelConfig(variant="residual"),
+    "one layer": ModelConfig(variant="residual", layers=1, **SMALL),
     "three layers": ModelConfig(variant="reference", layers=3, **SMALL),
-    "one linear row": ModelConfig(linear_rows=1, **SMALL),
-    "two linear rows": ModelConfig(linear_rows=2, **SMALL),
-    "six linear rows": ModelConfig(linear_rows=6, **SMALL),
+    "one linear row": ModelConfig(variant="residual", linear_rows=1, **SMALL),
+    "two linear rows": ModelConfig(variant="residual", linear_rows=2, **SMALL),
+    "six linear rows": ModelConfig(variant="residual", linear_rows=6, **SMALL),
 }
 
 
