@@ -56,7 +56,7 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Draw one patient's simulated futures under several plans: a fan chart and tables."""
-    from sepsis_jax.pipelines.simulation import simulate_patient
+    from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
     from worldmodel.episode_files import load_episodes
     from worldmodel.models.checkpoint import load_world_model
 
@@ -75,7 +75,7 @@ def simulate(
     )
     print_table(
         f"{samples} futures per plan, {horizon} steps",
-        ("plan", "mortality", "5%", "95%", "total reward", "MAP < 65", "ventilated", "projected"),
+        OUTCOME_TITLES[: outcomes.shape[1]],
         outcomes.itertuples(index=False),
     )
     console.print(f"{out / 'fan_chart.png'}, trajectories.csv, outcomes.csv.  {DISCLAIMER}")

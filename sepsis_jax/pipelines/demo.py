@@ -14,7 +14,7 @@ import pandas as pd
 from sepsis_jax.pipelines import world_model
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
-from sepsis_jax.pipelines.simulation import simulate_patient
+from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
 from sepsis_jax.report.figures import training_figure
 from sepsis_jax.report.html import (
     OUTCOME_COLUMNS,
@@ -185,8 +185,7 @@ def _model_section(metrics: JsonDict, out: Path) -> Section:
 def _futures_section(
     outcomes: pd.DataFrame, stay: int, samples: int, speed: float, out: Path
 ) -> Section:
-    columns = ("plan", "mortality", "5%", "95%", "total reward", "MAP < 65", "ventilated",
-               "projected")  # fmt: skip
+    columns = OUTCOME_TITLES[: outcomes.shape[1]]
     return Section(
         "Counterfactual futures of one patient",
         (f"Stay {stay} of the test split, in shock at step {START_STEP}. Every "

@@ -21,6 +21,10 @@ from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
 from worldmodel.simulate.rollout import Rollouts, rollout
 
 FEATURES = ("meanbp", "lactate", "output_4hourly")
+OUTCOME_TITLES = (
+    "plan", "mortality", "5%", "95%", "total reward", "MAP < 65", "ventilated", "projected",
+    "support",
+)  # fmt: skip
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -150,11 +154,15 @@ def trajectory_table(
 
 
 def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
-    """One row per plan: mortality, total reward, hypotension, ventilation, projections."""
+    """One row per plan: mortality, total reward, hypotension, ventilation, projections.
+
+    Of a recurrent model also the support: the geometric mean probability of the plan's steps under
+    the clinician.
+    """
     mortality = np.asarray(rollouts.mortality[0])
     meanbp = np.asarray(rollouts.feature("meanbp")[0])
     horizon = meanbp.shape[-1]
-    return pd.DataFrame(
+    table = pd.DataFrame(
         {
             "plan": [plan.name for plan in plans],
             "mortality_mean": mortality.mean(-1),
@@ -167,3 +175,7 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
             / (horizon * schema.NUM_FEATURES),
         }
     )
+    if rollouts.support is not None:
+        steps = np.log(np.maximum(np.asarray(rollouts.support[0], np.float64), 1e-9))
+        table["support"] = np.exp(steps.mean((-2, -1)))
+    return table
