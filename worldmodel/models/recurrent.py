@@ -39,7 +39,8 @@ CODES = np.concatenate(
 CODE_WIDTH = CODES.shape[1]  # 8
 DOSE_WIDTH = 2 + CODE_WIDTH  # both doses and the code
 SUMS_WIDTH = len(DECAYS) * DOSE_WIDTH
-ROW_WIDTH = 2 * schema.NUM_FEATURES + 3 + schema.NUM_STATIC + CODE_WIDTH + SUMS_WIDTH
+DRAWN_WIDTH = 2 * schema.NUM_FEATURES + 1
+ROW_WIDTH = DRAWN_WIDTH + 2 + schema.NUM_STATIC + CODE_WIDTH + SUMS_WIDTH
 NOISE_WIDTH = 2 * schema.NUM_FEATURES + 2  # normals: values, measuring, ventilation, choice
 _LARGEST = 5.0  # z-scores beyond are clipped
 _STEPS = 10.0  # unit of time
@@ -98,19 +99,29 @@ def add_doses(sums: jax.Array, doses: jax.Array) -> jax.Array:
     return jnp.concatenate(jnp.broadcast_arrays(*moved), axis=-1)
 
 
-def row_inputs(row: StayRow) -> jax.Array:
-    """[..., F] the model's inputs of a row."""
-    step = jnp.asarray(row.step, jnp.float32)[..., None]
-    blocks = [
+def drawn_inputs(row: StayRow) -> jax.Array:
+    """[..., 79] inputs of a row that differ between all simulated branches."""
+    blocks = (
         jnp.clip(row.obs, -_LARGEST, _LARGEST),
         row.measured.astype(jnp.float32),
         row.ventilated.astype(jnp.float32)[..., None],
-        step / _STEPS,
-        (step == 0).astype(jnp.float32),
-        row.static,
-        row.before,
-        row.sums,
-    ]
+    )
+    return _joined(blocks)
+
+
+def known_inputs(row: StayRow) -> jax.Array:
+    """[..., 43] inputs of a row that branches under the same treatments share."""
+    step = jnp.asarray(row.step, jnp.float32)[..., None]
+    first = (step == 0).astype(jnp.float32)
+    return _joined((step / _STEPS, first, row.static, row.before, row.sums))
+
+
+def row_inputs(row: StayRow) -> jax.Array:
+    """[..., F] all inputs of a row."""
+    return _joined((drawn_inputs(row), known_inputs(row)))
+
+
+def _joined(blocks: tuple[jax.Array, ...]) -> jax.Array:
     shape = jnp.broadcast_shapes(*(block.shape[:-1] for block in blocks))
     return jnp.concatenate(
         [jnp.broadcast_to(block, (*shape, block.shape[-1])) for block in blocks], axis=-1

@@ -141,7 +141,7 @@ def rollout(
         )
     num_plans = 1 if plans is None else plans.shape[1]
     if max_branches is None:
-        max_branches = _suitable_branches(horizon)
+        max_branches = _suitable_branches(horizon, world_model)
     actions = None if plans is None else jnp.asarray(plans)
     inputs = (world_model, key, start, actions, policy and as_pytree(policy), noise)
     past = getattr(policy, "past", 0)
@@ -198,9 +198,11 @@ class _Blocks(NamedTuple):
     samples: np.ndarray  # [E, blocks, c] int32
 
 
-def _suitable_branches(horizon: int) -> int:
+def _suitable_branches(horizon: int, world_model: WorldModel) -> int:
     if jax.default_backend() != "cpu":
         return MAX_BRANCHES
+    if world_model.is_recurrent:  # carries more per branch, and no window
+        return CACHED_BRANCHES // 2
     # The first step costs little per branch, so short horizons take more branches at a time.
     return CACHED_BRANCHES * max(8 // horizon, 1)
 

@@ -153,11 +153,15 @@ def _append(history: History, step: Step, stay: StayState, shape: Shape) -> Hist
 
 
 def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
-    """Every leaf with its full axes [P, K, S, ...]; a history is flat and stays so."""
+    """Leaves with their full axes [P, K, S, ...], but for treatments, which samples may share.
+
+    A history is flat and stays so.
+    """
 
     def full(leaf: jax.Array) -> jax.Array:
         return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
 
     now = carry.now._replace(history=None)
     stay, now = jax.tree.map(full, (carry.stay, now))
+    stay = stay._replace(before=carry.stay.before, sums=carry.stay.sums)
     return _ScanCarry(stay, now._replace(history=carry.now.history), carry.folded)
