@@ -21,7 +21,7 @@ from policy.planner.advantage import (
     moderators,
     untrained_advantage,
 )
-from policy.planner.search import play
+from policy.planner.search import _predicted_effects, play
 from policy.simple import Constant, RandomPolicy
 from tests.toy import toy_episodes
 from worldmodel import schema
@@ -32,6 +32,7 @@ from worldmodel.models.world_model import init_world_model
 from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import history_from_observation, observe, start_history
+from worldmodel.simulate.stays import predict_next
 
 EPISODES = toy_episodes(60, 14)
 SCALER = Scaler.fit(EPISODES, split=None)
@@ -309,3 +310,36 @@ def test_fitting_end_to_end():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(InputError, match=message):
         PlannerConfig(**settings)
+
+
+@pytest.mark.parametrize("search", ["one-step", "sequential-halving"])
+def test_a_recurrent_world_model_is_searched(search, observation, stay):
+    """The one-step search reads the very means that the model predicts from the record."""
+    model = ModelConfig(variant="recurrent", hidden=8, head=4)
+    world = init_world_model(jax.random.key(6), SCALER, model, members=2, stay_steps=14)
+    planner = made(PlannerConfig(search=search, horizon=2, candidates=4, samples=2))
+    planner = replace(planner, world_model=world)
+    values = jax.jit(planner.action_values)(KEY, observation)
+    assert np.isfinite(values).all() and (values > -1e9).any()
+    every = jax.tree.map(
+        lambda leaf: jnp.repeat(leaf, 25, axis=0), start_history(world, stay, STEP)
+    ).choose(jnp.arange(25))
+    seen = history_from_observation(world, observation)
+    again = jax.tree.map(lambda leaf: jnp.repeat(leaf, 25, axis=0), seen).choose(jnp.arange(25))
+    # Past ventilation is not in an observation, so the two differ where it changed.
+    if not np.ptp(np.asarray(stay.ventilated)[0, : STEP + 1]):
+        np.testing.assert_allclose(
+            predict_next(world, every), predict_next(world, again), atol=1e-4
+        )
+
+
+def test_a_planner_is_fitted_on_a_recurrent_world_model():
+    model = ModelConfig(variant="recurrent", hidden=8, head=4)
+    world = init_world_model(jax.random.key(6), SCALER, model, stay_steps=14)
+    stay, step = np.array([0, 1, 2]), np.array([0, 1, 0])
+    found = _predicted_effects(world, EPISODES, stay, step)
+    given = np.asarray(EPISODES.action)[stay, step]
+    for row in range(3):
+        history = start_history(world, EPISODES.select(stay[row : row + 1]), int(step[row]))
+        mean = predict_next(world, history.choose(jnp.asarray(given[row : row + 1])))[0]
+        np.testing.assert_allclose(found[row], effects(mean, SCALER)[0], atol=1e-4)

@@ -308,3 +308,31 @@ def test_usage_errors_end_with_status_2(run):
     result = run("world-model", "train")
     assert result.status == 2 and "Missing option" in result.err
     assert run("world-model", "polish").status == 2
+
+
+def test_the_default_model_answers_beside_the_truth(run, cohort, tmp_path):
+    """The recurrent variant through training, simulation and the comparison with the truth."""
+    model = tmp_path / "model"
+    small = ("--set", "model.hidden=8", "--set", "model.head=8", "--set", "stays.epochs=2")
+    trained = run("world-model", "train", "--episodes", cohort, "--out", model, *small)
+    assert trained.status == 0
+    manifest = json.loads((model / "manifest.json").read_text())
+    assert (manifest["config"]["variant"], manifest["stay_steps"]) == ("recurrent", 20)
+    shown = run(*small_simulation(model, cohort, tmp_path / "out"), "--json")
+    assert all(0 < row["support"] < 1 for row in shown.last_json["plans"])
+    asked = ("--patients", 40, "--samples", 1, "--held", 2, "--seed", 3)
+    result = run(
+        "world-model", "effects", "--model", model, "--out", tmp_path / "e", *asked, "--json"
+    )
+    assert result.status == 0
+    assert leftovers(tmp_path / "e") == [
+        "futures.csv", "futures.png", "manifest.json", "metrics.json",
+    ]  # fmt: skip
+    table = pd.read_csv(tmp_path / "e" / "futures.csv")
+    assert len(table) == 25 and table["mortality_true"].between(0, 1).all()
+    assert -1 <= result.last_json["mortality"]["spearman"] <= 1
+    assert result.last_json["patients"] <= 40
+    again = run(
+        "world-model", "effects", "--model", model, "--out", tmp_path / "f", *asked, "--json"
+    )
+    assert again.last_json == result.last_json

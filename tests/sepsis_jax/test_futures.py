@@ -1,0 +1,64 @@
+"""The truth benchmark of futures: a model that knows the truth gets full marks."""
+
+import jax
+import numpy as np
+import pytest
+
+from sepsis_jax.pipelines.futures import (
+    Futures,
+    FuturesConfig,
+    agreement,
+    choice,
+    futures_table,
+    true_futures,
+)
+from worldmodel.synthetic import generate
+
+CONFIG = FuturesConfig(patients=64, step=1, held=3)
+
+
+@pytest.fixture(scope="module")
+def truth():
+    episodes, behind = generate(jax.random.key(4), CONFIG.patients, keep_latent=False)
+    reached = np.flatnonzero(np.asarray(episodes.length) > CONFIG.step)[:40]
+    behind = behind.replace(patient=behind.patient[reached])
+    return episodes.select(reached), *true_futures(episodes.select(reached), behind, CONFIG)
+
+
+def test_a_model_that_knows_the_truth_gets_full_marks(truth):
+    episodes, true, died, total = truth
+    knowing = true._replace(
+        support=np.ones(true.mortality.shape), disagreement=np.zeros(true.mortality.shape)
+    )
+    shock = np.arange(len(died)) % 2 == 0
+    metrics = agreement(true, knowing, shock)
+    for name in ("mortality", "mortality_supported", "reward", "lactate", "meanbp", "sofa"):
+        assert metrics[name]["spearman"] == pytest.approx(1.0)
+        assert metrics[name]["error"] == pytest.approx(0.0)
+    assert metrics["supported_plans"] == 25
+    found = choice(true, knowing, died, total)
+    assert found["chosen_by_model"]["reward"] == pytest.approx(true.reward.max(1).mean())
+    assert found["chosen_by_model"]["reward"] >= found["best_constant_plan"]["reward"]
+    assert found["clinician"]["mortality"] == pytest.approx(np.asarray(episodes.died_90d).mean())
+    table = futures_table(true, knowing)
+    np.testing.assert_allclose(table["lactate_true"], table["lactate_learned"])
+    assert table["meanbp_true"].iloc[0] == 0
+
+
+def test_unsupported_plans_are_left_out_of_the_choice(truth):
+    _, true, died, total = truth
+    support = np.full(true.mortality.shape, 0.5)
+    support[:, 12] = 1e-3
+    rated = true.reward.copy()
+    rated[:, 12] = 100.0
+    tempted = Futures(true.mortality, rated, true.alive, true.values, support, 0 * support)
+    found = choice(true, tempted, died, total)["chosen_by_model"]["reward"]
+    allowed = np.delete(true.reward, 12, axis=1).max(1).mean()
+    assert found == pytest.approx(allowed)
+    assert agreement(true, tempted, np.ones(len(died), bool))["supported_plans"] == 24
+
+
+def test_vasopressors_raise_the_pressure_in_truth(truth):
+    table = futures_table(truth[1], truth[1])
+    by_level = table.groupby("vasopressor")["meanbp_true"].mean()
+    assert by_level.is_monotonic_increasing and by_level.iloc[-1] > 10
