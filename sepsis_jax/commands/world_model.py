@@ -130,7 +130,11 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
     print_table(
         "Agreement over the 25 treatments",
         ("of", "Spearman", "mean error"),
-        [(name, *row.values()) for name, row in metrics.items() if _is_score(row)],
+        [
+            (name, *("none" if value is None else value for value in row.values()))
+            for name, row in metrics.items()
+            if _is_score(row)
+        ],
     )
     print_table(
         "Giving, per patient, what the model rates best: true outcome",

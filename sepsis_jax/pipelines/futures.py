@@ -210,7 +210,9 @@ def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, o
     """Ranks and errors over the 25 plans, over those with support, and of patients in shock."""
     supported = ~(learned.support.mean(0) < SUPPORTED)  # NaN counts as supported
 
-    def against(of: np.ndarray, plans: np.ndarray, name: str) -> dict[str, float]:
+    def against(of: np.ndarray, plans: np.ndarray, name: str) -> dict[str, float | None]:
+        if not of.any() or not plans.any():
+            return {"spearman": None, "error": None}
         one, other = (getattr(futures, name)[of][:, plans].mean(0) for futures in (true, learned))
         return {"spearman": _rank(one, other), "error": float(np.abs(one - other).mean())}
 
@@ -234,12 +236,17 @@ def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, o
     return metrics
 
 
-def _rank(one: np.ndarray, other: np.ndarray) -> float:
-    return float(spearmanr(one, other).statistic) if len(one) > 2 else float("nan")
+def _rank(one: np.ndarray, other: np.ndarray) -> float | None:
+    """Spearman correlation; None where it is not defined."""
+    if len(one) < 3 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
+        return None
+    return float(spearmanr(one, other).statistic)
 
 
-def _ceiling(mortality: np.ndarray) -> float:
-    """Rank correlation of the true plans between two halves of the patients."""
+def _ceiling(mortality: np.ndarray) -> float | None:
+    """Rank correlation of the true plans between two halves of the patients; None for too few."""
+    if len(mortality) < 2:
+        return None
     return _rank(mortality[::2].mean(0), mortality[1::2].mean(0))
 
 
