@@ -100,8 +100,13 @@ def effects_figure(table: pd.DataFrame, path: Path) -> None:
       path: PNG to write.
     """
     names = [column.removesuffix("_true") for column in table if column.endswith("_true")]
-    figure, axes = plt.subplots(1, len(names), figsize=(5.2 * len(names), 4.6))
-    for axis, name in zip(np.atleast_1d(axes), names, strict=True):
+    columns = min(len(names), 3)
+    lines = -(-len(names) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(5.2 * columns, 4.6 * lines), squeeze=False)
+    axes = grid.ravel()
+    for axis in axes[len(names) :]:
+        axis.axis("off")
+    for axis, name in zip(axes, names, strict=False):
         true, learned = table[f"{name}_true"], table[f"{name}_learned"]
         for fluid in range(schema.NUM_LEVELS):
             rows = table["fluid"] == fluid
@@ -113,7 +118,7 @@ def effects_figure(table: pd.DataFrame, path: Path) -> None:
         axis.plot(limits, limits, color="grey", lw=0.8, ls="--")
         unit = _UNITS.get(name) or schema.FEATURES[schema.INDEX[name]].unit
         axis.set(xlabel=f"true, {unit}", ylabel=f"learned, {unit}", title=name)
-    np.atleast_1d(axes)[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
+    axes[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
     figure.tight_layout()
     _save(figure, path)
 
