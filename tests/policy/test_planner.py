@@ -318,7 +318,7 @@ def test_a_recurrent_world_model_is_searched(search, observation, stay):
     model = ModelConfig(variant="recurrent", hidden=8, head=4)
     world = init_world_model(jax.random.key(6), SCALER, model, members=2, stay_steps=14)
     horizon = 1 if search == "one-step" else 2
-    planner = made(PlannerConfig(search=search, horizon=horizon, candidates=4, samples=2))
+    planner = made(PlannerConfig(search=search, horizon=horizon, candidates=4, elites=2, samples=2))
     planner = replace(planner, world_model=world)
     values = jax.jit(planner.action_values)(KEY, observation)
     assert np.isfinite(values).all() and (values > -1e9).any()
