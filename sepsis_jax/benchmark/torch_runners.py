@@ -146,6 +146,7 @@ class TorchRollout:
                 **{
                     name: torch.tensor(np.asarray(value), device=self.device)
                     for name, value in vars(begin).items()
+                    if value is not None  # a memory of the whole stay
                 }
             )
             past = history.action[:, -7:-1].long()
