@@ -28,6 +28,12 @@ class ImputationCounts:
     filled: int
 
 
+def hold_steps(step_hours: float) -> np.ndarray:
+    """[39] steps for which a measurement may stand in for a missing one, at least 1."""
+    steps: np.ndarray = np.maximum(np.ceil(schema.HOLD_HOURS / step_hours), 1)
+    return steps
+
+
 def impute(
     values: Float[np.ndarray, "N T F"],
     length: Int[np.ndarray, " N"],
@@ -51,7 +57,7 @@ def impute(
       Filled values [N, T, 39] and the counts of how they came about.
     """
     num_steps = values.shape[1]
-    hold = np.maximum(np.ceil(schema.HOLD_HOURS / step_hours), 1)
+    hold = hold_steps(step_hours)
     if carry_forever:
         hold = np.full_like(hold, np.inf)
     step = np.arange(num_steps)[None, :, None]

@@ -23,19 +23,16 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.evaluation import predict_stays
 from worldmodel.models.windows import to_sequences
-from worldmodel.models.world_model import WorldModel
+from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.simulate.history import History, history_from_observation, observe
 from worldmodel.simulate.stays import (
-    Models,
     append_row,
     encode_past,
     memory_of,
     pack_stays,
     predict_next,
-    start_state,
-    step_stay,
-    with_models,
+    step_history,
 )
 from worldmodel.simulate.step import follow
 
@@ -127,7 +124,7 @@ def play(
     planned = jnp.repeat(sequences, repeats, axis=0)  # [K S, H]
 
     def of_member(models: Models) -> jax.Array:
-        member = with_models(planner.world_model, models)
+        member = planner.world_model.with_models(models)
         begin, move = _stepping(member)
 
         def step(
@@ -176,17 +173,7 @@ def _stepping(member: WorldModel) -> tuple[Callable[[History], jax.Array], _Move
     def follow_stay(
         history: History, hidden: jax.Array, eps: jax.Array
     ) -> tuple[tuple[History, jax.Array], jax.Array]:
-        action = history.action[:, -1]
-        after, found = step_stay(
-            member,
-            kernel,
-            start_state(history, hidden),
-            history.static,
-            history.step,
-            action,
-            eps,
-            follow=False,
-        )
+        after, found = step_history(member, kernel, history, hidden, eps)
         moved, _ = append_row(member, history, after, found)
         return (moved, after.hidden), found.prediction.mu
 

@@ -144,7 +144,9 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
 
 
 def _true_and_learned(row: JsonDict) -> str:
-    mark = "" if row["support"] != row["support"] or row["support"] >= 0.02 else " *"
+    from sepsis_jax.pipelines.futures import SUPPORTED
+
+    mark = "" if row["support"] != row["support"] or row["support"] >= SUPPORTED else " *"
     return f"{row['mortality_true']:.2f} / {row['mortality_learned']:.2f}{mark}"
 
 

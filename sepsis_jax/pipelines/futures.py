@@ -27,14 +27,15 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.stays import FOLLOW_CLINICIAN
+from worldmodel.simulate.statistics import disagreement, plan_support
 from worldmodel.synthetic import generate
-from worldmodel.synthetic.generate import Truth, generate_patients
+from worldmodel.synthetic.generate import Truth
+from worldmodel.synthetic.simulate import FOLLOW_POLICY
+from worldmodel.synthetic.truth import counterfactual
 
 VALUES = ("meanbp", "lactate", "output_4hourly")
 SHOCK = 60.0  # mmHg: patients with a lower MAP are reported apart
 SUPPORTED = 0.02  # least mean probability of a supported plan under the clinician, per step
-LARGE_ERROR = 0.1  # of a plan's mortality
 _BLOCK = 128  # patients per call
 _SAME = np.arange(schema.NUM_ACTIONS)
 
@@ -77,16 +78,14 @@ def true_futures(
     Returns:
       The futures of the 25 plans, and mortality and total reward [P] under the clinician.
     """
-    patients, given = np.asarray(truth.patient), np.asarray(episodes.action)
+    given = np.asarray(episodes.action)
     until = config.step + config.held
     outcomes, values = [], []
-    for action in (*range(schema.NUM_ACTIONS), FOLLOW_CLINICIAN):
-        plans = np.full((len(patients), truth.config.horizon), FOLLOW_CLINICIAN, np.int32)
+    for action in (*range(schema.NUM_ACTIONS), FOLLOW_POLICY):
+        plans = np.full((episodes.num_stays, truth.config.horizon), FOLLOW_POLICY, np.int32)
         plans[:, : config.step] = given[:, : config.step]
         plans[:, config.step : until] = action
-        futures, behind = generate_patients(
-            truth.key, patients, plans, config=truth.config, params=truth.params, keep_latent=False
-        )
+        futures, behind = counterfactual(truth, plans)
         there = np.asarray(futures.length) > until
         rows = np.asarray(futures.dynamic)[:, until]
         reward = np.asarray(behind.reward)[:, config.step :].sum(1)
@@ -116,28 +115,26 @@ def learned_futures(world_model: WorldModel, episodes: Episodes, config: Futures
         alive = (
             np.ones(mortality.shape) if found.alive is None else np.asarray(found.alive[..., -1])
         )
-        support = np.full(alive.shape, np.nan)
+        support = np.full(alive.shape[:2], np.nan)
         if found.support is not None:
-            support = np.log(np.maximum(np.asarray(found.support), 1e-9)).mean(-1)
-        by_member = mortality.reshape(*mortality.shape[:2], -1, members).mean(2)
-        spread = by_member.std(-1, ddof=1) if members > 1 else np.full(by_member.shape[:2], np.nan)
+            support = plan_support(np.asarray(found.support))
         values = [np.asarray(found.feature(name)[..., -1]) for name in VALUES]
         values.append(np.asarray(found.sofa[..., -1]))
         return (
             mortality.mean(-1),
             np.asarray(found.total_reward, np.float64).mean(-1),
             alive.mean(-1),
-            np.exp(support.mean(-1)),
-            spread,
+            support,
+            disagreement(mortality, members),
             *((value * alive).mean(-1) for value in values),
         )
 
     count = episodes.num_stays
-    mortality, reward, alive, support, spread, *values = in_blocks(
+    mortality, reward, alive, support, between, *values = in_blocks(
         of_patients, count, min(_BLOCK, count)
     )
     named = dict(zip((*VALUES, "sofa"), values, strict=True))
-    return Futures(mortality, reward, alive, named, support, spread)
+    return Futures(mortality, reward, alive, named, support, between)
 
 
 def compare_futures(

@@ -19,6 +19,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
 from worldmodel.simulate.rollout import Rollouts, rollout
+from worldmodel.simulate.statistics import plan_support
 
 FEATURES = ("meanbp", "lactate", "output_4hourly")
 OUTCOME_TITLES = (
@@ -176,6 +177,5 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
         }
     )
     if rollouts.support is not None:
-        steps = np.log(np.maximum(np.asarray(rollouts.support[0], np.float64), 1e-9))
-        table["support"] = np.exp(steps.mean((-2, -1)))
+        table["support"] = plan_support(np.asarray(rollouts.support))[0]
     return table

@@ -327,7 +327,7 @@ def test_a_recurrent_world_model_is_searched(search, observation, stay):
     ).choose(jnp.arange(25))
     seen = history_from_observation(world, observation)
     again = jax.tree.map(lambda leaf: jnp.repeat(leaf, 25, axis=0), seen).choose(jnp.arange(25))
-    # Past ventilation is not in an observation, so the two differ where it changed.
+    # Observations do not hold the ventilation of earlier rows, so the two differ where it changed.
     if len(set(np.asarray(stay.ventilated)[0, : STEP + 1].tolist())) == 1:
         np.testing.assert_allclose(
             predict_next(world, every), predict_next(world, again), atol=1e-4

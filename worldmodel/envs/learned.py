@@ -138,31 +138,19 @@ class LearnedDynamics:
             )
             on_record &= action == recorded_action
             recorded = self._recorded(state.stay, before.step + 1)
-            next_row = _choose(
+            next_row = choose(
                 on_record,
                 (recorded, recorded.ventilated[0].astype(jnp.float32)),
                 next_row,
             )
             died = self.episodes.died_90d[state.stay].astype(jnp.float32)
             mortality = jnp.where(on_record & terminated, died, mortality)
-        history, ventilation = _choose(terminated, (state.history, state.ventilation), next_row)
-        after = self._observation(history)
+        history, ventilation = choose(terminated, (state.history, state.ventilation), next_row)
         died = {
             "expected": mortality,
             "threshold": mortality > 0.5,
             "sampled": outcome_chance(key) < mortality,
         }[self.outcome]
-        terms = reward_terms(before, after, terminated, reward.terminal_reward(died))
-        start = first_timestep(after, sofa=after.sofa, ventilation=ventilation)
-        info = replace(
-            start.info,
-            reward_terms=terms,
-            mortality=mortality,
-            projected=jnp.where(terminated | on_record, 0, outputs.projected[0]),
-            support=action_probability(self.behavior, policy_key(key), before, action),
-            disagreement=members.mu.std(0).mean(),
-        )
-        timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
         state = replace(
             state,
             history=history,
@@ -170,7 +158,32 @@ class LearnedDynamics:
             ended=terminated,
             on_record=on_record,
         )
-        return state, timestep
+        return state, self._timestep(
+            state,
+            before,
+            died,
+            mortality=mortality,
+            projected=jnp.where(terminated | on_record, 0, outputs.projected[0]),
+            support=action_probability(self.behavior, policy_key(key), before, action),
+            disagreement=members.mu.std(0).mean(),
+        )
+
+    def _timestep(
+        self, state: LearnedState, before: Observation, died: jax.Array, **known: jax.Array
+    ) -> Timestep:
+        """The timestep that led to a state.
+
+        Args:
+          state: after the step.
+          before: what was seen before it.
+          died: [] bool, or a probability; counts where the episode has ended.
+          **known: fields of `Info`.
+        """
+        after = self._observation(state.history)
+        terms = reward_terms(before, after, state.ended, reward.terminal_reward(died))
+        start = first_timestep(after, sofa=after.sofa, ventilation=state.ventilation)
+        info = replace(start.info, reward_terms=terms, **known)
+        return replace(start, reward=terms.sum(), terminated=state.ended, info=info)
 
     def _recorded(self, stay: jax.Array, row: jax.Array) -> History:
         """A recorded row as a batch of one; undefined after the end of the stay."""
@@ -205,7 +218,8 @@ def _start_draws(key: jax.Array) -> jax.Array:
     return jax.random.split(jax.random.fold_in(key, keys.START), 3)
 
 
-def _choose(first: jax.Array, one: TreeT, other: TreeT) -> TreeT:
+def choose(first: jax.Array, one: TreeT, other: TreeT) -> TreeT:
+    """The first of two PyTrees where [] `first` is true, otherwise the other."""
     chosen: TreeT = jax.tree.map(lambda a, b: jnp.where(first, a, b), one, other)
     return chosen
 

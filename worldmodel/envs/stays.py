@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from worldmodel.clinical import reward
-from worldmodel.envs.base import Timestep, action_probability, first_timestep, reward_terms
-from worldmodel.envs.learned import LearnedDynamics, LearnedState
+from worldmodel.envs.base import Timestep, action_probability
+from worldmodel.envs.learned import LearnedDynamics, LearnedState, choose
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import branch_key, outcome_chances, policy_key, state_noise
@@ -29,9 +28,7 @@ from worldmodel.simulate.stays import (
     encode_past,
     memory_of,
     pack_stays,
-    start_state,
-    step_stay,
-    with_models,
+    step_history,
 )
 
 TreeT = TypeVar("TreeT")
@@ -88,30 +85,22 @@ class RecurrentDynamics(LearnedDynamics):
             "sampled": died | (chances[2] < risk),
         }[self.outcome]
         moved, outputs = append_row(self.world_model, history, drawn, found)
-        history, ventilation = jax.tree.map(
-            lambda old, new: jnp.where(terminated, old, new),
-            (history, state.ventilation),
-            (moved, outputs.ventilation[0]),
+        stayed = (state.history, state.ventilation, state.hidden)
+        history, ventilation, hidden = choose(
+            terminated, stayed, (moved, outputs.ventilation[0], after.hidden)
         )
-        seen = self._observation(history)
-        terms = reward_terms(before, seen, terminated, reward.terminal_reward(final))
-        start = first_timestep(seen, sofa=seen.sofa, ventilation=ventilation)
+        state = replace(
+            state, history=history, ventilation=ventilation, hidden=hidden, ended=terminated
+        )
         support = action_probability(self.behavior, policy_key(key), before, action)
-        info = replace(
-            start.info,
-            reward_terms=terms,
+        return state, self._timestep(
+            state,
+            before,
+            final,
             mortality=risk,
             projected=jnp.where(terminated, 0, outputs.projected[0]),
             support=found.support[0] if self.behavior is None else support,
             disagreement=mean.std(0).mean(),
-        )
-        timestep = replace(start, reward=terms.sum(), terminated=terminated, info=info)
-        hidden = jnp.where(terminated, state.hidden, after.hidden)
-        return (
-            replace(
-                state, history=history, ventilation=ventilation, ended=terminated, hidden=hidden
-            ),
-            timestep,
         )
 
     def _step_of(
@@ -124,16 +113,7 @@ class RecurrentDynamics(LearnedDynamics):
     ) -> tuple[StayState, StayStep, jax.Array]:
         """A member's step, and the mortality [1] if the clinician goes on after it."""
         kernel = pack_stays(member)
-        after, found = step_stay(
-            member,
-            kernel,
-            start_state(history, hidden),
-            history.static,
-            history.step,
-            action[None],
-            noise,
-            follow=False,
-        )
+        after, found = step_history(member, kernel, history.choose(action[None]), hidden, noise)
         later = continuation_at(kernel, after, history.static, history.step + 1)
         return after, found, jax.nn.sigmoid(later.mortality_logit)
 
@@ -141,6 +121,6 @@ class RecurrentDynamics(LearnedDynamics):
         """Results of every member, with a leading axis E."""
         models = (self.world_model.state_model, self.world_model.outcome_model)
         result: TreeT = jax.vmap(
-            lambda models, *rest: function(with_models(self.world_model, models), *rest)
+            lambda models, *rest: function(self.world_model.with_models(models), *rest)
         )(models, *leaves)
         return result

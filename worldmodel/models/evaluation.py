@@ -24,7 +24,6 @@ from worldmodel.models.recurrent import (
     CompetingRisks,
     RecurrentStateModel,
     RowPrediction,
-    residual_code,
 )
 from worldmodel.models.recurrent_training import StayRows, to_stay_rows
 from worldmodel.models.windows import (
@@ -149,10 +148,9 @@ def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPred
         member: tuple[RecurrentStateModel, CompetingRisks], rows: StayRows
     ) -> tuple[RowPrediction, jax.Array]:
         state_model, risks = member
-        h = state_model.encode(rows.inputs)
-        residual = residual_code(state_model.propensity(h, rows.inputs), rows.action)
-        found = state_model.predict(h, rows.inputs, rows.obs, residual)
-        return found, jax.nn.sigmoid(risks.continuation(h, rows.inputs).mortality_logit)
+        found = state_model.read(rows.inputs, rows.obs, rows.action)
+        later = risks.continuation(found.hidden, rows.inputs)
+        return found.prediction, jax.nn.sigmoid(later.mortality_logit)
 
     models = world_model.stay_models()
     state_models, _ = models

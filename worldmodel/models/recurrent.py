@@ -70,6 +70,15 @@ class RowPrediction(NamedTuple):
     measured_logit: jax.Array  # [..., 39]
 
 
+class StayReading(NamedTuple):
+    """What the state model finds in whole stays; leaves [B, T, ...]."""
+
+    hidden: jax.Array  # [B, T, H] after each row
+    choice: jax.Array  # [B, T, 25] logits of the clinician's choice
+    residual: jax.Array  # [B, T, 8] code of the treatment less its expectation
+    prediction: RowPrediction  # of the row after each
+
+
 class Continuation(NamedTuple):
     """What follows where the clinician goes on from a row."""
 
@@ -195,6 +204,23 @@ class RecurrentStateModel(nnx.Module):
         both = jnp.concatenate([h, inputs], axis=-1)
         result: jax.Array = self.choice(jax.nn.relu(self.choice_hidden(both)))
         return result
+
+    def read(
+        self, inputs: jax.Array, obs: jax.Array, action: jax.Array, *, key: jax.Array | None = None
+    ) -> StayReading:
+        """Reads whole stays under the treatments that were given.
+
+        Args:
+          inputs: [B, T, F] of the rows.
+          obs: [B, T, 39] values of the rows, z-scores.
+          action: [B, T] joint action.
+          key: dropout when given; the key is consumed.
+        """
+        hidden = self.encode(inputs)
+        choice = self.propensity(hidden, inputs)
+        residual = residual_code(choice, action)
+        prediction = self.predict(hidden, inputs, obs, residual, key=key)
+        return StayReading(hidden, choice, residual, prediction)
 
     def predict(
         self,

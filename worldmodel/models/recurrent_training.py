@@ -24,6 +24,7 @@ from flax import struct
 from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
+from worldmodel.imputation import hold_steps
 from worldmodel.models.fitting import gaussian_nll
 from worldmodel.models.recurrent import (
     DECAYS,
@@ -34,9 +35,9 @@ from worldmodel.models.recurrent import (
     add_doses,
     code_of,
     doses_of,
-    residual_code,
     row_inputs,
 )
+from worldmodel.models.windows import measured_entries, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
 
@@ -61,12 +62,6 @@ class StayRows:
     later_reward: jax.Array  # [N, T] rewards to come, without the terminal one
     length: jax.Array  # [N] int32
     died_90d: jax.Array  # [N] bool
-
-
-def measured_entries(episodes: Episodes) -> jax.Array:
-    """[N, T, 39] bool; urine counts where it is above 0 mL, as 0 is written for no record."""
-    urine = episodes.dynamic[..., schema.URINE :] > 0
-    return jnp.concatenate([episodes.measured, urine], axis=-1) & episodes.valid[..., None]
 
 
 def stay_row(
@@ -111,32 +106,28 @@ def stay_row(
 @partial(jax.jit, static_argnames="dose_edges")
 def to_stay_rows(episodes: Episodes, scaler: Scaler, dose_edges: schema.DoseEdges) -> StayRows:
     """Recorded stays as the recurrent variant reads them."""
-    valid = episodes.valid
-    obs = jnp.where(valid[..., None], scaler.normalize(episodes.dynamic), 0.0)
-    measured = measured_entries(episodes)
-    ventilated = jnp.asarray(episodes.ventilated) & valid
-    action = jnp.where(valid, episodes.action, 0)
+    recorded = to_sequences(episodes, scaler, padding=0)
+    step = jnp.broadcast_to(jnp.arange(episodes.num_steps), recorded.action.shape)
     rows = stay_row(
-        obs,
-        measured,
-        ventilated,
-        scaler.normalize_static(episodes.static),
-        action,
+        recorded.obs,
+        recorded.measured,
+        recorded.ventilated,
+        recorded.static,
+        recorded.action,
         dose_edges,
-        jnp.broadcast_to(jnp.arange(episodes.num_steps), valid.shape),
+        step,
     )
     earned = reward.episode_rewards(episodes)
-    last = jnp.arange(episodes.num_steps) == episodes.length[:, None] - 1
-    shaping = jnp.where(last, 0.0, earned)
+    shaping = jnp.where(step == episodes.length[:, None] - 1, 0.0, earned)
     return StayRows(
         inputs=row_inputs(rows),
-        obs=obs,
-        measured=measured,
-        action=action,
-        ventilated=ventilated,
+        obs=recorded.obs,
+        measured=recorded.measured,
+        action=jnp.maximum(recorded.action, 0),
+        ventilated=recorded.ventilated,
         later_reward=jnp.cumsum(shaping[:, ::-1], axis=1)[:, ::-1],
-        length=jnp.asarray(episodes.length),
-        died_90d=jnp.asarray(episodes.died_90d),
+        length=recorded.length,
+        died_90d=recorded.died_90d,
     )
 
 
@@ -157,10 +148,7 @@ def recurrent_loss(
     step = jnp.arange(stay.action.shape[1])
     valid = step < stay.length[:, None]
     goes_on = step[:-1] < stay.length[:, None] - 1
-    h = state_model.encode(stay.inputs)
-    choice = state_model.propensity(h, stay.inputs)
-    residual = residual_code(choice, stay.action)
-    found = state_model.predict(h, stay.inputs, stay.obs, residual, key=keys[0])
+    h, choice, residual, found = state_model.read(stay.inputs, stay.obs, stay.action, key=keys[0])
 
     measured = stay.measured[:, 1:] & goes_on[..., None]
     nll = gaussian_nll(stay.obs[:, 1:], found.mu[:, :-1], found.log_sigma[:, :-1])
@@ -213,7 +201,7 @@ def fill_values(episodes: Episodes, scaler: Scaler, step_hours: float) -> np.nda
     """
     measured, valid = np.asarray(measured_entries(episodes)), np.asarray(episodes.valid)
     obs = np.asarray(scaler.normalize(episodes.dynamic))
-    expired = (ages(measured) > hold_steps(step_hours)) & valid[..., None]
+    expired = (ages(measured) > held_rows(step_hours)) & valid[..., None]
     fill = np.array(scaler.normalize(np.zeros(schema.NUM_FEATURES, np.float32)))
     for j in range(schema.NUM_MASKED):
         use = expired[..., j] if expired[..., j].any() else valid
@@ -229,9 +217,9 @@ def ages(measured: np.ndarray) -> np.ndarray:
     return result
 
 
-def hold_steps(step_hours: float) -> np.ndarray:
+def held_rows(step_hours: float) -> np.ndarray:
     """[39] rows for which a value is held; 0 for urine, which is never held."""
-    hold = np.maximum(np.ceil(schema.HOLD_HOURS / step_hours), 1).astype(np.float32)
+    hold = hold_steps(step_hours).astype(np.float32)
     hold[schema.URINE] = 0.0
     result: np.ndarray = hold
     return result
@@ -255,9 +243,7 @@ def calibrate_noise(world_model: WorldModel, rows: StayRows) -> WorldModel:
 
 @jax.jit
 def _standardised_errors(model: RecurrentStateModel, rows: StayRows) -> tuple[jax.Array, jax.Array]:
-    h = model.encode(rows.inputs)
-    residual = residual_code(model.propensity(h, rows.inputs), rows.action)
-    found = model.predict(h, rows.inputs, rows.obs, residual)
+    found = model.read(rows.inputs, rows.obs, rows.action).prediction
     error = (rows.obs[:, 1:] - found.mu[:, :-1]) * jnp.exp(-found.log_sigma[:, :-1])
     following = jnp.arange(rows.action.shape[1] - 1) < rows.length[:, None] - 1
     return error, rows.measured[:, 1:] & following[..., None]

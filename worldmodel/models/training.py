@@ -148,7 +148,6 @@ def train_world_model(
         stay_steps=episodes.num_steps,
     )
     parts = {name: episodes.of_split(name) for name in schema.SPLITS}
-    sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
     transitions = {
         name: require_transitions(transition_index(part), name) for name, part in parts.items()
     }
@@ -158,6 +157,7 @@ def train_world_model(
             key_state, world_model, parts, config, state_folder, fingerprint, progress
         )
         return Trained(world_model, evaluate_world_model(world_model, episodes), history)
+    sequences = {name: to_sequences(part, scaler) for name, part in parts.items()}
 
     def run(
         name: str,

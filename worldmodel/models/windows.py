@@ -84,13 +84,20 @@ def encode_action(action: Int[Array, "*b"]) -> Float[Array, "*b 10"]:
     return jnp.where(valid, jnp.concatenate(pair, axis=-1), 0.0)
 
 
+def measured_entries(episodes: Episodes) -> jax.Array:
+    """[N, T, 39] bool; urine counts where it is above 0 mL.
+
+    A step without a urine record is written as 0 mL, which is no measurement of anuria.
+    """
+    urine = episodes.dynamic[..., schema.URINE :] > 0
+    return jnp.concatenate([episodes.measured, urine], axis=-1) & episodes.valid[..., None]
+
+
 def to_sequences(
     episodes: Episodes, scaler: Scaler, *, padding: int = schema.OUTCOME_WINDOW - 1
 ) -> Sequences:
     """Scales episodes and pads them on the left by `padding` zero rows."""
     valid = episodes.valid
-    # A step without a urine record is written as 0 mL, which is no measurement of anuria.
-    urine_measured = episodes.dynamic[..., schema.URINE :] > 0
 
     def padded(values: jax.Array, fill: float = 0) -> jax.Array:
         mask = valid.reshape(*valid.shape, *(1,) * (values.ndim - 2))
@@ -100,7 +107,7 @@ def to_sequences(
 
     return Sequences(
         obs=padded(scaler.normalize(episodes.dynamic)),
-        measured=padded(jnp.concatenate([episodes.measured, urine_measured], axis=-1)),
+        measured=padded(measured_entries(episodes)),
         action=padded(episodes.action, fill=-1),
         ventilated=padded(episodes.ventilated),
         static=scaler.normalize_static(episodes.static),

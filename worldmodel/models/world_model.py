@@ -23,6 +23,7 @@ from worldmodel.models.recurrent import NOISE_WIDTH, CompetingRisks, RecurrentSt
 from worldmodel.scaling import Scaler
 
 ModelT = TypeVar("ModelT")
+Models = tuple[StateModel | RecurrentStateModel, OutcomeModel | CompetingRisks]
 
 
 @struct.dataclass
@@ -76,6 +77,11 @@ class WorldModel:
         return replace(
             self, state_model=pick(self.state_model), outcome_model=pick(self.outcome_model)
         )
+
+    def with_models(self, models: Models) -> WorldModel:
+        """The world model of one member, whose models are given without the ensemble axis."""
+        state_model, outcome_model = jax.tree.map(lambda leaf: leaf[None], models)
+        return replace(self, state_model=state_model, outcome_model=outcome_model)
 
     def transitions(
         self,

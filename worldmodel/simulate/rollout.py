@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -23,8 +22,7 @@ from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
-from worldmodel.models.clinical_model import OutcomeModel, StateModel
-from worldmodel.models.world_model import WorldModel
+from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
@@ -236,17 +234,11 @@ def _rollout(
     def of_patients(rows: jax.Array) -> dict[str, jax.Array]:
         starts, own_plans, own_noise = jax.tree.map(lambda leaf: leaf[rows], (start, plans, noise))
 
-        def of_member(inputs: tuple[StateModel, OutcomeModel, jax.Array]) -> dict[str, jax.Array]:
-            state_model, outcome_model, sample_blocks = inputs
-            add_axis = partial(jax.tree.map, lambda leaf: leaf[None])
-            member = replace(
-                world_model,
-                state_model=add_axis(state_model),
-                outcome_model=add_axis(outcome_model),
-            )
+        def of_member(inputs: tuple[Models, jax.Array]) -> dict[str, jax.Array]:
+            models, sample_blocks = inputs
             simulate = partial(
                 _simulate,
-                member,
+                world_model.with_models(models),
                 key,
                 starts,
                 own_plans,
@@ -258,8 +250,8 @@ def _rollout(
             result: dict[str, jax.Array] = jax.lax.map(simulate, sample_blocks)
             return result
 
-        models = (world_model.state_model, world_model.outcome_model, blocks.samples)
-        result: dict[str, jax.Array] = jax.lax.map(of_member, models)
+        models = (world_model.state_model, world_model.outcome_model)
+        result: dict[str, jax.Array] = jax.lax.map(of_member, (models, blocks.samples))
         return result
 
     results = jax.lax.map(of_patients, blocks.patients)  # leaves [blocks, E, blocks, p, K, c, ...]

@@ -200,6 +200,12 @@ def standard_error(values: Float[np.ndarray, "P K S"], members: int) -> Float[np
     return result
 
 
+def plan_support(support: Float[np.ndarray, "P K S H"]) -> Float[np.ndarray, "P K"]:
+    """[P, K] geometric mean over samples and steps of `Rollouts.support`."""
+    result: np.ndarray = np.exp(np.log(np.maximum(_wide(support), _LEAST_SUPPORT)).mean((-2, -1)))
+    return result
+
+
 def first_actions(summary: BranchSummary) -> Float[np.ndarray, "P K"]:
     """[P, K] float64 joint action of the first step; NaN where samples differ."""
     first = np.asarray(summary.first_action)

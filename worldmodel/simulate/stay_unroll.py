@@ -7,17 +7,15 @@ all leaves have the axes [P, 1, 1].
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from worldmodel import schema
-from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
-from worldmodel.simulate.history import History, urine_per_day
+from worldmodel.simulate.history import History
 from worldmodel.simulate.stays import (
     StayState,
     continuation_at,
@@ -27,7 +25,6 @@ from worldmodel.simulate.stays import (
     start_state,
     step_stay,
 )
-from worldmodel.simulate.step import LACTATE, score_row
 from worldmodel.simulate.unroll import (
     RolloutResult,
     RolloutSpec,
@@ -35,7 +32,9 @@ from worldmodel.simulate.unroll import (
     Step,
     StepState,
     Tree,
-    flat,
+    append_step,
+    score_state,
+    spread_state,
     stack_steps,
     start_branches,
     unroll,
@@ -80,38 +79,28 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             follow=spec.config.follow_clinician,
         )
         row = found.row._replace(ventilation=stay.ventilated.astype(jnp.float32))
-        urine = (*now.urine[1:], row.dynamic[..., schema.URINE])
-        total = sum(urine[1:], urine[0])
-        score = score_row(
-            world_model,
-            row,
-            found.action,
-            urine_before=total,  # read in reference mode only
-            urine_24h=urine_per_day(total, first + h + 1, len(urine)),
-            mode=spec.config.mode,
+        after, earned = score_state(
+            world_model, now, row, found.action, first + h + 1, spec.config.mode
         )
-        lactate = row.dynamic[..., LACTATE]
-        with jax.named_scope("scoring"):
-            earned = stay.alive * reward.step_reward(now.sofa, score, now.lactate, lactate)
         result = Step(
             obs=row.obs,
             dynamic=row.dynamic,
             action=found.action,
-            sofa=score,
+            sofa=after.sofa,
             ventilation=found.row.ventilation,
-            reward=earned,
+            reward=stay.alive * earned,
             projected=row.projected,
             alive=stay.alive,
             support=found.support,
         )
-        history = now.history
-        if history is not None:
-            history = _append(history, result, stay, spec.shape)
+        if now.history is not None:
+            observed = stay.measured[..., : schema.NUM_MASKED]
+            after = after._replace(
+                history=append_step(now.history, result, spec.shape, stay.ventilated, observed)
+            )
         with jax.named_scope("output"):
             folded = spec.fold(carry.folded, result)
-        moved = StepState(row.obs, lactate, score, urine, history)
-        with jax.named_scope("output"):
-            return _ScanCarry(stay, moved, folded), spec.collect(result)
+            return _ScanCarry(stay, after, folded), spec.collect(result)
 
     recorded = start_state(start, encode_past(kernel, memory_of(start)))
     carry = _ScanCarry(
@@ -142,26 +131,8 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
     return RolloutResult(carry.folded, stack_steps(parts, spec.shape), mortality, later)
 
 
-def _append(history: History, step: Step, stay: StayState, shape: Shape) -> History:
-    moved = history.choose(flat(step.action, shape)).append(
-        flat(step.obs, shape),
-        flat(step.dynamic[..., schema.URINE], shape),
-        flat(stay.ventilated, shape),
-        flat(stay.measured[..., : schema.NUM_MASKED], shape),
-    )
-    return replace(moved, sofa=flat(step.sofa, shape))
-
-
 def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
-    """Leaves with their full axes [P, K, S, ...], but for treatments, which samples may share.
-
-    A history is flat and stays so.
-    """
-
-    def full(leaf: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
-
-    now = carry.now._replace(history=None)
-    stay, now = jax.tree.map(full, (carry.stay, now))
+    """Leaves with their full axes [P, K, S, ...], but for treatments, which samples may share."""
+    stay, now = spread_state(carry.stay, carry.now, shape)
     stay = stay._replace(before=carry.stay.before, sums=carry.stay.sums)
-    return _ScanCarry(stay, now._replace(history=carry.now.history), carry.folded)
+    return _ScanCarry(stay, now, carry.folded)

@@ -20,10 +20,9 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.clinical import reward
 from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
-from worldmodel.models.clinical_model import PRECISIONS, OutcomeModel, StateModel
+from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.gru import gates
 from worldmodel.models.recurrent import (
     CODES,
@@ -41,11 +40,11 @@ from worldmodel.models.recurrent import (
     known_inputs,
     row_inputs,
 )
-from worldmodel.models.recurrent_training import hold_steps
-from worldmodel.models.world_model import WorldModel
+from worldmodel.models.recurrent_training import held_rows
+from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.memory import StayMemory
-from worldmodel.simulate.step import LACTATE, NextRow, StepOutputs, project, score_row
+from worldmodel.simulate.step import NextRow, StepOutputs, project, score_moved
 
 FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
 _FEATURES = schema.NUM_FEATURES
@@ -247,24 +246,23 @@ def _predict(
     return prediction, risks
 
 
-def _continuation(kernel: StayKernel, hidden: jax.Array, row: StayRow) -> Continuation:
-    read = _dot(kernel, row_inputs(row), kernel.later_row) + kernel.later_row_bias
-    pre = jax.nn.relu(read[..., : kernel.head] + _dot(kernel, hidden, kernel.later_hidden))
-    both = _dot(kernel, pre, kernel.later) + kernel.later_bias + read[..., kernel.head :]
-    return Continuation(both[..., 0], both[..., 1])
+@jax.named_scope("recurrence")
+def _advance(kernel: StayKernel, before: jax.Array, inputs: jax.Array) -> jax.Array:
+    """[..., H] hidden state after a row with the inputs [..., F], of which no more is read."""
+    width = 3 * kernel.width
+    read = _dot(kernel, inputs, kernel.row[:, :width]) + kernel.row_bias[:width]
+    recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
+    return gates(read, recurrent, before)
 
 
 def encode_past(kernel: StayKernel, memory: StayMemory) -> jax.Array:
     """[B, H] the hidden state after the rows before the newest."""
-    width = kernel.width
 
     def step(h: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         inputs, valid = row
-        read = _dot(kernel, inputs, kernel.row[:, : 3 * width]) + kernel.row_bias[: 3 * width]
-        recurrent = _dot(kernel, h, kernel.recurrent) + kernel.recurrent_bias
-        return jnp.where(valid[:, None], gates(read, recurrent, h), h), None
+        return jnp.where(valid[:, None], _advance(kernel, h, inputs), h), None
 
-    start = jnp.zeros((memory.inputs.shape[0], width))
+    start = jnp.zeros((memory.inputs.shape[0], kernel.width))
     rows = (jnp.moveaxis(memory.inputs, 1, 0), memory.valid.T)
     hidden, _ = jax.lax.scan(step, start, rows)
     return hidden
@@ -318,7 +316,8 @@ def append_row(
       after, found: results of `step_stay`.
     """
     row = found.row
-    moved = history.choose(found.action).append(
+    history = history.choose(found.action)
+    moved = history.append(
         row.obs,
         row.dynamic[:, schema.URINE],
         after.ventilated,
@@ -332,19 +331,36 @@ def append_row(
         before=after.before,
         sums=after.sums,
     )
-    score = score_row(
+    drawn = row._replace(ventilation=after.ventilated.astype(jnp.float32))
+    scored, outputs = score_moved(world_model, history, moved, drawn, mode="corrected")
+    return replace(scored, memory=memory), outputs._replace(ventilation=row.ventilation)
+
+
+def step_history(
+    world_model: WorldModel,
+    kernel: StayKernel,
+    history: History,
+    hidden: jax.Array,
+    noise: jax.Array,
+) -> tuple[StayState, StayStep]:
+    """`step_stay` of histories [B] whose treatment is chosen.
+
+    Args:
+      world_model: of ensemble size 1.
+      kernel: its parameters, packed.
+      history: with its memory.
+      hidden: [B, H] from `encode_past`, or from the step before.
+      noise: [B, 80] as `step_stay` takes it.
+    """
+    return step_stay(
         world_model,
-        row._replace(ventilation=after.ventilated.astype(jnp.float32)),
-        found.action,
-        urine_before=history.urine.sum(-1),  # read in reference mode only
-        urine_24h=moved.urine_24h(),
-        mode="corrected",
-    )
-    before = world_model.scaler.denormalize(history.obs[:, -1])
-    earned = reward.step_reward(history.sofa, score, before[:, LACTATE], row.dynamic[:, LACTATE])
-    return (
-        replace(moved, memory=memory, sofa=score),
-        StepOutputs(row.ventilation, earned, row.projected),
+        kernel,
+        start_state(history, hidden),
+        history.static,
+        history.step,
+        history.action[:, -1],
+        noise,
+        follow=False,
     )
 
 
@@ -358,26 +374,14 @@ def predict_next(world_model: WorldModel, history: History) -> jax.Array:
     quiet = jnp.zeros((history.step.shape[0], world_model.noise_width))
 
     def of_member(models: Models) -> jax.Array:
-        member = with_models(world_model, models)
+        member = world_model.with_models(models)
         kernel = pack_stays(member)
-        state = start_state(history, encode_past(kernel, memory_of(history)))
-        action = history.action[:, -1]
-        _, found = step_stay(
-            member, kernel, state, history.static, history.step, action, quiet, follow=False
-        )
+        hidden = encode_past(kernel, memory_of(history))
+        _, found = step_history(member, kernel, history, hidden, quiet)
         return found.prediction.mu
 
     result: jax.Array = jax.lax.map(of_member, (world_model.state_model, world_model.outcome_model))
     return result
-
-
-Models = tuple[StateModel | RecurrentStateModel, OutcomeModel | CompetingRisks]
-
-
-def with_models(world_model: WorldModel, models: Models) -> WorldModel:
-    """A world model of one member, whose parameters have no ensemble axis."""
-    state_model, outcome_model = jax.tree.map(lambda leaf: leaf[None], models)
-    return replace(world_model, state_model=state_model, outcome_model=outcome_model)
 
 
 def step_stay(
@@ -403,16 +407,7 @@ def step_stay(
       noise: [..., 80] standard normals: values, measuring, ventilation, choice.
       follow: whether an action may be `FOLLOW_CLINICIAN`.
     """
-    row = StayRow(
-        obs=state.obs,
-        measured=state.measured,
-        ventilated=state.ventilated,
-        step=step,
-        static=static,
-        before=state.before,
-        sums=state.sums,
-    )
-    read = _read(kernel, state.hidden, row)
+    read = _read(kernel, state.hidden, _row(state, static, step))
     propensity = _propensity(kernel, read)
     if follow:
         action = _choose(propensity, action, noise[..., -1])
@@ -431,7 +426,7 @@ def step_stay(
         ventilated = chance[..., _FEATURES] < prediction.vent_logit
         value = jnp.where(measured, drawn, state.value)
         age = jnp.where(measured, 0.0, state.age + 1.0)
-        held = age <= jnp.asarray(hold_steps(world_model.step_hours))
+        held = age <= jnp.asarray(held_rows(world_model.step_hours))
         obs = jnp.where(held, value, kernel.fill)
     risks = jax.nn.sigmoid(risk_logits)
     if world_model.stay_steps:
@@ -464,7 +459,17 @@ def continuation_at(
     kernel: StayKernel, state: StayState, static: jax.Array, step: jax.Array
 ) -> Continuation:
     """What follows if the clinician treats from the newest row on; arguments as `step_stay`."""
-    row = StayRow(
+    inputs = row_inputs(_row(state, static, step))
+    hidden = _advance(kernel, state.hidden, inputs)
+    read = _dot(kernel, inputs, kernel.later_row) + kernel.later_row_bias
+    pre = jax.nn.relu(read[..., : kernel.head] + _dot(kernel, hidden, kernel.later_hidden))
+    both = _dot(kernel, pre, kernel.later) + kernel.later_bias + read[..., kernel.head :]
+    return Continuation(both[..., 0], both[..., 1])
+
+
+def _row(state: StayState, static: jax.Array, step: jax.Array) -> StayRow:
+    """The row that branches are in."""
+    return StayRow(
         obs=state.obs,
         measured=state.measured,
         ventilated=state.ventilated,
@@ -473,7 +478,6 @@ def continuation_at(
         before=state.before,
         sums=state.sums,
     )
-    return _continuation(kernel, _read(kernel, state.hidden, row).hidden, row)
 
 
 def _choose(propensity: jax.Array, action: jax.Array, normal: jax.Array) -> jax.Array:

@@ -69,8 +69,23 @@ def follow(
 ) -> tuple[History, StepOutputs]:
     """`advance` with the prediction given, for histories whose treatment is chosen."""
     row = next_row(world_model, prediction, eps, mode=mode)
-    before = world_model.scaler.denormalize(history.obs[:, -1])
     moved = history.append(row.obs, row.dynamic[:, schema.URINE], row.ventilation > 0.5)
+    return score_moved(world_model, history, moved, row, mode=mode)
+
+
+def score_moved(
+    world_model: WorldModel, history: History, moved: History, row: NextRow, *, mode: str
+) -> tuple[History, StepOutputs]:
+    """Histories with the SOFA of the row that was appended, and the results of the step.
+
+    Args:
+      world_model: whose scaler and dose edges are used.
+      history: [B] before the step, its treatment chosen.
+      moved: with the row appended.
+      row: the row.
+      mode: "corrected" or "reference".
+    """
+    before = world_model.scaler.denormalize(history.obs[:, -1])
     score = score_row(
         world_model,
         row,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate import fused_gru
 from worldmodel.simulate.fused_gru import pack_outcome, pack_state
 from worldmodel.simulate.history import History, urine_per_day
-from worldmodel.simulate.step import LACTATE, next_row, score_row
+from worldmodel.simulate.step import LACTATE, NextRow, next_row, score_row
 
 Tree = Any  # a PyTree of arrays whose structure the caller chooses
+TreeT = TypeVar("TreeT")
 Shape = tuple[int, int, int]  # patients P, plans K, samples S
 _PREFIX = 2  # after two steps nothing is shared between branches any more
 
@@ -130,35 +131,24 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         row = constant._replace(obs=now.obs, action=encode_action(action))
         recurrent, prediction = fused_gru.step(kernel, carry.recurrent, row, more=more)
         drawn = next_row(world_model, prediction, spec.noise(h), mode=spec.config.mode)
-        urine = (*now.urine[1:], drawn.dynamic[..., schema.URINE])
-        sofa = score_row(
-            world_model,
-            drawn,
-            action,
-            urine_before=sum(now.urine[1:], now.urine[0]),
-            urine_24h=urine_per_day(
-                sum(urine[1:], urine[0]), start.step[:, None, None] + h + 1, len(urine)
-            ),
-            mode=spec.config.mode,
+        after, earned = score_state(
+            world_model, now, drawn, action, start.step[:, None, None] + h + 1, spec.config.mode
         )
-        lactate = drawn.dynamic[..., LACTATE]
-        with jax.named_scope("scoring"):
-            earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
         result = Step(
             obs=drawn.obs,
             dynamic=drawn.dynamic,
             action=action,
-            sofa=sofa,
+            sofa=after.sofa,
             ventilation=drawn.ventilation,
             reward=earned,
             projected=drawn.projected,
         )
-        history = now.history
-        if history is not None:
-            history = _append(history, result, spec.shape)
+        if now.history is not None:
+            ventilated = drawn.ventilation > 0.5
+            after = after._replace(history=append_step(now.history, result, spec.shape, ventilated))
         with jax.named_scope("output"):
             folded = spec.fold(carry.folded, result)
-        moved = _ScanCarry(recurrent, StepState(drawn.obs, lactate, sofa, urine, history), folded)
+        moved = _ScanCarry(recurrent, after, folded)
         trail = (now.obs, action) if spec.config.mortality else ()
         with jax.named_scope("output"):
             return moved, (spec.collect(result), trail)
@@ -174,9 +164,10 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
     h = 0
     while h < spec.config.horizon:
         if h == _PREFIX and last_whole - h > 1:
+            recurrent, now = spread_state(carry.recurrent, carry.now, spec.shape)
             carry, kept = jax.lax.scan(
                 lambda c, i: step(c, i, more=True),
-                _spread(carry, spec.shape),
+                carry._replace(recurrent=recurrent, now=now),
                 jnp.arange(h, last_whole),
             )
             parts.append(kept)
@@ -225,7 +216,7 @@ def start_branches(world_model: WorldModel, start: History, spec: RolloutSpec) -
     history = None
     if spec.looks_back:
         history = jax.tree.map(
-            lambda leaf: flat(leaf[:, None, None], spec.shape),
+            lambda leaf: _flat(leaf[:, None, None], spec.shape),
             replace(start, memory=None),
         )
     return StepState(
@@ -237,29 +228,77 @@ def start_branches(world_model: WorldModel, start: History, spec: RolloutSpec) -
     )
 
 
-def _append(history: History, step: Step, shape: Shape) -> History:
-    moved = history.choose(flat(step.action, shape)).append(
-        flat(step.obs, shape),
-        flat(step.dynamic[..., schema.URINE], shape),
-        flat(step.ventilation > 0.5, shape),
+def score_state(
+    world_model: WorldModel,
+    now: StepState,
+    row: NextRow,
+    action: jax.Array,
+    step: jax.Array,
+    mode: str,
+) -> tuple[StepState, jax.Array]:
+    """The branches in a row that was drawn, with their history as it was, and the step's reward.
+
+    Args:
+      world_model: whose dose edges are used.
+      now: before the step.
+      row: the row.
+      action: joint action that led to it.
+      step: number of the row, 0 at admission.
+      mode: "corrected" or "reference".
+    """
+    urine = (*now.urine[1:], row.dynamic[..., schema.URINE])
+    sofa = score_row(
+        world_model,
+        row,
+        action,
+        urine_before=sum(now.urine[1:], now.urine[0]),
+        urine_24h=urine_per_day(sum(urine[1:], urine[0]), step, len(urine)),
+        mode=mode,
     )
-    return replace(moved, sofa=flat(step.sofa, shape))
+    lactate = row.dynamic[..., LACTATE]
+    with jax.named_scope("scoring"):
+        earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
+    return StepState(row.obs, lactate, sofa, urine, now.history), earned
 
 
-def flat(leaf: jax.Array, shape: Shape) -> jax.Array:
+def append_step(
+    history: History,
+    step: Step,
+    shape: Shape,
+    ventilated: jax.Array,
+    observed: jax.Array | None = None,
+) -> History:
+    """Histories of branches [P K S] with the row of a step.
+
+    Args:
+      history: before the step.
+      step: its results.
+      shape: branches P, K, S.
+      ventilated: bool, in the row.
+      observed: [..., 38] which values are measured; None: those of the last row.
+    """
+    moved = history.choose(_flat(step.action, shape)).append(
+        _flat(step.obs, shape),
+        _flat(step.dynamic[..., schema.URINE], shape),
+        _flat(ventilated, shape),
+        None if observed is None else _flat(observed, shape),
+    )
+    return replace(moved, sofa=_flat(step.sofa, shape))
+
+
+def _flat(leaf: jax.Array, shape: Shape) -> jax.Array:
     """[P or 1, K or 1, S or 1, ...] to branches [P K S, ...]."""
     return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:])).reshape(-1, *leaf.shape[3:])
 
 
-def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
-    """Every leaf with its full axes [P, K, S, ...]; a history is flat and stays so."""
+def spread_state(tree: TreeT, now: StepState, shape: Shape) -> tuple[TreeT, StepState]:
+    """Both with every leaf on its full axes [P, K, S, ...]; a history is flat and stays so."""
 
     def full(leaf: jax.Array) -> jax.Array:
         return jnp.broadcast_to(leaf, (*shape, *leaf.shape[3:]))
 
-    now = carry.now._replace(history=None)
-    recurrent, now = jax.tree.map(full, (carry.recurrent, now))
-    return _ScanCarry(recurrent, now._replace(history=carry.now.history), carry.folded)
+    tree, spread = jax.tree.map(full, (tree, now._replace(history=None)))
+    return tree, spread._replace(history=now.history)
 
 
 @jax.named_scope("output")

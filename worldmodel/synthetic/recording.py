@@ -12,6 +12,7 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.imputation import hold_steps
 from worldmodel.synthetic.latent import Latent, PhysiologyParams, slow_values
 from worldmodel.synthetic.noise import Noise
 from worldmodel.synthetic.patients import Traits
@@ -74,7 +75,7 @@ _RECORDS: dict[str, tuple[str, float, float, float]] = {
     "output_4hourly": ("monitor", 1.0, 0.0, 0.0),
 }
 _PANEL = np.array([_PANEL_NAMES.index(_RECORDS[name][0]) for name in schema.FEATURE_NAMES])
-_HOLD_STEPS = np.maximum(np.ceil(schema.HOLD_HOURS / schema.STEP_HOURS), 1).astype(np.float32)
+_HOLD_STEPS = hold_steps(schema.STEP_HOURS).astype(np.float32)
 _ROUND = np.array(
     [5.0 if f.name in ("fio2", "output_4hourly") else 10.0**-f.decimals for f in schema.FEATURES],
     np.float32,
