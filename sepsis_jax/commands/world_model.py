@@ -119,8 +119,8 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
     grid = {(row["vasopressor"], row["fluid"]): row for row in plans}
     levels = sorted({row["fluid"] for row in plans})
     print_table(
-        "Death within 90 days of fresh patients, true / learned: treatment held for 24 h, then the "
-        "clinician",
+        "Death within 90 days of fresh patients, true / learned: treatment held for "
+        f"{metrics['held_hours']:g} h, then the clinician",
         ("vasopressor", *(f"fluid {level:g}" for level in levels)),
         [
             (f"{row:g}", *(_true_and_learned(grid[row, column]) for column in levels))

@@ -171,7 +171,11 @@ def compare_futures(
     shock = np.asarray(episodes.dynamic)[:, config.step, schema.INDEX["meanbp"]] < SHOCK
     table = futures_table(true, learned)
     metrics = agreement(true, learned, shock) | choice(true, learned, died, total)
-    metrics |= {"patients": len(reached), "in_shock": int(shock.sum())}
+    metrics |= {
+        "held_hours": config.held * world_model.step_hours,
+        "patients": len(reached),
+        "in_shock": int(shock.sum()),
+    }
     with atomic_folder(Path(out), marker="futures.csv") as folder:
         table.to_csv(folder / "futures.csv", index=False)
         write_json(folder / "metrics.json", metrics)
