@@ -14,20 +14,21 @@ from worldmodel import schema
 class Episodes:
     """N stays padded to T steps; rows at or after `length` are zero.
 
-    Row t holds what was recorded in step t and the treatment given during step t; the
-    transition (row t, treatment t) -> row t + 1 is what the State Model learns.
+    Row t holds what is known when step t begins, before its treatment is chosen, and the
+    treatment given during step t; the transition (row t, treatment t) -> row t + 1 is what the
+    State Model learns. No event after that moment changes the row (`schema`, contract of time).
     """
 
     dynamic: jax.Array  # [N, T, 39] float32, physical units, missing values imputed
-    measured: jax.Array  # [N, T, 38] bool, True where the value was recorded in the step
+    measured: jax.Array  # [N, T, 38] bool, recorded since the row before
     static: jax.Array  # [N, 3] float32: age in years, 1 = male, Charlson index
     vasopressor: jax.Array  # [N, T] int32 level 0-4
     fluid: jax.Array  # [N, T] int32 level 0-4
     vasopressor_dose: jax.Array  # [N, T] float32, norepinephrine equivalents, mcg/kg/min
     fluid_dose: jax.Array  # [N, T] float32, mL per step, tonicity-corrected
-    ventilated: jax.Array  # [N, T] bool, invasive ventilation during the step
-    sofa: jax.Array  # [N, T] float32, SOFA score of the step
-    urine_24h: jax.Array  # [N, T] float32, mL in the 24 h up to the end of the step
+    ventilated: jax.Array  # [N, T] bool, invasive ventilation
+    sofa: jax.Array  # [N, T] float32, SOFA with the vasopressor of the step before
+    urine_24h: jax.Array  # [N, T] float32, mL in the 24 h before
     behavior_prob: jax.Array  # [N, T] float32, clinician's probability of the action; NaN unknown
     length: jax.Array  # [N] int32 number of steps
     died_90d: jax.Array  # [N] bool, death within 90 days

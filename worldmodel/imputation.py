@@ -41,17 +41,19 @@ def impute(
     *,
     step_hours: float = schema.STEP_HOURS,
     carry_forever: bool = False,
-) -> tuple[Float[np.ndarray, "N T F"], ImputationCounts]:
+    past: int = 0,
+) -> tuple[Float[np.ndarray, "N S F"], ImputationCounts]:
     """Fills missing values by sample-and-hold, then by medians.
 
     A measurement always fills the step it was recorded in and at least the next one.
 
     Args:
-      values: [N, T, 39] physical units, NaN where nothing was recorded.
-      length: [N] steps per stay; later rows come back as zero.
+      values: [N, past + T, 39] physical units, NaN where nothing was recorded.
+      length: [N] steps per stay, without `past`; later rows come back as zero.
       medians: [39] physical units.
       step_hours: length of a step in hours.
       carry_forever: hold values without limit.
+      past: rows before the first one of the stay; their values are held, and not returned.
 
     Returns:
       Filled values [N, T, 39] and the counts of how they came about.
@@ -65,8 +67,9 @@ def impute(
     last = np.maximum.accumulate(np.where(measured, step, -1), axis=1)
     held = np.take_along_axis(values, np.maximum(last, 0), axis=1)
     usable = (last >= 0) & (step - last <= hold)
-    valid = (np.arange(num_steps) < length[:, None])[..., None]
-    filled = np.where(valid, np.where(usable, held, medians), 0.0).astype(np.float32)
+    step_of_stay = np.arange(num_steps) - past
+    valid = ((step_of_stay >= 0) & (step_of_stay < length[:, None]))[..., None]
+    filled = np.where(valid, np.where(usable, held, medians), 0.0).astype(np.float32)[:, past:]
     counts = ImputationCounts(
         measured=int((measured & valid).sum()),
         held=int((usable & ~measured & valid).sum()),

@@ -6,6 +6,12 @@ ranges bound what a living patient can show; display precision follows bedside c
 Hold times (how long a measurement may stand in for a missing one) follow the AI Clinician's
 sample-and-hold table (Komorowski et al., Nature Medicine 2018), with potassium at 14 h like
 the other electrolytes (144 h in two public ports looks like a misprint).
+
+Contract of time, kept by records, synthetic world, simulator and environments: row t is what is
+known at the moment t x 4 h, before treatment t is chosen. Values were recorded since row t - 1
+or are held from earlier; urine is that of the step that ended; SOFA scores the row's own values,
+the urine of the last 24 h and the vasopressor of the step before. Treatment t is given from
+moment t to t + 1, and its effect is in row t + 1.
 """
 
 from __future__ import annotations

@@ -10,13 +10,14 @@ from worldmodel import schema
 
 
 def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
-    """Mean of each feature in each step (parts of the Glasgow Coma Scale rounded).
+    """Mean of each feature for each row (parts of the Glasgow Coma Scale rounded).
 
     Values outside the schema's physiologic range, or of an unknown unit, are left out.
 
     Returns:
-      [N, T, 39] float32 in physical units, NaN where nothing was recorded (urine is NaN
-      throughout), and counts of the values left out by problem and feature.
+      [N, past + T, 39] float32 in physical units, NaN where nothing was recorded (urine is NaN
+      throughout), `options.past_steps` of them before the first row; and counts of the values
+      left out by problem and feature.
     """
     if work.options.gcs_intubated == "raw":
         work.execute(
@@ -44,19 +45,22 @@ def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, i
         "GROUP BY ALL ORDER BY ALL"
     ):
         problems.setdefault(problem, {})[schema.FEATURE_NAMES[feature]] = count
-    values = empty_steps(work, schema.NUM_FEATURES)
+    past = work.options.past_steps
+    values = np.pad(
+        empty_steps(work, schema.NUM_FEATURES), ((0, 0), (past, 0), (0, 0)), constant_values=np.nan
+    )
     found = work.execute(
         "SELECT row, step, feature, CAST(avg(value) AS FLOAT) AS value FROM observations "
         "WHERE problem IS NULL GROUP BY row, step, feature"
     ).fetchnumpy()
-    values[found["row"], found["step"], found["feature"]] = found["value"]
+    values[found["row"], found["step"] + past, found["feature"]] = found["value"]
     integer = [feature.integer for feature in schema.FEATURES]
     values[..., integer] = np.round(values[..., integer])
     return values, problems
 
 
 def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
-    """Urine volume of each step and of the 24 h up to its end.
+    """Urine volume for each row, and of the 24 h up to its end as recorded.
 
     A single record above `max_urine_ml` is left out; a step with more irrigant in than urine out
     is set to 0 mL, a step above the schema's upper limit to that limit.
@@ -91,9 +95,10 @@ def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
 
 
 def bin_status(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
-    """Invasive ventilation [N, T] bool and SOFA [N, T] of each step.
+    """Invasive ventilation [N, T] bool and mimic-code's SOFA [N, T] for each row.
 
-    A step without a SOFA hour takes the last one before it, else the first one after it, else 0.
+    A row without a SOFA hour takes the last one before it; else, where a row holds its own step,
+    the first one after it; else 0.
     """
     ventilated = np.zeros(empty_steps(work).shape, np.bool_)
     found = work.execute("SELECT * FROM ventilated_steps").fetchnumpy()
@@ -102,7 +107,7 @@ def bin_status(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
     sofa = empty_steps(work)
     found = work.execute(f"SELECT row, step, {column} AS sofa FROM sofa_steps").fetchnumpy()
     sofa[found["row"], found["step"]] = found["sofa"]
-    return ventilated, _carry(sofa)
+    return ventilated, _carry(sofa, backwards=not work.options.lead_steps)
 
 
 def empty_steps(work: Workspace, *shape: int) -> np.ndarray:
@@ -111,13 +116,13 @@ def empty_steps(work: Workspace, *shape: int) -> np.ndarray:
     return np.full((stays, steps, *shape), np.nan, np.float32)
 
 
-def _carry(values: np.ndarray) -> np.ndarray:
+def _carry(values: np.ndarray, *, backwards: bool) -> np.ndarray:
     step = np.arange(values.shape[1])
     known = np.isfinite(values)
     last = np.maximum.accumulate(np.where(known, step, -1), axis=1)
     first = np.argmax(known, axis=1)[:, None]
     carried = np.take_along_axis(values, np.where(last >= 0, last, first), axis=1)
-    filled: np.ndarray = np.nan_to_num(carried)
+    filled: np.ndarray = np.nan_to_num(np.where((last >= 0) | backwards, carried, np.nan))
     return filled
 
 

@@ -21,6 +21,7 @@ from sepsis_jax.cohort.source import attach_source, describe_files
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
+from worldmodel.clinical import sofa
 from worldmodel.episode_files import save_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -195,17 +196,25 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         )
     values, problems = binning.bin_measurements(work)
     urine, urine_24h, urine_counts = binning.bin_urine(work)
-    ventilated, sofa = binning.bin_status(work)
+    ventilated, score = binning.bin_status(work)
     vasopressor, fluid = binning.bin_doses(work)
     edges, defaulted = binning.fit_dose_edges(vasopressor, fluid, train)
 
-    measured = np.isfinite(values[..., : schema.NUM_MASKED])
+    past = options.past_steps
+    measured = np.isfinite(values[:, past:, : schema.NUM_MASKED])
     no_urine = np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])
     if options.missing_urine == "zero":
-        urine[no_urine] = 0
-    values[..., schema.URINE] = urine
+        # Before ICU admission hardly any urine is charted, which does not mean that there is none.
+        urine[:, options.lead_steps :][no_urine[:, options.lead_steps :]] = 0
+    values[:, past:, schema.URINE] = urine
     medians = training_medians(values, train, TYPICAL)
     filled, imputation = _impute(values, length, medians, options)
+    if options.lead_steps:
+        urine_24h = np.asarray(
+            sofa.urine_24h(filled[..., schema.URINE], step_hours=options.step_hours)
+        )
+    if options.sofa == "row":
+        score = _score_rows(filled, ventilated, vasopressor, urine_24h, options)
     fields: dict[str, np.ndarray] = dict(
         dynamic=filled,
         measured=measured,
@@ -215,9 +224,9 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         vasopressor_dose=vasopressor,
         fluid_dose=fluid,
         ventilated=ventilated,
-        sofa=sofa,
+        sofa=score,
         urine_24h=urine_24h,
-        behavior_prob=np.full(sofa.shape, np.nan, np.float32),
+        behavior_prob=np.full(score.shape, np.nan, np.float32),
         length=length,
         died_90d=stays["died_90d"].astype(np.bool_),
         died_in_hospital=stays["died_in_hospital"].astype(np.bool_),
@@ -246,11 +255,28 @@ def _impute(
             medians,
             step_hours=options.step_hours,
             carry_forever=options.carry_forever,
+            past=options.past_steps,
         )
         parts.append(part)
         for name, count in asdict(counts).items():
             totals[name] += count
     return np.concatenate(parts), totals
+
+
+def _score_rows(
+    dynamic: np.ndarray,
+    ventilated: np.ndarray,
+    vasopressor: np.ndarray,
+    urine_24h: np.ndarray,
+    options: CohortOptions,
+) -> np.ndarray:
+    """[N, T] SOFA of rows [N, T, 39] with the vasopressor dose of the row's own step or before."""
+    lead = options.lead_steps
+    given = np.pad(vasopressor, ((0, 0), (lead, 0)))[:, : vasopressor.shape[1]]
+    score = sofa.standard(
+        dynamic, ventilated=ventilated, vasopressor_dose=given, urine_24h=urine_24h
+    )
+    return np.asarray(score.total)
 
 
 def _episodes(fields: dict[str, np.ndarray]) -> Episodes:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
+from worldmodel.imputation import hold_steps
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "step_hours": (1, 2, 4, 8),
@@ -21,7 +22,8 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "blood_gas": ("arterial", "all"),
     "age": ("years", "fractional"),
     "charlson_age_bands": ("2026-07", "before"),
-    "sofa": ("rolling-24h", "step"),
+    "timing": ("known-before", "same-step"),
+    "sofa": ("row", "rolling-24h", "step"),
     "ventilation": ("invasive", "invasive-or-tracheostomy"),
     "missing_urine": ("zero", "impute"),
     "death_clock": ("icu-admission", "hospital-admission"),
@@ -54,8 +56,13 @@ class CohortOptions:
       age: whole "years" (anchor age plus calendar years, as in BigQuery) or "fractional" (as
         mimic-code's DuckDB translation has it).
       charlson_age_bands: bands with upper ends excluded ("2026-07") or included ("before").
-      sofa: written per step: mimic-code's worst of the last 24 h at the end of the step
-        ("rolling-24h"), or the worst within the "step", unmeasured parts counting 0.
+      timing: what row t holds: what is "known-before" its treatment begins, that is values,
+        urine, ventilation and scores of the step that ended at t; or those of the "same-step" in
+        which the treatment is given, as published work does, which lets a row know the effect
+        of its own treatment.
+      sofa: of each row: scored from the "row" itself and the vasopressor of the step before, as
+        simulated rows are; mimic-code's worst of the last 24 h ("rolling-24h"); or the worst
+        within the "step", unmeasured parts counting 0.
       ventilation: "invasive", or "invasive-or-tracheostomy".
       missing_urine: steps without a record are "zero" mL, or left to "impute".
       max_urine_ml: a single urine record above this is a charting error (dropped, counted).
@@ -87,7 +94,8 @@ class CohortOptions:
     blood_gas: str = "arterial"
     age: str = "years"
     charlson_age_bands: str = "2026-07"
-    sofa: str = "rolling-24h"
+    timing: str = "known-before"
+    sofa: str = "row"
     ventilation: str = "invasive"
     missing_urine: str = "zero"
     max_urine_ml: float = 5000.0
@@ -134,6 +142,16 @@ class CohortOptions:
         return int(self.max_hours // self.step_hours)
 
     @property
+    def lead_steps(self) -> int:
+        """Steps from the one in which something is recorded to the row that holds it."""
+        return int(self.timing == "known-before")
+
+    @property
+    def past_steps(self) -> int:
+        """Steps before the first row whose measurements may still be held in it."""
+        return int(hold_steps(self.step_hours).max()) if self.lead_steps else 0
+
+    @property
     def worker_threads(self) -> int:
         """Threads in effect."""
         return self.threads or os.cpu_count() or 1
@@ -149,7 +167,7 @@ class CohortOptions:
 
 # values of several types, checked by `CohortOptions`
 def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
-    """The options under which derived tables equal mimic-code's DuckDB tables.
+    """The options under which derived tables and SOFA equal mimic-code's DuckDB tables.
 
     Args:
       revision: of mimic-code: "before" July 2026 (as packaged in m4-infra 0.5.9) or "2026-07".
@@ -160,5 +178,7 @@ def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
         charlson_age_bands=revision,
         age="fractional" if revision == "before" else "years",
         cap_vasopressors=False,
+        timing="same-step",
+        sofa="rolling-24h",
     )
     return replace(base, **changes)

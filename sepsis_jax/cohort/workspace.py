@@ -74,6 +74,8 @@ class Workspace:
             statuses.append("Tracheostomy")
         variables: JsonDict = {
             "step_seconds": self.options.step_hours * 3600,
+            "lead_steps": self.options.lead_steps,
+            "past_steps": self.options.past_steps,
             "mimic_code": self.options.mimic_code,
             "age": self.options.age,
             "death_clock": self.options.death_clock,

@@ -39,3 +39,13 @@ FROM (SELECT stay_id, hour_zero, unnest(generate_series(-24, last_hour)) AS hr F
 -- The hour that holds a moment: (end of hour - 1 h, end of hour].
 CREATE MACRO hour_of(moment, hour_zero) AS
     CAST(ceil((epoch_us(moment) - epoch_us(hour_zero)) / 3600000000.0) AS INTEGER);
+
+-- The row that holds what is recorded at a moment, and the one that holds what lasts until a
+-- moment; steps are (start, end] for ends.
+CREATE MACRO row_step(moment, intime) AS
+    CAST(floor(epoch(moment - intime) / getvariable('step_seconds')) AS INTEGER)
+    + getvariable('lead_steps');
+
+CREATE MACRO row_step_end(moment, intime) AS
+    CAST(ceil(epoch(moment - intime) / getvariable('step_seconds')) AS INTEGER) - 1
+    + getvariable('lead_steps');

@@ -1,10 +1,24 @@
 -- Everything charted or measured within the kept part of each stay, as (row, step, feature,
--- value) in the schema's units; `problem` names why a value is not used.
+-- value) in the schema's units; `problem` names why a value is not used. Steps below 0 are before
+-- the first row.
 CREATE TABLE observations AS
-WITH charted AS (
+WITH window_of_stay AS (
+    SELECT
+        *,
+        intime - to_seconds(
+            getvariable('step_seconds') * (getvariable('past_steps') + getvariable('lead_steps'))
+        ) AS first_moment,
+        least(
+            endtime,
+            intime + to_seconds(getvariable('step_seconds') * (steps - getvariable('lead_steps')))
+        ) AS last_moment
+    FROM cohort
+),
+
+charted AS (
     SELECT
         c.row,
-        CAST(floor(epoch(e.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        row_step(e.charttime, c.intime) AS step,
         i.feature,
         CASE
             WHEN i.is_fio2 AND e.valuenum > 0 AND e.valuenum <= 1 THEN e.valuenum * 100
@@ -13,28 +27,30 @@ WITH charted AS (
         NULL AS unit_problem
     FROM chart AS e
     INNER JOIN feature_chart AS i USING (itemid)
-    INNER JOIN cohort AS c
-        ON e.stay_id = c.stay_id AND e.charttime >= c.intime AND e.charttime < c.endtime
+    INNER JOIN window_of_stay AS c
+        ON e.stay_id = c.stay_id AND e.charttime >= c.first_moment
+        AND e.charttime < c.last_moment
     WHERE e.valuenum IS NOT NULL
 ),
 
 conscious AS (
     SELECT
         c.row,
-        CAST(floor(epoch(g.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        row_step(g.charttime, c.intime) AS step,
         g.part AS feature,
         g.value,
         NULL AS unit_problem
     FROM gcs_parts AS g
-    INNER JOIN cohort AS c
-        ON g.stay_id = c.stay_id AND g.charttime >= c.intime AND g.charttime < c.endtime
+    INNER JOIN window_of_stay AS c
+        ON g.stay_id = c.stay_id AND g.charttime >= c.first_moment
+        AND g.charttime < c.last_moment
     WHERE g.value IS NOT NULL
 ),
 
 measured AS (
     SELECT
         c.row,
-        CAST(floor(epoch(e.charttime - c.intime) / getvariable('step_seconds')) AS INTEGER) AS step,
+        row_step(e.charttime, c.intime) AS step,
         i.feature,
         e.valuenum AS value,
         CASE
@@ -44,8 +60,9 @@ measured AS (
         END AS unit_problem
     FROM lab AS e
     INNER JOIN feature_labs AS i USING (itemid)
-    INNER JOIN cohort AS c
-        ON e.subject_id = c.subject_id AND e.charttime >= c.intime AND e.charttime < c.endtime
+    INNER JOIN window_of_stay AS c
+        ON e.subject_id = c.subject_id AND e.charttime >= c.first_moment
+        AND e.charttime < c.last_moment
     WHERE e.valuenum IS NOT NULL
         AND (
             NOT i.arterial_only

@@ -1,5 +1,5 @@
--- Spells of respiratory support, from ventilator modes and oxygen devices.
-CREATE TABLE ventilation AS
+-- Moments of respiratory support, from ventilator modes and oxygen devices.
+CREATE TABLE ventilation_moments AS
 WITH modes AS (
     SELECT subject_id, max(stay_id) AS stay_id, charttime, itemid, max(value) AS term
     FROM chart
@@ -30,17 +30,17 @@ devices AS (
         OR (list_contains(getvariable('oxygen_flow'), itemid) AND has_value)
     GROUP BY subject_id, charttime
     HAVING bool_or(itemid <> getvariable('oxygen_device'))
-),
+)
 
-moments AS (
-    SELECT charted.stay_id, charted.charttime, min(t.rank) AS rank
-    FROM (SELECT * FROM modes UNION ALL SELECT * FROM devices) AS charted
-    INNER JOIN ventilation_terms AS t
-        ON charted.itemid = t.itemid AND charted.term = t.term
-    GROUP BY charted.stay_id, charted.charttime
-),
+SELECT charted.stay_id, charted.charttime, min(t.rank) AS rank
+FROM (SELECT * FROM modes UNION ALL SELECT * FROM devices) AS charted
+INNER JOIN ventilation_terms AS t
+    ON charted.itemid = t.itemid AND charted.term = t.term
+GROUP BY charted.stay_id, charted.charttime;
 
-linked AS (
+-- Spells of one kind of support.
+CREATE TABLE ventilation AS
+WITH linked AS (
     SELECT
         stay_id,
         charttime,
@@ -48,7 +48,7 @@ linked AS (
         lag(rank) OVER stay AS previous_rank,
         lead(charttime) OVER stay AS next_time,
         lag(charttime) OVER (PARTITION BY stay_id, rank ORDER BY charttime) AS same_time
-    FROM moments
+    FROM ventilation_moments
     WINDOW stay AS (PARTITION BY stay_id ORDER BY charttime)
 ),
 

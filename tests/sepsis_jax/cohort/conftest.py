@@ -14,12 +14,18 @@ CHECKOUT = Path(__file__).parents[3]
 
 @pytest.fixture
 def build(tmp_path):
-    """`build(tiny, **options)` -> (episodes, report), with everything in the training split."""
+    """`build(tiny, **options)` -> (episodes, report), with everything in the training split.
+
+    Rows hold their own step and mimic-code's SOFA, which is easiest to reckon by hand;
+    test_timing.py builds by the default contract of time.
+    """
 
     def run(tiny, *, form="parquet", **options):
         number = len(list(tmp_path.iterdir()))
         data = tiny.write(tmp_path / f"data{number}", form)
-        options = {"split": (1.0, 0.0, 0.0), "threads": 1, "memory_limit": "1GB"} | options
+        usual = {"split": (1.0, 0.0, 0.0), "threads": 1, "memory_limit": "1GB"}
+        published = {"timing": "same-step", "sofa": "rolling-24h"}
+        options = usual | published | options
         report = build_cohort(data, tmp_path / f"out{number}", CohortOptions(**options))
         return load_episodes(report.path), report
 

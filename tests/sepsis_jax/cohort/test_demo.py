@@ -24,9 +24,12 @@ def test_demo_cohort(demo, tmp_path):
     valid = np.asarray(episodes.valid)
     assert np.isfinite(np.asarray(episodes.dynamic)).all()
     # Most steps have vital signs; a third have the daily laboratory panel.
-    measured = np.asarray(episodes.measured)[valid].mean(0)
+    recorded = np.asarray(episodes.measured)
+    measured = recorded[:, 1:][valid[:, 1:]].mean(0)
     assert measured[schema.INDEX["heart_rate"]] > 0.95
     assert 0.2 < measured[schema.INDEX["creatinine"]] < 0.6
+    # What is known at ICU admission are laboratory results, rarely vital signs.
+    assert recorded[:, 0, schema.INDEX["heart_rate"]].mean() < 0.5
     edges = load_dose_edges(tmp_path / "out")
     assert 0 < edges.vasopressor[0] < edges.vasopressor[1] < edges.vasopressor[2] < 1
     levels = np.bincount(np.asarray(episodes.fluid)[valid], minlength=5)
