@@ -211,7 +211,7 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
     filled, imputation = _impute(values, length, medians, options)
     if options.lead_steps:
         urine_24h = np.asarray(
-            sofa.urine_24h(filled[..., schema.URINE], step_hours=options.step_hours)
+            sofa.urine_24h(jnp.asarray(filled[..., schema.URINE]), step_hours=options.step_hours)
         )
     if options.sofa == "row":
         score = _score_rows(filled, ventilated, vasopressor, urine_24h, options)
@@ -274,7 +274,10 @@ def _score_rows(
     lead = options.lead_steps
     given = np.pad(vasopressor, ((0, 0), (lead, 0)))[:, : vasopressor.shape[1]]
     score = sofa.standard(
-        dynamic, ventilated=ventilated, vasopressor_dose=given, urine_24h=urine_24h
+        jnp.asarray(dynamic),
+        ventilated=jnp.asarray(ventilated),
+        vasopressor_dose=jnp.asarray(given),
+        urine_24h=jnp.asarray(urine_24h),
     )
     return np.asarray(score.total)
 
