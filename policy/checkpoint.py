@@ -32,7 +32,14 @@ from policy.offline.algorithms import (
 from policy.planner.advantage import untrained_advantage
 from policy.planner.search import Planner, PlannerConfig
 from policy.ppo import OnlinePolicy, PPOConfig
-from policy.simple import Constant, GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
+from policy.simple import (
+    Constant,
+    GuidelineRules,
+    MaximumTreatment,
+    NoTreatment,
+    RandomPolicy,
+    Titration,
+)
 from worldmodel import schema
 from worldmodel.configuration import from_mapping
 from worldmodel.errors import InputError
@@ -45,7 +52,7 @@ MARKER = "policy.json"
 _ARRAYS, _WORLD_MODEL, _CLINICIAN = "arrays", "world_model", "clinician"
 
 _SIMPLE = {cls.__name__: cls for cls in (
-    RandomPolicy, NoTreatment, MaximumTreatment, Constant, GuidelineRules)}  # fmt: skip
+    RandomPolicy, NoTreatment, MaximumTreatment, Constant, Titration, GuidelineRules)}  # fmt: skip
 # each class has a constructor and settings of its own
 _CLONES: dict[str, Any] = {cls.__name__: cls for cls in (Logistic, MLP, GRU, Clusters)}
 

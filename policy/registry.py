@@ -12,7 +12,13 @@ from pathlib import Path
 
 from policy.base import Policy
 from policy.checkpoint import load_policy
-from policy.simple import GuidelineRules, MaximumTreatment, NoTreatment, RandomPolicy
+from policy.simple import (
+    GuidelineRules,
+    MaximumTreatment,
+    NoTreatment,
+    RandomPolicy,
+    Titration,
+)
 from worldmodel.errors import InputError
 
 SIMPLE: dict[str, Callable[[], Policy]] = {
@@ -20,6 +26,7 @@ SIMPLE: dict[str, Callable[[], Policy]] = {
     "none": NoTreatment,
     "max": MaximumTreatment,
     "guideline": GuidelineRules,
+    "titration": Titration,
 }
 """Policies without parameters, by name."""
 

@@ -11,7 +11,7 @@ from policy.base import Policy
 from worldmodel import schema
 from worldmodel.clinical import rules, sofa
 from worldmodel.observation import Observation
-from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy
+from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy, titration
 
 
 @struct.dataclass
@@ -51,6 +51,15 @@ class Constant(Policy):
         """[25] all on the action."""
         del key, observation
         return jax.nn.one_hot(self.action, schema.NUM_ACTIONS)
+
+
+@struct.dataclass
+class Titration(Policy):
+    """Early fluid, then a vasopressor titrated to MAP: a strong rule in the synthetic world."""
+
+    def __call__(self, key: jax.Array, observation: Observation) -> Float[Array, " 25"]:
+        """[25] all on the action that the rule asks for."""
+        return titration(key, observation)
 
 
 @struct.dataclass

@@ -39,7 +39,7 @@ def evaluate(
             "--policy",
             help="NAME=FILE, a CSV or Parquet table with stay_id, step, action_0 ... action_24; "
             "NAME=FOLDER, a policy that `sepsis-jax policy train` wrote; or clinician, random, "
-            "none, max, guideline. Repeat for more.",
+            "none, max, guideline, titration. Repeat for more.",
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write.")] = None,

@@ -101,8 +101,8 @@ def describe(
         list[str] | None,
         typer.Option(
             "--policy",
-            help="Folder of a policy, NAME=FOLDER, or random, none, max, guideline, clinician. "
-            "Repeat for more.",
+            help="Folder of a policy, NAME=FOLDER, or random, none, max, guideline, titration, "
+            "clinician. Repeat for more.",
         ),
     ] = None,
     split: Annotated[str, typer.Option("--split", help="train, validation, test or all.")] = "test",

@@ -103,8 +103,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             "--policy",
-            help="Folder of a policy, NAME=FOLDER, or random, none, max, guideline. Repeat for "
-            "more.",
+            help="Folder of a policy, NAME=FOLDER, or random, none, max, guideline, titration. "
+            "Repeat for more.",
         ),
     ] = None,
     steps: Annotated[

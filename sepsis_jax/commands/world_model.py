@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -100,16 +101,63 @@ def effects(
         int, typer.Option("--samples", help="Futures per patient, plan and member.")
     ] = 2,
     seed: Seed = 1000,
+    confounding: Annotated[
+        float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
+    ] = 0.0,
     json: Json = False,
 ) -> None:
     """Compare what a model says 25 held treatments do with what they truly do (synthetic world)."""
     from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
 
-    config = FuturesConfig(patients, step, held, samples, seed)
+    config = FuturesConfig(patients, step, held, samples, seed, confounding)
     with phases("true and learned futures") as progress:
         metrics = compare_futures(model, out, config, progress=progress)
     show_futures(metrics, mortality_rows(out))
     console.print(f"written to {out}")
+    if json:
+        print_json(metrics)
+
+
+@app.command(
+    "values",
+    epilog="Example: sepsis-jax world-model values --model runs/model --out runs/values "
+    "--policy none --policy clinician --policy titration --policy iql=runs/iql",
+)
+def values(
+    model: Model,
+    out: Out,
+    policy: Annotated[
+        list[str], typer.Option("--policy", help="A built-in name, or NAME=FOLDER; repeat.")
+    ],
+    patients: Annotated[int, typer.Option("--patients", help="Fresh synthetic patients.")] = 1000,
+    samples: Annotated[int, typer.Option("--samples", help="Futures per patient and member.")] = 2,
+    seed: Seed = 1000,
+    confounding: Annotated[
+        float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
+    ] = 0.0,
+    records: Annotated[
+        Path | None,
+        typer.Option("--records", help="Episodes from which OPE estimates the same values."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare values of policies in a learned world with their true ones (synthetic world)."""
+    from sepsis_jax.pipelines.futures_policies import ESTIMATORS, compare_values
+    from sepsis_jax.pipelines.policy_values import TrueWorld
+
+    world = TrueWorld(patients, seed, confounding)
+    with phases("values of policies") as progress:
+        table, metrics = compare_values(
+            model, out, policy, world, samples=samples, records=records, progress=progress
+        )
+    columns = ["policy", "true", "simulated", "error", "spread"]
+    columns += [f"{name}_estimate" for name in ESTIMATORS if f"{name}_estimate" in table]
+    rows = [tuple(row) for row in table[columns].itertuples(index=False)]
+    print_table("Total reward per stay", columns, rows)
+    console.print(
+        f"largest error {metrics['largest_error']:.2f}; order "
+        f"{'right' if metrics['right_order'] else 'wrong'} (ties aside); written to {out}"
+    )
     if json:
         print_json(metrics)
 
@@ -141,12 +189,12 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
         ("who chooses", "total reward", "mortality"),
         [(name, *row.values()) for name, row in metrics.items() if _is_value(row)],
     )
+    if not all(row["supported"] for row in plans):
+        console.print("* hardly ever chosen by the clinician: the model extrapolates")
 
 
 def _true_and_learned(row: JsonDict) -> str:
-    from sepsis_jax.pipelines.futures import SUPPORTED
-
-    mark = "" if row["support"] != row["support"] or row["support"] >= SUPPORTED else " *"
+    mark = "" if row["supported"] else " *"
     return f"{row['mortality_true']:.2f} / {row['mortality_learned']:.2f}{mark}"
 
 

@@ -18,6 +18,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 
 
 class SimulatedValue(NamedTuple):
@@ -34,13 +35,24 @@ class SimulatedValue(NamedTuple):
         return float(self.members.std(ddof=1)) if len(self.members) > 1 else 0.0
 
 
+def whole_stay(world_model: WorldModel, episodes: Episodes) -> int:
+    """Steps in which simulated stays end: by the model's hazards, or else after a mean length.
+
+    The recurrent variant ends its stays itself, at the latest with its recorded window. Models that
+    read windows have no end of their own: the terminal reward is asked at the last step.
+    """
+    if world_model.is_recurrent:
+        return world_model.stay_steps or episodes.num_steps
+    return max(round(float(np.mean(episodes.length))) - 1, 1)
+
+
 def simulated_value(
     world_model: WorldModel,
     key: jax.Array,
     episodes: Episodes,
-    policy: PolicyFn,
+    policy: PolicyFn | None,
     *,
-    horizon: int,
+    horizon: int | None = None,
     samples: int = 64,
     block: int = 1024,
 ) -> SimulatedValue:
@@ -50,16 +62,24 @@ def simulated_value(
       world_model: to simulate in; sample s runs in ensemble member s mod E.
       key: of the noise; the same key gives every policy the same noise.
       episodes: whose first rows are the starts.
-      policy: `(key, observation) -> [25]`, traced into the rollout.
-      horizon: steps; the model has no end of its own, the terminal reward is asked at the last.
+      policy: `(key, observation) -> [25]`, traced into the rollout; None is the clinician as the
+        recurrent variant knows them.
+      horizon: steps; None for `whole_stay`.
       samples: futures per patient, a multiple of the ensemble size.
       block: patients per call; bounds the memory, changes no number.
+
+    Raises:
+      InputError: no policy, and a model that does not know the clinician.
     """
+    horizon = horizon or whole_stay(world_model, episodes)
+    plan: PolicyFn | np.ndarray = np.full((1, horizon), FOLLOW_CLINICIAN)
+    if policy is not None:
+        plan = policy
 
     def simulate(rows: np.ndarray) -> jax.Array:
         start = start_history(world_model, episodes.select(rows), 0)
         futures = rollout(
-            world_model, key, start, policy, horizon=horizon, samples=samples, features=()
+            world_model, key, start, plan, horizon=horizon, samples=samples, features=()
         )
         return futures.total_reward[:, 0]
 

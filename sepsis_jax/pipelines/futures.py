@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
+from sepsis_jax.pipelines.policy_values import TrueWorld
 from sepsis_jax.report.figures import effects_figure
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
@@ -35,7 +36,8 @@ from worldmodel.synthetic.truth import counterfactual
 
 VALUES = ("meanbp", "lactate", "output_4hourly")
 SHOCK = 60.0  # mmHg: patients with a lower MAP are reported apart
-SUPPORTED = 0.02  # least mean probability of a supported plan under the clinician, per step
+LARGE_ERROR = 0.1  # of mortality
+SUPPORTED = 0.01  # least support of a supported plan
 _BLOCK = 128  # patients per call
 _SAME = np.arange(schema.NUM_ACTIONS)
 
@@ -50,6 +52,7 @@ class FuturesConfig:
       held: steps for which it is held; the clinician goes on.
       samples: simulated futures per patient and plan, and ensemble member.
       seed: of the patients' world; another than the training data's.
+      confounding: levels of treatment per SD of what is not recorded; `ClinicianParams`.
     """
 
     patients: int = 1000
@@ -57,6 +60,7 @@ class FuturesConfig:
     held: int = 6
     samples: int = 2
     seed: int = 1000
+    confounding: float = 0.0
 
 
 class Futures(NamedTuple):
@@ -66,7 +70,7 @@ class Futures(NamedTuple):
     reward: np.ndarray  # total reward from the start row on
     alive: np.ndarray  # share of the stay's futures that reach the end of the plan
     values: dict[str, np.ndarray]  # by feature, and sofa; times `alive`
-    support: np.ndarray  # geometric mean probability of the plan's steps under the clinician
+    support: np.ndarray  # least probability of a step of the plan under the clinician
     disagreement: np.ndarray  # SD of the members' mortality; NaN for one member
 
 
@@ -158,7 +162,10 @@ def compare_futures(
     config = config or FuturesConfig()
     world_model = load_world_model(model)
     progress("simulating patients", 0.0)
-    episodes, truth = generate(jax.random.key(config.seed), config.patients, keep_latent=False)
+    world = TrueWorld(config.patients, config.seed, config.confounding)
+    episodes, truth = generate(
+        jax.random.key(config.seed), config.patients, keep_latent=False, params=world.params()
+    )
     reached = np.flatnonzero(np.asarray(episodes.length) > config.step)
     if not len(reached):
         raise InputError(f"step: none of {config.patients} patients reaches row {config.step}")
@@ -197,6 +204,7 @@ def futures_table(true: Futures, learned: Futures) -> pd.DataFrame:
             mean = _mean_value(futures, name)
             table[f"{name}_{source}"] = mean - mean[0]
     table["support"] = learned.support.mean(0)
+    table["supported"] = ~(table["support"] < SUPPORTED)  # NaN counts as supported
     table["disagreement"] = learned.disagreement.mean(0)
     return table
 
@@ -209,46 +217,62 @@ def _mean_value(futures: Futures, name: str) -> np.ndarray:
 
 def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, object]:
     """Ranks and errors over the 25 plans, over those with support, and of patients in shock."""
-    supported = ~(learned.support.mean(0) < SUPPORTED)  # NaN counts as supported
+    supported = ~(learned.support.mean(0) < SUPPORTED)
 
     def against(of: np.ndarray, plans: np.ndarray, name: str) -> dict[str, float | None]:
         if not of.any() or not plans.any():
             return {"spearman": None, "error": None}
         one, other = (getattr(futures, name)[of][:, plans].mean(0) for futures in (true, learned))
-        return {"spearman": _rank(one, other), "error": float(np.abs(one - other).mean())}
+        return {"spearman": rank(one, other), "error": float(np.abs(one - other).mean())}
 
     everyone, every = np.ones(len(shock), bool), np.ones(schema.NUM_ACTIONS, bool)
     metrics: dict[str, object] = {
         "mortality": against(everyone, every, "mortality"),
         "mortality_supported": against(everyone, supported, "mortality"),
+        "mortality_unsupported": against(everyone, ~supported, "mortality"),
         "mortality_shock": against(shock, every, "mortality"),
         "mortality_shock_ceiling": _ceiling(true.mortality[shock]),
         "reward": against(everyone, every, "reward"),
         "supported_plans": int(supported.sum()),
+        "support_finds_errors": _finds_errors(true, learned, -learned.support),
+        "disagreement_finds_errors": _finds_errors(true, learned, learned.disagreement),
         "nothing_rated_safest": bool(learned.mortality.mean(0).argmin() == 0),
         "nothing_truly_safest": bool(true.mortality.mean(0).argmin() == 0),
     }
     for name in true.values:
         one, other = (_mean_value(futures, name) for futures in (true, learned))
         metrics[name] = {
-            "spearman": _rank(one - one[0], other - other[0]),
+            "spearman": rank(one - one[0], other - other[0]),
             "error": float(np.abs((one - one[0]) - (other - other[0])).mean()),
         }
     return metrics
 
 
-def _rank(one: np.ndarray, other: np.ndarray) -> float | None:
+def rank(one: np.ndarray, other: np.ndarray) -> float | None:
     """Spearman correlation; None where it is not defined."""
     if len(one) < 3 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
         return None
     return float(spearmanr(one, other).statistic)
 
 
+def _finds_errors(true: Futures, learned: Futures, warning: np.ndarray) -> float | None:
+    """AUROC of a warning [P, K], averaged over patients, for plans whose mortality is wrong.
+
+    None where no plan, or every plan, is wrong by more than `LARGE_ERROR`.
+    """
+    wrong = np.abs(true.mortality.mean(0) - learned.mortality.mean(0)) > LARGE_ERROR
+    signal = warning.mean(0)
+    if not 0 < wrong.sum() < len(wrong) or not np.isfinite(signal).all():
+        return None
+    above = signal[wrong][:, None] - signal[~wrong]
+    return float(((above > 0) + 0.5 * (above == 0)).mean())
+
+
 def _ceiling(mortality: np.ndarray) -> float | None:
     """Rank correlation of the true plans between two halves of the patients; None for too few."""
     if len(mortality) < 2:
         return None
-    return _rank(mortality[::2].mean(0), mortality[1::2].mean(0))
+    return rank(mortality[::2].mean(0), mortality[1::2].mean(0))
 
 
 def choice(
@@ -277,8 +301,8 @@ def choice(
 
 
 def mortality_rows(folder: str | Path) -> list[dict[str, float]]:
-    """Rows of a written futures.csv: levels, true and learned mortality, support; 25 plans."""
+    """Rows of a written futures.csv: levels, true and learned mortality, supported; 25 plans."""
     table = pd.read_csv(Path(folder) / "futures.csv")
-    columns = ["vasopressor", "fluid", "mortality_true", "mortality_learned", "support"]
+    columns = ["vasopressor", "fluid", "mortality_true", "mortality_learned", "supported"]
     rows: list[dict[str, float]] = table[columns].to_dict("records")
     return rows

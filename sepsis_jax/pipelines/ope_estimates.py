@@ -23,7 +23,6 @@ from sepsis_jax.ope import robustness
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
 from sepsis_jax.pipelines.policies import patients_per_call
-from sepsis_jax.pipelines.policy_values import typical_horizon
 from sepsis_jax.runs import Progress, silent
 from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
@@ -47,7 +46,7 @@ class OPEOptions:
       soften_share: share of probability that softening moves.
       zero_behavior, row_sums, missing_reward: "error", or how to treat the flaw; see
         `sepsis_jax.ope.InputPolicy`.
-      horizon: steps in a world model; 0 for the mean length of the stays.
+      horizon: steps in a world model; 0 for whole stays (`ope.simulated.whole_stay`).
       samples: futures per stay in a world model; 0 for one per ensemble member.
       seed: seed of every random choice.
     """
@@ -206,15 +205,14 @@ def world_model_rows(
       names: of all policies, in order.
       policies: those that can be run, and the fitted clinician if there is one.
       episodes: stays whose first rows are the starts.
-      horizon: steps; 0 for the mean length of the stays.
+      horizon: steps; 0 for whole stays (`ope.simulated.whole_stay`).
       samples: futures per stay; 0 for one per ensemble member.
       seed: seed of the noise, which all policies share.
     """
     key = jax.random.key(seed)
-    horizon = horizon or typical_horizon(episodes)
     found: dict[str, SimulatedValue] = {
         name: simulated_value(
-            world_model, key, episodes, policy, horizon=horizon,
+            world_model, key, episodes, policy, horizon=horizon or None,
             samples=samples or world_model.num_members, block=patients_per_call(policy),
         )
         for name, policy in policies.items()

@@ -18,6 +18,7 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from policy.registry import CLINICIAN, SIMPLE
+from sepsis_jax.ope.simulated import whole_stay
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policies import (
     CloneConfig,
@@ -37,7 +38,6 @@ from sepsis_jax.pipelines.policy_values import (
     ModelWorld,
     Outcome,
     TrueWorld,
-    typical_horizon,
     value_table,
 )
 from sepsis_jax.report.policies import write_comparison
@@ -79,7 +79,7 @@ class ComparisonOptions:
         the true world and is left out without it.
       patients: fresh patients of the synthetic world, or most test stays in a world model.
       samples: futures per stay in a world model; 0 for one per ensemble member.
-      horizon: steps in a world model; 0 for the mean length of the stays.
+      horizon: steps in a world model; 0 for whole stays (`ope.simulated.whole_stay`).
       seed: of patients and noise.
       wd3qne, cql, iql, dqn, bcq: settings of the offline methods.
       clone: of the cloned clinician.
@@ -233,7 +233,7 @@ def _world(
     test, _ = of_split(episodes, "test")
     test = test.select(np.arange(min(options.patients, test.num_stays)))
     return ModelWorld(
-        world_model, test, options.horizon or typical_horizon(test),
+        world_model, test, options.horizon or whole_stay(world_model, test),
         options.samples or world_model.num_members, options.seed, load_dose_edges(path),
     )  # fmt: skip
 

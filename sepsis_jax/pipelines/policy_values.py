@@ -110,11 +110,6 @@ def recorded_returns(episodes: Episodes) -> np.ndarray:
     return total
 
 
-def typical_horizon(episodes: Episodes) -> int:
-    """Steps that a stay of mean length has beyond its first row; a model has no end of its own."""
-    return max(round(float(np.mean(episodes.length))) - 1, 1)
-
-
 def value_table(
     outcomes: dict[str, Outcome],
     kinds: dict[str, str],

@@ -157,7 +157,7 @@ def trajectory_table(
 def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
     """One row per plan: mortality, total reward, hypotension, ventilation, projections.
 
-    Of a recurrent model also the support: the geometric mean probability of the plan's steps under
+    Of a recurrent model also the support: the least probability of a step of the plan under
     the clinician.
     """
     mortality = np.asarray(rollouts.mortality[0])

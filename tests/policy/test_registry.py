@@ -9,7 +9,14 @@ from worldmodel.errors import InputError
 
 
 def test_every_simple_name_makes_a_policy():
-    assert registry.names() == ("clinician", "random", "none", "max", "guideline")
+    assert registry.names() == (
+        "clinician",
+        "random",
+        "none",
+        "max",
+        "guideline",
+        "titration",
+    )
     for name in registry.SIMPLE:
         assert registry.find(name) == (name, registry.make(name))
     assert registry.find("clinician") == ("clinician", None)
@@ -36,7 +43,7 @@ def test_the_clinician_is_the_clone_that_is_given():
         (lambda: registry.make("best"), "policy 'best' is not built in; known: clinician, random"),
         (
             lambda: registry.find("best", source="--policy"),
-            "--policy 'best': neither clinician, random, none, max, guideline nor a folder",
+            "--policy 'best': neither clinician, random, none, max, guideline, titration nor a",
         ),
         (lambda: registry.find_all([]), "policy: none given; use a folder, clinician, random"),
         (lambda: registry.find_all(["none", "none"]), "policy 'none': none is already there"),

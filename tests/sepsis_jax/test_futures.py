@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from sepsis_jax.pipelines.futures import (
@@ -12,6 +13,7 @@ from sepsis_jax.pipelines.futures import (
     futures_table,
     true_futures,
 )
+from sepsis_jax.pipelines.futures_policies import value_metrics
 from worldmodel.synthetic import generate
 
 CONFIG = FuturesConfig(patients=64, step=1, held=3)
@@ -56,6 +58,32 @@ def test_unsupported_plans_are_left_out_of_the_choice(truth):
     allowed = np.delete(true.reward, 12, axis=1).max(1).mean()
     assert found == pytest.approx(allowed)
     assert agreement(true, tempted, np.ones(len(died), bool))["supported_plans"] == 24
+
+
+def test_warnings_are_judged_by_the_plans_that_are_wrong(truth):
+    _, true, _, _ = truth
+    wrong = true.mortality.mean(0) > np.median(true.mortality.mean(0))
+    off = true._replace(
+        mortality=true.mortality + 0.2 * wrong,
+        support=np.where(wrong, 0.01, 0.5) + 0 * true.mortality,
+        disagreement=np.where(wrong, 0.0, 0.3) + 0 * true.mortality,
+    )
+    metrics = agreement(true, off, np.ones(len(true.mortality), bool))
+    assert metrics["support_finds_errors"] == 1.0
+    assert metrics["disagreement_finds_errors"] == 0.0
+    knowing = agreement(
+        true, off._replace(mortality=true.mortality), np.ones(len(true.mortality), bool)
+    )
+    assert knowing["support_finds_errors"] is None
+
+
+def test_values_in_order_and_ties():
+    table = pd.DataFrame(
+        {"true": [0.0, 0.1, 5.0], "true_low": [-1, -1, 4.0], "true_high": [1, 1.1, 6.0]}
+    )
+    right = value_metrics(table.assign(simulated=[0.5, 0.3, 4.0]))
+    assert right["right_order"] and right["largest_error"] == pytest.approx(1.0)
+    assert not value_metrics(table.assign(simulated=[6.0, 0.3, 4.0]))["right_order"]
 
 
 def test_vasopressors_raise_the_pressure_in_truth(truth):

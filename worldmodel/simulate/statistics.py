@@ -18,7 +18,6 @@ from worldmodel.simulate.unroll import Shape, Step
 MAP_TARGET = 65.0  # mmHg
 
 _MEANBP = schema.INDEX["meanbp"]
-_LEAST_SUPPORT = 1e-9  # probability, in logarithms
 
 
 @struct.dataclass
@@ -38,7 +37,7 @@ class BranchSummary:
     mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not computed
     # Recurrent variant only, NaN otherwise:
     alive: jax.Array  # [P, K, S] probability that the stay reaches the last row
-    log_support: jax.Array  # [P, K, S] mean log probability of the steps under the clinician
+    support: jax.Array  # [P, K, S] least probability of a step under the clinician
     later_reward: jax.Array  # [P, K, S] rewards after the horizon; 0 for the other variants
 
     @property
@@ -66,7 +65,7 @@ def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
         projected=jnp.zeros(shape, jnp.int32),
         mortality=full(jnp.nan),
         alive=full(jnp.nan),
-        log_support=full(jnp.nan),
+        support=full(jnp.nan),
         later_reward=full(0),
     )
 
@@ -76,11 +75,10 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
     columns = np.array([schema.INDEX[name] for name in features], np.int32)
     map_ = step.dynamic[..., _MEANBP]
     if step.alive is not None and step.support is not None:
-        known = jnp.where(jnp.isnan(summary.log_support), 0.0, summary.log_support)
         summary = replace(
             summary,
             alive=jnp.broadcast_to(step.alive, summary.alive.shape),
-            log_support=known + jnp.log(jnp.maximum(step.support, _LEAST_SUPPORT)),
+            support=jnp.fmin(summary.support, step.support),
         )
     vasopressor, fluid = schema.action_levels(step.action)
     return replace(
@@ -111,7 +109,6 @@ def finish_summary(
         ventilation=summary.ventilation / horizon,
         vasopressor=summary.vasopressor / horizon,
         fluid=summary.fluid / horizon,
-        log_support=summary.log_support / horizon,
         mortality=summary.mortality if mortality is None else mortality,
         later_reward=summary.later_reward if later_reward is None else later_reward,
     )
@@ -178,7 +175,7 @@ def group_statistics(
     entries = horizon * schema.NUM_FEATURES
     columns["projected_share"] = _wide(summary.projected).mean(-1) / entries
     columns["in_unit"] = _wide(summary.alive).mean(-1)
-    columns["plan_support"] = np.exp(_wide(summary.log_support).mean(-1))
+    columns["plan_support"] = _wide(summary.support).mean(-1)
     return columns
 
 
@@ -201,8 +198,15 @@ def standard_error(values: Float[np.ndarray, "P K S"], members: int) -> Float[np
 
 
 def plan_support(support: Float[np.ndarray, "P K S H"]) -> Float[np.ndarray, "P K"]:
-    """[P, K] geometric mean over samples and steps of `Rollouts.support`."""
-    result: np.ndarray = np.exp(np.log(np.maximum(_wide(support), _LEAST_SUPPORT)).mean((-2, -1)))
+    """[P, K] least probability of a step under the clinician, mean over samples.
+
+    Positivity has to hold in every step: a treatment that is started against all habits and then
+    held is not supported, although its later steps are expected once it is running.
+
+    Args:
+      support: `Rollouts.support`.
+    """
+    result: np.ndarray = _wide(support).min(-1).mean(-1)
     return result
 
 
