@@ -104,6 +104,10 @@ def effects(
     confounding: Annotated[
         float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
     ] = 0.0,
+    records: Annotated[
+        Path | None,
+        typer.Option("--records", help="Episodes that linear baselines are fitted to."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare what a model says 25 held treatments do with what they truly do (synthetic world)."""
@@ -111,7 +115,7 @@ def effects(
 
     config = FuturesConfig(patients, step, held, samples, seed, confounding)
     with phases("true and learned futures") as progress:
-        metrics = compare_futures(model, out, config, progress=progress)
+        metrics = compare_futures(model, out, config, records=records, progress=progress)
     show_futures(metrics, mortality_rows(out))
     console.print(f"written to {out}")
     if json:
@@ -142,12 +146,11 @@ def values(
     json: Json = False,
 ) -> None:
     """Compare values of policies in a learned world with their true ones (synthetic world)."""
-    from sepsis_jax.pipelines.futures_policies import ESTIMATORS, compare_values
-    from sepsis_jax.pipelines.policy_values import TrueWorld
+    from sepsis_jax.pipelines.policy_values import ESTIMATORS, TrueWorld, compare_with_truth
 
     world = TrueWorld(patients, seed, confounding)
     with phases("values of policies") as progress:
-        table, metrics = compare_values(
+        table, metrics = compare_with_truth(
             model, out, policy, world, samples=samples, records=records, progress=progress
         )
     columns = ["policy", "true", "simulated", "error", "spread"]

@@ -14,17 +14,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pandas as pd
-from scipy.stats import spearmanr
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
 
-from sepsis_jax.pipelines.policy_values import TrueWorld
+from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation
 from sepsis_jax.report.figures import effects_figure
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
+from worldmodel.clinical.reward import episode_rewards
 from worldmodel.compilation import in_blocks
+from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.recurrent import CODES
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
@@ -141,11 +145,69 @@ def learned_futures(world_model: WorldModel, episodes: Episodes, config: Futures
     return Futures(mortality, reward, alive, named, support, between)
 
 
+def linear_futures(records: Episodes, episodes: Episodes, config: FuturesConfig) -> Futures:
+    """What regressions on recorded stays say: a baseline that adjusts for the row and nothing else.
+
+    Logistic regression of death, ridge regressions of the rewards to come and of the values at
+    the end of the plan, on the row, age, sex, Charlson index, the treatment before, and the mean
+    thermometer code of the treatments of the plan's steps.
+
+    Args:
+      records: stays to fit on.
+      episodes: P stays to answer for, all of which reach the row.
+      config: what is asked.
+    """
+    until = config.step + config.held
+    fit_on = records.select(np.asarray(records.length) > config.step)
+    there = np.asarray(fit_on.length) > until
+    scaler = StandardScaler().fit(_linear_rows(fit_on, config.step))
+    given = np.asarray(fit_on.action)[:, config.step : until]
+    steps = np.asarray(fit_on.valid)[:, config.step : until, None]
+    code = (CODES[given] * steps).sum(1) / steps.sum(1)
+    inputs = np.concatenate([scaler.transform(_linear_rows(fit_on, config.step)), code], axis=1)
+    asked = scaler.transform(_linear_rows(episodes, config.step))
+    plans = np.concatenate(
+        [np.repeat(asked, len(CODES), 0), np.tile(CODES, (len(asked), 1))], axis=1
+    )
+    shape = (len(asked), len(CODES))
+
+    def ridge(target: np.ndarray, use: np.ndarray) -> np.ndarray:
+        fitted = Ridge(alpha=1.0).fit(inputs[use], target[use])
+        return np.asarray(fitted.predict(plans)).reshape(shape)
+
+    everyone = np.ones(len(there), bool)
+    died = LogisticRegression(max_iter=1000).fit(inputs, np.asarray(fit_on.died_90d))
+    rewards = np.asarray(episode_rewards(fit_on), np.float64)[:, config.step :].sum(1)
+    dynamic = np.asarray(fit_on.dynamic)[:, min(until, fit_on.num_steps - 1)]
+    values = {name: ridge(dynamic[:, schema.INDEX[name]], there) for name in VALUES}
+    values["sofa"] = ridge(np.asarray(fit_on.sofa)[:, min(until, fit_on.num_steps - 1)], there)
+    return Futures(
+        mortality=died.predict_proba(plans)[:, 1].reshape(shape),
+        reward=ridge(rewards, everyone),
+        alive=np.ones(shape),
+        values=values,
+        support=np.full(shape, np.nan),
+        disagreement=np.full(shape, np.nan),
+    )
+
+
+def _linear_rows(episodes: Episodes, step: int) -> np.ndarray:
+    """[N, 44] the row, urine as its logarithm, static features, levels of the treatment before."""
+    row = np.array(episodes.dynamic[:, step], np.float64)
+    row[:, schema.URINE] = np.log1p(row[:, schema.URINE])
+    before = np.zeros((len(row), 2))
+    if step:
+        action = np.asarray(episodes.action)[:, step - 1]
+        before = np.stack(schema.action_levels(action), axis=1)
+    return np.concatenate([row, np.asarray(episodes.static), before], axis=1)
+
+
 def compare_futures(
     model: str | Path,
     out: str | Path,
     config: FuturesConfig | None = None,
     *,
+    records: str | Path | None = None,
     progress: Progress = silent,
 ) -> dict[str, object]:
     """Compares a world model's futures with the truth; writes futures.csv, .png, metrics.json.
@@ -154,6 +216,7 @@ def compare_futures(
       model: folder of a world model trained in the synthetic world.
       out: folder to write.
       config: what is asked.
+      records: folder of episodes on whose training split linear baselines are fitted.
       progress: called with (phase, share done).
 
     Raises:
@@ -183,6 +246,13 @@ def compare_futures(
         "patients": len(reached),
         "in_shock": int(shock.sum()),
     }
+    if records is not None:
+        progress("linear baselines", 0.95)
+        fitted = linear_futures(load_episodes(records).of_split("train"), episodes, config)
+        baseline = agreement(true, fitted, shock)
+        metrics |= {
+            f"linear_{name}": row for name, row in baseline.items() if isinstance(row, dict)
+        }
     with atomic_folder(Path(out), marker="futures.csv") as folder:
         table.to_csv(folder / "futures.csv", index=False)
         write_json(folder / "metrics.json", metrics)
@@ -223,7 +293,10 @@ def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, o
         if not of.any() or not plans.any():
             return {"spearman": None, "error": None}
         one, other = (getattr(futures, name)[of][:, plans].mean(0) for futures in (true, learned))
-        return {"spearman": rank(one, other), "error": float(np.abs(one - other).mean())}
+        return {
+            "spearman": rank_correlation(one, other),
+            "error": float(np.abs(one - other).mean()),
+        }
 
     everyone, every = np.ones(len(shock), bool), np.ones(schema.NUM_ACTIONS, bool)
     metrics: dict[str, object] = {
@@ -242,17 +315,10 @@ def agreement(true: Futures, learned: Futures, shock: np.ndarray) -> dict[str, o
     for name in true.values:
         one, other = (_mean_value(futures, name) for futures in (true, learned))
         metrics[name] = {
-            "spearman": rank(one - one[0], other - other[0]),
+            "spearman": rank_correlation(one - one[0], other - other[0]),
             "error": float(np.abs((one - one[0]) - (other - other[0])).mean()),
         }
     return metrics
-
-
-def rank(one: np.ndarray, other: np.ndarray) -> float | None:
-    """Spearman correlation; None where it is not defined."""
-    if len(one) < 3 or not np.ptp(one) > 0 or not np.ptp(other) > 0:
-        return None
-    return float(spearmanr(one, other).statistic)
 
 
 def _finds_errors(true: Futures, learned: Futures, warning: np.ndarray) -> float | None:
@@ -272,7 +338,7 @@ def _ceiling(mortality: np.ndarray) -> float | None:
     """Rank correlation of the true plans between two halves of the patients; None for too few."""
     if len(mortality) < 2:
         return None
-    return rank(mortality[::2].mean(0), mortality[1::2].mean(0))
+    return rank_correlation(mortality[::2].mean(0), mortality[1::2].mean(0))
 
 
 def choice(

@@ -1,8 +1,9 @@
-"""Rolling history of a patient: the window of rows that the models read."""
+"""Rolling history of a patient: the window of rows, or the memory of the stay, that models read."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,24 @@ from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.models.recurrent import row_inputs
+from worldmodel.models.recurrent_training import stay_row
 from worldmodel.models.windows import Sequences, Window, encode_action, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import Observation, ObservationHistory, recent
-from worldmodel.simulate.memory import StayMemory, stay_memory
+
+
+@struct.dataclass
+class StayMemory:
+    """What the recurrent variant knows of a stay besides the newest row; [B, ...]."""
+
+    inputs: jax.Array  # [B, R, F] of the rows before the newest, oldest first
+    valid: jax.Array  # [B, R] bool, the row exists
+    value: jax.Array  # [B, 39] last measured values, z-scores
+    age: jax.Array  # [B, 39] rows since then, infinite before the first
+    measured: jax.Array  # [B, 39] bool, in the newest row
+    before: jax.Array  # [B, 8] code of the treatment before
+    sums: jax.Array  # [B, 30] decayed sums of the doses before
 
 
 @struct.dataclass
@@ -300,3 +315,47 @@ def _observed_memory(
     )
     result: StayMemory = jax.tree.map(lambda leaf: leaf[0], memory)
     return result
+
+
+@partial(jax.jit, static_argnames="dose_edges")
+def stay_memory(
+    dose_edges: schema.DoseEdges,
+    *,
+    obs: jax.Array,
+    measured: jax.Array,
+    ventilated: jax.Array,
+    static: jax.Array,
+    action: jax.Array,
+    step: jax.Array,
+    newest: jax.Array,
+) -> StayMemory:
+    """The memory of B stays; works on traced values.
+
+    Args:
+      dose_edges: what the levels stand for.
+      obs, measured: [B, T, 39] z-scores and what was recorded.
+      ventilated: [B, T] bool.
+      static: [B, 3] scaled.
+      action: [B, T] joint action 0-24; -1 where there was no row.
+      step: [B, T] int32 number of the row, below 0 where there was none.
+      newest: [B] int32 index of the newest row, about to be treated.
+    """
+    rows = stay_row(obs, measured, ventilated, static, action, dose_edges, step)
+    index = jnp.arange(obs.shape[1])
+    known = (index <= newest[:, None]) & (step >= 0)
+    last = jnp.where(measured & known[..., None], index[:, None], -1).max(1)  # [B, 39]
+    age = jnp.where(last >= 0, newest[:, None] - last, jnp.inf)
+
+    def at_newest(leaf: jax.Array) -> jax.Array:
+        return leaf[jnp.arange(leaf.shape[0]), newest]
+
+    value = jnp.take_along_axis(obs, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+    return StayMemory(
+        inputs=row_inputs(rows),
+        valid=known & (index < newest[:, None]),
+        value=jnp.where(last >= 0, value, at_newest(obs)),
+        age=age.astype(jnp.float32),
+        measured=at_newest(measured),
+        before=at_newest(rows.before),
+        sums=at_newest(rows.sums),
+    )

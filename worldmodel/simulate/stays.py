@@ -42,8 +42,7 @@ from worldmodel.models.recurrent import (
 )
 from worldmodel.models.recurrent_training import held_rows
 from worldmodel.models.world_model import Models, WorldModel
-from worldmodel.simulate.history import History
-from worldmodel.simulate.memory import StayMemory
+from worldmodel.simulate.history import History, StayMemory
 from worldmodel.simulate.step import NextRow, StepOutputs, project, score_moved
 
 FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
