@@ -80,6 +80,7 @@ def demo(
     print_table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(summary))
     if "futures" in summary:
         world_model.show_futures(summary["futures"], summary["plans"])
+    console.print(f"audit: {summary['audit']}")
     console.print(f"{summary['branch_steps_per_second']:,.0f} branch-steps per second")
     console.print(f"report: {out / 'report.html'}")
     if json:
@@ -87,6 +88,11 @@ def demo(
 
 
 app.add_typer(cohort.app, name="cohort")
+app.command(
+    "audit",
+    epilog="Example: sepsis-jax audit --episodes runs/synthetic --model runs/model "
+    "--out runs/audit",
+)(cohort.audit)
 app.add_typer(world_model.app, name="world-model")
 app.add_typer(policy.app, name="policy")
 app.add_typer(agent.app, name="agent")

@@ -1,4 +1,4 @@
-"""`sepsis-jax cohort`: episodes from records, or from the synthetic world."""
+"""`sepsis-jax cohort` and `sepsis-jax audit`: episodes are made, and checked for leakage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.console import Config, Json, Out, Seed, console, phases, print_json, print_table
+from sepsis_jax.console import (
+    DISCLAIMER,
+    Config,
+    Episodes,
+    Json,
+    Out,
+    Seed,
+    console,
+    phases,
+    print_json,
+    print_table,
+)
 
 app = typer.Typer(
     help="Make episodes from MIMIC-IV or from the synthetic world.", no_args_is_help=True
@@ -84,3 +95,49 @@ def synthetic(
     console.print(f"written to {out}")
     if json:
         print_json({"out": str(out), **summary})
+
+
+def audit(
+    episodes: Episodes,
+    out: Out,
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="World model to check by simulation as well."),
+    ] = None,
+    config: Config = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="How the model is checked, as NAME=VALUE: split, step, samples, stays."
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with status 1 if a check fails.")
+    ] = False,
+    seed: Seed = 0,
+    json: Json = False,
+) -> None:
+    """Check episodes for leakage of treatments and outcomes, and a world model by simulation."""
+    from dataclasses import replace
+
+    from sepsis_jax.pipelines.audit import AuditConfig, run_audit
+    from sepsis_jax.pipelines.verdicts import (
+        AUDIT_COLUMNS,
+        FAIL,
+        check_rows,
+        summary_line,
+        table_rows,
+    )
+    from worldmodel.configuration import resolve_config
+
+    options = resolve_config(AuditConfig, config, setting, source="--set")
+    options = replace(options, seed=seed) if seed else options
+    with phases("audit") as progress:
+        checks = run_audit(episodes, out, model=model, config=options, progress=progress)
+    print_table("Audit", AUDIT_COLUMNS, table_rows(checks))
+    console.print(f"{summary_line(checks)}.")
+    console.print(f"{out / 'report.html'}, audit.csv, .json.  {DISCLAIMER}")
+    if json:
+        print_json({"out": str(out), "checks": check_rows(checks)})
+    if strict and any(check.verdict == FAIL for check in checks):
+        raise typer.Exit(1)

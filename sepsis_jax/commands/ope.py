@@ -105,9 +105,11 @@ def evaluate(
     for row in rows:
         if row["estimator"] == "wis" and not row["trust"]:
             console.print(f"{row['policy']}: do not trust: {row['reason']}")
+    console.print(f"audit of the episodes: {table.attrs['audit']}")
     console.print(f"{out / 'report.html'}, estimates.csv, .json, .tex.  {DISCLAIMER}")
     if json:
-        print_json({"out": str(out), "stays": table.attrs["stays"], "rows": rows})
+        print_json({"out": str(out), "stays": table.attrs["stays"], "rows": rows,
+                    "audit": table.attrs["audit"]})  # fmt: skip
 
 
 @app.command(

@@ -14,7 +14,9 @@ import pandas as pd
 from sepsis_jax.pipelines import world_model
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
+from sepsis_jax.pipelines.leakage import audit_episodes
 from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
+from sepsis_jax.pipelines.verdicts import check_rows, section, summary_line
 from sepsis_jax.report.figures import training_figure
 from sepsis_jax.report.html import (
     OUTCOME_COLUMNS,
@@ -27,7 +29,7 @@ from sepsis_jax.report.html import (
 )
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
+from worldmodel.episode_files import load_dose_edges, load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
@@ -77,6 +79,8 @@ def run_demo(
     cohort_section = _make_cohort(out / "cohort", data, patients, seed)
     say("2/5 world model")
     episodes = load_episodes(out / "cohort")
+    edges = load_dose_edges(out / "cohort")
+    checks = audit_episodes(episodes, dose_edges=edges, seed=seed).checks
     trained = world_model.train(
         out / "cohort",
         out / "model",
@@ -93,10 +97,12 @@ def run_demo(
     )  # fmt: skip
     say("4/5 speed")
     speed = rollout_speed(trained.world_model, test, stay)
-    sections = [cohort_section, _model_section(trained.metrics, out)]
+    sections = [cohort_section, section(checks), _model_section(trained.metrics, out)]
     sections.append(_futures_section(outcomes, stay, samples, speed, out))
     summary: JsonDict = {
         "stays": episodes.num_stays,
+        "audit": summary_line(checks),
+        "checks": check_rows(checks),
         **world_model.summary(trained.metrics),
         "branch_steps_per_second": speed,
     }

@@ -18,16 +18,19 @@ from policy.clinician import BehaviorFit, fit_behavior
 from policy.registry import CLINICIAN
 from sepsis_jax.ope import policies
 from sepsis_jax.pipelines.episodes import of_split
+from sepsis_jax.pipelines.leakage import audit_episodes
 from sepsis_jax.pipelines.ope_estimates import (
     OPEOptions,
     OPEResult,
     estimate_policies,
     ope_keys,
 )
+from sepsis_jax.pipelines.verdicts import Check, check_rows, section, summary_line
 from sepsis_jax.report.html import write_page
 from sepsis_jax.report.ope import latex, records, sections
 from sepsis_jax.runs import Progress, provenance, silent
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel import schema
+from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
@@ -51,7 +54,7 @@ def evaluate_policies(
     Args:
       episodes_path: folder of episodes.
       out: folder to write: estimates.csv/.json/.tex, confounding.csv, robustness.csv,
-        ess_by_step.csv, behavior.csv where fitted, report.html, manifest.json.
+        ess_by_step.csv, audit.csv, behavior.csv where fitted, report.html, manifest.json.
       policy: NAME=FILE with a table of probabilities, NAME=FOLDER with a trained policy, or a
         built-in name.
       behavior: "recorded", a model of `policy.clinician`, or a table of probabilities.
@@ -60,7 +63,8 @@ def evaluate_policies(
       progress: called with (phase, share done).
 
     Returns:
-      The table of `sepsis_jax.ope.evaluate`, with rows "world_model" where one is given.
+      The table of `sepsis_jax.ope.evaluate`, with rows "world_model" where one is given; its
+      attribute "audit" says in one line what the audit of the episodes found.
     """
     options = options or OPEOptions()
     keys = ope_keys(options.seed)
@@ -81,6 +85,14 @@ def evaluate_policies(
         episodes, probs, runnable, keys=keys, options=options, behavior_probs=full,
         world_model=world_model, progress=progress,
     )  # fmt: skip
+    progress("audit", 0.85)
+    checks = audit_episodes(
+        all_stays,
+        dose_edges=load_dose_edges(episodes_path),
+        step_hours=load_manifest(episodes_path).get("step_hours", schema.STEP_HOURS),
+        seed=options.seed,
+    ).checks
+    result.table.attrs["audit"] = summary_line(checks)
     progress("writing", 0.9)
     manifest = provenance(
         episodes={"path": str(episodes_path),
@@ -90,7 +102,7 @@ def evaluate_policies(
         fqe_gap=result.table.attrs["fqe_gap"], behavior=behavior,
         behavior_report=fits[0].report if fits else None,
     )  # fmt: skip
-    _write(Path(out), result, fits, manifest)
+    _write(Path(out), result, fits, checks, manifest)
     progress("done", 1.0)
     return result.table
 
@@ -136,7 +148,11 @@ def _policies(
 
 
 def _write(
-    out: Path, result: OPEResult, fits: list[BehaviorFit], manifest: Mapping[str, object]
+    out: Path,
+    result: OPEResult,
+    fits: list[BehaviorFit],
+    checks: Sequence[Check],
+    manifest: Mapping[str, object],
 ) -> None:
     table = result.table
     tables = {"estimates": table, "confounding": result.confounding}
@@ -153,4 +169,6 @@ def _write(
         write_json(folder / "estimates.json", {"rows": records(table), **attrs})
         (folder / "estimates.tex").write_text(latex(table))
         write_json(folder / "manifest.json", manifest)
-        write_page(folder / "report.html", "Off-policy evaluation", sections(tables))
+        pd.DataFrame(check_rows(checks)).to_csv(folder / "audit.csv", index=False)
+        parts = [*sections(tables), section(checks)]
+        write_page(folder / "report.html", "Off-policy evaluation", parts)
