@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -181,20 +180,24 @@ def _unmeasured_end(host: Episodes) -> Check:
 # Values that are computed from others
 
 
+@jax.jit
+def _score(
+    dynamic: jax.Array, ventilated: jax.Array, urine_24h: jax.Array, dose: jax.Array
+) -> jax.Array:
+    """[N, T] SOFA."""
+    score = sofa.standard(
+        dynamic, ventilated=ventilated, vasopressor_dose=dose, urine_24h=urine_24h
+    )
+    return score.total
+
+
 def _sofa(host: Episodes, record: _Record) -> Check:
     """Recomputes SOFA with the dose of the row and with that of the row before."""
     name = "vasopressor of its own row in SOFA"
     dose = np.asarray(host.vasopressor_dose)
     before = np.concatenate([np.zeros_like(dose[:, :1]), dose[:, :-1]], axis=1)
-    own, earlier = (
-        np.asarray(
-            sofa.standard(
-                host.dynamic, ventilated=host.ventilated, vasopressor_dose=jnp.asarray(given),
-                urine_24h=host.urine_24h,
-            ).total, np.float64,
-        )
-        for given in (dose, before)
-    )  # fmt: skip
+    rows = (host.dynamic, host.ventilated, host.urine_24h)
+    own, earlier = (np.asarray(_score(*rows, given), np.float64) for given in (dose, before))
     stay, row = record.rows()
     gap = (own - earlier)[stay, row]
     rest = (np.asarray(host.sofa) - earlier)[stay, row]

@@ -284,6 +284,8 @@ def predicted_auroc(
     score = np.zeros(len(event))
     for number in range(_FOLDS):
         rest = fold == number
+        if event[~rest].sum() in (0, (~rest).sum()):
+            return None
         score[rest] = _additive(inputs[~rest], event[~rest], inputs[rest])
     area, influence = auroc(score, event)
     return Estimate(area, spread(influence, patient))
