@@ -318,7 +318,11 @@ def outcome_table(simulated: Simulated, recorded: Recorded) -> pd.DataFrame:
     chance = simulated.mortality
     found = {
         "mortality": compare_means(
-            recorded.died.astype(np.float64), chance, chance * (1 - chance), groups
+            recorded.died.astype(np.float64),
+            chance,
+            chance * (1 - chance),
+            groups,
+            intervals=len(groups),
         )
     }
     if simulated.alive is not None:
@@ -327,12 +331,13 @@ def outcome_table(simulated: Simulated, recorded: Recorded) -> pd.DataFrame:
         mean = going_on.sum(1)
         square = ((2 * steps - 1) * going_on).sum(1)  # E[L^2] = sum of (2 h - 1) P(L >= h)
         stayed = np.minimum(recorded.steps, steps[-1]).astype(np.float64)
-        found["steps"] = compare_means(stayed, mean, square - mean**2, groups)
+        both = len(groups) + len(STEPS)
+        found["steps"] = compare_means(stayed, mean, square - mean**2, groups, intervals=both)
         for h in STEPS:
             chance, there = going_on[:, h - 1], (recorded.steps >= h).astype(np.float64)
             variance = chance * (1 - chance)
             found[f"share still there after {h} steps"] = compare_means(
-                there, chance, variance, everyone
+                there, chance, variance, everyone, intervals=both
             )
     tables = [table.assign(outcome=outcome) for outcome, table in found.items()]
     return pd.concat(tables, ignore_index=True)

@@ -203,19 +203,22 @@ def compare_means(
     predicted: Float[np.ndarray, " P"],
     variance: Float[np.ndarray, " P"],
     groups: Mapping[str, np.ndarray],
+    *,
+    intervals: int,
 ) -> pd.DataFrame:
     """Observed means of groups beside intervals of what was predicted.
 
-    The intervals of a true model hold all observed means in 95% of data sets (Bonferroni).
+    All intervals of a true model hold the observed means in 95% of data sets (Bonferroni).
 
     Args:
       observed, predicted, variance: [P] of each patient; the variance is that of the outcome.
       groups: masks [P] by name.
+      intervals: that are looked at together, here and elsewhere.
 
     Returns:
       Columns group, stays, observed, predicted, low, high, inside.
     """
-    sure = norm.ppf(1 - _RISK / 2 / max(len(groups), 1))
+    sure = norm.ppf(1 - _RISK / 2 / max(intervals, 1))
     lines = []
     for name, mask in groups.items():
         count, found, middle = int(mask.sum()), observed[mask].mean(), predicted[mask].mean()

@@ -20,6 +20,7 @@ from worldmodel.models.world_model import init_world_model
 
 COMMANDS = (
     ("demo",),
+    ("audit",),
     ("simulate",),
     ("cohort", "synthetic"),
     ("cohort", "mimic-iv"),

@@ -231,10 +231,10 @@ def test_intervals_of_a_true_model_hold_the_means(random):
         chance = random.uniform(0.1, 0.9, 200)
         happened = (random.random(200) < chance).astype(float)
         groups = {"all": np.ones(200, bool), "half": np.arange(200) < 100}
-        table = compare_means(happened, chance, chance * (1 - chance), groups)
+        table = compare_means(happened, chance, chance * (1 - chance), groups, intervals=2)
         inside.append(table["inside"].all())
     assert 0.92 < np.mean(inside) <= 1.0
-    wrong = compare_means(happened, 0.8 * chance, chance * (1 - chance), groups)
+    wrong = compare_means(happened, 0.8 * chance, chance * (1 - chance), groups, intervals=2)
     assert not wrong["inside"].all()
 
 
