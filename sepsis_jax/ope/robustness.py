@@ -95,6 +95,30 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
     }
 
 
+def groups_at(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
+    """[N] masks by name, of what is known in the row `step`, which all stays reach."""
+    age, male, charlson = np.asarray(episodes.static).T
+    score = np.asarray(episodes.sofa)[:, 0]
+    low = np.asarray(episodes.dynamic)[:, step, schema.INDEX["meanbp"]] < MAP_TARGET
+    before = np.asarray(episodes.vasopressor)[:, :step]
+    shock = low | (before[:, -1:] > 0).any(1)
+    burden = float(np.median(charlson))
+    return {
+        "all": np.ones(len(age), bool),
+        "age < 65": age < 65,
+        "age >= 65": age >= 65,
+        "female": male == 0,
+        "male": male == 1,
+        f"Charlson index <= {burden:g}": charlson <= burden,
+        f"Charlson index > {burden:g}": charlson > burden,
+        "SOFA at admission < 6": score < 6,
+        "SOFA at admission 6 to 9": (score >= 6) & (score < 10),
+        "SOFA at admission >= 10": score >= 10,
+        "shock": shock,
+        "no shock": ~shock,
+    }
+
+
 def evaluate_groups(
     data: OPEData,
     target_probs: Mapping[str, jax.Array | np.ndarray],

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.robustness import SMALLEST
+from sepsis_jax.ope.robustness import SMALLEST, groups_at
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.leakage import audit_episodes
 from sepsis_jax.pipelines.verdicts import (
@@ -45,7 +45,6 @@ from worldmodel.models.windows import measured_entries, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import CHART_FEATURES, rollout
-from worldmodel.simulate.statistics import MAP_TARGET
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 
 MARKER = "audit.csv"
@@ -156,11 +155,11 @@ def audit_model(
     """All checks of a world model on the stays of one split, and the tables behind them.
 
     Raises:
-      InputError: no stay is recorded beyond the row.
+      InputError: no stay reaches the row.
     """
-    usable = np.flatnonzero(np.asarray(episodes.length) > config.step + 1)
+    usable = np.flatnonzero(np.asarray(episodes.length) > config.step)
     if not len(usable):
-        raise InputError(f"step: no stay of the split is recorded beyond row {config.step}")
+        raise InputError(f"step: no stay of the split reaches row {config.step}")
     random = np.random.default_rng(config.seed)
     if len(usable) > config.stays:
         usable = np.sort(random.choice(usable, config.stays, replace=False))
@@ -179,7 +178,7 @@ def recorded_futures(episodes: Episodes, step: int, *, all_entries: bool) -> Rec
     """What was recorded of P stays after the row `step`.
 
     Args:
-      episodes: the stays, which have a row after it.
+      episodes: the stays, which reach it.
       step: the row.
       all_entries: compare values that were held or filled, too, as a recurrent model makes them.
     """
@@ -196,32 +195,8 @@ def recorded_futures(episodes: Episodes, step: int, *, all_entries: bool) -> Rec
         known[name] = there & (measured[..., column] | all_entries)
     values["sofa"], known["sofa"] = np.asarray(episodes.sofa)[:, rows], there
     return Recorded(
-        values, known, length - 1 - step, np.asarray(episodes.died_90d), _groups(episodes, step)
+        values, known, length - 1 - step, np.asarray(episodes.died_90d), groups_at(episodes, step)
     )
-
-
-def _groups(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
-    """[P] masks of what is known in the row from which futures start."""
-    age, male, charlson = np.asarray(episodes.static).T
-    score = np.asarray(episodes.sofa)[:, 0]
-    low = np.asarray(episodes.dynamic)[:, step, schema.INDEX["meanbp"]] < MAP_TARGET
-    before = np.asarray(episodes.vasopressor)[:, :step]
-    shock = low | (before[:, -1:] > 0).any(1)
-    burden = float(np.median(charlson))
-    return {
-        "all": np.ones(len(age), bool),
-        "age < 65": age < 65,
-        "age >= 65": age >= 65,
-        "female": male == 0,
-        "male": male == 1,
-        f"Charlson index <= {burden:g}": charlson <= burden,
-        f"Charlson index > {burden:g}": charlson > burden,
-        "SOFA at admission < 6": score < 6,
-        "SOFA at admission 6 to 9": (score >= 6) & (score < 10),
-        "SOFA at admission >= 10": score >= 10,
-        "shock": shock,
-        "no shock": ~shock,
-    }
 
 
 def simulate_clinician(
@@ -339,8 +314,8 @@ def outcome_table(simulated: Simulated, recorded: Recorded) -> pd.DataFrame:
             found[f"share still there after {h} steps"] = compare_means(
                 there, chance, variance, everyone, intervals=both
             )
-    tables = [table.assign(outcome=outcome) for outcome, table in found.items()]
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat(found, names=["outcome"]).reset_index(level=0)
+    return table.reset_index(drop=True)
 
 
 def check_outcomes(table: pd.DataFrame) -> list[Check]:
