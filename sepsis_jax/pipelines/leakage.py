@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from sepsis_jax.pipelines.verdicts import (
     LEAST_EVENTS,
@@ -76,7 +77,15 @@ def audit_episodes(
       step_hours: length of a step in hours.
       seed: of the choice of stays, and of the order of permuted rows.
     """
-    host = jax.tree.map(np.asarray, episodes)
+    # The matrices are small: a second thread gains nothing, and where cores are shared its waiting
+    # costs more than the work.
+    with threadpool_limits(1, "blas"):
+        return _audit(jax.tree.map(np.asarray, episodes), dose_edges, step_hours, seed)
+
+
+def _audit(
+    host: Episodes, dose_edges: schema.DoseEdges, step_hours: float, seed: int
+) -> EpisodesAudit:
     random = np.random.default_rng(seed)
     checks = [_splits(host), _twice(host), _after_the_end(host), _levels(host, dose_edges)]
     checks.append(_unmeasured_end(host))
