@@ -23,7 +23,7 @@ class ClinicianParams:
     vasopressor_target: float = 68.0  # mmHg
     vasopressor_wean: float = 0.035  # levels per mmHg of MAP above the target
     vasopressor_lactate: float = 0.06  # levels per mmol/L above 2
-    vasopressor_reluctance: float = 3.0  # logit for staying without, if without
+    vasopressor_reluctance: float = 2.4  # logit more for staying without, if without
     vasopressor_hold: float = 1.0  # logit for the level before
     vasopressor_start: float = 0.16  # of that logit lost per mmHg of MAP below 67
     fluid_width: float = 1.05

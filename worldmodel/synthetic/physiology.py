@@ -152,9 +152,7 @@ def advance(
     )
 
 
-def _settle(
-    latent: Latent, vasopressor: jax.Array, traits: Traits, p: PhysiologyParams
-) -> Latent:
+def _settle(latent: Latent, vasopressor: jax.Array, traits: Traits, p: PhysiologyParams) -> Latent:
     """Pressure, output, perfusion, gas exchange and urine under a dose: fast variables."""
     ph = blood_ph(latent.bicarbonate, latent.paco2)
     response = traits.sensitivity * (1.0 - p.acidosis_loss * jnp.clip(p.acidosis_ph - ph, 0.0, 0.4))
