@@ -15,7 +15,13 @@ from worldmodel.synthetic.clinician import (
     random_policy,
     titration,
 )
-from worldmodel.synthetic.generate import Truth, generate, marginals
+from worldmodel.synthetic.generate import (
+    Truth,
+    generate,
+    marginals,
+    recorded_statistics,
+    stay_statistics,
+)
 from worldmodel.synthetic.noise import patient_key, patient_keys
 from worldmodel.synthetic.simulate import FOLLOW_POLICY
 from worldmodel.synthetic.truth import (
@@ -47,7 +53,9 @@ __all__ = [
     "patient_key",
     "patient_keys",
     "random_policy",
+    "recorded_statistics",
     "reset",
+    "stay_statistics",
     "step",
     "titration",
     "true_action_effects",

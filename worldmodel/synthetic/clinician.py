@@ -19,20 +19,22 @@ class ClinicianParams:
     floor: float = 0.002  # least probability of any action
     vasopressor_width: float = 0.7  # levels
     vasopressor_inertia: float = 0.97  # share of the level before that is kept
-    vasopressor_map: float = 0.055  # levels per mmHg of MAP below the target
+    vasopressor_map: float = 0.06  # levels per mmHg of MAP below the target
     vasopressor_target: float = 68.0  # mmHg
-    vasopressor_wean: float = 0.018  # levels per mmHg of MAP above the target
+    vasopressor_wean: float = 0.035  # levels per mmHg of MAP above the target
     vasopressor_lactate: float = 0.06  # levels per mmol/L above 2
-    vasopressor_reluctance: float = 3.0  # logit for staying without, if without
+    vasopressor_reluctance: float = 2.4  # logit more for staying without, if without
+    vasopressor_hold: float = 1.0  # logit for the level before
     vasopressor_start: float = 0.16  # of that logit lost per mmHg of MAP below 67
     fluid_width: float = 1.05
-    fluid_base: float = 0.9
+    fluid_base: float = 1.5
     fluid_inertia: float = 0.5
-    fluid_early: float = 1.5  # at admission, fading over `fluid_fade` steps
-    fluid_fade: float = 3.0
-    fluid_hypotension: float = 0.9  # at MAP far below 66
-    fluid_lactate: float = 0.18  # per mmol/L above 2, up to 4
-    fluid_oliguria: float = 0.5  # at no urine
+    fluid_hold: float = 1.1  # logit for the level before
+    fluid_early: float = 0.6  # at admission, fading over `fluid_fade` steps
+    fluid_fade: float = 4.0
+    fluid_hypotension: float = 0.15  # at MAP far below 66
+    fluid_lactate: float = 0.12  # per mmol/L above 2, up to 4
+    fluid_oliguria: float = 0.2  # at no urine
     fluid_hypoxaemia: float = -0.4  # at a P/F far below 180
     confounding: float = 0.0  # levels wanted more per SD of the unrecorded frailty
 
@@ -60,8 +62,10 @@ def probabilities(
     reluctance = p.vasopressor_reluctance - p.vasopressor_start * jnp.clip(
         67.0 - pressure, 0.0, 30.0
     )
-    stay = jnp.where(observation.vasopressor == 0, jnp.maximum(reluctance, 0.0), 0.0)
-    vasopressor = _softmax(wanted, p.vasopressor_width, stay)
+    hold = p.vasopressor_hold + jnp.where(
+        observation.vasopressor == 0, jnp.maximum(reluctance, 0.0), 0.0
+    )
+    vasopressor = _softmax(wanted, p.vasopressor_width, observation.vasopressor, hold)
 
     oxygen = (
         observation.dynamic[schema.INDEX["pao2"]]
@@ -79,15 +83,18 @@ def probabilities(
         + p.fluid_hypoxaemia * jax.nn.sigmoid((180.0 - oxygen) / 30.0)
         + hidden
     )
-    fluid = _softmax(wanted, p.fluid_width, jnp.zeros(()))
+    hold = jnp.where(observation.step > 0, p.fluid_hold, 0.0)
+    fluid = _softmax(wanted, p.fluid_width, observation.fluid, hold)
     joint = jnp.outer(vasopressor, fluid).reshape(schema.NUM_ACTIONS)
     return (1.0 - schema.NUM_ACTIONS * p.floor) * joint + p.floor
 
 
-def _softmax(wanted: jax.Array, width: float, stay: jax.Array) -> jax.Array:
-    """[5] probabilities of the levels; `stay` is added to the logit of level 0."""
-    logits = [-((level - wanted) ** 2) / (2.0 * width**2) for level in _LEVELS]
-    logits[0] += stay
+def _softmax(wanted: jax.Array, width: float, before: jax.Array, hold: jax.Array) -> jax.Array:
+    """[5] probabilities of the levels; `hold` is added to the logit of the level before."""
+    logits = [
+        jnp.where(before == level, hold, 0.0) - (level - wanted) ** 2 / (2.0 * width**2)
+        for level in _LEVELS
+    ]
     return jax.nn.softmax(jnp.stack(logits))
 
 

@@ -1,4 +1,4 @@
-"""Episodes from the synthetic world with the truth behind them, and their marginals."""
+"""Episodes from the synthetic world with the truth behind them, and statistics of episodes."""
 
 from __future__ import annotations
 
@@ -183,3 +183,59 @@ def marginals(episodes: Episodes) -> pd.DataFrame:
         },
         index=list(schema.FEATURE_NAMES),
     )
+
+
+def recorded_statistics(episodes: Episodes) -> pd.DataFrame:
+    """One row per feature over what was recorded, of any episodes, in schema units.
+
+    Columns: `measured` (share of rows recorded), `mean`, `std`, `low` and `high` (1% and 99%
+    quantiles), `autocorrelation` (correlation of the values of two rows in a row, over all stays
+    together). NaN where fewer than three values or pairs were recorded.
+    """
+    valid = np.asarray(episodes.valid)
+    rows = np.asarray(episodes.dynamic, np.float64)
+    measured = np.asarray(episodes.measured) & valid[..., None]
+    measured = np.concatenate([measured, valid[..., None]], axis=-1)
+    pairs = measured[:, 1:] & measured[:, :-1]
+    table: dict[str, list[float]] = {}
+    for i, name in enumerate(schema.FEATURE_NAMES):
+        values, pair = rows[..., i][measured[..., i]], pairs[..., i]
+        table[name] = [
+            len(values) / valid.sum(),
+            *([values.mean(), values.std()] if len(values) > 2 else [np.nan] * 2),
+            *(np.quantile(values, (0.01, 0.99)) if len(values) > 2 else [np.nan] * 2),
+            _correlation(rows[:, :-1, i][pair], rows[:, 1:, i][pair]),
+        ]
+    columns = ["measured", "mean", "std", "low", "high", "autocorrelation"]
+    return pd.DataFrame.from_dict(table, orient="index", columns=columns)
+
+
+def stay_statistics(episodes: Episodes, *, horizon: int = Config.horizon) -> dict[str, float]:
+    """How stays of any episodes pass: shares and correlations, by name.
+
+    `unchanged` are shares of steps after which a value is the same; `fluid_meanbp` and
+    `vasopressor_meanbp` correlate the level given in a row with the MAP of that row; `full` is
+    the share of stays with at least `horizon` rows.
+    """
+    valid, sofa = np.asarray(episodes.valid), np.asarray(episodes.sofa)
+    levels = {"fluid": np.asarray(episodes.fluid), "vasopressor": np.asarray(episodes.vasopressor)}
+    pressure = np.asarray(episodes.dynamic, np.float64)[..., schema.INDEX["meanbp"]][valid]
+    unchanged = {
+        f"{name}_unchanged": float((value[:, 1:] == value[:, :-1])[valid[:, 1:]].mean())
+        for name, value in {"sofa": sofa, **levels}.items()
+    }
+    length = np.asarray(episodes.length)
+    return {
+        **unchanged,
+        **{f"{k}_meanbp": _correlation(v[valid], pressure) for k, v in levels.items()},
+        "full": float((length >= horizon).mean()),
+        "length": float(length.mean()),
+        "sofa": float(sofa[valid].mean()),
+        "died_90d": float(np.asarray(episodes.died_90d).mean()),
+    }
+
+
+def _correlation(left: np.ndarray, right: np.ndarray) -> float:
+    if len(left) < 3 or not (left.std() and right.std()):
+        return float("nan")
+    return float(np.corrcoef(left, right)[0, 1])

@@ -102,7 +102,7 @@ class PhysiologyParams:
     # Infection and inflammation (dimensionless, 0 to about 1.2).
     growth: float = 0.14  # pathogen growth rate before antibiotics
     host_kill: float = 0.10  # rate at full host response
-    antibiotic_kill: float = 0.24  # rate once antibiotics act
+    antibiotic_kill: float = 0.205  # rate once antibiotics act
     pathogen_noise: float = 0.10  # log
     inflammation_rate: float = 0.22  # approach to the level the pathogen drives
     inflammation_half: float = 0.70  # pathogen at half of the full inflammation
@@ -112,7 +112,7 @@ class PhysiologyParams:
     # Vascular tone: 1 is healthy.
     vasoplegia: float = 0.53  # tone lost at full inflammation
     vasoplegia_rate: float = 0.45
-    tone_noise: float = 0.07  # stationary SD of a slow fluctuation of tone
+    tone_noise: float = 0.06  # stationary SD of a slow fluctuation of tone
     tone_memory: float = 0.70
     vasopressor_max: float = 0.60  # tone gained at infinite dose, Emax model
     vasopressor_half: float = 0.20  # mcg/kg/min, dose of half the gain
@@ -122,25 +122,25 @@ class PhysiologyParams:
     leak_base: float = 0.22  # share of infused fluid leaving the vessels within the step
     leak_inflammation: float = 0.50
     leak_loss: float = 0.05  # litres lost to the tissue at full inflammation without infusion
-    volume_return: float = 0.12  # share of a deficit or excess made up (maintenance, diuresis)
+    volume_return: float = 0.18  # share of a deficit or excess made up (maintenance, diuresis)
     volume_noise: float = 0.08  # litres
     edema_clear: float = 0.05
     edema_inflow: float = 0.10  # litres entering the tissue per litre of excess volume
     # Heart: output relative to normal, Frank-Starling with saturation.
-    preload_slope: float = 0.55  # relative preload per litre
+    preload_slope: float = 0.48  # relative preload per litre
     preload_half: float = 0.55
     heart_depression: float = 0.30  # output lost at full inflammation and hypoperfusion
     heart_rate_step: float = 0.25  # approach of depression to its target
     heart_noise: float = 0.025
     afterload: float = 0.55  # output lost per unit of tone above 1
-    pressure_gain: float = 0.85  # exponent of output x tone in MAP: baroreflex
+    pressure_gain: float = 0.80  # exponent of output x tone in MAP: baroreflex
     rate_base: float = 72.0  # heart rate, /min
     rate_inflammation: float = 24.0  # /min at full inflammation
     rate_deficit: float = 32.0  # /min per unit of lacking preload
     rate_vasopressor: float = 14.0  # /min at the highest doses (beta effect)
     rate_hypotension: float = 12.0  # /min at MAP far below 65
     # Perfusion.
-    critical_map: float = 56.0  # mmHg at half of the flow
+    critical_map: float = 58.0  # mmHg at half of the flow
     critical_shift: float = 0.20  # mmHg per mmHg of habitual pressure above 85
     critical_slope: float = 4.5  # mmHg
     flow_half: float = 0.35  # relative output at which delivery saturates
@@ -149,9 +149,9 @@ class PhysiologyParams:
     ischaemia_pressure: float = 0.030  # per mmHg above 82 under a vasopressor
     # Lactate, mmol/L.
     lactate_rate: float = 0.50
-    lactate_base: float = 0.5
-    lactate_hypoperfusion: float = 5.0
-    lactate_inflammation: float = 0.8
+    lactate_base: float = 0.3
+    lactate_hypoperfusion: float = 6.0
+    lactate_inflammation: float = 0.45
     lactate_ischaemia: float = 2.0
     lactate_liver: float = 1.2
     lactate_noise: float = 0.07  # log
@@ -174,7 +174,7 @@ class PhysiologyParams:
     brain_rate: float = 0.25
     brain_inflammation: float = 0.34
     brain_hypoperfusion: float = 0.85
-    brain_noise: float = 0.05
+    brain_noise: float = 0.03
     # Acid-base and gas exchange.
     bicarbonate_base: float = 25.6  # mmol/L
     bicarbonate_chronic: float = 0.38  # mmol/L per mmHg of chronic hypercapnia
@@ -185,17 +185,18 @@ class PhysiologyParams:
     bicarbonate_noise: float = 1.3
     co2_compensation: float = 0.75  # mmHg per mmol/L of metabolic acidosis (1.2 if awake)
     co2_lung: float = 9.0  # mmHg at full lung injury
-    co2_memory: float = 0.6
+    co2_memory: float = 0.75
     co2_noise: float = 5.0  # mmHg
     pf_healthy: float = 500.0  # mmHg
     pf_loss: float = 1.75  # log of P/F lost at full lung injury
     # Urine, mL.
-    urine_base: float = 360.0
+    urine_base: float = 325.0
     urine_pressure: float = 62.0  # mmHg at half of the flow
     urine_slope: float = 6.0  # mmHg
     urine_kidney: float = 0.88  # share lost at full kidney injury
     urine_volume: float = 0.30  # relative per litre
-    urine_noise: float = 0.45  # log
+    urine_noise: float = 0.50  # stationary SD of a slow fluctuation, log
+    urine_memory: float = 0.85
     slow: SlowParams = struct.field(default_factory=SlowParams)
 
 
@@ -219,6 +220,7 @@ class Latent:
     bicarbonate: jax.Array  # mmol/L
     co2_drift: jax.Array  # mmHg
     paco2: jax.Array  # mmHg
+    urine_drift: jax.Array  # log
     slow: jax.Array  # [19] laboratory values and temperature, logs where skewed
     map: jax.Array  # mmHg
     output: jax.Array  # relative cardiac output

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from worldmodel import keys
+from worldmodel import keys, schema
 from worldmodel.synthetic.noise import NUM_SLOW, SLOW_NAMES, draw_normals
 
 # name: (set-point, spread between patients, extra per SD beyond the first: a tail of chronic or
@@ -15,8 +15,8 @@ from worldmodel.synthetic.noise import NUM_SLOW, SLOW_NAMES, draw_normals
 _SETPOINTS: dict[str, tuple[float, float, float]] = {
     "temp_c": (36.75, 0.30, 0.0),
     "albumin": (3.15, 0.45, 0.0),
-    "alt": (2.95, 0.80, 1.45),
-    "ast": (3.25, 0.75, 1.35),
+    "alt": (2.80, 0.70, 2.05),
+    "ast": (3.15, 0.65, 1.70),
     "bilirubin_total": (-0.65, 0.75, 1.0),
     "bun": (2.82, 0.60, 0.2),
     "calcium_free": (1.15, 0.06, 0.0),
@@ -31,7 +31,7 @@ _SETPOINTS: dict[str, tuple[float, float, float]] = {
     "potassium": (3.96, 0.47, 0.0),
     "ptt": (3.38, 0.26, 0.45),
     "sodium": (138.7, 4.7, 0.0),
-    "wbc": (2.05, 0.38, 0.0),
+    "wbc": (1.96, 0.31, 0.50),
 }
 LOG_SLOW: tuple[str, ...] = (
     "alt", "ast", "bilirubin_total", "bun", "creatinine", "glucose", "inr", "platelet", "ptt",
@@ -53,11 +53,11 @@ class PatientParams:
     charlson_mean: float = 5.2  # points, published 5.3 (SD 3.0)
     charlson_std: float = 3.1  # points
     charlson_age_share: float = 0.55  # correlation with age, whose points it contains
-    baseline_map_mean: float = 92.0  # mmHg at normal tone, output and no drug
-    baseline_map_std: float = 9.0  # mmHg
-    baseline_map_age: float = 2.0  # mmHg per SD of age: hypertension
+    baseline_map_mean: float = 90.5  # mmHg at normal tone, output and no drug
+    baseline_map_std: float = 5.0  # mmHg
+    baseline_map_age: float = 1.5  # mmHg per SD of age: hypertension
     sensitivity_spread: float = 0.30  # log, vasopressor response
-    contractility_spread: float = 0.14  # log, cardiac reserve
+    contractility_spread: float = 0.07  # log, cardiac reserve
     contractility_charlson: float = -0.05  # log per SD of Charlson: heart disease
     leak_spread: float = 0.35  # log, capillary leak
     virulence_spread: float = 0.35  # log, pathogen growth
@@ -70,6 +70,9 @@ class PatientParams:
     setpoint_tail: jax.Array = struct.field(default_factory=lambda: _column(2))  # [19]
     liver_correlation: float = 0.85  # of the set-points of AST and ALT
     heart_rate_spread: float = 10.0  # /min, drugs, fitness, rhythm
+    lactate_spread: float = 0.30  # log, production and clearance
+    lactate_tail: float = 0.35  # log per SD beyond the first: poor clearance
+    urine_spread: float = 0.45  # log, habitual diuresis
     bicarbonate_spread: float = 2.6  # mmol/L, diuretics, chronic acidosis
     creatinine_charlson: float = 0.15  # log per SD of Charlson: chronic kidney disease
 
@@ -91,17 +94,21 @@ class Traits:
     heart_rate: jax.Array  # [] /min above usual
     bicarbonate: jax.Array  # [] mmol/L above usual
     setpoint: jax.Array  # [19] of the slow variables
+    lactate: jax.Array  # [] relative level
+    urine: jax.Array  # [] relative output
     start: jax.Array  # [12] standard normals that place the state at admission
+    offset: jax.Array  # [39] standard normals, lasting part of the recorded values' errors
 
 
-_NUM_TRAITS = 14
+_NUM_TRAITS = 16
 _NUM_START = 12
 _ALT, _AST = SLOW_NAMES.index("alt"), SLOW_NAMES.index("ast")
 
 
 def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
     """Traits of one patient from the patient's key."""
-    z = draw_normals(key, keys.TRAITS, _NUM_TRAITS + NUM_SLOW + _NUM_START)
+    count = _NUM_TRAITS + NUM_SLOW + _NUM_START
+    z = draw_normals(key, keys.TRAITS, count + schema.NUM_FEATURES)
     age = jnp.clip(params.age_mean + params.age_std * z[0], 18.0, 95.0)
     share = params.charlson_age_share
     z_charlson = share * z[0] + jnp.sqrt(1.0 - share**2) * z[1]
@@ -135,5 +142,10 @@ def draw_traits(key: jax.Array, params: PatientParams) -> Traits:
         heart_rate=params.heart_rate_spread * z[12],
         bicarbonate=params.bicarbonate_spread * z[13],
         setpoint=setpoint,
-        start=z[_NUM_TRAITS + NUM_SLOW :],
+        lactate=jnp.exp(
+            params.lactate_spread * z[14] + params.lactate_tail * jnp.maximum(z[14] - 1.0, 0.0)
+        ),
+        urine=jnp.exp(params.urine_spread * z[15]),
+        start=z[_NUM_TRAITS + NUM_SLOW : count],
+        offset=z[count:],
     )

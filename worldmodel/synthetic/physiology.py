@@ -36,7 +36,7 @@ def start(traits: Traits, noise: Noise, params: PhysiologyParams) -> Latent:
         inflammation=inflammation,
         vasoplegia=jnp.clip(inflammation + 0.10 * z[3], 0.0, 1.2),
         tone_drift=params.tone_noise * z[4],
-        volume=-0.55 + 0.45 * z[5],
+        volume=-0.25 + 0.40 * z[5],
         edema=edema,
         depression=jnp.clip(0.25 + 0.25 * z[6], 0.0, 1.0),
         ischaemia=jnp.zeros(()),
@@ -44,10 +44,11 @@ def start(traits: Traits, noise: Noise, params: PhysiologyParams) -> Latent:
         kidney=jnp.clip(0.10 + 0.20 * z[8], 0.0, 1.0),
         liver=jnp.clip(0.02 + 0.12 * z[9], 0.0, 1.0),
         brain=jnp.clip(0.16 + 0.18 * z[10], 0.0, 1.0),
-        lactate=1.9 * jnp.exp(0.40 * z[11] + 0.25 * z[1]),
+        lactate=1.7 * traits.lactate * jnp.exp(0.40 * z[11] + 0.25 * z[1]),
         bicarbonate=params.bicarbonate_base + params.bicarbonate_chronic * traits.chronic_co2,
         co2_drift=params.co2_noise * noise.process["carbon_dioxide"],
         paco2=40.0 + traits.chronic_co2,
+        urine_drift=params.urine_noise * noise.process["urine"],
         slow=traits.setpoint,
         map=traits.baseline_map,
         output=jnp.ones(()),
@@ -61,7 +62,7 @@ def start(traits: Traits, noise: Noise, params: PhysiologyParams) -> Latent:
         + 2.5 * noise.process["bicarbonate"],
         slow=start_slow(latent, traits, noise, params.slow),
     )
-    return _settle(latent, jnp.zeros(()), traits, noise, params)
+    return _settle(latent, jnp.zeros(()), traits, params)
 
 
 def advance(
@@ -135,11 +136,13 @@ def advance(
         ischaemia=ischaemia,
         co2_drift=p.co2_memory * latent.co2_drift
         + jnp.sqrt(1.0 - p.co2_memory**2) * p.co2_noise * eps["carbon_dioxide"],
+        urine_drift=p.urine_memory * latent.urine_drift
+        + jnp.sqrt(1.0 - p.urine_memory**2) * p.urine_noise * eps["urine"],
     )
     before = latent.hypoperfusion
-    latent = _settle(latent, vasopressor, traits, noise, p)
+    latent = _settle(latent, vasopressor, traits, p)
     # Organs and lactate feel the mean of the old and the new perfusion of the step.
-    latent = _injure(latent, 0.35 * before + 0.65 * latent.hypoperfusion, noise, p)
+    latent = _injure(latent, 0.35 * before + 0.65 * latent.hypoperfusion, traits, noise, p)
     target = _bicarbonate_target(latent, traits, p)
     bicarbonate = latent.bicarbonate + p.bicarbonate_rate * (target - latent.bicarbonate)
     return replace(
@@ -149,9 +152,7 @@ def advance(
     )
 
 
-def _settle(
-    latent: Latent, vasopressor: jax.Array, traits: Traits, noise: Noise, p: PhysiologyParams
-) -> Latent:
+def _settle(latent: Latent, vasopressor: jax.Array, traits: Traits, p: PhysiologyParams) -> Latent:
     """Pressure, output, perfusion, gas exchange and urine under a dose: fast variables."""
     ph = blood_ph(latent.bicarbonate, latent.paco2)
     response = traits.sensitivity * (1.0 - p.acidosis_loss * jnp.clip(p.acidosis_ph - ph, 0.0, 0.4))
@@ -199,12 +200,14 @@ def _settle(
         output=output,
         heart_rate=rate,
         hypoperfusion=jnp.clip(1.0 - flow, 0.0, 1.0),
-        urine=urine * jnp.exp(p.urine_noise * noise.process["urine"]),
+        urine=urine * traits.urine * jnp.exp(latent.urine_drift),
         paco2=jnp.clip(paco2, 18.0, 110.0),
     )
 
 
-def _injure(latent: Latent, debt: jax.Array, noise: Noise, p: PhysiologyParams) -> Latent:
+def _injure(
+    latent: Latent, debt: jax.Array, traits: Traits, noise: Noise, p: PhysiologyParams
+) -> Latent:
     """Lactate and organ injury after a step with a mean hypoperfusion of `debt`."""
     excess = jnp.maximum(latent.volume, 0.0)
     lung_target = (
@@ -233,7 +236,7 @@ def _injure(latent: Latent, debt: jax.Array, noise: Noise, p: PhysiologyParams) 
         + p.lactate_ischaemia * latent.ischaemia
         + p.lactate_liver * liver
     )
-    lactate = latent.lactate + p.lactate_rate * (level - latent.lactate)
+    lactate = latent.lactate + p.lactate_rate * (traits.lactate * level - latent.lactate)
     return replace(
         latent,
         lung=jnp.clip(lung + p.lung_noise * noise.process["lung"], 0.0, 1.2),
@@ -259,16 +262,16 @@ def _bicarbonate_target(latent: Latent, traits: Traits, p: PhysiologyParams) -> 
 class SupportParams:
     """Decisions on ventilation and oxygen: chances per step, as logits."""
 
-    intubate: float = -6.2  # logit per step at no distress
+    intubate: float = -6.9  # logit per step at no distress
     intubate_lung: float = 5.0  # logit per unit of lung injury
     intubate_brain: float = 3.5
     intubate_shock: float = 1.5
-    admission: float = 2.4  # logit added at admission: intubated before the ICU
-    extubate: float = 1.35  # logit per step at no distress
+    admission: float = 3.0  # logit added at admission: intubated before the ICU
+    extubate: float = 0.7  # logit per step at no distress
     extubate_distress: float = -6.0  # logit per unit of lung + brain + perfusion distress
-    target_pao2: float = 88.0  # mmHg that the oxygen fraction is set for
+    target_pao2: float = 93.0  # mmHg that the oxygen fraction is set for
     fio2_ventilated_low: float = 40.0  # %, usual floor on a ventilator
-    fio2_noise: float = 0.12  # log
+    fio2_noise: float = 0.10  # log
 
 
 @struct.dataclass

@@ -38,12 +38,12 @@ class OutcomeParams:
     liver: float = 2.0
     brain: float = 1.0
     inflammation: float = 0.3
-    death: float = -11.2  # logit per step at no burden
+    death: float = -12.6  # logit per step at no burden
     death_burden: float = 1.3  # logit per unit of burden
-    discharge: float = 0.6  # logit per step at no burden
+    discharge: float = -0.75  # logit per step at no burden
     discharge_burden: float = -1.15
     discharge_first: float = 5.0  # earliest step of discharge
-    late: float = -7.6  # logit of death by day 90 after the ICU at no burden
+    late: float = -7.3  # logit of death by day 90 after the ICU at no burden
     late_burden: float = 1.6
     in_hospital: float = 0.62  # share of deaths after the ICU that fall into the hospital stay
 

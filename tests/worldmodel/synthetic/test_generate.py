@@ -9,7 +9,7 @@ from worldmodel import imputation, schema
 from worldmodel.clinical import reward, sofa
 from worldmodel.episode_files import from_table, to_table
 from worldmodel.errors import InputError
-from worldmodel.synthetic import generate, marginals
+from worldmodel.synthetic import generate, marginals, recorded_statistics, stay_statistics
 from worldmodel.synthetic.generate import EXEMPT
 
 
@@ -141,6 +141,70 @@ def test_marginals_resemble_the_published_ones(world):
     assert table["ratio"].between(0.5, 2.0).all()
 
 
+# Feature: its figure in the records of MIMIC-IV demo 2.2 (40 septic stays), and what is near.
+AUTOCORRELATION = {
+    "heart_rate": (0.88, 0.06), "resp_rate": (0.81, 0.08), "spo2": (0.71, 0.08),
+    "temp_c": (0.73, 0.08), "gcs_eye": (0.85, 0.08), "gcs_verbal": (0.94, 0.08),
+    "gcs_motor": (0.86, 0.09), "pao2": (0.75, 0.08), "ph": (0.85, 0.12),
+    "lactate": (0.91, 0.06), "output_4hourly": (0.46, 0.08),
+}  # fmt: skip
+MEASURED = {
+    "lactate": (0.28, 0.03), "gcs_eye": (0.80, 0.03), "pao2": (0.29, 0.04), "fio2": (0.61, 0.06),
+}  # fmt: skip
+
+
+def test_values_persist_as_in_records(world):
+    found = recorded_statistics(world[0])["autocorrelation"]
+    for name, (value, near) in AUTOCORRELATION.items():
+        assert found[name] == pytest.approx(value, abs=near), name
+
+
+def test_values_are_recorded_as_often_as_in_records(world):
+    found = recorded_statistics(world[0])["measured"]
+    for name, (value, near) in MEASURED.items():
+        assert found[name] == pytest.approx(value, abs=near), name
+
+
+def test_spreads_and_tails_resemble_the_records(world):
+    """MAP, lactate, white cells and ALT; the demo's tails of the latter two are single patients."""
+    found = recorded_statistics(world[0])
+    assert 0.85 < found.loc["meanbp", "std"] / 10.4 < 1.25
+    assert 0.75 < found.loc["lactate", "std"] / 2.21 < 1.1
+    assert found.loc["lactate", "high"] == pytest.approx(10.9, rel=0.25)
+    # Quantiles at 99.5% of the published cohort: 38.6 and 3173.
+    assert 30 < found.loc["wbc", "high"] < 45
+    assert found.loc["alt", "high"] > 1600
+
+
+def test_stays_pass_as_in_records(world):
+    found = stay_statistics(world[0])
+    assert found["sofa_unchanged"] > 0.44
+    assert found["fluid_unchanged"] == pytest.approx(0.58, abs=0.05)
+    assert found["vasopressor_unchanged"] > 0.78
+    assert found["full"] == pytest.approx(0.68, abs=0.05)
+    assert abs(found["fluid_meanbp"]) < 0.2
+
+
+def test_statistics_are_those_of_the_recorded_rows(world):
+    """By hand, on a few stays; what was filled does not count."""
+    few = world[0].select(slice(0, 40))
+    values, seen = [], np.asarray(few.measured)[..., schema.INDEX["lactate"]]
+    pairs = []
+    for stay, length in enumerate(np.asarray(few.length)):
+        row = np.asarray(few.dynamic)[stay, :length, schema.INDEX["lactate"]]
+        values += list(row[seen[stay, :length]])
+        pairs += [
+            (row[t], row[t + 1]) for t in range(length - 1) if seen[stay, t] and seen[stay, t + 1]
+        ]
+    found = recorded_statistics(few).loc["lactate"]
+    assert found["measured"] == pytest.approx(len(values) / np.asarray(few.length).sum())
+    assert found["std"] == pytest.approx(np.std(values), rel=1e-5)
+    assert found["autocorrelation"] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1], rel=1e-4)
+    fluid, length = np.asarray(few.fluid), np.asarray(few.length)
+    same = [fluid[i, t] == fluid[i, t + 1] for i, n in enumerate(length) for t in range(n - 1)]
+    assert stay_statistics(few)["fluid_unchanged"] == pytest.approx(np.mean(same))
+
+
 def test_blood_gases_obey_henderson_hasselbalch(world):
     """pH, PaCO2 and total CO2 of one sample agree up to their display precision."""
     episodes, _ = world
@@ -152,13 +216,16 @@ def test_blood_gases_obey_henderson_hasselbalch(world):
 
 
 def test_next_state_is_predictable(world):
-    """A linear map of the row and the treatment beats carrying the last value forward."""
+    """A linear map of the row and the treatment beats carrying the last value forward.
+
+    The more a value persists, the less there is to win.
+    """
     x, y, train = _transitions(world[0])
     weights = np.linalg.lstsq(x[train], y[train], rcond=None)[0]
     error = np.abs(x[~train] @ weights - y[~train]).mean(0)
     carried = np.abs(x[~train][:, : schema.NUM_FEATURES] - y[~train]).mean(0)
     for name in ("meanbp", "heart_rate", "resp_rate", "spo2"):
-        assert error[schema.INDEX[name]] < 0.95 * carried[schema.INDEX[name]]
+        assert error[schema.INDEX[name]] < carried[schema.INDEX[name]]
 
 
 def _transitions(episodes):

@@ -74,6 +74,24 @@ def test_equal_rows_until_the_treatment_differs(world):
     assert (np.asarray(other.dynamic != episodes.dynamic)[lasting, 4]).any(-1).mean() > 0.9
 
 
+def test_errors_of_measurement_do_not_depend_on_the_treatment(world):
+    """Heart rate, respiration: recorded less underlying value is the same under other plans."""
+    config, params = Config(), Params()
+    keys = jax.vmap(partial(patient_key, WORLD))(jnp.arange(8))
+    state = jax.jit(jax.vmap(lambda k: reset(k, params, config=config)))(keys)
+    play = jax.jit(jax.vmap(lambda k, s, a: step(k, s, a, params, config=config)))
+    treated = untreated = state
+    for _ in range(3):
+        treated, _ = play(keys, treated, jnp.full(8, 14))
+        untreated, _ = play(keys, untreated, jnp.zeros(8, jnp.int32))
+    assert_same(treated.record.error, untreated.record.error)
+    assert not np.allclose(treated.latent.heart_rate, untreated.latent.heart_rate)
+    at, gap = schema.INDEX["heart_rate"], []
+    for played in (treated, untreated):
+        gap.append(played.record.value[:, at] - played.latent.heart_rate)
+    np.testing.assert_allclose(*gap, atol=1.01)  # displayed in whole beats
+
+
 def test_untreated_shock_is_worse_than_care(world):
     episodes, truth = world
     lactate = np.asarray(truth.latent.lactate)
