@@ -171,9 +171,7 @@ def sharded_call(
                 looks_back=own_plans is None,
             ),
         )
-        summary = finish_summary(
-            rolled.folded, rolled.mortality, config.horizon, rolled.later_reward
-        )
+        summary = finish_summary(rolled.folded, rolled.mortality, rolled.later_reward)
         result: BranchSummary = jax.tree.map(lambda leaf: leaf[None], summary)
         return result
 

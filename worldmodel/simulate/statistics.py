@@ -18,11 +18,17 @@ from worldmodel.simulate.unroll import Shape, Step
 MAP_TARGET = 65.0  # mmHg
 
 _MEANBP = schema.INDEX["meanbp"]
+_LEAST_WEIGHT = 1e-9  # where no stay reaches the last row
+_FEWEST_STEPS = 1e-6  # where no row is reached
 
 
 @struct.dataclass
 class BranchSummary:
-    """Summary of branches [P, K, S]; sums and means are over the H simulated steps."""
+    """Summary of branches [P, K, S]; sums and means are over the H simulated steps.
+
+    In the recurrent variant steps count by the probability that the stay has not ended: rows by
+    that of reaching them, treatments by that of the row in which they begin.
+    """
 
     final: jax.Array  # [P, K, S, F] physical units of the chosen features, in the last row
     sofa: jax.Array  # [P, K, S] in the last row
@@ -37,6 +43,8 @@ class BranchSummary:
     mortality: jax.Array  # [P, K, S] probability of death within 90 days; NaN if not computed
     # Recurrent variant only, NaN otherwise:
     alive: jax.Array  # [P, K, S] probability that the stay reaches the last row
+    reached: jax.Array  # [P, K, S] expected number of rows
+    treated: jax.Array  # [P, K, S] expected number of treatments
     support: jax.Array  # [P, K, S] least probability of a step under the clinician
     later_reward: jax.Array  # [P, K, S] rewards after the horizon; 0 for the other variants
 
@@ -65,6 +73,8 @@ def empty_summary(shape: Shape, features: tuple[str, ...]) -> BranchSummary:
         projected=jnp.zeros(shape, jnp.int32),
         mortality=full(jnp.nan),
         alive=full(jnp.nan),
+        reached=full(0),
+        treated=full(0),
         support=full(jnp.nan),
         later_reward=full(0),
     )
@@ -74,7 +84,10 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
     """The summary with one step added; sums, not yet means."""
     columns = np.array([schema.INDEX[name] for name in features], np.int32)
     map_ = step.dynamic[..., _MEANBP]
+    here: jax.Array | float = 1.0
+    before: jax.Array | float = 1.0
     if step.alive is not None and step.support is not None:
+        here, before = step.alive, jnp.where(jnp.isnan(summary.alive), 1.0, summary.alive)
         summary = replace(
             summary,
             alive=jnp.broadcast_to(step.alive, summary.alive.shape),
@@ -86,12 +99,14 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
         final=jnp.broadcast_to(step.dynamic[..., columns], summary.final.shape),
         sofa=jnp.broadcast_to(step.sofa, summary.sofa.shape),
         lowest_map=jnp.minimum(summary.lowest_map, map_),
-        below_target=summary.below_target + (map_ < MAP_TARGET),
-        ventilation=summary.ventilation + step.ventilation,
+        below_target=summary.below_target + here * (map_ < MAP_TARGET),
+        ventilation=summary.ventilation + here * step.ventilation,
+        reached=summary.reached + here,
+        treated=summary.treated + before,
         shaping=summary.shaping + step.reward,
         first_action=jnp.where(summary.first_action < 0, step.action, summary.first_action),
-        vasopressor=summary.vasopressor + vasopressor,
-        fluid=summary.fluid + fluid,
+        vasopressor=summary.vasopressor + before * vasopressor,
+        fluid=summary.fluid + before * fluid,
         projected=summary.projected + step.projected,
     )
 
@@ -99,16 +114,16 @@ def fold_step(summary: BranchSummary, step: Step, features: tuple[str, ...]) -> 
 def finish_summary(
     summary: BranchSummary,
     mortality: jax.Array | None,
-    horizon: int,
     later_reward: jax.Array | None = None,
 ) -> BranchSummary:
     """The final summary: sums become means, and mortality is added."""
+    reached = jnp.maximum(summary.reached, _FEWEST_STEPS)
     return replace(
         summary,
-        below_target=summary.below_target / horizon,
-        ventilation=summary.ventilation / horizon,
-        vasopressor=summary.vasopressor / horizon,
-        fluid=summary.fluid / horizon,
+        below_target=summary.below_target / reached,
+        ventilation=summary.ventilation / reached,
+        vasopressor=summary.vasopressor / summary.treated,
+        fluid=summary.fluid / summary.treated,
         mortality=summary.mortality if mortality is None else mortality,
         later_reward=summary.later_reward if later_reward is None else later_reward,
     )
@@ -131,6 +146,8 @@ def group_statistics(
 ) -> Columns:
     """Statistics over samples, in float64; NaN where there is none.
 
+    Those of the last row count samples by the probability that the stay reaches it.
+
     Args:
       summary: NumPy leaves [P, K, S, ...].
       start_values: [P, F] the features in the row that the branches start from.
@@ -149,14 +166,17 @@ def group_statistics(
     died = mortality if mode == "corrected" else (mortality > 0.5).astype(np.float64)
     reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died) + _wide(summary.later_reward)
     shape = mortality.shape[:2]
+    weight = None
+    if not np.isnan(summary.alive).all():
+        weight = np.maximum(_wide(summary.alive), _LEAST_WEIGHT)
 
     columns: Columns = {}
     for name in features:
         columns[f"{name}_start"] = np.broadcast_to(start[name][:, None], shape)
-        columns |= _spread(name, values[name])
-        columns[f"{name}_disagreement"] = disagreement(values[name], members)
+        columns |= _spread(name, values[name], weight)
+        columns[f"{name}_disagreement"] = disagreement(values[name], members, weight)
     columns["sofa_start"] = np.broadcast_to(np.asarray(start_sofa, np.float64)[:, None], shape)
-    columns |= _spread("sofa", _wide(summary.sofa))
+    columns |= _spread("sofa", _wide(summary.sofa), weight)
     columns["sofa_change"] = columns["sofa_mean"] - columns["sofa_start"]
     for name, found in (("mortality", mortality), ("reward", reward)):
         columns |= _spread(name, found)
@@ -167,8 +187,8 @@ def group_statistics(
     if "lactate" in features:
         with np.errstate(divide="ignore", invalid="ignore"):
             cleared = 1.0 - values["lactate"] / start["lactate"][:, None, None]
-        columns["lactate_clearance"] = cleared.mean(-1)
-        columns["lactate_cleared_20"] = (cleared >= CLEARED).mean(-1)
+        columns["lactate_clearance"] = np.average(cleared, -1, weight)
+        columns["lactate_cleared_20"] = np.average(cleared >= CLEARED, -1, weight)
     columns["ventilation"] = _wide(summary.ventilation).mean(-1)
     columns["vasopressor_level"] = _wide(summary.vasopressor).mean(-1)
     columns["fluid_level"] = _wide(summary.fluid).mean(-1)
@@ -179,11 +199,17 @@ def group_statistics(
     return columns
 
 
-def disagreement(values: Float[np.ndarray, "P K S"], members: int) -> Float[np.ndarray, "P K"]:
-    """[P, K] standard deviation between the members' means; NaN for one member."""
+def disagreement(
+    values: Float[np.ndarray, "P K S"],
+    members: int,
+    weight: Float[np.ndarray, "P K S"] | None = None,
+) -> Float[np.ndarray, "P K"]:
+    """[P, K] standard deviation between the members' (weighted) means; NaN for one member."""
     if members < 2:
         return np.full(values.shape[:2], np.nan)
-    result: np.ndarray = _by_member(values, members).mean(2).std(-1, ddof=1)
+    weights = None if weight is None else _by_member(weight, members)
+    means = np.average(_by_member(values, members), 2, weights)
+    result: np.ndarray = means.std(-1, ddof=1)
     return result
 
 
@@ -233,6 +259,17 @@ def support(
     return result
 
 
+def weighted_quantiles(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """[Q, ...] quantiles `QUANTILES` over the last axis: the smallest value that has its share."""
+    order = np.argsort(values, axis=-1)
+    ordered = np.take_along_axis(values, order, axis=-1)
+    share = np.cumsum(np.take_along_axis(weight, order, axis=-1), axis=-1)
+    share /= share[..., -1:]
+    # Rounding may leave the last share below 1.
+    index = [np.minimum((share < q - 1e-12).sum(-1), values.shape[-1] - 1) for q in QUANTILES]
+    return np.stack([np.take_along_axis(ordered, i[..., None], -1)[..., 0] for i in index])
+
+
 def _wide(leaf: jax.Array | np.ndarray) -> np.ndarray:
     return np.asarray(leaf, np.float64)
 
@@ -242,8 +279,11 @@ def _by_member(values: np.ndarray, members: int) -> np.ndarray:
     return values.reshape(*values.shape[:2], -1, members)
 
 
-def _spread(name: str, values: np.ndarray) -> Columns:
-    """Mean and quantiles over samples."""
-    found = {f"{name}_mean": values.mean(-1)}
-    quantiles = np.quantile(values, QUANTILES, axis=-1)
+def _spread(name: str, values: np.ndarray, weight: np.ndarray | None = None) -> Columns:
+    """Mean and quantiles over samples [P, K, S], which may have weights."""
+    found = {f"{name}_mean": np.average(values, -1, weight)}
+    if weight is None:
+        quantiles = np.quantile(values, QUANTILES, axis=-1)
+    else:
+        quantiles = weighted_quantiles(values, weight)
     return found | {f"{name}_q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(QUANTILES)}

@@ -12,13 +12,17 @@ from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
 from worldmodel.simulate.statistics import (
     disagreement,
+    empty_summary,
+    finish_summary,
     first_actions,
+    fold_step,
     group_statistics,
     standard_error,
     support,
+    weighted_quantiles,
 )
 from worldmodel.simulate.sweep import find_starts, make_grid, padded
-from worldmodel.simulate.unroll import RolloutConfig
+from worldmodel.simulate.unroll import RolloutConfig, Step
 
 # Where to start
 
@@ -224,3 +228,40 @@ def test_support_is_that_of_the_first_action(summary):
     changed = summary.replace(first_action=mixed)
     assert np.isnan(first_actions(changed)[0, 1])
     assert support(probs, changed)[0, 1] == pytest.approx((probs[0, 3] + probs[0, 24]) / 2)
+
+
+def test_weighted_quantiles_are_those_of_repeated_samples():
+    rng = np.random.default_rng(0)
+    values, count = rng.normal(size=(2, 3, 40)), rng.integers(0, 5, (2, 3, 40))
+    found = weighted_quantiles(values, count.astype(float))
+    for p, k in np.ndindex(2, 3):
+        repeated = np.sort(np.repeat(values[p, k], count[p, k]))
+        expected = np.quantile(repeated, (0.05, 0.25, 0.5, 0.75, 0.95), method="inverted_cdf")
+        np.testing.assert_array_equal(found[:, p, k], expected)
+
+
+def test_samples_of_a_recurrent_model_count_as_far_as_the_stay_goes_on():
+    """Half of one branch leaves in the first step, so its second row counts half."""
+    shape, at = (1, 1, 2), schema.INDEX["meanbp"]
+    summary = empty_summary(shape, ("meanbp",))
+    for pressure, alive, level in (([50, 80], [0.5, 1.0], 10), ([60, 90], [0.5, 1.0], 0)):
+        dynamic = np.zeros((*shape, schema.NUM_FEATURES), np.float32)
+        dynamic[..., at] = pressure
+        zero = np.zeros(shape, np.float32)
+        step = Step(
+            obs=dynamic, dynamic=dynamic, action=np.full(shape, level), sofa=dynamic[..., at] / 10,
+            ventilation=zero, reward=zero, projected=zero.astype(int),
+            alive=np.asarray([[alive]], np.float32), support=np.asarray([[[0.2, level / 100]]]),
+        )  # fmt: skip
+        summary = fold_step(summary, step, ("meanbp",))
+    done = jax.tree.map(np.asarray, finish_summary(summary, np.zeros(shape)))
+    np.testing.assert_allclose(done.below_target[0, 0], [1.0, 0.0])
+    # Levels 2 and 0: the second treatment of the first branch counts half.
+    np.testing.assert_allclose(done.vasopressor[0, 0], [2 / 1.5, 1.0])
+    np.testing.assert_allclose(done.support[0, 0], [0.2, 0.0], atol=1e-7)
+    found = group_statistics(
+        done, np.zeros((1, 1)), np.zeros(1), features=("meanbp",), members=1, horizon=2
+    )
+    assert found["meanbp_mean"][0, 0] == pytest.approx((0.5 * 60 + 90) / 1.5)
+    assert found["sofa_mean"][0, 0] == pytest.approx((0.5 * 6 + 9) / 1.5)
+    assert found["meanbp_q50"][0, 0] == 90
