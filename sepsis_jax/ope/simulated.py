@@ -14,6 +14,7 @@ import numpy as np
 
 from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn
 from worldmodel.simulate.history import start_history
@@ -71,6 +72,8 @@ def simulated_value(
     Raises:
       InputError: no policy, and a model that does not know the clinician.
     """
+    if policy is None and not world_model.is_recurrent:
+        raise InputError("policy: none given, and only the recurrent variant knows the clinician")
     horizon = horizon or whole_stay(world_model, episodes)
     plan: PolicyFn | np.ndarray = np.full((1, horizon), FOLLOW_CLINICIAN)
     if policy is not None:

@@ -4,13 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from sepsis_jax.ope.simulated import simulated_value
+from sepsis_jax.ope.simulated import simulated_value, whole_stay
 from tests.toy import toy_episodes
+from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 
 CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
 
@@ -33,3 +35,22 @@ def test_value_of_a_constant_policy_is_that_of_the_plan():
     assert found.spread > 0
     alone = simulated_value(world.member(0), key, episodes, fluids_only, horizon=4, samples=2)
     assert alone.spread == 0
+
+
+def test_stays_of_the_recurrent_variant_are_simulated_to_their_end():
+    """Without a policy its own clinician treats; windows have neither an end nor a clinician."""
+    episodes = toy_episodes(6, 5)
+    scaler = Scaler.fit(episodes, split=None)
+    config = ModelConfig(variant="recurrent", hidden=6, head=5)
+    world = init_world_model(jax.random.key(4), scaler, config, stay_steps=5)
+    key = jax.random.key(0)
+    found = simulated_value(world, key, episodes, None, samples=4)
+    plan = np.full((1, 5), FOLLOW_CLINICIAN)
+    futures = rollout(world, key, start_history(world, episodes, 0), plan, samples=4)
+    assert np.asarray(futures.alive)[..., -1].max() == 0
+    np.testing.assert_allclose(found.total, np.asarray(futures.total_reward)[:, 0].mean(-1), 1e-5)
+    windows = init_world_model(jax.random.key(4), scaler, CONFIG)
+    assert whole_stay(world, episodes) == 5
+    assert whole_stay(windows, episodes) == round(float(np.mean(episodes.length))) - 1
+    with pytest.raises(InputError, match="only the recurrent variant knows the clinician"):
+        simulated_value(windows, key, episodes, None, samples=1)
