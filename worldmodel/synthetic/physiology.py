@@ -12,6 +12,8 @@ from worldmodel.synthetic.latent import Latent, PhysiologyParams, advance_slow, 
 from worldmodel.synthetic.noise import SLOW_NAMES, Noise
 from worldmodel.synthetic.patients import Traits
 
+_BICARBONATE = (4.0, 50.0)  # mmol/L, the range of the living
+_LACTATE = (0.3, 25.0)  # mmol/L
 _HEMOGLOBIN = SLOW_NAMES.index("hemoglobin")
 
 
@@ -44,7 +46,7 @@ def start(traits: Traits, noise: Noise, params: PhysiologyParams) -> Latent:
         kidney=jnp.clip(0.10 + 0.20 * z[8], 0.0, 1.0),
         liver=jnp.clip(0.02 + 0.12 * z[9], 0.0, 1.0),
         brain=jnp.clip(0.16 + 0.18 * z[10], 0.0, 1.0),
-        lactate=1.7 * traits.lactate * jnp.exp(0.40 * z[11] + 0.25 * z[1]),
+        lactate=jnp.clip(1.7 * traits.lactate * jnp.exp(0.40 * z[11] + 0.25 * z[1]), *_LACTATE),
         bicarbonate=params.bicarbonate_base + params.bicarbonate_chronic * traits.chronic_co2,
         co2_drift=params.co2_noise * noise.process["carbon_dioxide"],
         paco2=40.0 + traits.chronic_co2,
@@ -58,8 +60,10 @@ def start(traits: Traits, noise: Noise, params: PhysiologyParams) -> Latent:
     )
     latent = replace(
         latent,
-        bicarbonate=_bicarbonate_target(latent, traits, params)
-        + 2.5 * noise.process["bicarbonate"],
+        bicarbonate=jnp.clip(
+            _bicarbonate_target(latent, traits, params) + 2.5 * noise.process["bicarbonate"],
+            *_BICARBONATE,
+        ),
         slow=start_slow(latent, traits, noise, params.slow),
     )
     return _settle(latent, jnp.zeros(()), traits, params)
@@ -147,7 +151,7 @@ def advance(
     bicarbonate = latent.bicarbonate + p.bicarbonate_rate * (target - latent.bicarbonate)
     return replace(
         latent,
-        bicarbonate=jnp.clip(bicarbonate + p.bicarbonate_noise * eps["bicarbonate"], 4.0, 50.0),
+        bicarbonate=jnp.clip(bicarbonate + p.bicarbonate_noise * eps["bicarbonate"], *_BICARBONATE),
         slow=advance_slow(latent, litres, traits, noise, p.slow),
     )
 
@@ -243,7 +247,7 @@ def _injure(
         kidney=jnp.clip(kidney, 0.0, 1.0),
         liver=jnp.clip(liver, 0.0, 1.0),
         brain=jnp.clip(brain + p.brain_noise * noise.process["brain"], 0.0, 1.0),
-        lactate=jnp.clip(lactate * jnp.exp(p.lactate_noise * noise.process["lactate"]), 0.3, 25.0),
+        lactate=jnp.clip(lactate * jnp.exp(p.lactate_noise * noise.process["lactate"]), *_LACTATE),
     )
 
 

@@ -10,7 +10,7 @@ from worldmodel.clinical import reward, sofa
 from worldmodel.episode_files import from_table, to_table
 from worldmodel.errors import InputError
 from worldmodel.synthetic import generate, marginals, recorded_statistics, stay_statistics
-from worldmodel.synthetic.generate import EXEMPT
+from worldmodel.synthetic.generate import EXEMPT, generate_patients
 
 
 def test_same_key_same_world(world):
@@ -244,3 +244,12 @@ def test_bad_requests_are_refused():
         generate(WORLD, 0)
     with pytest.raises(InputError, match="multiple of 64"):
         generate(WORLD, 10, block=100)
+
+
+def test_extreme_patients_are_finite():
+    """These come to the unit with the highest lactate of 20,000, and once with no bicarbonate."""
+    episodes, truth = generate_patients(jax.random.key(22), np.array([2657, 13601]), None)
+    for leaf in jax.tree.leaves((episodes.dynamic, truth.latent, truth.probabilities)):
+        assert np.isfinite(leaf).all()
+    assert np.asarray(truth.latent.bicarbonate)[:, 0].min() >= 4.0
+    assert np.asarray(truth.latent.lactate)[:, 0].max() > 15.0
