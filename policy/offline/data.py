@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -50,12 +51,11 @@ def transitions(episodes: Episodes, scaler: Scaler, *, past: int, block: int = 4
       block: rows per call; bounds the memory.
     """
     stay, step = np.nonzero(np.asarray(episodes.valid))
-
-    @jax.jit
-    def of_rows(stays: jax.Array, steps: jax.Array) -> jax.Array:
-        return decision_features(observation_at(episodes, stays, steps, past=past), scaler)
-
-    features = in_blocks(lambda rows: of_rows(stay[rows], step[rows]), len(stay), block)
+    features = in_blocks(
+        lambda rows: _features(episodes, scaler, stay[rows], step[rows], past=past),
+        len(stay),
+        block,
+    )
     return Transitions(
         features=jnp.asarray(features),
         action=episodes.action[stay, step],
@@ -63,6 +63,13 @@ def transitions(episodes: Episodes, scaler: Scaler, *, past: int, block: int = 4
         last=jnp.asarray(step == np.asarray(episodes.length)[stay] - 1),
         sofa=episodes.sofa[stay, step],
     )
+
+
+@partial(jax.jit, static_argnames="past")
+def _features(
+    episodes: Episodes, scaler: Scaler, stays: jax.Array, steps: jax.Array, *, past: int
+) -> jax.Array:
+    return decision_features(observation_at(episodes, stays, steps, past=past), scaler)
 
 
 _MINARI_VERSION = "0.5.0"  # the layout's; every 0.5 reads it

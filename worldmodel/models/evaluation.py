@@ -20,6 +20,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
+from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.recurrent import (
     CompetingRisks,
     RecurrentStateModel,
@@ -112,9 +113,7 @@ def predict(
     world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
 ) -> HostPrediction:
     """The world model's (ensemble) prediction of the transitions `index` [K, 2]."""
-    outputs = _in_batches(
-        lambda rows: world_model.transition(*sequences.window(rows, schema.STATE_WINDOW)), index
-    )
+    outputs = _in_batches(_transition, world_model, sequences, index)
     return HostPrediction(
         mu=outputs[0],
         sigma=np.exp(outputs[1]),
@@ -126,10 +125,7 @@ def predict_mortality(
     world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
 ) -> Float[np.ndarray, " K"]:
     """Probability [K] of death within 90 days, at the rows `index` [K, 2]."""
-    logit = _in_batches(
-        lambda rows: (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),),
-        index,
-    )[0]
+    (logit,) = _in_batches(_mortality_logit, world_model, sequences, index)
     result: np.ndarray = 1 / (1 + np.exp(-logit.astype(np.float64)))
     return result
 
@@ -142,20 +138,12 @@ def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPred
       [N, T] where the clinician goes on from the row.
     """
     rows = to_stay_rows(episodes, world_model.scaler, world_model.dose_edges)
-
-    @jax.jit
-    def of_member(
-        member: tuple[RecurrentStateModel, CompetingRisks], rows: StayRows
-    ) -> tuple[RowPrediction, jax.Array]:
-        state_model, risks = member
-        found = state_model.read(rows.inputs, rows.obs, rows.action)
-        later = risks.continuation(found.hidden, rows.inputs)
-        return found.prediction, jax.nn.sigmoid(later.mortality_logit)
-
     models = world_model.stay_models()
     state_models, _ = models
     found = [
-        jax.tree.map(np.asarray, of_member(jax.tree.map(lambda leaf, i=i: leaf[i], models), rows))
+        jax.tree.map(
+            np.asarray, _predict_stays(jax.tree.map(lambda leaf, i=i: leaf[i], models), rows)
+        )
         for i in range(world_model.num_members)
     ]
     mu = np.stack([prediction.mu for prediction, _ in found])
@@ -170,29 +158,54 @@ def predict_stays(world_model: WorldModel, episodes: Episodes) -> tuple[HostPred
     return prediction, np.mean([died for _, died in found], axis=0)
 
 
+@jax.jit
+def _predict_stays(
+    member: tuple[RecurrentStateModel, CompetingRisks], rows: StayRows
+) -> tuple[RowPrediction, jax.Array]:
+    state_model, risks = member
+    found = state_model.read(rows.inputs, rows.obs, rows.action)
+    later = risks.continuation(found.hidden, rows.inputs)
+    return found.prediction, jax.nn.sigmoid(later.mortality_logit)
+
+
 def predict_members(
     world_model: WorldModel, sequences: Sequences, index: Int[np.ndarray, "K 2"]
 ) -> tuple[Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K 39"], Float[np.ndarray, "E K"]]:
     """Every member's (mu [E, K, 39], log_sigma [E, K, 39], vent_logit [E, K])."""
-    outputs = _in_batches(
-        lambda rows: jax.tree.map(
-            lambda leaf: jnp.swapaxes(leaf, 0, 1),
-            world_model.transitions(*sequences.window(rows, schema.STATE_WINDOW)),
-        ),
-        index,
-    )
+    outputs = _in_batches(_transitions, world_model, sequences, index)
     mu, log_sigma, vent_logit = (np.swapaxes(output, 0, 1) for output in outputs)
     return mu, log_sigma, vent_logit
 
 
+@jax.jit
+def _transition(world_model: WorldModel, sequences: Sequences, rows: jax.Array) -> Prediction:
+    return world_model.transition(*sequences.window(rows, schema.STATE_WINDOW))
+
+
+@jax.jit
+def _transitions(world_model: WorldModel, sequences: Sequences, rows: jax.Array) -> Prediction:
+    found = world_model.transitions(*sequences.window(rows, schema.STATE_WINDOW))
+    result: Prediction = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), found)
+    return result
+
+
+@jax.jit
+def _mortality_logit(
+    world_model: WorldModel, sequences: Sequences, rows: jax.Array
+) -> tuple[jax.Array]:
+    return (world_model.mortality_logit(*sequences.window(rows, schema.OUTCOME_WINDOW)),)
+
+
 def _in_batches(
-    function: Callable[[jax.Array], tuple[jax.Array, ...]], index: np.ndarray
+    function: Callable[[WorldModel, Sequences, jax.Array], tuple[jax.Array, ...]],
+    world_model: WorldModel,
+    sequences: Sequences,
+    index: np.ndarray,
 ) -> tuple[np.ndarray, ...]:
-    """Applies a function of index rows [B, 2] batch by batch."""
-    jitted = jax.jit(function)
+    """Applies a jitted function of index rows [B, 2] batch by batch."""
     batch = min(_BATCH, len(index))
     result: tuple[np.ndarray, ...] = in_blocks(
-        lambda rows: jitted(jnp.asarray(index[rows])), len(index), batch
+        lambda rows: function(world_model, sequences, jnp.asarray(index[rows])), len(index), batch
     )
     return result
 

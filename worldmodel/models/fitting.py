@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, TypeVar
 
 import jax
@@ -142,15 +142,7 @@ def fit(
     history: list[dict[str, float]] = []
     if saver is not None:
         state, history = saver.restore(state)
-    run_epoch = jax.jit(
-        partial(
-            _epoch,
-            loss=loss,
-            optimizer=optimizer,
-            shape=(updates, batch),
-            patience=config.patience,
-        )
-    )
+    run_epoch = _jitted_epoch(loss, config, (updates, batch))
     train_data = (train[0], jnp.asarray(train[1]))
     validation_data = (validation[0], jnp.asarray(validation[1]))
     while int(state.epoch) < config.epochs and not _stopped(state, config):
@@ -177,6 +169,15 @@ def fit(
 
 def _stopped(state: FitState, config: FitConfig) -> bool:
     return bool((state.since_best >= config.patience).all())
+
+
+@lru_cache(maxsize=8)
+def _jitted_epoch(loss: Loss[DataT], config: FitConfig, shape: tuple[int, int]) -> Any:
+    """`_epoch`, the same function for equal settings, so that it is compiled once."""
+    optimizer = make_optimizer(config, shape[0])
+    return jax.jit(
+        partial(_epoch, loss=loss, optimizer=optimizer, shape=shape, patience=config.patience)
+    )
 
 
 def _epoch(

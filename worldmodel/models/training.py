@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,12 +188,7 @@ def train_world_model(
         "state",
         key_state,
         world_model.state_model,
-        partial(
-            state_model_loss,
-            window=schema.STATE_WINDOW,
-            imputed_weight=config.resolved_imputed_weight,
-            vent_weight=config.vent_weight,
-        ),
+        _state_loss(config.resolved_imputed_weight, config.vent_weight),
         transition_index,
         config.state,
     )
@@ -201,7 +196,7 @@ def train_world_model(
         "outcome",
         key_outcome,
         world_model.outcome_model,
-        partial(outcome_model_loss, window=schema.OUTCOME_WINDOW),
+        _OUTCOME_LOSS,
         every_step_index if config.resolved_prefixes else last_step_index,
         config.outcome,
     )
@@ -214,6 +209,20 @@ def train_world_model(
         world_model,
         evaluate_world_model(world_model, episodes),
         {"state": state_history, "outcome": outcome_history},
+    )
+
+
+# The same functions for equal settings, which `fit` then compiles once.
+_OUTCOME_LOSS = partial(outcome_model_loss, window=schema.OUTCOME_WINDOW)
+
+
+@lru_cache(maxsize=8)
+def _state_loss(imputed_weight: float, vent_weight: float) -> Loss[Sequences]:
+    return partial(
+        state_model_loss,
+        window=schema.STATE_WINDOW,
+        imputed_weight=imputed_weight,
+        vent_weight=vent_weight,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -196,15 +197,36 @@ def init_world_model(
     """An untrained world model; the key is consumed."""
     config = config or ModelConfig()
     key_state, key_outcome = jax.random.split(key)
+    return WorldModel(
+        state_model=_init_state(jax.random.split(key_state, members), config),
+        outcome_model=_init_outcome(jax.random.split(key_outcome, members), config),
+        scaler=scaler,
+        config=config,
+        step_hours=step_hours,
+        dose_edges=dose_edges,
+        stay_steps=stay_steps,
+    )
 
-    def state(key: jax.Array) -> StateModel | RecurrentStateModel:
+
+@partial(jax.jit, static_argnums=1)
+def _init_state(keys: jax.Array, config: ModelConfig) -> StateModel | RecurrentStateModel:
+    """State Models with a leading ensemble axis."""
+
+    def one(key: jax.Array) -> StateModel | RecurrentStateModel:
         rngs = nnx.Rngs(key)
         if config.variant != RECURRENT:
             return StateModel(config, rngs=rngs)
         dropout = 0.5 * config.dropout
         return RecurrentStateModel(config.hidden, config.head, dropout, config.precision, rngs=rngs)
 
-    def outcome(key: jax.Array) -> OutcomeModel | CompetingRisks:
+    return jax.vmap(one)(keys)
+
+
+@partial(jax.jit, static_argnums=1)
+def _init_outcome(keys: jax.Array, config: ModelConfig) -> OutcomeModel | CompetingRisks:
+    """Outcome Models, likewise."""
+
+    def one(key: jax.Array) -> OutcomeModel | CompetingRisks:
         rngs = nnx.Rngs(key)
         if config.variant != RECURRENT:
             return OutcomeModel(config, rngs=rngs)
@@ -212,15 +234,7 @@ def init_world_model(
             config.hidden, config.head, config.dropout, config.precision, rngs=rngs
         )
 
-    return WorldModel(
-        state_model=jax.jit(jax.vmap(state))(jax.random.split(key_state, members)),
-        outcome_model=jax.jit(jax.vmap(outcome))(jax.random.split(key_outcome, members)),
-        scaler=scaler,
-        config=config,
-        step_hours=step_hours,
-        dose_edges=dose_edges,
-        stay_steps=stay_steps,
-    )
+    return jax.vmap(one)(keys)
 
 
 def _logit(probability: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -120,10 +120,13 @@ class ShardedRollout:
         return result
 
 
+@lru_cache(maxsize=32)
 def sharded_call(
     mesh: Mesh, shape: Shape, config: RolloutConfig, *, past: int = 0
 ) -> Any:  # a jitted function, which has no exact type
     """The jitted function behind a `ShardedRollout`, for ahead-of-time compilation.
+
+    Equal arguments give the same function, which then need not be compiled again.
 
     Returns:
       `f(world_model, policy or None, key, start, plans or None, tasks) -> BranchSummary`, the

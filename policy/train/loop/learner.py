@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Any
 
@@ -56,18 +56,20 @@ class Learner:
         parts: Any = nnx.split(model, trainable, ...)
         self._graphdef, params, self._frozen = parts
         make: Callable[[Any], State] = partial(initial_state, config=config)
-        of_update: dict[str, Any] = {}
-        if mesh is not None:
+        if mesh is None:
+            self._update = _jitted_update(self._graphdef, loss, config)
+        else:
             params, self._frozen = place_state((params, self._frozen), mesh)
             places = shardings(jax.eval_shape(make, params), mesh)
             make = jax.jit(make, out_shardings=places)
             everywhere = NamedSharding(mesh, PartitionSpec())
-            of_update = {"out_shardings": (places, everywhere, everywhere)}
+            self._update = jax.jit(
+                partial(update, self._graphdef, loss, config),
+                donate_argnums=0,
+                out_shardings=(places, everywhere, everywhere),
+            )
         # Copies, since an update gives away the memory of what it replaces.
         self.state = make(params)
-        self._update = jax.jit(
-            partial(update, self._graphdef, loss, config), donate_argnums=0, **of_update
-        )
 
     @property
     def step(self) -> int:
@@ -225,3 +227,9 @@ def cast(model: Qwen3, dtype: DTypeLike) -> Qwen3:
     """A model with all parameters in another type, such as to save what was trained."""
     graphdef, params = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), params))
+
+
+@lru_cache(maxsize=8)
+def _jitted_update(graphdef: nnx.GraphDef[Qwen3], loss: Loss, config: LearnerConfig) -> Any:
+    """`update`, the same function for learners of equal settings, so that it is compiled once."""
+    return jax.jit(partial(update, graphdef, loss, config), donate_argnums=0)

@@ -113,7 +113,7 @@ class MinibatchUpdate:
     ):
         self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
         self._row_length, self._micro_batch_size = row_length, micro_batch_size
-        self._logprobs = jax.jit(partial(_logprobs, temperature=temperature), static_argnums=0)
+        self._temperature = temperature
 
     def learn(self, members: Sequence[Trajectory], *, seed: int) -> dict[str, float]:
         """Updates the learner; log-probabilities of the batch are those before the first update.
@@ -160,20 +160,21 @@ class MinibatchUpdate:
     def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
+        temperature = self._temperature
         found = [
-            np.asarray(self._logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3])))
+            np.asarray(_logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3]), temperature))
             for i in range(len(batches.ids))
         ]
         return np.concatenate(found)[: len(rows.ids)]
 
 
+@partial(jax.jit, static_argnums=(0, 5))
 def _logprobs(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     ids: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
-    *,
     temperature: float,
 ) -> jax.Array:
     model = nnx.merge(graphdef, state)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar
 
 import numpy as np
@@ -91,9 +91,13 @@ class AgenticConfig:
 
 def agentic_loss(config: AgenticConfig, temperature: float) -> Loss:
     """The loss that the learner of an `AgenticTrainer` has to be made with."""
-    return partial(
-        policy_loss, objective=config.objective, temperature=temperature, remat=config.remat
-    )
+    return _policy_loss(config.objective, temperature, config.remat)
+
+
+@lru_cache(maxsize=8)
+def _policy_loss(objective: Objective, temperature: float, remat: str) -> Loss:
+    """The same function for equal settings, so that learners need not compile it again."""
+    return partial(policy_loss, objective=objective, temperature=temperature, remat=remat)
 
 
 class AgenticTrainer:
