@@ -14,11 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 # XLA's newer code generator takes nearly twice as long to compile small programs, and they run no
-# faster. The flag is of the version that is tested; XLA aborts at flags that it does not know.
-# Workers and other processes find it in their environment.
-FLAG = "--xla_cpu_use_fusion_emitters=false"
-if version("jax").startswith("0.10.") and FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAG}".strip()
+# faster. A program that is cut into parts, to be compiled by several threads, takes a fifth more of
+# processors that the workers keep busy anyway. The flags are of the version that is tested; XLA
+# aborts at flags that it does not know. Workers and other processes find them in their environment.
+FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+if version("jax").startswith("0.10.") and FLAGS not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 
 def compiled_programs() -> Path:
@@ -174,3 +175,26 @@ def taught(tmp_path_factory, worker_id):
     folder = made_once("taught", make, tmp_path_factory, worker_id)
     reports = [Report(**one) for one in json.loads((folder / "reports.json").read_text())]
     return folder / "tiny", reports
+
+
+@pytest.fixture(scope="session")
+def first_cohort(tmp_path_factory, worker_id):
+    """A cohort made by the command."""
+    from tests.sepsis_jax.command_line import finish
+
+    def make(folder):
+        finish("cohort", "synthetic", "--patients", 60, "--out", folder / "cohort")
+
+    return made_once("cohort", make, tmp_path_factory, worker_id) / "cohort"
+
+
+@pytest.fixture(scope="session")
+def first_model(first_cohort, tmp_path_factory, worker_id):
+    """A model made by the command, of the reference variant, in the published shape."""
+    from tests.sepsis_jax.command_line import FAST, finish
+
+    def make(folder):
+        out = folder / "model"
+        finish("world-model", "train", "--episodes", first_cohort, "--out", out, *FAST)
+
+    return made_once("model", make, tmp_path_factory, worker_id) / "model"

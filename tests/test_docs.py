@@ -11,6 +11,7 @@ import asyncio
 import inspect
 import re
 import shlex
+import shutil
 import textwrap
 from functools import cache
 from itertools import pairwise
@@ -22,7 +23,7 @@ import typer
 
 from scripts.docs_site import api_nav, full_nav, opening, page_of, public_modules, relinked
 from sepsis_jax.cli import app
-from tests.sepsis_jax.command_line import FAST, finish
+from tests.sepsis_jax.command_line import finish
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = public_modules(ROOT)
@@ -325,7 +326,7 @@ def imports_of(code):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(first_cohort, first_model, tmp_path_factory):
     """A folder with the files that the pages' snippets read, all of them small."""
     from policy.checkpoint import save_policy
     from policy.simple import GuidelineRules
@@ -334,8 +335,8 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("docs")
     runs = root / "runs"
     cohort, model = runs / "demo" / "cohort", runs / "demo" / "model"
-    finish("cohort", "synthetic", "--patients", 60, "--out", cohort)
-    finish("world-model", "train", "--episodes", cohort, "--out", model, *FAST)
+    shutil.copytree(first_cohort, cohort)
+    shutil.copytree(first_model, model)
     (runs / "synthetic").symlink_to(cohort)
     (runs / "model").symlink_to(model)
     save_policy(GuidelineRules(), runs / "iql")
