@@ -66,7 +66,8 @@ def test_a_block_is_a_rollout_summed_up(ensemble, start, whole):
     np.testing.assert_allclose(whole.fluid, fluid.mean(-1), **close)
 
 
-@pytest.mark.parametrize("branches", [1, 7, 20])
+# One branch at a time is slow because of another program; 7 cuts patients and samples too.
+@pytest.mark.parametrize("branches", [pytest.param(1, marks=pytest.mark.slow), 7, 20])
 def test_the_cut_into_tasks_changes_no_number(ensemble, start, plans, whole, branches):
     got = block(ensemble, start, plans, branches=branches)
     for name in ("final", "sofa", "shaping", "mortality", "lowest_map", "projected"):
