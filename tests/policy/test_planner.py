@@ -150,6 +150,7 @@ def test_the_view_leads_back_to_the_history(stay):
             np.testing.assert_allclose(got, want, atol=2e-3, rtol=1e-3)
 
 
+next_means = jax.jit(predict_next)
 means = jax.jit(lambda world, *window: world.transitions(*window).mu)
 
 
@@ -251,7 +252,12 @@ def ask(planner, key, observation):
 def test_every_search_finds_the_best(observation, config, best):
     planner = made(config, RandomPolicy(), **towards(best))
     assert ask(planner, KEY, observation).argmax() == best
-    soft = ask(replace(planner, config=replace(config, temperature=1.0)), KEY, observation)
+
+
+@pytest.mark.parametrize("best", [0, 4, 20, 24])
+def test_temperatures_soften_what_is_best(observation, best):
+    config = PlannerConfig(prior_weight=0.0, temperature=1.0)
+    soft = ask(made(config, RandomPolicy(), **towards(best)), KEY, observation)
     assert float(soft.sum()) == pytest.approx(1.0, abs=1e-5) and soft.argmax() == best
 
 
@@ -288,7 +294,8 @@ def test_fitting_end_to_end():
     probs = planner.action_probs(EPISODES)
     np.testing.assert_allclose(probs.sum(-1), 1.0, atol=1e-5)
     with pytest.raises(InputError, match="trained by cql has no value"):
-        wrong = train_offline(rows, SCALER, replace(config, algorithm="cql")).policy
+        q = {"q": critic.networks["q"]}
+        wrong = replace(critic, config=replace(config, algorithm="cql"), networks=q)
         fit_planner(EPISODES, WORLD, wrong, RandomPolicy())
     with pytest.raises(InputError, match="has no stays"):
         test_only = EPISODES.of_split("test")
@@ -329,9 +336,7 @@ def test_a_recurrent_world_model_is_searched(search, observation, stay):
     again = jax.tree.map(lambda leaf: jnp.repeat(leaf, 25, axis=0), seen).choose(jnp.arange(25))
     # Observations do not hold the ventilation of earlier rows, so the two differ where it changed.
     if len(set(np.asarray(stay.ventilated)[0, : STEP + 1].tolist())) == 1:
-        np.testing.assert_allclose(
-            predict_next(world, every), predict_next(world, again), atol=1e-4
-        )
+        np.testing.assert_allclose(next_means(world, every), next_means(world, again), atol=1e-4)
 
 
 def test_a_planner_is_fitted_on_a_recurrent_world_model():
@@ -342,5 +347,5 @@ def test_a_planner_is_fitted_on_a_recurrent_world_model():
     given = np.asarray(EPISODES.action)[stay, step]
     for row in range(3):
         history = start_history(world, EPISODES.select(stay[row : row + 1]), int(step[row]))
-        mean = predict_next(world, history.choose(jnp.asarray(given[row : row + 1])))[0]
+        mean = next_means(world, history.choose(jnp.asarray(given[row : row + 1])))[0]
         np.testing.assert_allclose(found[row], effects(mean, SCALER)[0], atol=1e-4)
