@@ -52,8 +52,8 @@ class TrainingPhase:
 
 PHASES = (
     TrainingPhase(length=352, rows=6, updates=60, learning_rate=4e-3),
-    TrainingPhase(length=1056, rows=2, updates=40, learning_rate=3e-3),
-    TrainingPhase(length=2112, rows=1, updates=20, learning_rate=2e-3),
+    TrainingPhase(length=1056, rows=2, updates=60, learning_rate=3e-3),
+    TrainingPhase(length=2112, rows=1, updates=40, learning_rate=2e-3),
 )
 """For stays of about three decisions.
 
