@@ -62,7 +62,8 @@ def benchmark(
         metrics = json.loads((effects / "metrics.json").read_text())
         row = {"patients": size, "confounding": confounding, "seed": seed}
         row |= {"hours": held * STEP_HOURS} | _flat(metrics)
-        rows.append(row | json.loads((folder / "seconds.json").read_text()))
+        timing = folder / "seconds.json"  # not there where the script was stopped after training
+        rows.append(row | (json.loads(timing.read_text()) if timing.exists() else {}))
     named = [part for name in (*_POLICIES, *options.policy) for part in ("--policy", name)]
     values = folder / "values"
     valued = ("world-model", "values", "--model", model, "--records", records)

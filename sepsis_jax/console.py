@@ -7,8 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 import typer
 from rich.console import Console
@@ -17,6 +18,11 @@ from rich.table import Table
 
 from sepsis_jax.runs import JsonDict
 from sepsis_jax.runs import Progress as PhaseProgress
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+OptionsT = TypeVar("OptionsT", bound="DataclassInstance")  # with a field `seed`
 
 DISCLAIMER = "Research software. Not for clinical use."
 
@@ -60,6 +66,11 @@ def _is_number(text: str) -> bool:
 def print_json(value: JsonDict) -> None:
     """The closing line of `--json`: one line of JSON, never wrapped or styled."""
     print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def with_seed(options: OptionsT, seed: int) -> OptionsT:
+    """Settings with the seed of the command line, where one other than 0 is given."""
+    return replace(options, seed=seed) if seed else options
 
 
 @contextmanager

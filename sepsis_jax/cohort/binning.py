@@ -94,20 +94,25 @@ def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
     return np.clip(own, 0, limit), np.maximum(np.nan_to_num(day), 0), counts
 
 
-def bin_status(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
-    """Invasive ventilation [N, T] bool and mimic-code's SOFA [N, T] for each row.
+def bin_ventilation(work: Workspace) -> np.ndarray:
+    """[N, T] bool, invasive ventilation, for each row."""
+    ventilated = np.zeros(empty_steps(work).shape, np.bool_)
+    found = work.execute("SELECT * FROM ventilated_steps").fetchnumpy()
+    ventilated[found["row"], found["step"]] = True
+    return ventilated
+
+
+def bin_sofa(work: Workspace) -> np.ndarray:
+    """[N, T] mimic-code's SOFA for each row.
 
     A row without a SOFA hour takes the last one before it; else, where a row holds its own step,
     the first one after it; else 0.
     """
-    ventilated = np.zeros(empty_steps(work).shape, np.bool_)
-    found = work.execute("SELECT * FROM ventilated_steps").fetchnumpy()
-    ventilated[found["row"], found["step"]] = True
     column = "rolling" if work.options.sofa == "rolling-24h" else "within"
     sofa = empty_steps(work)
     found = work.execute(f"SELECT row, step, {column} AS sofa FROM sofa_steps").fetchnumpy()
     sofa[found["row"], found["step"]] = found["sofa"]
-    return ventilated, _carry(sofa, backwards=not work.options.lead_steps)
+    return _carry(sofa, backwards=not work.options.lead_steps)
 
 
 def empty_steps(work: Workspace, *shape: int) -> np.ndarray:

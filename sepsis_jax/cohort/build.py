@@ -196,7 +196,7 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         )
     values, problems = binning.bin_measurements(work)
     urine, urine_24h, urine_counts = binning.bin_urine(work)
-    ventilated, score = binning.bin_status(work)
+    ventilated = binning.bin_ventilation(work)
     vasopressor, fluid = binning.bin_doses(work)
     edges, defaulted = binning.fit_dose_edges(vasopressor, fluid, train)
 
@@ -215,6 +215,8 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         )
     if options.sofa == "row":
         score = _score_rows(filled, ventilated, vasopressor, urine_24h, options)
+    else:
+        score = binning.bin_sofa(work)
     fields: dict[str, np.ndarray] = dict(
         dynamic=filled,
         measured=measured,

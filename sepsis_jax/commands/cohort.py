@@ -18,6 +18,7 @@ from sepsis_jax.console import (
     phases,
     print_json,
     print_table,
+    with_seed,
 )
 
 app = typer.Typer(
@@ -118,8 +119,6 @@ def audit(
     json: Json = False,
 ) -> None:
     """Check episodes for leakage of treatments and outcomes, and a world model by simulation."""
-    from dataclasses import replace
-
     from sepsis_jax.pipelines.audit import AuditConfig, run_audit
     from sepsis_jax.pipelines.verdicts import (
         AUDIT_COLUMNS,
@@ -130,8 +129,7 @@ def audit(
     )
     from worldmodel.configuration import resolve_config
 
-    options = resolve_config(AuditConfig, config, setting, source="--set")
-    options = replace(options, seed=seed) if seed else options
+    options = with_seed(resolve_config(AuditConfig, config, setting, source="--set"), seed)
     with phases("audit") as progress:
         checks = run_audit(episodes, out, model=model, config=options, progress=progress)
     print_table("Audit", AUDIT_COLUMNS, table_rows(checks))

@@ -17,6 +17,7 @@ from sepsis_jax.console import (
     phases,
     print_json,
     print_table,
+    with_seed,
 )
 
 app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
@@ -68,8 +69,6 @@ def evaluate(
     """Value policies on recorded stays: every estimator, intervals, diagnostics, a verdict."""
     if context.invoked_subcommand is not None:
         return
-    from dataclasses import replace
-
     from sepsis_jax.pipelines.ope import evaluate_policies
     from sepsis_jax.pipelines.ope_estimates import OPEOptions
     from sepsis_jax.report.ope import HEADLINES, records
@@ -78,8 +77,7 @@ def evaluate(
 
     if episodes is None or out is None:
         raise InputError("ope: give --episodes, --policy and --out; see sepsis-jax ope --help")
-    options = resolve_config(OPEOptions, config, setting, source="--set")
-    options = replace(options, seed=seed) if seed else options
+    options = with_seed(resolve_config(OPEOptions, config, setting, source="--set"), seed)
     with phases("off-policy evaluation") as progress:
         table = evaluate_policies(
             episodes,

@@ -22,6 +22,14 @@ from sepsis_jax.console import (
 )
 from sepsis_jax.runs import JsonDict
 
+Patients = Annotated[int, typer.Option("--patients", help="Fresh synthetic patients.")]
+Samples = Annotated[
+    int, typer.Option("--samples", help="Futures per patient, plan or policy, and member.")
+]
+Confounding = Annotated[
+    float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
+]
+
 app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
 
 
@@ -92,18 +100,12 @@ def evaluate(
 def effects(
     model: Model,
     out: Out,
-    patients: Annotated[
-        int, typer.Option("--patients", help="Fresh synthetic patients to ask about.")
-    ] = 1000,
+    patients: Patients = 1000,
     step: Annotated[int, typer.Option("--step", help="Row from which a treatment is held.")] = 2,
     held: Annotated[int, typer.Option("--held", help="Steps for which it is held.")] = 6,
-    samples: Annotated[
-        int, typer.Option("--samples", help="Futures per patient, plan and member.")
-    ] = 2,
+    samples: Samples = 2,
     seed: Seed = 1000,
-    confounding: Annotated[
-        float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
-    ] = 0.0,
+    confounding: Confounding = 0.0,
     records: Annotated[
         Path | None,
         typer.Option("--records", help="Episodes that linear baselines are fitted to."),
@@ -133,12 +135,10 @@ def values(
     policy: Annotated[
         list[str], typer.Option("--policy", help="A built-in name, or NAME=FOLDER; repeat.")
     ],
-    patients: Annotated[int, typer.Option("--patients", help="Fresh synthetic patients.")] = 1000,
-    samples: Annotated[int, typer.Option("--samples", help="Futures per patient and member.")] = 2,
+    patients: Patients = 1000,
+    samples: Samples = 2,
     seed: Seed = 1000,
-    confounding: Annotated[
-        float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
-    ] = 0.0,
+    confounding: Confounding = 0.0,
     records: Annotated[
         Path | None,
         typer.Option("--records", help="Episodes from which OPE estimates the same values."),
@@ -155,7 +155,8 @@ def values(
         )
     columns = ["policy", "true", "simulated", "error", "spread"]
     columns += [f"{name}_estimate" for name in ESTIMATORS if f"{name}_estimate" in table]
-    rows = [tuple(row) for row in table[columns].itertuples(index=False)]
+    shown = table[columns].astype(object).where(table[columns].notna(), None)
+    rows = [tuple(row) for row in shown.itertuples(index=False)]
     print_table("Total reward per stay", columns, rows)
     console.print(
         f"largest error {metrics['largest_error']:.2f}; order "

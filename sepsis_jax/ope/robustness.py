@@ -75,7 +75,6 @@ SMALLEST = 30  # stays; smaller groups are named but not evaluated
 
 def groups(episodes: Episodes) -> dict[str, np.ndarray]:
     """[N] masks by name: age, sex, shock and ventilation at any time in the first 24 hours."""
-    age, male, _ = np.asarray(episodes.static).T
     first = np.asarray(episodes.valid) & (np.arange(episodes.num_steps) < 6)
     dynamic = np.asarray(episodes.dynamic)
     treated = np.asarray(episodes.vasopressor) > 0
@@ -84,10 +83,7 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
     shock = (first & treated & (low | acid)).any(1)
     ventilated = (first & np.asarray(episodes.ventilated)).any(1)
     return {
-        "age < 65": age < 65,
-        "age >= 65": age >= 65,
-        "female": male == 0,
-        "male": male == 1,
+        **_people(episodes),
         "shock": shock,
         "no shock": ~shock,
         "ventilated": ventilated,
@@ -97,18 +93,15 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
 
 def groups_at(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
     """[N] masks by name, of what is known in the row `step`, which all stays reach."""
-    age, male, charlson = np.asarray(episodes.static).T
+    charlson = np.asarray(episodes.static)[:, 2]
     score = np.asarray(episodes.sofa)[:, 0]
     low = np.asarray(episodes.dynamic)[:, step, schema.INDEX["meanbp"]] < MAP_TARGET
     before = np.asarray(episodes.vasopressor)[:, :step]
     shock = low | (before[:, -1:] > 0).any(1)
     burden = float(np.median(charlson))
     return {
-        "all": np.ones(len(age), bool),
-        "age < 65": age < 65,
-        "age >= 65": age >= 65,
-        "female": male == 0,
-        "male": male == 1,
+        "all": np.ones(episodes.num_stays, bool),
+        **_people(episodes),
         f"Charlson index <= {burden:g}": charlson <= burden,
         f"Charlson index > {burden:g}": charlson > burden,
         "SOFA at admission < 6": score < 6,
@@ -116,6 +109,17 @@ def groups_at(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
         "SOFA at admission >= 10": score >= 10,
         "shock": shock,
         "no shock": ~shock,
+    }
+
+
+def _people(episodes: Episodes) -> dict[str, np.ndarray]:
+    """[N] masks by name: age and sex."""
+    age, male, _ = np.asarray(episodes.static).T
+    return {
+        "age < 65": age < 65,
+        "age >= 65": age >= 65,
+        "female": male == 0,
+        "male": male == 1,
     }
 
 
@@ -141,6 +145,7 @@ def evaluate_groups(
         stays = int(mask.sum())
         if stays < SMALLEST:
             row = {"group": name, "stays": stays, "trust": False, "reason": "too few stays"}
+            row |= {"differs": np.nan, "differs_adjusted": np.nan}
             tables.append(pd.DataFrame([row]))
             continue
         # Steps stay as they are: fitted ingredients are aligned with them.

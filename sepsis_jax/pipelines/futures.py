@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation
@@ -160,11 +161,12 @@ def linear_futures(records: Episodes, episodes: Episodes, config: FuturesConfig)
     until = config.step + config.held
     fit_on = records.select(np.asarray(records.length) > config.step)
     there = np.asarray(fit_on.length) > until
-    scaler = StandardScaler().fit(_linear_rows(fit_on, config.step))
+    scaler = StandardScaler()
+    rows = scaler.fit_transform(_linear_rows(fit_on, config.step))
     given = np.asarray(fit_on.action)[:, config.step : until]
     steps = np.asarray(fit_on.valid)[:, config.step : until, None]
     code = (CODES[given] * steps).sum(1) / steps.sum(1)
-    inputs = np.concatenate([scaler.transform(_linear_rows(fit_on, config.step)), code], axis=1)
+    inputs = np.concatenate([rows, code], axis=1)
     asked = scaler.transform(_linear_rows(episodes, config.step))
     plans = np.concatenate(
         [np.repeat(asked, len(CODES), 0), np.tile(CODES, (len(asked), 1))], axis=1
@@ -330,8 +332,7 @@ def _finds_errors(true: Futures, learned: Futures, warning: np.ndarray) -> float
     signal = warning.mean(0)
     if not 0 < wrong.sum() < len(wrong) or not np.isfinite(signal).all():
         return None
-    above = signal[wrong][:, None] - signal[~wrong]
-    return float(((above > 0) + 0.5 * (above == 0)).mean())
+    return float(roc_auc_score(wrong, signal))
 
 
 def _ceiling(mortality: np.ndarray) -> float | None:

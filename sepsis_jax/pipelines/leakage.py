@@ -357,15 +357,20 @@ def _treatment_predicted(record: _Record, random: np.random.Generator) -> Check:
     event, patient = level[stay, row] > 0, record.patient[stay]
     rows = (row, row - 1, permuted_rows(record.length, random)[stay, row])
     found = [predicted_auroc(record.values[stay, which], event, patient, random) for which in rows]
-    now, before, other = found
-    if now is None or before is None or other is None:
-        return not_run(name, f"Only {int(event.sum())} starts of a vasopressor.")
-    return above(
-        name, now.value, now.low(),
-        "AUROC of an additive model that reads the row; from the row before "
-        f"{before.value:.2f}, from another row of the stay (time permuted) {other.value:.2f}.",
-        suspect=0.9, fail=0.95,
+    return _predictable(
+        name, found, f"Only {int(event.sum())} starts of a vasopressor.",
+        "AUROC of an additive model that reads the row; from the row before {:.2f}, from another "
+        "row of the stay (time permuted) {:.2f}.",
     )  # fmt: skip
+
+
+def _predictable(name: str, found: list[Estimate | None], few: str, text: str) -> Check:
+    """The verdict of a prediction; `text` names those from two other rows."""
+    own, first, second = found
+    if own is None or first is None or second is None:
+        return not_run(name, few)
+    sentence = text.format(first.value, second.value)
+    return above(name, own.value, own.low(), sentence, suspect=0.9, fail=0.95)
 
 
 # How the stay ends
@@ -399,12 +404,8 @@ def _outcome_predicted(record: _Record, random: np.random.Generator) -> Check:
                   record.died, record.patient, random)
         for row in rows
     ]  # fmt: skip
-    first, last, other = found
-    if first is None or last is None or other is None:
-        return not_run(name, f"Only {int(record.died.sum())} deaths in {len(stays)} stays.")
-    return above(
-        name, first.value, first.low(),
-        "AUROC of an additive model that reads the first row; from the last row "
-        f"{last.value:.2f}, from any row of the stay (time permuted) {other.value:.2f}.",
-        suspect=0.9, fail=0.95,
+    return _predictable(
+        name, found, f"Only {int(record.died.sum())} deaths in {len(stays)} stays.",
+        "AUROC of an additive model that reads the first row; from the last row {:.2f}, from any "
+        "row of the stay (time permuted) {:.2f}.",
     )  # fmt: skip

@@ -18,7 +18,6 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from policy.registry import CLINICIAN, SIMPLE
-from sepsis_jax.ope.simulated import whole_stay
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policies import (
     CloneConfig,
@@ -233,7 +232,7 @@ def _world(
     test, _ = of_split(episodes, "test")
     test = test.select(np.arange(min(options.patients, test.num_stays)))
     return ModelWorld(
-        world_model, test, options.horizon or whole_stay(world_model, test),
+        world_model, test, options.horizon or None,
         options.samples or world_model.num_members, options.seed, load_dose_edges(path),
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from policy.base import Policy
-from policy.registry import find_all
+from policy.registry import CLINICIAN, find_all
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import simulated_value
 from sepsis_jax.pipelines.ope import evaluate_policies
@@ -84,7 +84,7 @@ class ModelWorld:
 
     world_model: WorldModel
     episodes: Episodes
-    horizon: int
+    horizon: int | None  # None: whole stays
     samples: int
     seed: int
     dose_edges: schema.DoseEdges
@@ -348,12 +348,14 @@ def add_estimates(
     Args:
       table: of `value_table`.
       records: folder of episodes of the same world, treated by the clinician.
-      policies: built-in names or NAME=FOLDER.
+      policies: built-in names or NAME=FOLDER; the clinician, who made the records, needs no
+        estimate and gets none.
       out: folder to write the evaluation to.
       seed: of the evaluation.
     """
     options = OPEOptions(estimators=",".join(ESTIMATORS), seed=seed)
-    found = evaluate_policies(records, out, policies, options=options)
+    others = [name for name in policies if name != CLINICIAN]
+    found = evaluate_policies(records, out, others, options=options)
     for estimator in ESTIMATORS:
         rows = found[found["estimator"] == estimator].set_index("policy")
         for column in ("estimate", "low", "high", "trust"):

@@ -27,6 +27,7 @@ COMMANDS = (
     ("world-model", "train"),
     ("world-model", "evaluate"),
     ("world-model", "effects"),
+    ("world-model", "values"),
     ("world-model", "export"),
 )
 

@@ -28,10 +28,11 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import true_value
 
 # These tests ask whether it runs, not whether it is good.
-TINY = "{updates: 20, batch_size: 32, seeds: 2, hidden: [8]}"  # as of the fixture `iql`
+TINY = "{updates: 20, batch_size: 32, seeds: 1, hidden: [8]}"
 CLONE = "{updates: 20, epochs: 1, hidden: 8}"
 FAST = (
-    "--set", "methods=[iql]", "--set", f"iql={TINY}", "--set", f"clone.fit={CLONE}",
+    "--set", "methods=[iql, cql]", "--set", f"iql={TINY}", "--set", f"cql={TINY}",
+    "--set", f"clone.fit={CLONE}",
     "--set", "ppo.ppo={hidden: [8], iterations: 1, patients: 16, minibatches: 1, batch_size: 16}",
     "--set", "patients=20",
 )  # fmt: skip
@@ -156,16 +157,16 @@ def test_comparison_writes_everything_and_reports_pairs(compared):
         "actions.png", "comparison.csv", "comparison.json", "comparison.md", "comparison.png",
         "difference.png", "manifest.json", "policies", "report.html",
     ]  # fmt: skip
-    assert leftovers(compared / "policies") == ["clone", "iql"]
+    assert leftovers(compared / "policies") == ["clone", "cql", "iql"]
     table = pd.read_csv(compared / "comparison.csv").set_index("policy")
-    assert list(table.index) == ["clinician", "guideline", "clone", "iql"]
+    assert list(table.index) == ["clinician", "guideline", "clone", "iql", "cql"]
     difference = table["value"] - table.loc["clinician", "value"]
     rest = table.index != "clinician"
     assert np.allclose(table["less_clinician"][rest], difference[rest], atol=1e-6)
     assert table.loc["guideline", "adherence"] == 100
     rates = table[["underdosing", "overdosing"]].sum(axis=1)
     assert np.allclose(rates, table["unsafe"])
-    assert (compared / "comparison.md").read_text().count("\n| ") == 6
+    assert (compared / "comparison.md").read_text().count("\n| ") == 7
 
 
 def test_comparison_goes_on_from_policies_that_fit(run, compared, cohort, model, monkeypatch):
@@ -181,9 +182,9 @@ def test_comparison_goes_on_from_policies_that_fit(run, compared, cohort, model,
     assert run(*arguments).status == 0
     assert trained == []
     pd.testing.assert_frame_equal(pd.read_csv(compared / "comparison.csv"), before)
-    # Other settings of one policy: it alone is trained again.
-    assert run(*arguments, "--set", "clone.fit.weight_decay=0.1").status == 0
-    assert trained == ["fit_clone"]
+    # Other settings of one method: it alone is trained again.
+    assert run(*arguments, "--set", "cql.cql_alpha=2").status == 0
+    assert trained == ["train_offline_policy"]
 
 
 @pytest.mark.slow
@@ -198,7 +199,7 @@ def test_comparison_with_the_planner_and_the_best_policy_known(run, cohort, mode
 
 def test_comparison_without_the_truth_asks_the_world_model(run, compared, cohort, model):
     result = run("compare", "--episodes", cohort, "--model", model, "--out", compared, "--no-truth",
-                 *FAST, "--set", "horizon=2", "--json")  # fmt: skip
+                 *FAST, "--set", "horizon=2", "--set", "methods=[iql]", "--json")  # fmt: skip
     assert result.status == 0, result.err
     table = pd.DataFrame(result.last_json["rows"]).set_index("policy")
     assert "ppo" not in table.index and result.last_json["baseline"] == "clone"
@@ -250,7 +251,7 @@ def test_prescribed_actions_of_the_clinician_break_the_rules_that_they_broke(coh
 
 def test_blocks_change_no_value_in_a_world_model(cohort, model, monkeypatch):
     episodes = load_episodes(cohort).of_split("test")
-    world = ModelWorld(load_world_model(model), episodes, 2, 1, 0, schema.DEFAULT_DOSE_EDGES)
+    world = ModelWorld(load_world_model(model), episodes, 2, 2, 0, schema.DEFAULT_DOSE_EDGES)
     whole = world.outcome(GuidelineRules()).total
     name = "sepsis_jax.pipelines.policy_values.patients_per_call"
     monkeypatch.setattr(name, lambda policy: 3)

@@ -14,7 +14,7 @@ from worldmodel.keys import COUNTERFACTUAL
 from worldmodel.observation import draw_action
 from worldmodel.synthetic import patient_keys
 
-STEPS, PATIENTS, SAMPLES = 3, 2, 2
+STEPS, PATIENTS, SAMPLES = 3, 3, 2
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_equals_futures_that_are_played_one_by_one(env, states, under_guideline,
 def test_a_policy_gains_nothing_over_itself(under_random, states):
     found = under_random(states)
     np.testing.assert_allclose(found.mean(1), 0.0, atol=1e-4)
-    assert float(jnp.abs(found).max()) > 0.05
+    assert float(jnp.abs(found).max()) > 0.1
 
 
 def test_who_is_not_treated_any_more_gains_nothing(env, under_random, states):

@@ -5,11 +5,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from sepsis_jax.ope import diagnose, weigh
 from sepsis_jax.ope.diagnostics import effective_size, verdict
 from sepsis_jax.ope.robustness import evaluate_groups, worst_case
+from sepsis_jax.report.ope import sections
 from tests.sepsis_jax.ope.samples import random_case
 
 
@@ -72,3 +74,16 @@ def test_subgroups_note_how_many_were_looked_at():
     rows = table[table["group"] == "half"]
     assert set(rows["stays"]) == {60} and len(rows) == 4
     assert (~rows["differs_adjusted"].astype(bool) | rows["differs"].astype(bool)).all()
+
+
+def test_a_report_of_subgroups_that_are_all_too_small():
+    data, probs, fitted = random_case(stays=40, policies=1)
+    table = evaluate_groups(
+        data, probs, {"few": np.arange(40) < 5}, key=jax.random.key(0), fitted=fitted
+    )
+    estimates = pd.DataFrame()
+    estimates.attrs = {"stays": 40, "level": 0.95, "interval": "t", "n_bootstrap": 0}
+    estimates.attrs |= {"gamma": 1.0, "treated": {}}
+    *_, found = sections({"estimates": estimates, "subgroups": table})
+    (few,) = found.tables[0].rows
+    assert few[:2] == ("few", 5) and few[-2:] == (None, None)

@@ -224,8 +224,9 @@ def test_next_state_is_predictable(world):
     weights = np.linalg.lstsq(x[train], y[train], rcond=None)[0]
     error = np.abs(x[~train] @ weights - y[~train]).mean(0)
     carried = np.abs(x[~train][:, : schema.NUM_FEATURES] - y[~train]).mean(0)
-    for name in ("meanbp", "heart_rate", "resp_rate", "spo2"):
-        assert error[schema.INDEX[name]] < carried[schema.INDEX[name]]
+    shares = {"meanbp": 0.95, "heart_rate": 0.98, "resp_rate": 0.98, "spo2": 1.0}
+    for name, share in shares.items():
+        assert error[schema.INDEX[name]] < share * carried[schema.INDEX[name]]
 
 
 def _transitions(episodes):
