@@ -19,14 +19,18 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
 from worldmodel.simulate.rollout import Rollouts, rollout
-from worldmodel.simulate.statistics import plan_support
+from worldmodel.simulate.statistics import (
+    MAP_TARGET,
+    QUANTILES,
+    plan_support,
+    weighted_quantiles,
+)
 
 FEATURES = ("meanbp", "lactate", "output_4hourly")
 OUTCOME_TITLES = (
     "plan", "mortality", "5%", "95%", "total reward", "MAP < 65", "ventilated", "projected",
     "support",
 )  # fmt: skip
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def simulate_patient(
@@ -132,6 +136,8 @@ def trajectory_table(
 ) -> pd.DataFrame:
     """Rows (plan, hour, feature) with mean and quantiles over the futures of one patient.
 
+    Futures count by the probability that the stay reaches the hour.
+
     Args:
       rollouts: of P = 1 patient.
       plans: the K plans.
@@ -141,14 +147,16 @@ def trajectory_table(
     series = {name: np.asarray(rollouts.feature(name)[0]) for name in rollouts.features}
     series |= {"sofa": np.asarray(rollouts.sofa[0])}
     rows: list[JsonDict] = []
+    weights = np.pad(_reached(rollouts), ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
     for k, plan in enumerate(plans):
         for name, values in series.items():
             unit = "points" if name == "sofa" else schema.FEATURES[schema.INDEX[name]].unit
             paths = np.concatenate([np.full((len(values[k]), 1), start[name]), values[k]], axis=1)
-            quantiles = np.quantile(paths, QUANTILES, axis=0)
+            mean = np.average(paths, axis=0, weights=weights[k])
+            quantiles = weighted_quantiles(paths.T, weights[k].T)
             for h, hour in enumerate(hours):
                 row = {"plan": plan.name, "hour": hour, "feature": name, "unit": unit}
-                row |= {"mean": paths[:, h].mean()}
+                row |= {"mean": mean[h]}
                 row |= {f"q{round(100 * q):02d}": quantiles[i, h] for i, q in enumerate(QUANTILES)}
                 rows.append(row)
     return pd.DataFrame(rows)
@@ -157,12 +165,14 @@ def trajectory_table(
 def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
     """One row per plan: mortality, total reward, hypotension, ventilation, projections.
 
-    Of a recurrent model also the support: the least probability of a step of the plan under
-    the clinician.
+    Steps count by the probability that the stay reaches them. Of a recurrent model also the
+    support: the least probability of a step of the plan under the clinician.
     """
     mortality = np.asarray(rollouts.mortality[0])
     meanbp = np.asarray(rollouts.feature("meanbp")[0])
     horizon = meanbp.shape[-1]
+    weights = _reached(rollouts)
+    ventilation = np.asarray(rollouts.ventilation[0])
     table = pd.DataFrame(
         {
             "plan": [plan.name for plan in plans],
@@ -170,8 +180,8 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
             "mortality_q05": np.quantile(mortality, 0.05, axis=-1),
             "mortality_q95": np.quantile(mortality, 0.95, axis=-1),
             "total_reward": np.asarray(rollouts.total_reward[0]).mean(-1),
-            "map_below_65": (meanbp < 65).mean((-2, -1)),
-            "ventilation": np.asarray(rollouts.ventilation[0]).mean((-2, -1)),
+            "map_below_65": np.average(meanbp < MAP_TARGET, (-2, -1), weights),
+            "ventilation": np.average(ventilation, (-2, -1), weights),
             "projected_share": np.asarray(rollouts.projected[0]).mean(-1)
             / (horizon * schema.NUM_FEATURES),
         }
@@ -179,3 +189,11 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
     if rollouts.support is not None:
         table["support"] = plan_support(np.asarray(rollouts.support))[0]
     return table
+
+
+def _reached(rollouts: Rollouts) -> np.ndarray:
+    """[K, S, H] probability that the first patient's stay reaches each row; 1 without hazards."""
+    if rollouts.alive is None:
+        return np.ones(rollouts.sofa.shape[1:])
+    # Where no stay is left, all futures count alike.
+    return np.asarray(rollouts.alive[0], np.float64) + 1e-9
