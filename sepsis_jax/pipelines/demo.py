@@ -64,7 +64,7 @@ def run_demo(
         summary.json.
       data: MIMIC-IV; None for the synthetic world.
       patients: synthetic patients.
-      samples: futures per plan.
+      samples: futures per plan, rounded up to a multiple of the ensemble size.
       config: of training; None for settings that fit the size of the cohort.
       seed: of every random choice.
       say: called with the name of each part as it begins.
@@ -88,6 +88,8 @@ def run_demo(
         progress=training_progress,
     )
     training_figure(trained.history, out / "world_model.png")
+    members = trained.world_model.num_members
+    samples = -(-samples // members) * members
     say("3/5 futures of one patient")
     test = episodes.of_split("test")
     stay = hypotensive_stay(test, step=START_STEP, horizon=HORIZON)
@@ -118,10 +120,10 @@ def run_demo(
 
 
 def default_config(stays: int, seed: int) -> TrainConfig:
-    """Settings for a demonstration: gentler where there are few stays."""
+    """Settings for a demonstration: an ensemble, or gentler where there are few stays."""
     config = TrainConfig(seed=seed)
     if stays >= 1000:
-        return config
+        return replace(config, members=3)
     few = replace(config.stays, epochs=60, batch_size=16, learning_rate=1e-3, patience=8)
     return replace(config, stays=few)
 

@@ -13,6 +13,10 @@ Treatments enter as residuals phi(a_t) - E[phi(a) | h_t, x_t] (Robinson 1988; Ni
 Biometrika 108:299): what the history says about the choice of the treatment is removed from its
 effect, so that confounding by what is recorded cancels. phi is a thermometer code of both levels.
 Decayed sums of past doses are part of a row, so that long treatments are not an extrapolation.
+
+Past treatments are a sign of how sick a patient was. What is learned of outcomes weighs each row
+by how the treatments before it are explained by habit alone, against the whole history
+(`recurrent_training.history_weights`); the habit is a head of its own.
 """
 
 from __future__ import annotations
@@ -75,6 +79,7 @@ class StayReading(NamedTuple):
 
     hidden: jax.Array  # [B, T, H] after each row
     choice: jax.Array  # [B, T, 25] logits of the clinician's choice
+    habit: jax.Array  # [B, T, 25] the same, knowing the treatment before and the step alone
     residual: jax.Array  # [B, T, 8] code of the treatment less its expectation
     prediction: RowPrediction  # of the row after each
 
@@ -163,7 +168,8 @@ class RecurrentStateModel(nnx.Module):
         self.cell = GRUCell(ROW_WIDTH, hidden, rngs=rngs, precision=precision)
         self.choice_hidden = linear(hidden + ROW_WIDTH, head)
         self.choice = linear(head, schema.NUM_ACTIONS)
-        self.trunk = linear(hidden + ROW_WIDTH, hidden)
+        self.habit = linear(CODE_WIDTH + 2, schema.NUM_ACTIONS)
+        self.trunk = linear(hidden, hidden)
         self.effect = linear(CODE_WIDTH, hidden, use_bias=False)
         self.mu_row = linear(ROW_WIDTH, features, zero=True)
         self.mu_effect = linear(CODE_WIDTH, features, use_bias=False, zero=True)
@@ -205,6 +211,14 @@ class RecurrentStateModel(nnx.Module):
         result: jax.Array = self.choice(jax.nn.relu(self.choice_hidden(both)))
         return result
 
+    def habitual(self, inputs: jax.Array) -> jax.Array:
+        """[..., 25] logits of the choice by the step and the treatment before alone."""
+        known = inputs[..., DRAWN_WIDTH:]
+        start = 2 + schema.NUM_STATIC
+        both = jnp.concatenate([known[..., :2], known[..., start : start + CODE_WIDTH]], axis=-1)
+        result: jax.Array = self.habit(both)
+        return result
+
     def read(
         self, inputs: jax.Array, obs: jax.Array, action: jax.Array, *, key: jax.Array | None = None
     ) -> StayReading:
@@ -220,7 +234,7 @@ class RecurrentStateModel(nnx.Module):
         choice = self.propensity(hidden, inputs)
         residual = residual_code(choice, action)
         prediction = self.predict(hidden, inputs, obs, residual, key=key)
-        return StayReading(hidden, choice, residual, prediction)
+        return StayReading(hidden, choice, self.habitual(inputs), residual, prediction)
 
     def predict(
         self,
@@ -240,7 +254,7 @@ class RecurrentStateModel(nnx.Module):
           residual: [..., 8] from `residual_code`.
           key: dropout when given; the key is consumed.
         """
-        pre = jax.nn.relu(self.trunk(jnp.concatenate([h, inputs], axis=-1)) + self.effect(residual))
+        pre = jax.nn.relu(self.trunk(h) + self.effect(residual))
         if key is not None:
             pre = self.dropout(pre, deterministic=False, rngs=key)
         mu = obs + self.mu_row(inputs) + self.mu_effect(residual) + self.mu(pre)
@@ -256,16 +270,16 @@ class CompetingRisks(nnx.Module):
     """How a stay goes on: hazards of its next step, and the clinician's continuation."""
 
     def __init__(self, hidden: int, head: int, dropout: float, precision: str, *, rngs: nnx.Rngs):
-        both, risks = hidden + ROW_WIDTH, len(RISKS)
+        risks = len(RISKS)
 
         linear = _layers(precision, rngs)
-        self.risk_hidden = linear(both, head)
+        self.risk_hidden = linear(hidden, head)
         self.risk_effect = linear(CODE_WIDTH, head, use_bias=False)
         self.risk = linear(head, risks)
         self.risk_row = linear(ROW_WIDTH, risks, use_bias=False, zero=True)
         self.risk_code = linear(CODE_WIDTH, risks, use_bias=False, zero=True)
         self.risk.bias[...] = jnp.array([-4.0, -2.0, -1.0])  # rare, rarer first
-        self.later_hidden = linear(both, head)
+        self.later_hidden = linear(hidden, head)
         self.later = linear(head, len(Continuation._fields))
         self.later_row = linear(ROW_WIDTH, len(Continuation._fields), zero=True)
         self.dropout = nnx.Dropout(dropout)
@@ -274,8 +288,7 @@ class CompetingRisks(nnx.Module):
         self, h: jax.Array, inputs: jax.Array, residual: jax.Array, *, key: jax.Array | None = None
     ) -> jax.Array:
         """[..., 3] logits of the competing risks, in the order of `RISKS`; see `predict`."""
-        both = jnp.concatenate([h, inputs], axis=-1)
-        pre = jax.nn.relu(self.risk_hidden(both) + self.risk_effect(residual))
+        pre = jax.nn.relu(self.risk_hidden(h) + self.risk_effect(residual))
         if key is not None:
             pre = self.dropout(pre, deterministic=False, rngs=key)
         result: jax.Array = self.risk(pre) + self.risk_row(inputs) + self.risk_code(residual)
@@ -285,7 +298,7 @@ class CompetingRisks(nnx.Module):
         self, h: jax.Array, inputs: jax.Array, *, key: jax.Array | None = None
     ) -> Continuation:
         """What follows if the clinician treats from this row on."""
-        pre = jax.nn.relu(self.later_hidden(jnp.concatenate([h, inputs], axis=-1)))
+        pre = jax.nn.relu(self.later_hidden(h))
         if key is not None:
             pre = self.dropout(pre, deterministic=False, rngs=key)
         both = self.later(pre) + self.later_row(inputs)

@@ -8,6 +8,9 @@ tell deaths in the unit from deaths soon after, so the likelihood of the end is 
 
 with r = 1 in the last row of the recorded window, where every stay ends (competing risks in
 discrete time, Prentice & Gloeckler, Biometrics 34:57).
+
+Outcomes are weighed as in marginal structural models (Robins, Hernan & Brumback, Epidemiology
+11:550), so that past treatments tell what they did rather than whom they were given to.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ Models = tuple[RecurrentStateModel, CompetingRisks]
 _AUXILIARY_WEIGHT = 0.1  # of ventilation and of the clinician's choice, against the values
 _OUTCOME_WEIGHT = 0.3  # of hazards and continuation
 _REWARD_WEIGHT = 0.05  # of the squared error of the rewards to come
+_WEIGHT_DECAY = 0.9  # per step, of what a treatment adds to the logarithm of later weights
+_LOG_WEIGHT_LIMIT = 2.0
 _FEWEST = 30  # measurements that a variance is estimated from
 _SHRINKAGE = 50.0  # pairs of measurements at which a correlation is believed to one half
 
@@ -148,24 +153,54 @@ def recurrent_loss(
     step = jnp.arange(stay.action.shape[1])
     valid = step < stay.length[:, None]
     goes_on = step[:-1] < stay.length[:, None] - 1
-    h, choice, residual, found = state_model.read(stay.inputs, stay.obs, stay.action, key=keys[0])
+    read = state_model.read(stay.inputs, stay.obs, stay.action, key=keys[0])
+    found = read.prediction
 
     measured = stay.measured[:, 1:] & goes_on[..., None]
     nll = gaussian_nll(stay.obs[:, 1:], found.mu[:, :-1], found.log_sigma[:, :-1])
     binary = optax.sigmoid_binary_cross_entropy
     vent = binary(found.vent_logit[:, :-1], stay.ventilated[:, 1:].astype(jnp.float32))
     taken = binary(found.measured_logit[:, :-1], stay.measured[:, 1:].astype(jnp.float32))
-    chosen = optax.softmax_cross_entropy_with_integer_labels(choice, stay.action)
+    entropy = optax.softmax_cross_entropy_with_integer_labels
+    chosen, habitual = (entropy(logits, stay.action) for logits in (read.choice, read.habit))
     total = _mean(nll, measured) + _mean(taken.mean(-1), goes_on)
-    total += _AUXILIARY_WEIGHT * (_mean(vent, goes_on) + _mean(chosen, valid))
+    total += _AUXILIARY_WEIGHT * (_mean(vent, goes_on) + _mean(chosen + habitual, valid))
 
-    logits = risks.risks(h, stay.inputs, jax.lax.stop_gradient(residual), key=keys[1])
-    later = risks.continuation(h, stay.inputs, key=keys[2])
+    weight = history_weights(chosen, habitual, valid)
+    logits = risks.risks(
+        read.hidden, stay.inputs, jax.lax.stop_gradient(read.residual), key=keys[1]
+    )
+    later = risks.continuation(read.hidden, stay.inputs, key=keys[2])
     died = stay.died_90d[:, None]
-    outcome = -_mean(log_likelihood(logits, stay.length, died), valid)
+    outcome = -_mean(weight * log_likelihood(logits, stay.length, died), valid)
     dead = binary(later.mortality_logit, jnp.broadcast_to(died, valid.shape).astype(jnp.float32))
-    outcome += _mean(dead + _REWARD_WEIGHT * (later.reward - stay.later_reward) ** 2, valid)
+    error = dead + _REWARD_WEIGHT * (later.reward - stay.later_reward) ** 2
+    outcome += _mean(weight * error, valid)
     return total + _OUTCOME_WEIGHT * outcome
+
+
+def history_weights(chosen: jax.Array, habitual: jax.Array, valid: jax.Array) -> jax.Array:
+    """[B, T] weights of rows, of mean 1, under which past treatments are less confounded.
+
+    Stabilised inverse-probability weights of the treatments before a row, the product over steps
+    of p(a | treatment before, step) / p(a | history): patients whose record explains their
+    treatment count less than those who were treated alike against it. Older treatments count less,
+    and weights are bounded, which trades a part of the bias for variance. The treatment of the row
+    itself enters as a residual, and so has no weight.
+
+    Args:
+      chosen: [B, T] negative log probability of the treatment given the whole history.
+      habitual: [B, T] the same, given the treatment before and the step.
+      valid: [B, T] bool, the row exists.
+    """
+    ratio = jax.lax.stop_gradient(chosen - habitual)
+
+    def add(log_weight: jax.Array, ratio: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return _WEIGHT_DECAY * (log_weight + ratio), log_weight
+
+    _, log_weight = jax.lax.scan(add, jnp.zeros(ratio.shape[0]), ratio.T)
+    weight = jnp.exp(jnp.clip(log_weight.T, -_LOG_WEIGHT_LIMIT, _LOG_WEIGHT_LIMIT))
+    return weight / _mean(weight, valid)
 
 
 def log_likelihood(logits: jax.Array, length: jax.Array, died: jax.Array) -> jax.Array:

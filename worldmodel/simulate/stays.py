@@ -78,8 +78,8 @@ class StayStep(NamedTuple):
 class StayKernel:
     """Parameters of one member, arranged so that products with one left operand are one product.
 
-    Columns of `row`: gates, then the hidden layers of trunk, choice and risks, then what is linear
-    in the row; of `hidden`: trunk, choice, risks. The continuation is read at the end alone.
+    Columns of `row`: gates, then the hidden layer of the choice, then what is linear in the row;
+    of `hidden`: choice, trunk, risks. The continuation is read at the end alone.
     """
 
     row: jax.Array  # [F, ...]
@@ -87,6 +87,7 @@ class StayKernel:
     recurrent: jax.Array  # [H, 3 H]
     recurrent_bias: jax.Array
     hidden: jax.Array  # [H, ...]
+    hidden_bias: jax.Array
     code: jax.Array  # [8, ...] trunk, risks' hidden layer, mu, risks
     heads: jax.Array  # [H, 118] mu, log sigma, measured, ventilation
     heads_bias: jax.Array
@@ -94,9 +95,9 @@ class StayKernel:
     choice_bias: jax.Array
     risk: jax.Array  # [C, 3]
     risk_bias: jax.Array
-    later_row: jax.Array  # [F, C + 2] hidden layer of the continuation, and its linear part
-    later_row_bias: jax.Array
+    later_row: jax.Array  # [F, 2] what is linear in the row
     later_hidden: jax.Array  # [H, C]
+    later_hidden_bias: jax.Array
     later: jax.Array  # [C, 2]
     later_bias: jax.Array
     fill: jax.Array  # [39]
@@ -134,15 +135,14 @@ def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKer
     state, risks = jax.tree.map(lambda leaf: leaf[0], world_model.stay_models())
     width = state.hidden
 
-    def side(rows: slice) -> list[jax.Array]:
-        layers = (state.trunk, state.choice_hidden, risks.risk_hidden)
-        return [layer.kernel[...][rows] for layer in layers]
-
-    row = [state.cell.weight_input[...], *side(slice(width, None))]
+    choice = state.choice_hidden
+    row = [state.cell.weight_input[...], choice.kernel[...][width:]]
     row += [layer.kernel[...] for layer in (state.mu_row, state.measured_row, risks.risk_row)]
-    bias = [state.cell.bias_input[...]]
-    bias += [layer.bias[...] for layer in (state.trunk, state.choice_hidden, risks.risk_hidden)]
+    bias = [state.cell.bias_input[...], choice.bias[...]]
     bias += [state.mu_row.bias[...], state.measured_row.bias[...], jnp.zeros(3)]
+    hidden = [choice.kernel[...][:width], state.trunk.kernel[...], risks.risk_hidden.kernel[...]]
+    hidden_bias = [jnp.zeros(risks.risk_hidden.bias.shape), state.trunk.bias[...]]
+    hidden_bias += [risks.risk_hidden.bias[...]]
     heads = (state.mu, state.log_sigma, state.measured, state.vent)
     code = (state.effect, risks.risk_effect, state.mu_effect, risks.risk_code)
     return StayKernel(
@@ -150,7 +150,8 @@ def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKer
         row_bias=jnp.concatenate(bias),
         recurrent=state.cell.weight_hidden[...],
         recurrent_bias=state.cell.bias_hidden[...],
-        hidden=jnp.concatenate(side(slice(None, width)), axis=1),
+        hidden=jnp.concatenate(hidden, axis=1),
+        hidden_bias=jnp.concatenate(hidden_bias),
         code=jnp.concatenate([layer.kernel[...] for layer in code], axis=1),
         heads=jnp.concatenate([layer.kernel[...] for layer in heads], axis=1),
         heads_bias=jnp.concatenate([layer.bias[...] for layer in heads]),
@@ -158,13 +159,11 @@ def pack_stays(world_model: WorldModel, precision: str | None = None) -> StayKer
         choice_bias=state.choice.bias[...],
         risk=risks.risk.kernel[...],
         risk_bias=risks.risk.bias[...],
-        later_row=jnp.concatenate(
-            [risks.later_hidden.kernel[...][width:], risks.later_row.kernel[...]], axis=1
-        ),
-        later_row_bias=jnp.concatenate([risks.later_hidden.bias[...], risks.later_row.bias[...]]),
-        later_hidden=risks.later_hidden.kernel[...][:width],
+        later_row=risks.later_row.kernel[...],
+        later_hidden=risks.later_hidden.kernel[...],
+        later_hidden_bias=risks.later_hidden.bias[...],
         later=risks.later.kernel[...],
-        later_bias=risks.later.bias[...],
+        later_bias=risks.later.bias[...] + risks.later_row.bias[...],
         fill=state.fill[...],
         noise=state.noise_factor[...].T,
         precision=precision,
@@ -203,16 +202,12 @@ def _read(kernel: StayKernel, before: jax.Array, row: StayRow) -> _Read:
     recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
     with jax.named_scope("gates"):
         hidden = gates(read[..., : 3 * width], recurrent, before)
-    both = _dot(kernel, hidden, kernel.hidden)
-    ends = np.cumsum([width, small, small])
-    added = read[..., 3 * width : 3 * width + ends[-1]] + both
-    trunk, choice, risk = jnp.split(added, ends[:-1], axis=-1)
-    linear = jnp.split(
-        read[..., 3 * width + ends[-1] :],
-        np.cumsum([_FEATURES, _FEATURES]),
-        axis=-1,
+    both = _dot(kernel, hidden, kernel.hidden) + kernel.hidden_bias
+    choice, trunk, risk = jnp.split(both, np.cumsum([small, width]), axis=-1)
+    by_row, *linear = jnp.split(
+        read[..., 3 * width :], np.cumsum([small, _FEATURES, _FEATURES]), axis=-1
     )
-    return _Read(hidden, trunk, choice, risk, *linear)
+    return _Read(hidden, trunk, choice + by_row, risk, *linear)
 
 
 def _propensity(kernel: StayKernel, read: _Read) -> jax.Array:
@@ -460,9 +455,9 @@ def continuation_at(
     """What follows if the clinician treats from the newest row on; arguments as `step_stay`."""
     inputs = row_inputs(_row(state, static, step))
     hidden = _advance(kernel, state.hidden, inputs)
-    read = _dot(kernel, inputs, kernel.later_row) + kernel.later_row_bias
-    pre = jax.nn.relu(read[..., : kernel.head] + _dot(kernel, hidden, kernel.later_hidden))
-    both = _dot(kernel, pre, kernel.later) + kernel.later_bias + read[..., kernel.head :]
+    pre = jax.nn.relu(_dot(kernel, hidden, kernel.later_hidden) + kernel.later_hidden_bias)
+    both = _dot(kernel, pre, kernel.later) + kernel.later_bias
+    both += _dot(kernel, inputs, kernel.later_row)
     return Continuation(both[..., 0], both[..., 1])
 
 
