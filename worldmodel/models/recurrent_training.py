@@ -137,7 +137,12 @@ def to_stay_rows(episodes: Episodes, scaler: Scaler, dose_edges: schema.DoseEdge
 
 
 def recurrent_loss(
-    models: Models, rows: StayRows, index: jax.Array, key: jax.Array | None
+    models: Models,
+    rows: StayRows,
+    index: jax.Array,
+    key: jax.Array | None,
+    *,
+    weighted: bool = True,
 ) -> jax.Array:
     """Loss of whole stays: values, measuring, ventilation, choice, hazards, continuation.
 
@@ -146,6 +151,7 @@ def recurrent_loss(
       rows: all stays.
       index: [B, 2], the first column being the stays of the batch.
       key: dropout when given; the key is consumed.
+      weighted: whether outcomes have the weights of `history_weights`.
     """
     state_model, risks = models
     stay: StayRows = jax.tree.map(lambda leaf: leaf[index[:, 0]], rows)
@@ -166,7 +172,7 @@ def recurrent_loss(
     total = _mean(nll, measured) + _mean(taken.mean(-1), goes_on)
     total += _AUXILIARY_WEIGHT * (_mean(vent, goes_on) + _mean(chosen + habitual, valid))
 
-    weight = history_weights(chosen, habitual, valid)
+    weight = history_weights(chosen, habitual, valid) if weighted else jnp.ones(valid.shape)
     logits = risks.risks(
         read.hidden, stay.inputs, jax.lax.stop_gradient(read.residual), key=keys[1]
     )

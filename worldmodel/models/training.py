@@ -30,6 +30,7 @@ from worldmodel.models.fitting import (
     state_model_loss,
 )
 from worldmodel.models.recurrent_training import (
+    StayRows,
     calibrate_noise,
     fill_values,
     recurrent_loss,
@@ -64,6 +65,8 @@ class TrainConfig:
       vent_weight: weight of the ventilation loss.
       outcome_prefixes: train the Outcome Model on every row instead of last rows only, so
         that it can be evaluated in mid-trajectory. None: only for the residual variant.
+      history_weights: weigh the recurrent variant's outcomes by the history of treatments, so that
+        past doses are no sign of how sick a patient was; off to see what it does.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -79,6 +82,7 @@ class TrainConfig:
     imputed_weight: float | None = None
     vent_weight: float = 0.3
     outcome_prefixes: bool | None = None
+    history_weights: bool = True
 
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda count: count >= 1, "members")
@@ -226,6 +230,12 @@ def _state_loss(imputed_weight: float, vent_weight: float) -> Loss[Sequences]:
     )
 
 
+@lru_cache
+def _stay_loss(weighted: bool) -> Loss[StayRows]:
+    """`recurrent_loss`, the same function for equal settings, so that it is compiled once."""
+    return partial(recurrent_loss, weighted=weighted)
+
+
 def _fit_stays(
     key: jax.Array,
     world_model: WorldModel,
@@ -247,7 +257,7 @@ def _fit_stays(
     (state_model, outcome_model), history = fit(
         key,
         (state_model, outcome_model),
-        recurrent_loss,
+        _stay_loss(config.history_weights),
         (rows["train"], last_step_index(parts["train"])),
         (rows["validation"], last_step_index(parts["validation"])),
         config.stays,
