@@ -14,7 +14,7 @@ Biometrika 108:299): what the history says about the choice of the treatment is 
 effect, so that confounding by what is recorded cancels. phi is a thermometer code of both levels.
 Decayed sums of past doses are part of a row, so that long treatments are not an extrapolation.
 
-Past treatments are a sign of how sick a patient was. What is learned of outcomes weighs each row
+Earlier treatments are a sign of how sick a patient was. What is learned of outcomes weighs each row
 by how the treatments before it are explained by habit alone, against the whole history
 (`recurrent_training.history_weights`); the habit is a head of its own.
 """
