@@ -187,21 +187,21 @@ def plain_flops(config: ModelConfig, horizon: int) -> float:
       horizon: steps H, over which the Outcome Model's one look is spread.
     """
     state = _window(config, schema.STATE_WINDOW)
-    state += config.width * config.head + config.head  # ventilation
-    state += (config.width + 1) * config.width  # transition
-    state += config.width * 2 * schema.NUM_FEATURES
+    state += config.hidden * config.head + config.head  # ventilation
+    state += (config.hidden + 1) * config.hidden  # transition
+    state += config.hidden * 2 * schema.NUM_FEATURES
     if config.variant == "residual":
         state += (config.linear_rows * _ROW + schema.NUM_STATIC) * schema.NUM_FEATURES
     outcome = _window(config, schema.OUTCOME_WINDOW)
-    outcome += config.width * config.head + config.head
+    outcome += config.hidden * config.head + config.head
     return 2.0 * (state + outcome / horizon)
 
 
 def _window(config: ModelConfig, rows: int) -> int:
     """Multiplications of embedding and running a window."""
-    gates = 3 * config.width
-    first = (config.row_width + config.width) * gates
-    above = (config.layers - 1) * 2 * config.width * gates
+    gates = 3 * config.hidden
+    first = (config.row_width + config.hidden) * gates
+    above = (config.layers - 1) * 2 * config.hidden * gates
     embedded = rows * schema.ACTION_WIDTH * config.embed + schema.NUM_STATIC * config.embed
     return embedded + rows * (first + above)
 
@@ -247,7 +247,7 @@ def minimal_flops(config: ModelConfig, shape: Shape, horizon: int) -> float:
         projected = max(seen, treated)
         chain = count.start(projected) if chain is None else count.advance(chain, projected)
     assert chain is not None
-    count.add(chain, config.width * config.head)
+    count.add(chain, config.hidden * config.head)
     return 2.0 * count.total / (shape.branches * horizon)
 
 
@@ -275,7 +275,7 @@ class _Count:
 
     def project(self, obs: int, action: int, fixed: int, *, lags: int) -> None:
         """A row into all that reads it; masks and static features are the patient's."""
-        width = 3 * self.config.width + lags * schema.NUM_FEATURES
+        width = 3 * self.config.hidden + lags * schema.NUM_FEATURES
         self.add(obs, schema.NUM_FEATURES * width)
         self.add(action, schema.ACTION_WIDTH * width)
         self.add(fixed, (schema.NUM_MASKED + schema.NUM_STATIC) * width)
@@ -294,9 +294,9 @@ class _Count:
 
     def heads(self, hidden: int) -> None:
         """Ventilation, transition, mu and log sigma."""
-        width = self.config.head + self.config.width + 2 * schema.NUM_FEATURES
-        self.add(hidden, self.config.width * width)
+        width = self.config.head + self.config.hidden + 2 * schema.NUM_FEATURES
+        self.add(hidden, self.config.hidden * width)
 
     @property
     def _square(self) -> int:
-        return self.config.width * 3 * self.config.width
+        return self.config.hidden * 3 * self.config.hidden

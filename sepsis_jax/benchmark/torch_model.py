@@ -53,7 +53,7 @@ class _Trunk:
         }
         cells = list(model.gru.cells)
         config = model.config
-        self.gru = torch.nn.GRU(config.row_width, config.width, len(cells), batch_first=True)
+        self.gru = torch.nn.GRU(config.row_width, config.hidden, len(cells), batch_first=True)
         self.gru.to(device).eval()
         with torch.no_grad():
             for layer, cell in enumerate(cells):

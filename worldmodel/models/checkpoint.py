@@ -92,7 +92,7 @@ def save_world_model(
             {
                 "kind": KIND,
                 "schema_version": schema.SCHEMA_VERSION,
-                "config": asdict(world_model.config) | {"hidden": world_model.config.width},
+                "config": asdict(world_model.config),
                 "members": world_model.num_members,
                 "step_hours": world_model.step_hours,
                 "dose_edges": dose_edges_to_dict(world_model.dose_edges),

@@ -41,7 +41,7 @@ class ModelConfig:
 
     Attributes:
       variant: "recurrent" (default), "residual" or "reference".
-      hidden: GRU width; None for the variant's own: 96 of the recurrent one, 128 of the others.
+      hidden: GRU width.
       layers: GRU layers; the recurrent variant has one.
       embed: width of the static and the action embedding; the recurrent variant has none.
       head: width of the ventilation and mortality heads.
@@ -51,7 +51,7 @@ class ModelConfig:
     """
 
     variant: str = RECURRENT
-    hidden: int | None = None
+    hidden: int = 128
     layers: int = 2
     embed: int = 32
     head: int = 64
@@ -63,17 +63,12 @@ class ModelConfig:
         if self.variant not in VARIANTS:
             raise InputError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
         widths = ("hidden", "layers", "embed", "head")
-        require(self, "at least 1", lambda width: width is None or width >= 1, *widths)
+        require(self, "at least 1", lambda width: width >= 1, *widths)
         window = f"1 to {schema.STATE_WINDOW}, the rows of the State Model's window"
         require(self, window, lambda rows: 1 <= rows <= schema.STATE_WINDOW, "linear_rows")
         require(self, "at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: got {self.precision!r}, expected one of {PRECISIONS}")
-
-    @property
-    def width(self) -> int:
-        """GRU width: as given, or the variant's own."""
-        return self.hidden or (96 if self.variant == RECURRENT else 128)
 
     @property
     def row_width(self) -> int:
@@ -98,7 +93,7 @@ class _Trunk(nnx.Module):
         self.act_embed = linear(schema.ACTION_WIDTH, config.embed)
         self.gru = GRU(
             config.row_width,
-            config.width,
+            config.hidden,
             config.layers,
             dropout=config.dropout,
             rngs=rngs,
@@ -132,11 +127,11 @@ class StateModel(_Trunk):
         super().__init__(config, rngs)
         linear = _linear(config, rngs)
         features = schema.NUM_FEATURES
-        self.vent_hidden = linear(config.width, config.head)
+        self.vent_hidden = linear(config.hidden, config.head)
         self.vent_out = linear(config.head, 1)
-        self.trans_pre = linear(config.width + 1, config.width)
-        self.mu_head = linear(config.width, features)
-        self.log_sigma_head = linear(config.width, features)
+        self.trans_pre = linear(config.hidden + 1, config.hidden)
+        self.mu_head = linear(config.hidden, features)
+        self.log_sigma_head = linear(config.hidden, features)
         self.dropout = nnx.Dropout(config.dropout)
         if config.variant == "residual":
             row = features + schema.NUM_MASKED + schema.ACTION_WIDTH
@@ -201,7 +196,7 @@ class OutcomeModel(_Trunk):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, rngs)
         linear = _linear(config, rngs)
-        self.outcome_hidden = linear(config.width, config.head)
+        self.outcome_hidden = linear(config.hidden, config.head)
         self.outcome_out = linear(config.head, 1)
         self.dropout = nnx.Dropout(config.dropout)
 

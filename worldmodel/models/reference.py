@@ -48,7 +48,7 @@ _OUTCOME_LINEARS = {
 _CONFIG = ModelConfig(variant="reference")
 _SHAPE = (
     "variant",
-    "width",
+    "hidden",
     "layers",
     "embed",
     "head",

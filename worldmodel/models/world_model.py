@@ -217,7 +217,7 @@ def _init_state(keys: jax.Array, config: ModelConfig) -> StateModel | RecurrentS
         if config.variant != RECURRENT:
             return StateModel(config, rngs=rngs)
         dropout = 0.5 * config.dropout
-        return RecurrentStateModel(config.width, config.head, dropout, config.precision, rngs=rngs)
+        return RecurrentStateModel(config.hidden, config.head, dropout, config.precision, rngs=rngs)
 
     return jax.vmap(one)(keys)
 
@@ -231,7 +231,7 @@ def _init_outcome(keys: jax.Array, config: ModelConfig) -> OutcomeModel | Compet
         if config.variant != RECURRENT:
             return OutcomeModel(config, rngs=rngs)
         return CompetingRisks(
-            config.width, config.head, config.dropout, config.precision, rngs=rngs
+            config.hidden, config.head, config.dropout, config.precision, rngs=rngs
         )
 
     return jax.vmap(one)(keys)
