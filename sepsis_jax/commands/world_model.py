@@ -147,6 +147,7 @@ def values(
 ) -> None:
     """Compare values of policies in a learned world with their true ones (synthetic world)."""
     from sepsis_jax.pipelines.policy_values import ESTIMATORS, TrueWorld, compare_with_truth
+    from sepsis_jax.report.ope import records as plain_rows
 
     world = TrueWorld(patients, seed, confounding)
     with phases("values of policies") as progress:
@@ -155,8 +156,7 @@ def values(
         )
     columns = ["policy", "true", "simulated", "error", "spread"]
     columns += [f"{name}_estimate" for name in ESTIMATORS if f"{name}_estimate" in table]
-    shown = table[columns].astype(object).where(table[columns].notna(), None)
-    rows = [tuple(row) for row in shown.itertuples(index=False)]
+    rows = [tuple(row.values()) for row in plain_rows(table[columns])]
     print_table("Total reward per stay", columns, rows)
     console.print(
         f"largest error {metrics['largest_error']:.2f}; order "

@@ -19,12 +19,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
 from worldmodel.simulate.rollout import Rollouts, rollout
-from worldmodel.simulate.statistics import (
-    MAP_TARGET,
-    QUANTILES,
-    plan_support,
-    weighted_quantiles,
-)
+from worldmodel.simulate.statistics import MAP_TARGET, plan_support, spread, weights_of
 
 FEATURES = ("meanbp", "lactate", "output_4hourly")
 OUTCOME_TITLES = (
@@ -147,18 +142,17 @@ def trajectory_table(
     series = {name: np.asarray(rollouts.feature(name)[0]) for name in rollouts.features}
     series |= {"sofa": np.asarray(rollouts.sofa[0])}
     rows: list[JsonDict] = []
-    weights = np.pad(_reached(rollouts), ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
+    weights = _weights(rollouts)
+    if weights is not None:
+        weights = np.pad(weights, ((0, 0), (0, 0), (1, 0)), constant_values=1.0)
     for k, plan in enumerate(plans):
         for name, values in series.items():
             unit = "points" if name == "sofa" else schema.FEATURES[schema.INDEX[name]].unit
             paths = np.concatenate([np.full((len(values[k]), 1), start[name]), values[k]], axis=1)
-            mean = np.average(paths, axis=0, weights=weights[k])
-            quantiles = weighted_quantiles(paths.T, weights[k].T)
+            found = spread(paths.T, None if weights is None else weights[k].T)
             for h, hour in enumerate(hours):
                 row = {"plan": plan.name, "hour": hour, "feature": name, "unit": unit}
-                row |= {"mean": mean[h]}
-                row |= {f"q{round(100 * q):02d}": quantiles[i, h] for i, q in enumerate(QUANTILES)}
-                rows.append(row)
+                rows.append(row | {column: value[h] for column, value in found.items()})
     return pd.DataFrame(rows)
 
 
@@ -171,7 +165,7 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
     mortality = np.asarray(rollouts.mortality[0])
     meanbp = np.asarray(rollouts.feature("meanbp")[0])
     horizon = meanbp.shape[-1]
-    weights = _reached(rollouts)
+    weights = _weights(rollouts)
     ventilation = np.asarray(rollouts.ventilation[0])
     table = pd.DataFrame(
         {
@@ -191,9 +185,6 @@ def outcome_table(rollouts: Rollouts, plans: Sequence[Plan]) -> pd.DataFrame:
     return table
 
 
-def _reached(rollouts: Rollouts) -> np.ndarray:
-    """[K, S, H] probability that the first patient's stay reaches each row; 1 without hazards."""
-    if rollouts.alive is None:
-        return np.ones(rollouts.sofa.shape[1:])
-    # Where no stay is left, all futures count alike.
-    return np.asarray(rollouts.alive[0], np.float64) + 1e-9
+def _weights(rollouts: Rollouts) -> np.ndarray | None:
+    """[K, S, H] of the first patient's rows; None without hazards, where all count alike."""
+    return None if rollouts.alive is None else weights_of(rollouts.alive[0])

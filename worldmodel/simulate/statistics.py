@@ -18,7 +18,7 @@ from worldmodel.simulate.unroll import Shape, Step
 MAP_TARGET = 65.0  # mmHg
 
 _MEANBP = schema.INDEX["meanbp"]
-_LEAST_WEIGHT = 1e-9  # where no stay reaches the last row
+_LEAST_WEIGHT = 1e-9  # where no stay reaches a row, all samples count alike
 _FEWEST_STEPS = 1e-6  # where no row is reached
 
 
@@ -166,9 +166,7 @@ def group_statistics(
     died = mortality if mode == "corrected" else (mortality > 0.5).astype(np.float64)
     reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died) + _wide(summary.later_reward)
     shape = mortality.shape[:2]
-    weight = None
-    if not np.isnan(summary.alive).all():
-        weight = np.maximum(_wide(summary.alive), _LEAST_WEIGHT)
+    weight = None if np.isnan(summary.alive).all() else weights_of(summary.alive)
 
     columns: Columns = {}
     for name in features:
@@ -259,6 +257,22 @@ def support(
     return result
 
 
+def weights_of(alive: np.ndarray | jax.Array) -> np.ndarray:
+    """Weights of samples from the probabilities, of any shape, that their stays reach a row."""
+    result: np.ndarray = np.maximum(_wide(alive), _LEAST_WEIGHT)
+    return result
+
+
+def spread(values: np.ndarray, weight: np.ndarray | None = None) -> Columns:
+    """Mean and quantiles (`mean`, `q05` ...) over the last axis, which may have weights."""
+    found = {"mean": np.average(values, -1, weight)}
+    if weight is None:
+        quantiles = np.quantile(values, QUANTILES, axis=-1)
+    else:
+        quantiles = weighted_quantiles(values, weight)
+    return found | {f"q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(QUANTILES)}
+
+
 def weighted_quantiles(values: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """[Q, ...] quantiles `QUANTILES` over the last axis: the smallest value that has its share."""
     order = np.argsort(values, axis=-1)
@@ -280,10 +294,5 @@ def _by_member(values: np.ndarray, members: int) -> np.ndarray:
 
 
 def _spread(name: str, values: np.ndarray, weight: np.ndarray | None = None) -> Columns:
-    """Mean and quantiles over samples [P, K, S], which may have weights."""
-    found = {f"{name}_mean": np.average(values, -1, weight)}
-    if weight is None:
-        quantiles = np.quantile(values, QUANTILES, axis=-1)
-    else:
-        quantiles = weighted_quantiles(values, weight)
-    return found | {f"{name}_q{round(100 * q):02d}": quantiles[i] for i, q in enumerate(QUANTILES)}
+    """`spread`, its columns named after the feature."""
+    return {f"{name}_{column}": found for column, found in spread(values, weight).items()}
