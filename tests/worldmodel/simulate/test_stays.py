@@ -193,12 +193,14 @@ def test_rows_know_nothing_of_what_comes_later(stays, world):
 
 
 def test_every_stay_ends_with_the_window(world, stays):
+    # Smaller risks, so that no stay ends for certain before.
+    world = replace(world, outcome_model=jax.tree.map(lambda leaf: leaf / 8, world.outcome_model))
     start = start_history(world, stays.select(np.arange(4)), 0)
     plans = np.full((2, STEPS), 6)
     found = rollout(world, jax.random.key(3), start, plans, samples=5)
     alive = np.asarray(found.alive)
     assert (np.diff(alive, axis=-1) <= 1e-7).all()
-    assert (alive[..., -2] > 0).any()
+    assert (alive[..., -2] > 0).all()
     np.testing.assert_array_equal(alive[..., -1], 0.0)
     assert ((found.mortality > 0) & (found.mortality < 1)).all()
     np.testing.assert_allclose(found.later_reward, 0.0, atol=1e-6)
@@ -357,9 +359,8 @@ def test_weights_take_the_confounding_of_past_treatments_away():
 
     def more_sick(row, weight):
         treated = given[:, row - 1]
-        return np.subtract(
-            *(np.average(sick[:, 0], weights=weight * of) for of in (treated, ~treated))
-        )
+        shares = [np.average(sick[:, 0], weights=weight * of) for of in (treated, ~treated)]
+        return shares[0] - shares[1]
 
     assert more_sick(1, np.ones(len(sick))) == pytest.approx(0.4, abs=0.02)
     assert abs(more_sick(1, weight[:, 1])) < 0.06
