@@ -15,9 +15,13 @@ from pathlib import Path
 
 # XLA's newer code generator takes nearly twice as long to compile small programs, and they run no
 # faster. A program that is cut into parts, to be compiled by several threads, takes a fifth more of
-# processors that the workers keep busy anyway. The flags are of the version that is tested; XLA
-# aborts at flags that it does not know. Workers and other processes find them in their environment.
-FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+# processors that the workers keep busy anyway. Optimizing more than level 1 takes longer than the
+# tests of tiny models gain from it. The flags are of the version that is tested; XLA aborts at
+# flags that it does not know. Workers and other processes find them in their environment.
+FLAGS = (
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1 "
+    "--xla_backend_optimization_level=1"
+)
 if version("jax").startswith("0.10.") and FLAGS not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 

@@ -74,3 +74,11 @@ def in_blocks(function: Callable[[np.ndarray], Any], count: int, block: int) -> 
 
     parts = [of_block(first) for first in range(0, count, block)]
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def bucket(size: int, smallest: int = 1) -> int:
+    """The least power of two that is at least `size` and `smallest`.
+
+    Sizes that are rounded up to it share compiled programs.
+    """
+    return max(smallest, 1 << max(size - 1, 0).bit_length())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,8 @@ class Episodes:
     @property
     def valid(self) -> jax.Array:
         """[N, T] bool: True on recorded steps."""
-        return jnp.arange(self.num_steps) < self.length[:, None]
+        result: jax.Array = _valid(self.length, self.num_steps)
+        return result
 
     @property
     def action(self) -> jax.Array:
@@ -59,10 +62,25 @@ class Episodes:
         return result
 
     def select(self, index: np.ndarray | jax.Array | slice) -> Episodes:
-        """The stays picked by an index array or boolean mask [N]."""
-        result: Episodes = jax.tree.map(lambda leaf: leaf[index], self)
+        """The stays picked by an index array or boolean mask [N].
+
+        Rows are picked by NumPy: a program for every number of stays would take longer to
+        compile than to copy them.
+        """
+        rows = index if isinstance(index, slice) else np.asarray(index)
+
+        def pick(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+            picked = np.asarray(leaf)[rows]
+            return picked if isinstance(leaf, np.ndarray) else jnp.asarray(picked)
+
+        result: Episodes = jax.tree.map(pick, self)
         return result
 
     def of_split(self, name: str) -> Episodes:
         """The stays of one split: "train", "validation" or "test"."""
         return self.select(np.asarray(self.split) == schema.SPLITS.index(name))
+
+
+@partial(jax.jit, static_argnums=1)
+def _valid(length: jax.Array, num_steps: int) -> jax.Array:
+    return jnp.arange(num_steps) < length[:, None]

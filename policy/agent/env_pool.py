@@ -20,12 +20,14 @@ import numpy as np
 from policy.agent.forecast import Forecast, Forecaster
 from policy.agent.tools import MAX_OPTIONS
 from policy.serving.batching import Batcher, Lockstep
+from worldmodel.compilation import bucket
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation
 
 CAPACITY = 64
+_SMALLEST = 8  # rows of the smallest program
 _MAX_WAIT_S = 0.002
 
 StateScorer = Callable[[EnvState], jax.Array]
@@ -34,10 +36,14 @@ StateScorer = Callable[[EnvState], jax.Array]
 
 @dataclass(frozen=True)
 class EnvBatch:
-    """The patients of a pool at the start of their episodes."""
+    """The patients of a pool at the start of their episodes.
+
+    There are M >= N states, so that numbers of patients share compiled programs; those after the
+    first N repeat the last patient, and nobody treats them.
+    """
 
     patients: np.ndarray  # [N] int32 identities, of stays or of synthetic patients
-    states: EnvState  # leaves [N, ...]
+    states: EnvState  # leaves [M, ...], M a power of two
 
 
 def reset_batch(
@@ -60,8 +66,9 @@ def reset_batch(
     """
     if not len(patients):
         raise InputError("patients: none to treat; pick a split that has some")
-    index = None if stays is None else jnp.asarray(stays, jnp.int32)
-    states, _ = _reset(env, keys, index)
+    rows = np.minimum(np.arange(bucket(len(patients), _SMALLEST)), len(patients) - 1)
+    index = None if stays is None else jnp.asarray(np.asarray(stays, np.int32)[rows])
+    states, _ = _reset(env, keys[rows], index)
     return EnvBatch(np.asarray(patients, np.int32), states)
 
 
@@ -91,7 +98,9 @@ class EnvPool:
         self._env, self._states, self._patients = env, batch.states, batch.patients
         self._forecaster = forecaster
         self._capacity = min(capacity, len(batch.patients))
+        self._rows = bucket(self._capacity, _SMALLEST)
         self._first = jax.device_get(batch.states.last)
+        self._out_of_range = len(batch.states.taken)
         thread = ThreadPoolExecutor(1, thread_name_prefix="pool")
         batcher = partial(
             Batcher,
@@ -137,7 +146,7 @@ class EnvPool:
     def _forecast(self, asked: Sequence[tuple[int, tuple[int, ...]]]) -> list[Forecast]:
         assert self._forecaster is not None
         slots = self._padded([slot for slot, _ in asked], 0)
-        actions = np.zeros((self._capacity, MAX_OPTIONS), np.int32)
+        actions = np.zeros((self._rows, MAX_OPTIONS), np.int32)
         for row, (_, options) in enumerate(asked):
             actions[row, : len(options)] = options
         observations = _observations(self._states, slots)
@@ -149,7 +158,7 @@ class EnvPool:
 
     def _move(self, orders: Sequence[tuple[int, int]]) -> list[Timestep]:
         # Padded rows have an index out of range: reads are clamped, writes are dropped.
-        slots = self._padded([slot for slot, _ in orders], len(self._patients))
+        slots = self._padded([slot for slot, _ in orders], self._out_of_range)
         actions = self._padded([action for _, action in orders], 0)
         self._states, timesteps = _step(self._env, self._states, slots, actions)
         self._score_states([slot for slot, _ in orders])
@@ -164,7 +173,7 @@ class EnvPool:
             self._values[slot] = tuple(values)
 
     def _padded(self, values: list[int], fill: int) -> np.ndarray:
-        return np.asarray(values + [fill] * (self._capacity - len(values)), np.int32)
+        return np.asarray(values + [fill] * (self._rows - len(values)), np.int32)
 
 
 @jax.jit

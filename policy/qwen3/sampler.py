@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
 from policy.qwen3.model import Cache, Qwen3
+from worldmodel.compilation import bucket
 from worldmodel.errors import InputError
 
 ArrayT = TypeVar("ArrayT")  # lists or NumPy arrays before, JAX arrays inside a jitted function
@@ -46,11 +47,6 @@ class Drawn:
     logprobs: tuple[float, ...]  # under the distribution drawn from; 0 at temperature 0
     model_logprobs: tuple[float, ...]  # under the model's own, at temperature 1
     stopped: bool  # by a stop token, not by the limit
-
-
-def bucket(size: int, smallest: int = 1) -> int:
-    """The least power of two that is at least `size` and `smallest`."""
-    return max(smallest, 1 << max(size - 1, 0).bit_length())
 
 
 def generate(

@@ -16,10 +16,11 @@ from jax.typing import DTypeLike
 
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
-from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, bucket, generate, score
+from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, generate, score
 from policy.qwen3.weights import load
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
 from policy.serving.batching import Batcher, Lockstep
+from worldmodel.compilation import bucket
 
 S = TypeVar("S")
 T = TypeVar("T")

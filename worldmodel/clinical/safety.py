@@ -190,6 +190,7 @@ def assess_episodes(
     return result
 
 
+@partial(jax.jit, static_argnames="config")
 def judge(
     given: Prescriptions,
     step_hours: float | jax.Array = schema.STEP_HOURS,

@@ -133,7 +133,7 @@ def fit(
     state = FitState(
         model=model,
         best=model,
-        optimizer=jax.vmap(optimizer.init)(model),
+        optimizer=jax.jit(jax.vmap(optimizer.init))(model),
         key=jax.random.split(key, members),
         best_loss=jnp.full(members, jnp.inf, jnp.float32),
         since_best=jnp.zeros(members, jnp.int32),

@@ -5,6 +5,7 @@ Rows before ICU admission are all zero (observation, mask and action), as in Sep
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -93,6 +94,7 @@ def measured_entries(episodes: Episodes) -> jax.Array:
     return jnp.concatenate([episodes.measured, urine], axis=-1) & episodes.valid[..., None]
 
 
+@partial(jax.jit, static_argnames="padding")
 def to_sequences(
     episodes: Episodes, scaler: Scaler, *, padding: int = schema.OUTCOME_WINDOW - 1
 ) -> Sequences:

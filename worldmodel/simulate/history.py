@@ -216,10 +216,21 @@ def start_history(
         raise InputError(
             f"step: stay {stay} has rows 0 to {last}, got {int(step[np.argmax(short)])}"
         )
-    sequences = to_sequences(episodes, world_model.scaler)
-    stays = np.arange(episodes.num_stays)
+    result: History = _start_history(world_model, episodes, step, recorded_sofa=recorded_sofa)
+    return result
+
+
+@partial(jax.jit, static_argnames="recorded_sofa")
+def _start_history(
+    world_model: WorldModel, episodes: Episodes, step: jax.Array, *, recorded_sofa: bool
+) -> History:
     return history_at(
-        world_model, episodes, sequences, stays, jnp.asarray(step), recorded_sofa=recorded_sofa
+        world_model,
+        episodes,
+        to_sequences(episodes, world_model.scaler),
+        np.arange(episodes.num_stays),
+        step,
+        recorded_sofa=recorded_sofa,
     )
 
 

@@ -22,7 +22,6 @@ from policy.base import Policy
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
-from policy.qwen3.sampler import bucket
 from policy.qwen3.sharding import make_mesh
 from policy.qwen3.weights import load, save_hf
 from policy.serving.batching import Lockstep
@@ -38,6 +37,7 @@ from policy.train.losses import cross_entropy
 from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
 from sepsis_jax.runs import JsonDict, Progress
 from worldmodel import keys
+from worldmodel.compilation import bucket
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes

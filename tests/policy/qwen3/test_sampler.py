@@ -7,7 +7,8 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3 import sampler
-from policy.qwen3.sampler import Draw, bucket, draw_token, generate, nucleus, score
+from policy.qwen3.sampler import Draw, draw_token, generate, nucleus, score
+from worldmodel.compilation import bucket
 from worldmodel.errors import InputError
 
 RNG = np.random.default_rng(0)

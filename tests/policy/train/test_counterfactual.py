@@ -26,7 +26,8 @@ def env():
 def states(env):
     patients = np.arange(PATIENTS, dtype=np.int32)
     keys = patient_keys(jax.random.key(5), patients)
-    return reset_batch(env, keys, patients).states
+    padded = reset_batch(env, keys, patients).states
+    return jax.tree.map(lambda leaf: leaf[:PATIENTS], padded)
 
 
 @pytest.fixture(scope="module")
