@@ -73,6 +73,7 @@ OPTIMIZED = (
     "tests/policy/train/test_taught_qwen3.py",
     "tests/sepsis_jax/benchmark/",
     "tests/sepsis_jax/test_llm_",
+    "tests/worldmodel/envs/test_icu_sepsis.py",
 )
 
 

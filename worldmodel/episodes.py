@@ -71,7 +71,7 @@ class Episodes:
 
         def pick(leaf: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
             picked = np.asarray(leaf)[rows]
-            return picked if isinstance(leaf, np.ndarray) else jnp.asarray(picked)
+            return picked if isinstance(leaf, np.ndarray) else jax.device_put(picked)
 
         result: Episodes = jax.tree.map(pick, self)
         return result

@@ -55,6 +55,7 @@ class Sequences:
         """Padded number of steps T."""
         return self.obs.shape[1] - self.padding
 
+    @partial(jax.jit, static_argnames="width")
     def window(self, index: Int[Array | np.ndarray, "B 2"], width: int) -> Window:
         """Windows that end at the rows `index` [B, 2] (stay, step)."""
         stay, step = index[:, 0], index[:, 1]
