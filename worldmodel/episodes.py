@@ -5,9 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
 from flax import struct
 
 from worldmodel import schema
+
+
+def identities(numbers: npt.ArrayLike) -> jax.Array | np.ndarray:
+    """Numbers of stays or patients [N], every digit kept.
+
+    JAX has no integers of 64 bits by default: numbers that fit are int32, others stay NumPy's
+    int64 for all of the array. Random streams take the lower 32 bits.
+    """
+    found = np.asarray(numbers, np.int64)
+    narrow = found.astype(np.int32)
+    return jnp.asarray(narrow) if np.array_equal(narrow, found) else found
 
 
 @struct.dataclass
@@ -33,8 +45,8 @@ class Episodes:
     length: jax.Array  # [N] int32 number of steps
     died_90d: jax.Array  # [N] bool, death within 90 days
     died_in_hospital: jax.Array  # [N] bool
-    stay_id: jax.Array  # [N] int32
-    subject_id: jax.Array  # [N] int32
+    stay_id: jax.Array | np.ndarray  # [N] int32, or NumPy int64 (`identities`)
+    subject_id: jax.Array | np.ndarray  # [N] int32, or NumPy int64 (`identities`)
     split: jax.Array  # [N] int32, index into schema.SPLITS
 
     @property

@@ -331,7 +331,7 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
     if options.split != "all":
         recorded = recorded.of_split(options.split)
     recorded = recorded.select(slice(options.patients))
-    patients = np.asarray(recorded.stay_id, np.int32)
+    patients = np.asarray(recorded.stay_id)
     env = SepsisEnv.learned(
         world_model, recorded, past=Forecaster.past, mode=options.mode,
         follow_record=options.follow_record, mortality_each_step=False,
