@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,7 @@ __all__ = [
     "from_table",
     "load_dose_edges",
     "load_episodes",
+    "load_episodes_for",
     "load_manifest",
     "load_scaler",
     "save_episodes",
@@ -150,6 +151,36 @@ def load_episodes(
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error}); rebuild it") from None
     return from_table(table, source=str(file), shared_patients=shared_patients)
+
+
+class StepsAndLevels(Protocol):
+    """What a world model and its episodes must share."""
+
+    @property
+    def step_hours(self) -> float:
+        """Length of a step in hours."""
+
+    @property
+    def dose_edges(self) -> schema.DoseEdges:
+        """Edges of the dose levels."""
+
+
+def load_episodes_for(
+    world_model: StepsAndLevels | None, path: str | Path, *, shared_patients: bool = False
+) -> Episodes:
+    """`load_episodes` with the steps and dose levels of a world model; None for any.
+
+    Raises:
+      InputError: as `load_episodes` does.
+    """
+    if world_model is None:
+        return load_episodes(path, shared_patients=shared_patients)
+    return load_episodes(
+        path,
+        step_hours=world_model.step_hours,
+        dose_edges=world_model.dose_edges,
+        shared_patients=shared_patients,
+    )
 
 
 def _check_edges(path: Path, manifest: Mapping[str, Any], needed: schema.DoseEdges | None) -> None:

@@ -81,9 +81,9 @@ def from_table(
     check_table(table, source)
     table = table.sort_values(["stay_id", "step"], kind="stable").reset_index(drop=True)
     stays, first, lengths = np.unique(
-        table["stay_id"].to_numpy(), return_index=True, return_counts=True
+        table["stay_id"].to_numpy(np.int64), return_index=True, return_counts=True
     )
-    steps = table["step"].to_numpy()
+    steps = table["step"].to_numpy(np.int64)
     expected = np.arange(len(table)) - np.repeat(first, lengths)
     if not np.array_equal(steps, expected):
         bad = table["stay_id"].to_numpy()[np.argmax(steps != expected)]
@@ -96,7 +96,7 @@ def from_table(
             bad = stays[rows[np.argmax(changed)]]
             raise InputError(f"{source}: column {column} changes within stay {bad}")
 
-    patients = table["subject_id"].to_numpy()[first]
+    patients = table["subject_id"].to_numpy(np.int64)[first]
     if not shared_patients:
         _check_patients(patients, table["split"].to_numpy()[first], source)
 

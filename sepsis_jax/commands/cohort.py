@@ -63,9 +63,11 @@ def mimic_iv(
         [(line["reason"], line["excluded"], line["remaining"]) for line in report.consort],
     )
     console.print(f"{report.stays} stays, {report.rows} steps of {options.step_hours} h in {out}")
+    for note in report.notes:
+        console.print(note)
     if json:
         print_json({"out": str(out), "stays": report.stays, "rows": report.rows,
-                    "consort": report.consort})  # fmt: skip
+                    "consort": report.consort, "notes": report.notes})  # fmt: skip
 
 
 @app.command(

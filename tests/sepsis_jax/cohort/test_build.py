@@ -9,8 +9,10 @@ from sepsis_jax.cohort import CohortOptions, build_cohort, parity_options
 from sepsis_jax.cohort.build import split_of
 from tests.sepsis_jax.cohort.tiny import ADMITTED, Tiny
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
+from worldmodel.episode_files import load_dose_edges, load_episodes
 from worldmodel.errors import InputError
+
+ALL = (1.0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -53,6 +55,28 @@ def test_the_folder_says_what_made_it(data, tmp_path):
     assert shares == sorted(shares) and seen[-1] == ("done", 1.0)
     assert [name for name, _ in seen[:-1]] == list(report.seconds)
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "version"),
+    [("mimiciv/3.1", "3.1"), ("mimic-iv-2.2", "2.2"), ("demo/mimic-iv-demo", None)],
+)
+def test_the_manifest_names_the_release(place, version, tmp_path):
+    tiny = Tiny()
+    tiny.septic_stay(1)
+    report = build_cohort(tiny.write(tmp_path / place), tmp_path / "out", CohortOptions(split=ALL))
+    assert report.manifest["release"] == {
+        "name": None,
+        "version": version,
+        "folder": place.split("/")[-1],
+        "rows": {"patients": 1, "admissions": 1, "icustays": 1},
+    }
+
+
+def test_dose_edges_may_be_given(data, tmp_path):
+    edges = {"vasopressor_edges": [0.08, 0.22, 0.45], "fluid_edges": [50, 180, 530]}
+    build_cohort(data, tmp_path / "out", CohortOptions(**edges))
+    assert load_dose_edges(tmp_path / "out") == schema.DEFAULT_DOSE_EDGES
 
 
 def test_episodes_keep_their_promises(data, tmp_path):
@@ -125,6 +149,8 @@ def test_an_empty_training_split_is_an_error(tmp_path):
         {"death_days": 0},
         {"max_urine_ml": 0},
         {"min_age": -1},
+        {"fluid_edges": (1.0, 2.0)},
+        {"vasopressor_edges": (0.3, 0.2, 0.4)},
     ],
 )
 def test_options_are_checked(wrong):

@@ -44,6 +44,7 @@ class Tiny:
         number=1,
         admitted=ADMITTED,
         died=False,
+        death=None,
     ) -> int:
         """Adds a patient (with number 1), a hospital stay and an ICU stay; returns its number."""
         stay = 30_000_000 + 10 * subject + number
@@ -65,8 +66,8 @@ class Tiny:
                 "hadm_id": hadm,
                 "admittime": admitted,
                 "dischtime": end,
-                "deathtime": end if died else None,
-                "hospital_expire_flag": int(died),
+                "deathtime": death or (end if died else None),
+                "hospital_expire_flag": int(died or death is not None),
             }
         )
         self.tables["icustays"].append(
