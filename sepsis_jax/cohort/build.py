@@ -15,10 +15,9 @@ import duckdb
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.cohort import binning, reading, sepsis3, treatments
+from sepsis_jax.cohort import binning, reading, sepsis3
 from sepsis_jax.cohort.options import CohortOptions
-from sepsis_jax.cohort.release import describe_release
-from sepsis_jax.cohort.source import attach_source, describe_files
+from sepsis_jax.cohort.source import attach_source, describe_files, describe_release
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
@@ -92,16 +91,16 @@ def build_cohort(
         tables = attach_source(work.connection, data)
         clock.start("read stays and infections", 0.02)
         counts: JsonDict = {"stays": reading.read_stays(work, tables)}
-        release = describe_release(work, data)
+        release = describe_release(work.connection, data)
         counts["infections"] = reading.read_infections(work, tables)
         sepsis3.narrow_scope(work)
         reading.read_diagnoses(work, tables)
         clock.start("read treatments", 0.08)
-        counts["treatments"] = treatments.read_inputs(work, tables)
+        counts["treatments"] = reading.read_inputs(work, tables)
         counts["outputs"] = reading.read_outputs(work, tables)
         clock.start("read charts", 0.15)
         counts["charts"] = reading.read_chart(work, tables)
-        counts["treatments"] |= treatments.convert_inputs(work)
+        counts["treatments"] |= reading.convert_inputs(work)
         clock.start("read laboratory results", 0.5)
         counts["laboratory"] = reading.read_labs(work, tables)
         clock.start("score SOFA and find sepsis", 0.65)

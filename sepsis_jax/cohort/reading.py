@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sepsis_jax.cohort import items
 from sepsis_jax.cohort.source import RawTable, reading
-from sepsis_jax.cohort.units import AS_IS, conversion
+from sepsis_jax.cohort.units import AS_IS, conversion, rate_conversion, volume_conversion
 from sepsis_jax.cohort.workspace import Workspace
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
@@ -30,7 +30,7 @@ def read_stays(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
     for name, key in keys.items():
         with reading(tables[name]):
             work.execute(f"CREATE TABLE {name} AS FROM raw_{name}")
-        repeated[f"repeated rows of {name}"] = drop_repeats(work, name)
+        repeated[f"repeated rows of {name}"] = _drop_repeats(work, name)
         _check_key(work, tables[name], key)
     work.execute("CREATE TABLE stays AS FROM icustays WHERE outtime > intime")
     work.run("people")
@@ -92,7 +92,7 @@ def read_chart(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
     Raises:
       InputError: a unit is unknown and the options ask to stop at one.
     """
-    texts = listed(items.TEXT_ITEMS)
+    texts = _listed(items.TEXT_ITEMS)
     with reading(tables["chartevents"]), work.joined_as_written():
         work.execute(
             "CREATE TABLE chart AS SELECT subject_id, stay_id, charttime, itemid, "
@@ -100,7 +100,7 @@ def read_chart(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
             "value IS NOT NULL AS has_value, valuenum, valueuom, "
             f"CASE WHEN itemid = {items.OXYGEN_DEVICE} THEN storetime END AS storetime, "
             "CAST(NULL AS VARCHAR) AS problem, false AS censored FROM raw_chartevents "
-            f"WHERE itemid IN ({listed(items.CHART_ITEMS)}) "
+            f"WHERE itemid IN ({_listed(items.CHART_ITEMS)}) "
             "AND subject_id IN (SELECT subject_id FROM stays)"
         )
     quantities = {item: name for name, numbers in items.FEATURE_CHART.items() for item in numbers}
@@ -125,7 +125,7 @@ def read_labs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
             "CASE WHEN itemid = getvariable('specimen_type') OR valuenum IS NULL THEN value END "
             "AS value, valuenum, valueuom, CASE WHEN valuenum IS NULL THEN comments END "
             "AS comments, CAST(NULL AS VARCHAR) AS problem, false AS censored FROM raw_labevents "
-            f"WHERE itemid IN ({listed(items.LAB_ITEMS)}) "
+            f"WHERE itemid IN ({_listed(items.LAB_ITEMS)}) "
             "AND subject_id IN (SELECT subject_id FROM stays)"
         )
     quantities = {item: name for name, numbers in items.FEATURE_LABS.items() for item in numbers}
@@ -148,7 +148,7 @@ def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
         work.execute(
             "CREATE TABLE urine_rows AS SELECT stay_id, charttime, itemid, value, valueuom, "
             "CAST(NULL AS VARCHAR) AS problem FROM raw_outputevents "
-            f"WHERE itemid IN ({listed(items.URINE_ITEMS)}) "
+            f"WHERE itemid IN ({_listed(items.URINE_ITEMS)}) "
             "AND stay_id IN (SELECT stay_id FROM stays)"
         )
     counts = _each_once(work, "urine_rows")
@@ -160,7 +160,60 @@ def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
     return counts | _present({"rows without a volume": empty}) | {"unknown_units": unknown}
 
 
-def stop_at_unknown_units(work: Workspace, table: RawTable, unknown: list[JsonDict]) -> None:
+def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
+    """Tables `vasoactive_matched` and `fluid_matched`: infusions with what their units mean.
+
+    Returns:
+      Counts of repeated rows and unknown units.
+
+    Raises:
+      InputError: a unit is unknown and the options ask to stop at one.
+    """
+    drugs = [(name, *about, False) for name, about in items.VASOACTIVES.items()]
+    drugs += [(name, *about, True) for name, about in items.EXTENDED_VASOACTIVES.items()]
+    work.create(
+        "vasoactive_items",
+        ("itemid", "drug", "unit", "cap", "extended"),
+        (
+            (item, drug, unit, cap, extended)
+            for drug, numbers, unit, cap, extended in drugs
+            for item in numbers
+        ),
+    )
+    work.create("fluid_items", ("itemid", "isotonic"), items.FLUIDS.items())
+    needed = _listed([item for _, numbers, *_ in drugs for item in numbers] + [*items.FLUIDS])
+    with reading(tables["inputevents"]), work.joined_as_written():
+        work.execute(
+            "CREATE TABLE inputs AS SELECT * EXCLUDE (statusdescription) REPLACE ("
+            "CASE WHEN isfinite(amount) THEN amount END AS amount, "
+            "CASE WHEN isfinite(rate) THEN rate END AS rate), "
+            "lower(trim(statusdescription)) = 'rewritten' AS rewritten FROM raw_inputevents "
+            f"WHERE itemid IN ({needed}) AND stay_id IN (SELECT stay_id FROM stays)"
+        )
+    repeated = _drop_repeats(work, "inputs")
+    _find_units(work)
+    work.run("inputs")
+    unknown = [
+        {"column": column, "item": item, "unit": unit, "rows": rows}
+        for column, item, unit, rows in work.rows(
+            "SELECT source_column, item, unit, rows FROM unknown_units ORDER BY ALL"
+        )
+    ]
+    _stop_at_unknown_units(work, tables["inputevents"], unknown)
+    return ({"repeated rows": repeated} if repeated else {}) | {"unknown_units": unknown}
+
+
+def convert_inputs(work: Workspace) -> JsonDict:
+    """Tables `vasoactive_rows` and `fluid_rows`; needs the weights of `chart`.
+
+    Returns:
+      Counts of the rows that were set aside or changed.
+    """
+    work.run("doses")
+    return dict(work.rows("SELECT name, rows FROM input_counts WHERE rows > 0 ORDER BY name"))
+
+
+def _stop_at_unknown_units(work: Workspace, table: RawTable, unknown: list[JsonDict]) -> None:
     """Raises an `InputError` for the first unknown unit, unless the options drop such rows."""
     if unknown and work.options.unknown_units == "error":
         first = unknown[0]
@@ -172,12 +225,12 @@ def stop_at_unknown_units(work: Workspace, table: RawTable, unknown: list[JsonDi
         )
 
 
-def listed(numbers: Iterable[int]) -> str:
+def _listed(numbers: Iterable[int]) -> str:
     """Numbers as a list of SQL."""
     return ", ".join(str(number) for number in numbers)
 
 
-def drop_repeats(work: Workspace, name: str) -> int:
+def _drop_repeats(work: Workspace, name: str) -> int:
     """Leaves one of rows that are the same in every column; returns how many went."""
     columns = ", ".join(row[0] for row in work.rows(f"DESCRIBE {name}"))
     total, different = work.rows(f"SELECT count(*), count(DISTINCT hash({columns})) FROM {name}")[0]
@@ -188,7 +241,7 @@ def drop_repeats(work: Workspace, name: str) -> int:
 
 
 def _each_once(work: Workspace, name: str) -> JsonDict:
-    counts = {"repeated rows": drop_repeats(work, name)}
+    counts = {"repeated rows": _drop_repeats(work, name)}
     untimed = work.scalar(f"SELECT count(*) FROM {name} WHERE charttime IS NULL")
     if untimed:
         work.execute(f"DELETE FROM {name} WHERE charttime IS NULL")
@@ -217,7 +270,7 @@ def _read_numbers(
     work: Workspace, name: str, quantities: dict[int, str], texts: tuple[str, ...]
 ) -> None:
     """Numbers that only the text tells, and limits in place of a number (`censored`)."""
-    mine = f"itemid IN ({listed(quantities)})"
+    mine = f"itemid IN ({_listed(quantities)})"
     number = "TRY_CAST(trim(value) AS DOUBLE)"
     parts = ", ".join(f"nullif(regexp_extract({text}, '{_LIMIT}', 1, 'i'), '')" for text in texts)
     limit = f"TRY_CAST(replace(coalesce({parts}), ',', '') AS DOUBLE)"
@@ -242,7 +295,7 @@ def _convert(
     unknown: list[JsonDict] = []
     for item, unit, rows in work.rows(
         f"SELECT itemid, valueuom, count(*) FROM {name} WHERE {column} IS NOT NULL "
-        f"AND itemid IN ({listed(quantities)}) GROUP BY ALL ORDER BY ALL"
+        f"AND itemid IN ({_listed(quantities)}) GROUP BY ALL ORDER BY ALL"
     ):
         found = conversion(quantities[item], unit, items.CHART_UNITS.get(item))
         if found is None:
@@ -251,7 +304,7 @@ def _convert(
             changed.append((item, unit, None, None, "unknown unit"))
         elif found != AS_IS:
             changed.append((item, unit, found.scale, found.shift, None))
-    stop_at_unknown_units(work, table, unknown)
+    _stop_at_unknown_units(work, table, unknown)
     work.execute(
         "CREATE OR REPLACE TABLE conversions "
         "(item INTEGER, unit VARCHAR, scale DOUBLE, shift DOUBLE, problem VARCHAR)"
@@ -266,3 +319,27 @@ def _convert(
             f"AND {column} IS NOT NULL"
         )
     return unknown
+
+
+def _find_units(work: Workspace) -> None:
+    """Tables `rate_units` and `fluid_units`: the known ones of the units that occur."""
+    work.execute(
+        "CREATE TABLE rate_units (unit VARCHAR, rateuom VARCHAR, factor DOUBLE, "
+        "weight_power INTEGER)"
+    )
+    for drug_unit, unit in work.rows(
+        "SELECT DISTINCT unit, rateuom FROM inputs INNER JOIN vasoactive_items USING (itemid)"
+    ):
+        rate = rate_conversion(drug_unit, unit)
+        if rate is not None:
+            row = (drug_unit, unit, rate.scale, rate.weight_power)
+            work.connection.execute("INSERT INTO rate_units VALUES (?, ?, ?, ?)", row)
+    work.execute("CREATE TABLE fluid_units (itemid INTEGER, amountuom VARCHAR, factor DOUBLE)")
+    for item, unit in work.rows(
+        "SELECT DISTINCT itemid, amountuom FROM inputs INNER JOIN fluid_items USING (itemid)"
+    ):
+        volume = volume_conversion(item, unit)
+        if volume is not None:
+            work.connection.execute(
+                "INSERT INTO fluid_units VALUES (?, ?, ?)", (item, unit, volume.scale)
+            )

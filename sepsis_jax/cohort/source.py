@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,6 +78,15 @@ OPTIONAL: dict[str, tuple[str, ...]] = {
 
 _HINT = "get MIMIC-IV 2.2 to 3.1 from PhysioNet and give the folder that holds hosp/ and icu/"
 _HASHED_BYTES = 1 << 20
+# Rows of patients, admissions and icustays of the releases, as PhysioNet describes them.
+_RELEASES: dict[tuple[int, int, int], str] = {
+    (100, 275, 140): "MIMIC-IV demo 2.2",
+    (299_712, 431_231, 73_181): "MIMIC-IV 2.2",
+    (364_627, 546_028, 94_458): "MIMIC-IV 3.0 or 3.1",
+}
+# Files that PhysioNet puts beside the tables.
+_LEAFLETS = ("CHANGELOG.txt", "README.md", "README.txt", "LICENSE.txt", "index.html")
+_VERSION = re.compile(r"(?:mimic[- ]?iv\D{0,60}?v?|^v?)(\d\.\d(?:\.\d)?)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -182,6 +192,34 @@ def describe_files(tables: dict[str, RawTable]) -> list[JsonDict]:
                 name = f"{file.parent.name}/{file.name}"
                 seen[file] = {"file": name, "bytes": size, "sha256_ends": digest.hexdigest()}
     return list(seen.values())
+
+
+def describe_release(connection: duckdb.DuckDBPyConnection, data: Path) -> JsonDict:
+    """Which release of MIMIC-IV the files are of, by rows, folder and leaflets beside the tables.
+
+    Args:
+      connection: with the tables `patients`, `admissions` and `icustays`, each row once.
+      data: where the source lies.
+
+    Returns:
+      `name` by the number of rows (None if no known release has them), `rows` of the three
+      tables, `folder` and the version in it or in a leaflet (`version`, None if none is found).
+    """
+    tables = ("patients", "admissions", "icustays")
+    rows = {name: connection.table(name).shape[0] for name in tables}
+    folder = data.resolve()
+    texts = [f"mimic-iv {folder.name}", folder.parent.name]
+    for leaflet in _LEAFLETS:
+        file = folder / leaflet
+        if file.is_file():
+            texts.append(file.read_text(encoding="utf-8", errors="replace")[:20_000])
+    found = (match for text in texts if (match := _VERSION.search(text)))
+    return {
+        "name": _RELEASES.get((rows["patients"], rows["admissions"], rows["icustays"])),
+        "version": next((match[1] for match in found), None),
+        "folder": folder.name,
+        "rows": rows,
+    }
 
 
 def _file_finder(
