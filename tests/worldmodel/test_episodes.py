@@ -18,6 +18,7 @@ from worldmodel.episode_files import (
     load_manifest,
     load_scaler,
     save_episodes,
+    table_problems,
     to_table,
 )
 from worldmodel.errors import InputError
@@ -177,6 +178,17 @@ BAD_TABLES = {
     ),
     "two people": (lambda t: t.assign(subject_id=t["step"]), "subject_id changes within stay"),
 }
+
+
+def test_all_problems_of_a_table_are_named_at_once(table):
+    assert table_problems(table) == []
+    wrong = table.drop(columns=["ph"]).assign(temp_c=98.6, sofa="high", fluid_ml=-1.0, split="mine")
+    found = table_problems(wrong, source="own.csv")
+    named = ("missing: ph", "sofa is not", "split holds", "temp_c holds", "fluid_ml holds -1")
+    assert len(found) == len(named)
+    assert all(name in problem for name, problem in zip(named, found, strict=True))
+    (gap,) = table_problems(table[table["step"] != 1])
+    assert "are not 0, 1, 2" in gap
 
 
 def test_whole_numbers_may_be_written_as_floats(episodes, table):
