@@ -27,7 +27,7 @@ _ALIASES = {
     "hr": "hour", "hrs": "hour", "h": "hour", "hours": "hour", "minute": "min", "minutes": "min",
     "m": "min", "u": "units", "unit": "units", "iu": "units", "munit": "munits", "mu": "munits",
     "liter": "l", "litre": "l", "cc": "ml", "second": "s", "seconds": "s", "sec": "s", "secs": "s",
-    "°c": "c", "degc": "c", "celsius": "c", "°f": "f", "degf": "f", "fahrenheit": "f",
+    "°c": "c", "?c": "c", "?f": "f", "degc": "c", "celsius": "c", "°f": "f", "degf": "f", "fahrenheit": "f",
     "kelvin": "k", "torr": "mmhg", "percent": "%", "lb": "lbs", "pound": "lbs", "pounds": "lbs",
     "ounce": "oz", "ounces": "oz", "kgs": "kg", "mm3": "ul", "cumm": "ul", "thou": "k",
     "10*3": "k", "10^3": "k", "x10^3": "k", "x10*3": "k", "x10e3": "k", "10e3": "k", "bpm": "/min",

@@ -8,8 +8,11 @@ import pytest
 from sepsis_jax.cohort import CohortOptions, build_cohort, parity_options
 from sepsis_jax.cohort.build import split_of
 from tests.sepsis_jax.cohort.tiny import ADMITTED, Tiny
+from tests.sepsis_jax.command_line import call, refuse
+from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.episode_files import load_dose_edges, load_episodes
+from worldmodel.configuration import resolve_config
+from worldmodel.episode_files import load_dose_edges, load_episodes, to_table
 from worldmodel.errors import InputError
 
 ALL = (1.0, 0.0, 0.0)
@@ -74,9 +77,34 @@ def test_the_manifest_names_the_release(place, version, tmp_path):
 
 
 def test_dose_edges_may_be_given(data, tmp_path):
-    edges = {"vasopressor_edges": [0.08, 0.22, 0.45], "fluid_edges": [50, 180, 530]}
-    build_cohort(data, tmp_path / "out", CohortOptions(**edges))
+    settings = ["vasopressor_edges=[0.08, 0.22, 0.45]", "fluid_edges=[50, 180, 530]"]
+    options = resolve_config(CohortOptions, None, settings, source="--option")
+    build_cohort(data, tmp_path / "out", options)
     assert load_dose_edges(tmp_path / "out") == schema.DEFAULT_DOSE_EDGES
+
+
+def test_an_optional_list_is_a_list_or_nothing():
+    def fluid_edges(text):
+        return resolve_config(CohortOptions, None, [f"fluid_edges={text}"], source="-o").fluid_edges
+
+    assert fluid_edges("null") is None and fluid_edges("[1, 2, 3]") == (1.0, 2.0, 3.0)
+    with pytest.raises(InputError, match="-o: fluid_edges: got 7, expected a list"):
+        fluid_edges("7")
+
+
+def test_a_table_is_checked_by_the_command(capsys, tmp_path):
+    table = to_table(toy_episodes(6, 4))
+    table.to_parquet(tmp_path / "own.parquet")
+    table.assign(temp_c=98.6, sofa=99).to_csv(tmp_path / "own.csv", index=False)
+    assert call(capsys, "cohort", "check", "--table", tmp_path / "own.parquet").status == 0
+    result = call(capsys, "cohort", "check", "--table", tmp_path / "own.csv", "--json")
+    assert result.status == 2
+    assert [problem.split("column ")[1].split()[0] for problem in result.last_json["problems"]] == [
+        "temp_c",
+        "sofa",
+    ]
+    refuse(call(capsys, "cohort", "check", "--table", tmp_path / "own.xlsx"), "neither .parquet")
+    refuse(call(capsys, "cohort", "check", "--table", tmp_path / "no.csv"), "no.csv: unreadable")
 
 
 def test_episodes_keep_their_promises(data, tmp_path):
