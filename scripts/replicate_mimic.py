@@ -55,7 +55,7 @@ def replicate(data: Path, out: Path, copies: int, form: str, threads: int | None
                 connection.execute(f"CREATE OR REPLACE TEMP TABLE once AS FROM {table.reader}")
                 target = folder / module / f"{name}.{suffix}"
                 connection.execute(
-                    f"COPY ({_copies_sql(table.columns, copies)}) TO '{target}' ({writer})"
+                    f"COPY ({_copies_sql(tuple(table.columns), copies)}) TO '{target}' ({writer})"
                 )
                 print(f"{module}/{name}: {time.monotonic() - started:.1f} s", file=sys.stderr)
 

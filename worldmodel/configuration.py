@@ -111,6 +111,9 @@ def _checked(hint: object, value: object, source: str) -> object:
             raise InputError(f"{source}: got {value!r}, expected a list of {len(parts)}")
         return tuple(_checked(part, item, source) for part, item in zip(parts, value, strict=True))
     allowed = get_args(hint) or (hint,)
+    lists = [part for part in allowed if get_origin(part) is tuple]
+    if lists and value is not None:
+        return _checked(lists[0], value, source)
     if Path in allowed and isinstance(value, str):
         return Path(value)
     allowed = tuple(option for option in allowed if isinstance(option, type))

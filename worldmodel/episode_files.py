@@ -1,4 +1,4 @@
-"""Episodes as tables and files.
+"""Folders of episodes.
 
 A folder of episodes holds
 
@@ -11,156 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
 from worldmodel import schema
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import COLUMNS, Episodes, from_table, table_problems, to_table
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 from worldmodel.scaling import Scaler
 
+__all__ = [
+    "COLUMNS",
+    "EPISODES_FILE",
+    "dose_edges_of",
+    "dose_edges_to_dict",
+    "from_table",
+    "load_dose_edges",
+    "load_episodes",
+    "load_episodes_for",
+    "load_manifest",
+    "load_scaler",
+    "save_episodes",
+    "table_problems",
+    "to_table",
+]
 EPISODES_FILE = "episodes.parquet"
-MASK_SUFFIX = "_measured"
-MASK_NAMES: tuple[str, ...] = tuple(name + MASK_SUFFIX for name in schema.MASKED_NAMES)
-STEP_COLUMNS: dict[str, str] = {
-    "vasopressor": "vasopressor_level",
-    "fluid": "fluid_level",
-    "vasopressor_dose": "vasopressor_dose",
-    "fluid_dose": "fluid_ml",
-    "ventilated": "ventilated",
-    "sofa": "sofa",
-    "urine_24h": "urine_24h",
-    "behavior_prob": "behavior_prob",
-}
-STAY_COLUMNS: tuple[str, ...] = ("died_90d", "died_in_hospital", "stay_id", "subject_id")
-COLUMNS: tuple[str, ...] = (
-    "stay_id", "subject_id", "split", "step",
-    *schema.FEATURE_NAMES, *MASK_NAMES, *schema.STATIC_NAMES,
-    *STEP_COLUMNS.values(), "died_90d", "died_in_hospital",
-)  # fmt: skip
-
-
-def to_table(episodes: Episodes) -> pd.DataFrame:
-    """One row per stay and step, with the columns of `COLUMNS`, in physical units."""
-    host = jax.tree.map(np.asarray, episodes)
-    stay, step = np.nonzero(np.asarray(episodes.valid))
-    columns: dict[str, object] = {
-        "stay_id": host.stay_id[stay],
-        "subject_id": host.subject_id[stay],
-        "split": pd.Categorical.from_codes(host.split[stay], list(schema.SPLITS)),
-        "step": step.astype(np.int32),
-    }
-    dynamic, measured = host.dynamic[stay, step], host.measured[stay, step]
-    columns |= {name: dynamic[:, i] for i, name in enumerate(schema.FEATURE_NAMES)}
-    columns |= {name: measured[:, i] for i, name in enumerate(MASK_NAMES)}
-    columns |= {name: host.static[stay, i] for i, name in enumerate(schema.STATIC_NAMES)}
-    columns |= {column: getattr(host, name)[stay, step] for name, column in STEP_COLUMNS.items()}
-    columns |= {name: getattr(host, name)[stay] for name in ("died_90d", "died_in_hospital")}
-    return pd.DataFrame(columns, columns=list(COLUMNS))
-
-
-def from_table(table: pd.DataFrame, *, source: str = "table") -> Episodes:
-    """Episodes from a table as `to_table` writes it.
-
-    Args:
-      table: rows in any order; the steps of a stay must be 0, 1, 2, ...
-      source: named in errors.
-
-    Raises:
-      InputError: a column is missing, a value is NaN, infinite or outside its range, a split is
-        unknown, a stay's steps have gaps, or what belongs to a stay changes within it.
-    """
-    _check_table(table, source)
-    table = table.sort_values(["stay_id", "step"], kind="stable").reset_index(drop=True)
-    stays, first, lengths = np.unique(
-        table["stay_id"].to_numpy(), return_index=True, return_counts=True
-    )
-    steps = table["step"].to_numpy()
-    expected = np.arange(len(table)) - np.repeat(first, lengths)
-    if not np.array_equal(steps, expected):
-        bad = table["stay_id"].to_numpy()[np.argmax(steps != expected)]
-        raise InputError(f"{source}: steps of stay {bad} are not 0, 1, 2, ...; rebuild the cohort")
-    rows = np.repeat(np.arange(len(stays)), lengths)
-    for column in (*schema.STATIC_NAMES, "split", "subject_id", "died_90d", "died_in_hospital"):
-        values = table[column].to_numpy()
-        changed = values != values[first][rows]
-        if changed.any():
-            bad = stays[rows[np.argmax(changed)]]
-            raise InputError(f"{source}: column {column} changes within stay {bad}")
-
-    def padded(values: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(stays), int(lengths.max()), *values.shape[1:]), values.dtype)
-        out[rows, steps] = values
-        return out
-
-    def block(names: tuple[str, ...], dtype: type) -> np.ndarray:
-        result: np.ndarray = table[list(names)].to_numpy(dtype)
-        return result
-
-    dtypes = {"vasopressor": np.int32, "fluid": np.int32, "ventilated": np.bool_}
-    per_step = {
-        name: padded(table[column].to_numpy(dtypes.get(name, np.float32)))
-        for name, column in STEP_COLUMNS.items()
-    }
-    stay_dtypes = {"stay_id": np.int32, "subject_id": np.int32}
-    per_stay = {
-        name: table[name].to_numpy(stay_dtypes.get(name, np.bool_))[first] for name in STAY_COLUMNS
-    }
-    split = pd.Categorical(table["split"].to_numpy()[first], categories=list(schema.SPLITS))
-    arrays = {
-        "dynamic": padded(block(schema.FEATURE_NAMES, np.float32)),
-        "measured": padded(block(MASK_NAMES, np.bool_)),
-        "static": block(schema.STATIC_NAMES, np.float32)[first],
-        "length": lengths.astype(np.int32),
-        "split": split.codes.astype(np.int32),
-        **per_step,
-        **per_stay,
-    }
-    return Episodes(**{name: jnp.asarray(array) for name, array in arrays.items()})
-
-
-def _check_table(table: pd.DataFrame, source: str) -> None:
-    missing = [column for column in COLUMNS if column not in table.columns]
-    if missing:
-        raise InputError(
-            f"{source}: columns missing: {', '.join(missing[:5])}"
-            f"{' ...' if len(missing) > 5 else ''}; write episodes with save_episodes"
-        )
-    if table.empty:
-        raise InputError(f"{source}: no rows; the cohort is empty")
-    for column in COLUMNS:
-        if column == "split":
-            continue
-        try:
-            values = table[column].to_numpy(np.float64)
-        except (TypeError, ValueError):
-            raise InputError(f"{source}: column {column} is not numeric") from None
-        if column != "behavior_prob" and not np.isfinite(values).all():
-            row = int(np.argmin(np.isfinite(values)))
-            raise InputError(
-                f"{source}: column {column} is NaN or infinite in row {row}; impute it first"
-            )
-    levels = dict.fromkeys(("vasopressor_level", "fluid_level"), range(schema.NUM_LEVELS))
-    flags = dict.fromkeys((*MASK_NAMES, "ventilated", "died_90d", "died_in_hospital"), (0, 1))
-    for column, allowed in {**levels, **flags}.items():
-        _refuse(table, column, ~table[column].isin(allowed), f"expected {[*allowed]}", source)
-    probability = table["behavior_prob"]
-    outside = (probability <= 0) | (probability > 1)
-    _refuse(table, "behavior_prob", outside, "expected above 0, at most 1, or NaN", source)
-    unknown = ~table["split"].isin(schema.SPLITS)
-    _refuse(table, "split", unknown, f"expected one of {schema.SPLITS}", source)
-
-
-def _refuse(table: pd.DataFrame, column: str, bad: pd.Series, expected: str, source: str) -> None:
-    if bad.any():
-        row = int(np.argmax(bad.to_numpy()))
-        value = table[column].iloc[row]
-        raise InputError(f"{source}: column {column} holds {value} in row {row}; {expected}")
 
 
 def save_episodes(
@@ -198,6 +75,7 @@ def save_episodes(
                 "schema_version": schema.SCHEMA_VERSION,
                 "step_hours": step_hours,
                 "dose_edges": dose_edges_to_dict(dose_edges),
+                "units": {feature.name: feature.unit for feature in schema.FEATURES},
                 "stays": episodes.num_stays,
                 "rows": int(np.asarray(episodes.length).sum()),
                 **(manifest or {}),
@@ -230,24 +108,41 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def load_episodes(path: str | Path, *, step_hours: float | None = None) -> Episodes:
+def load_episodes(
+    path: str | Path,
+    *,
+    step_hours: float | None = None,
+    dose_edges: schema.DoseEdges | None = None,
+    shared_patients: bool = False,
+) -> Episodes:
     """Episodes from a folder that `save_episodes` wrote.
 
     Args:
       path: the folder.
       step_hours: length of a step that is needed, as of a world model; None for any.
+      dose_edges: edges of the dose levels that are needed, as of a world model; None for any.
+      shared_patients: allow stays of one patient in several splits, for an audit to tell.
 
     Raises:
-      InputError: a file is missing, unreadable or of another schema version, a value is bad, or
-        the steps have another length.
+      InputError: a file is missing, unreadable or of another schema version, a value is bad
+        (as in `from_table`), or the steps, dose levels or units are others.
     """
     path = Path(path)
-    found = load_manifest(path).get("step_hours", schema.STEP_HOURS)
+    manifest = load_manifest(path)
+    found = manifest.get("step_hours", schema.STEP_HOURS)
     if step_hours is not None and found != step_hours:
         raise InputError(
             f"{path}: steps of {found:g} h, but the model was trained on {step_hours:g} h; "
             "build the cohort with the model's step_hours"
         )
+    _check_edges(path, manifest, dose_edges)
+    for feature in schema.FEATURES:
+        unit = manifest.get("units", {}).get(feature.name, feature.unit)
+        if unit != feature.unit:
+            raise InputError(
+                f"{path / 'manifest.json'}: {feature.name} is in {unit}, expected "
+                f"{feature.unit}; convert the column and the manifest, or rebuild the cohort"
+            )
     file = path / EPISODES_FILE
     if not file.exists():
         raise InputError(f"{file}: missing; rebuild the cohort")
@@ -255,7 +150,55 @@ def load_episodes(path: str | Path, *, step_hours: float | None = None) -> Episo
         table = pd.read_parquet(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not a readable Parquet file ({error}); rebuild it") from None
-    return from_table(table, source=str(file))
+    return from_table(table, source=str(file), shared_patients=shared_patients)
+
+
+class StepsAndLevels(Protocol):
+    """What a world model and its episodes must share."""
+
+    @property
+    def step_hours(self) -> float:
+        """Length of a step in hours."""
+
+    @property
+    def dose_edges(self) -> schema.DoseEdges:
+        """Edges of the dose levels."""
+
+
+def load_episodes_for(
+    world_model: StepsAndLevels | None, path: str | Path, *, shared_patients: bool = False
+) -> Episodes:
+    """`load_episodes` with the steps and dose levels of a world model; None for any.
+
+    Raises:
+      InputError: as `load_episodes` does.
+    """
+    if world_model is None:
+        return load_episodes(path, shared_patients=shared_patients)
+    return load_episodes(
+        path,
+        step_hours=world_model.step_hours,
+        dose_edges=world_model.dose_edges,
+        shared_patients=shared_patients,
+    )
+
+
+def _check_edges(path: Path, manifest: Mapping[str, Any], needed: schema.DoseEdges | None) -> None:
+    if needed is None:
+        return
+    found = dose_edges_of(manifest, source=str(path / "manifest.json"))
+    for drug in ("vasopressor", "fluid"):
+        here, there = getattr(found, drug), getattr(needed, drug)
+        if not np.allclose(here, there, rtol=1e-6, atol=0):
+            raise InputError(
+                f"{path}: {drug} levels have the edges {_listed(here)}, but the model was "
+                f"trained with {_listed(there)}; build the cohort with the model's "
+                f"{drug}_edges, or train a model on these episodes"
+            )
+
+
+def _listed(edges: Iterable[float]) -> str:
+    return ", ".join(f"{edge:.6g}" for edge in edges)
 
 
 def load_dose_edges(path: str | Path) -> schema.DoseEdges:

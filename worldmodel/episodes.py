@@ -1,15 +1,61 @@
-"""Recorded or simulated ICU stays as one PyTree of arrays."""
+"""Recorded or simulated ICU stays as one PyTree of arrays, and as a table with one row per step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy.typing as npt
+import pandas as pd
 from flax import struct
 
 from worldmodel import schema
+from worldmodel.errors import InputError
+
+MASK_SUFFIX = "_measured"
+MASK_NAMES: tuple[str, ...] = tuple(name + MASK_SUFFIX for name in schema.MASKED_NAMES)
+STEP_COLUMNS: dict[str, str] = {
+    "vasopressor": "vasopressor_level",
+    "fluid": "fluid_level",
+    "vasopressor_dose": "vasopressor_dose",
+    "fluid_dose": "fluid_ml",
+    "ventilated": "ventilated",
+    "sofa": "sofa",
+    "urine_24h": "urine_24h",
+    "behavior_prob": "behavior_prob",
+}
+COLUMNS: tuple[str, ...] = (
+    "stay_id", "subject_id", "split", "step",
+    *schema.FEATURE_NAMES, *MASK_NAMES, *schema.STATIC_NAMES,
+    *STEP_COLUMNS.values(), "died_90d", "died_in_hospital",
+)  # fmt: skip
+# column -> lowest and highest value; those of features are the schema's.
+RANGES: dict[str, tuple[float, float]] = {
+    **{feature.name: (feature.low, feature.high) for feature in schema.FEATURES},
+    "age": (0, 130),
+    "charlson": (0, 60),
+    "vasopressor_dose": (0, np.inf),
+    "fluid_ml": (0, np.inf),
+    "sofa": (0, 24),
+    "urine_24h": (0, np.inf),
+}
+_UNITS = {feature.name: f" {feature.unit}" for feature in schema.FEATURES} | {"age": " years"}
+_FLAGS = ("male", "ventilated", "died_90d", "died_in_hospital")
+_WHOLE = ("stay_id", "subject_id", "step")
+
+
+def identities(numbers: npt.ArrayLike) -> jax.Array | np.ndarray:
+    """Numbers of stays or patients [N], every digit kept.
+
+    JAX has no integers of 64 bits by default: numbers that fit are int32, others stay NumPy's
+    int64 for all of the array. Random streams take the lower 32 bits.
+    """
+    found = np.asarray(numbers, np.int64)
+    narrow = found.astype(np.int32)
+    return jnp.asarray(narrow) if np.array_equal(narrow, found) else found
 
 
 @struct.dataclass
@@ -35,8 +81,8 @@ class Episodes:
     length: jax.Array  # [N] int32 number of steps
     died_90d: jax.Array  # [N] bool, death within 90 days
     died_in_hospital: jax.Array  # [N] bool
-    stay_id: jax.Array  # [N] int32
-    subject_id: jax.Array  # [N] int32
+    stay_id: jax.Array | np.ndarray  # [N] int32, or NumPy int64 (`identities`)
+    subject_id: jax.Array | np.ndarray  # [N] int32, or NumPy int64 (`identities`)
     split: jax.Array  # [N] int32, index into schema.SPLITS
 
     @property
@@ -84,3 +130,216 @@ class Episodes:
 @partial(jax.jit, static_argnums=1)
 def _valid(length: jax.Array, num_steps: int) -> jax.Array:
     return jnp.arange(num_steps) < length[:, None]
+
+
+def to_table(episodes: Episodes) -> pd.DataFrame:
+    """One row per stay and step, with the columns of `COLUMNS`, in physical units."""
+    host = jax.tree.map(np.asarray, episodes)
+    stay, step = np.nonzero(np.asarray(episodes.valid))
+    columns: dict[str, object] = {
+        "stay_id": host.stay_id[stay].astype(np.int64),
+        "subject_id": host.subject_id[stay].astype(np.int64),
+        "split": pd.Categorical.from_codes(host.split[stay], list(schema.SPLITS)),
+        "step": step.astype(np.int32),
+    }
+    dynamic, measured = host.dynamic[stay, step], host.measured[stay, step]
+    columns |= {name: dynamic[:, i] for i, name in enumerate(schema.FEATURE_NAMES)}
+    columns |= {name: measured[:, i] for i, name in enumerate(MASK_NAMES)}
+    columns |= {name: host.static[stay, i] for i, name in enumerate(schema.STATIC_NAMES)}
+    columns |= {column: getattr(host, name)[stay, step] for name, column in STEP_COLUMNS.items()}
+    columns |= {name: getattr(host, name)[stay] for name in ("died_90d", "died_in_hospital")}
+    return pd.DataFrame(columns, columns=list(COLUMNS))
+
+
+def from_table(
+    table: pd.DataFrame, *, source: str = "table", shared_patients: bool = False
+) -> Episodes:
+    """Episodes from a table as `to_table` writes it.
+
+    Args:
+      table: rows in any order; the steps of a stay must be 0, 1, 2, ...
+      source: named in errors.
+      shared_patients: allow stays of one patient in several splits.
+
+    Raises:
+      InputError: a column is missing, a value is NaN, infinite, outside its range (`RANGES`) or
+        no whole number where one is needed, a dose does not fit its level, a split is unknown, a
+        stay's steps have gaps, what belongs to a stay changes within it, or a patient is in two
+        splits.
+    """
+    _check_table(table, source)
+    table = table.sort_values(["stay_id", "step"], kind="stable").reset_index(drop=True)
+    stays, first, lengths = np.unique(
+        table["stay_id"].to_numpy(np.int64), return_index=True, return_counts=True
+    )
+    steps = table["step"].to_numpy(np.int64)
+    expected = np.arange(len(table)) - np.repeat(first, lengths)
+    if not np.array_equal(steps, expected):
+        bad = table["stay_id"].to_numpy()[np.argmax(steps != expected)]
+        raise InputError(f"{source}: steps of stay {bad} are not 0, 1, 2, ...; rebuild the cohort")
+    rows = np.repeat(np.arange(len(stays)), lengths)
+    for column in (*schema.STATIC_NAMES, "split", "subject_id", "died_90d", "died_in_hospital"):
+        values = table[column].to_numpy()
+        changed = values != values[first][rows]
+        if changed.any():
+            bad = stays[rows[np.argmax(changed)]]
+            raise InputError(f"{source}: column {column} changes within stay {bad}")
+
+    patients = table["subject_id"].to_numpy(np.int64)[first]
+    if not shared_patients:
+        _check_patients(patients, table["split"].to_numpy()[first], source)
+
+    def padded(values: np.ndarray) -> np.ndarray:
+        out = np.zeros((len(stays), int(lengths.max()), *values.shape[1:]), values.dtype)
+        out[rows, steps] = values
+        return out
+
+    def block(names: tuple[str, ...], dtype: type) -> np.ndarray:
+        result: np.ndarray = table[list(names)].to_numpy(dtype)
+        return result
+
+    dtypes = {"vasopressor": np.int32, "fluid": np.int32, "ventilated": np.bool_}
+    per_step = {
+        name: padded(table[column].to_numpy(dtypes.get(name, np.float32)))
+        for name, column in STEP_COLUMNS.items()
+    }
+    per_stay = {
+        name: table[name].to_numpy(np.bool_)[first] for name in ("died_90d", "died_in_hospital")
+    }
+    split = pd.Categorical(table["split"].to_numpy()[first], categories=list(schema.SPLITS))
+    arrays = {
+        "dynamic": padded(block(schema.FEATURE_NAMES, np.float32)),
+        "measured": padded(block(MASK_NAMES, np.bool_)),
+        "static": block(schema.STATIC_NAMES, np.float32)[first],
+        "length": lengths.astype(np.int32),
+        "split": split.codes.astype(np.int32),
+        **per_step,
+        **per_stay,
+    }
+    return Episodes(
+        stay_id=identities(stays),
+        subject_id=identities(patients),
+        **{name: jnp.asarray(array) for name, array in arrays.items()},
+    )
+
+
+def table_problems(table: pd.DataFrame, *, source: str = "table") -> list[str]:
+    """All that `from_table` would refuse in a table, one sentence per column."""
+    missing = [column for column in COLUMNS if column not in table.columns]
+    found = [f"{source}: columns missing: {', '.join(missing)}"] if missing else []
+    if table.empty:
+        return [*found, f"{source}: no rows"]
+    bad = set(missing)
+    for columns, check in _checks(table, source):
+        if bad.isdisjoint(columns):
+            try:
+                check()
+            except InputError as error:
+                found.append(str(error))
+                bad.update(columns)
+    if not found:
+        try:
+            from_table(table, source=source)
+        except InputError as error:
+            found.append(str(error))
+    return found
+
+
+def _check_table(table: pd.DataFrame, source: str) -> None:
+    missing = [column for column in COLUMNS if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"{source}: columns missing: {', '.join(missing[:5])}"
+            f"{' ...' if len(missing) > 5 else ''}; write episodes with save_episodes"
+        )
+    if table.empty:
+        raise InputError(f"{source}: no rows; the cohort is empty")
+    for _, check in _checks(table, source):
+        check()
+
+
+def _checks(
+    table: pd.DataFrame, source: str
+) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
+    """The columns that each check needs, and the check, which raises an `InputError`."""
+    for column in COLUMNS:
+        if column != "split":
+            yield (column,), partial(_check_numbers, table, column, source)
+    levels = dict.fromkeys(("vasopressor_level", "fluid_level"), range(schema.NUM_LEVELS))
+    flags = dict.fromkeys((*MASK_NAMES, *_FLAGS), (0, 1))
+    for column, allowed in {**levels, **flags, "split": schema.SPLITS}.items():
+        yield (column,), partial(_check_choice, table, column, allowed, source)
+    for column in RANGES:
+        yield (column,), partial(_check_range, table, column, source)
+    for column, dose in (("vasopressor_level", "vasopressor_dose"), ("fluid_level", "fluid_ml")):
+        yield (column, dose), partial(_check_doses, table, column, dose, source)
+    yield ("behavior_prob",), partial(_check_probabilities, table, source)
+
+
+def _check_choice(table: pd.DataFrame, column: str, allowed: Sequence[object], source: str) -> None:
+    _refuse(table, column, ~table[column].isin([*allowed]), f"expected one of {[*allowed]}", source)
+
+
+def _check_range(table: pd.DataFrame, column: str, source: str) -> None:
+    low, high = RANGES[column]
+    values = table[column].to_numpy(np.float32)
+    outside = pd.Series((values < np.float32(low)) | (values > np.float32(high)))
+    limits = f"{low:g} or more" if np.isinf(high) else f"{low:g} to {high:g}"
+    _refuse(table, column, outside, f"expected {limits}{_UNITS.get(column, '')}", source)
+
+
+def _check_probabilities(table: pd.DataFrame, source: str) -> None:
+    probability = table["behavior_prob"]
+    outside = (probability <= 0) | (probability > 1)
+    _refuse(table, "behavior_prob", outside, "expected above 0, at most 1, or NaN", source)
+
+
+def _check_numbers(table: pd.DataFrame, column: str, source: str) -> None:
+    if pd.api.types.infer_dtype(table[column]) in ("string", "mixed", "bytes", "datetime64"):
+        raise InputError(f"{source}: column {column} is not numeric")
+    try:
+        values = table[column].to_numpy(np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{source}: column {column} is not numeric") from None
+    if column != "behavior_prob" and not np.isfinite(values).all():
+        row = int(np.argmin(np.isfinite(values)))
+        raise InputError(
+            f"{source}: column {column} is NaN or infinite in row {row}; impute it first"
+        )
+    if column in _WHOLE:
+        broken = pd.Series((values != np.rint(values)) | (np.abs(values) >= 2.0**63))
+        _refuse(table, column, broken, "expected a whole number", source)
+
+
+def _check_doses(table: pd.DataFrame, column: str, dose: str, source: str) -> None:
+    """Level 0 is no dose, and a higher level is never a smaller dose."""
+    levels, doses = table[column].to_numpy(np.int32), table[dose].to_numpy(np.float64)
+    largest = 0.0
+    for level in range(schema.NUM_LEVELS):
+        here = levels == level
+        wrong = here & ((doses > 0) != (level > 0))
+        wrong |= here & (level > 0) & (doses < largest)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise InputError(
+                f"{source}: column {column} holds {level} in row {row}, where {dose} is "
+                f"{doses[row]:g}; level 0 is no dose, and higher levels are larger doses"
+            )
+        largest = max(largest, float(doses[here].max(initial=0.0)))
+
+
+def _check_patients(patients: np.ndarray, splits: np.ndarray, source: str) -> None:
+    pairs = pd.DataFrame({"patient": patients, "split": splits}).drop_duplicates()
+    twice = pairs[pairs["patient"].duplicated()]
+    if len(twice):
+        raise InputError(
+            f"{source}: patient {int(twice['patient'].iloc[0])} has stays in more than one split "
+            f"({len(twice)} such); split by patient"
+        )
+
+
+def _refuse(table: pd.DataFrame, column: str, bad: pd.Series, expected: str, source: str) -> None:
+    if bad.any():
+        row = int(np.argmax(bad.to_numpy()))
+        value = table[column].iloc[row]
+        raise InputError(f"{source}: column {column} holds {value} in row {row}; {expected}")

@@ -81,8 +81,8 @@ def write_d3rlpy(path: str | Path, episodes: Episodes, scaler: Scaler, past: int
     """Writes the arrays that `d3rlpy.dataset.MDPDataset` takes to a .npz file.
 
     They are `observations` [M, D], `actions` [M] int32, `rewards`, `terminals` and `timeouts` [M]
-    float32, for M recorded rows, stay after stay; beside them `stay_id` [M] int32. A file of that
-    name is replaced.
+    float32, for M recorded rows, stay after stay; beside them `stay_id` [M], as in the
+    episodes. A file of that name is replaced.
 
     Args:
       path: file to write.
@@ -155,7 +155,7 @@ def write_minari(
                 group["rewards"] = reward[here]
                 group["terminations"] = last[here]
                 group["truncations"] = np.zeros(length, bool)
-                group["infos/stay_id"] = np.full(length + 1, stay_id, np.int32)
+                group["infos/stay_id"] = np.full(length + 1, stay_id, stay_ids.dtype)
         megabytes = (folder / _MINARI_DATA).stat().st_size / 1e6
         metadata = {
             "dataset_id": dataset_id,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import numpy as np
 
+from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.workspace import Workspace
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 
 
-def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, int]]]:
+def bin_measurements(work: Workspace) -> tuple[np.ndarray, JsonDict]:
     """Mean of each feature for each row (parts of the Glasgow Coma Scale rounded).
 
-    Values outside the schema's physiologic range, or of an unknown unit, are left out.
+    Values outside the schema's physiologic range, of an unknown unit or without a number are left
+    out; a result below or above a limit counts as the limit.
 
     Returns:
       [N, past + T, 39] float32 in physical units, NaN where nothing was recorded (urine is NaN
-      throughout), `options.past_steps` of them before the first row; and counts of the values
-      left out by problem and feature.
+      throughout), `options.past_steps` of them before the first row; and counts per feature of
+      the values left out, by problem, and of those at a limit.
     """
     if work.options.gcs_intubated == "raw":
         work.execute(
@@ -45,6 +47,13 @@ def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, i
         "GROUP BY ALL ORDER BY ALL"
     ):
         problems.setdefault(problem, {})[schema.FEATURE_NAMES[feature]] = count
+    limits = {
+        schema.FEATURE_NAMES[feature]: count
+        for feature, count in work.rows(
+            "SELECT feature, count(*) FROM observations WHERE problem IS NULL AND censored "
+            "GROUP BY feature ORDER BY feature"
+        )
+    }
     past = work.options.past_steps
     values = np.pad(
         empty_steps(work, schema.NUM_FEATURES), ((0, 0), (past, 0), (0, 0)), constant_values=np.nan
@@ -56,17 +65,17 @@ def bin_measurements(work: Workspace) -> tuple[np.ndarray, dict[str, dict[str, i
     values[found["row"], found["step"] + past, found["feature"]] = found["value"]
     integer = [feature.integer for feature in schema.FEATURES]
     values[..., integer] = np.round(values[..., integer])
-    return values, problems
+    return values, {"values_left_out": problems, "values_at_a_limit": limits}
 
 
-def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
-    """Urine volume for each row, and of the 24 h up to its end as recorded.
+def bin_urine(work: Workspace) -> tuple[np.ndarray, JsonDict]:
+    """Urine volume for each row.
 
     A single record above `max_urine_ml` is left out; a step with more irrigant in than urine out
     is set to 0 mL, a step above the schema's upper limit to that limit.
 
     Returns:
-      [N, T] mL per step (NaN without record), [N, T] mL per 24 h, and the counts.
+      [N, T] mL per step (NaN without record), and the counts.
     """
     cap = work.options.max_urine_ml
     work.execute(
@@ -79,19 +88,16 @@ def bin_urine(work: Workspace) -> tuple[np.ndarray, np.ndarray, JsonDict]:
         f"WHERE abs(value) > {cap} AND charttime BETWEEN c.intime AND c.endtime"
     )
     work.run("steps")
-    own, day = empty_steps(work), empty_steps(work)
+    own = empty_steps(work)
     found = work.execute("SELECT * FROM urine_steps").fetchnumpy()
-    for target, column in ((own, "volume"), (day, "volume_24h")):
-        target[found["row"], found["step"]] = np.ma.filled(
-            np.ma.asarray(found[column]).astype(np.float32), np.nan
-        )
+    own[found["row"], found["step"]] = found["volume"]
     limit = float(schema.HIGH[schema.URINE])
     counts = {
         "urine records above the cap": int(too_large),
         "steps with negative urine set to 0 mL": int((own < 0).sum()),
         f"steps above {limit:g} mL set to the limit": int((own > limit).sum()),
     }
-    return np.clip(own, 0, limit), np.maximum(np.nan_to_num(day), 0), counts
+    return np.clip(own, 0, limit), counts
 
 
 def bin_ventilation(work: Workspace) -> np.ndarray:
@@ -152,13 +158,14 @@ def bin_doses(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_dose_edges(
-    vasopressor: np.ndarray, fluid: np.ndarray, train: np.ndarray
+    vasopressor: np.ndarray, fluid: np.ndarray, train: np.ndarray, options: CohortOptions
 ) -> tuple[schema.DoseEdges, list[str]]:
-    """Quartiles of the training stays' non-zero doses.
+    """Quartiles of the training stays' non-zero doses, unless the options give the edges.
 
     Args:
       vasopressor, fluid: [N, T] doses.
       train: [N] bool.
+      options: with `vasopressor_edges` and `fluid_edges`, or None.
 
     Returns:
       The edges, and the names of the drugs whose edges are the published defaults because the
@@ -167,6 +174,10 @@ def fit_dose_edges(
     defaulted = []
 
     def edges(name: str, dose: np.ndarray) -> tuple[float, float, float]:
+        wanted = getattr(options, f"{name}_edges")
+        if wanted is not None:
+            first, second, third = wanted
+            return first, second, third
         given = dose[train]
         given = given[given > 0]
         if not given.size:

@@ -15,15 +15,15 @@ import duckdb
 import jax.numpy as jnp
 import numpy as np
 
-from sepsis_jax.cohort import binning, sepsis3, workspace
+from sepsis_jax.cohort import binning, reading, sepsis3
 from sepsis_jax.cohort.options import CohortOptions
-from sepsis_jax.cohort.source import attach_source, describe_files
+from sepsis_jax.cohort.source import attach_source, describe_files, describe_release
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.episode_files import save_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import Episodes, identities
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
 from worldmodel.imputation import impute, training_medians
@@ -46,7 +46,8 @@ class CohortReport:
       path: the folder of episodes.
       stays, patients, rows: numbers of stays, patients and stay-steps.
       consort: lines {step, reason, excluded, remaining}.
-      counts: values left out, clipped or imputed; also in the manifest.
+      counts: values left out, converted, clipped or imputed; also in the manifest.
+      notes: what the reader of results must know of the records, in sentences.
       seconds: wall time of each phase.
       peak_memory_mb: most memory that this process has held so far.
       manifest: what was written beside the episodes.
@@ -58,6 +59,7 @@ class CohortReport:
     rows: int
     consort: tuple[JsonDict, ...]
     counts: JsonDict
+    notes: tuple[str, ...]
     seconds: dict[str, float]
     peak_memory_mb: float
     manifest: JsonDict
@@ -88,17 +90,19 @@ def build_cohort(
         clock.start("find tables", 0.0)
         tables = attach_source(work.connection, data)
         clock.start("read stays and infections", 0.02)
-        workspace.read_stays(work, tables)
-        workspace.read_infections(work, tables)
+        counts: JsonDict = {"stays": reading.read_stays(work, tables)}
+        release = describe_release(work.connection, data)
+        counts["infections"] = reading.read_infections(work, tables)
         sepsis3.narrow_scope(work)
-        workspace.read_diagnoses(work, tables)
+        reading.read_diagnoses(work, tables)
         clock.start("read treatments", 0.08)
-        counts: JsonDict = {"treatments": workspace.read_inputs(work, tables)}
-        workspace.read_outputs(work, tables)
+        counts["treatments"] = reading.read_inputs(work, tables)
+        counts["outputs"] = reading.read_outputs(work, tables)
         clock.start("read charts", 0.15)
-        workspace.read_chart(work, tables)
+        counts["charts"] = reading.read_chart(work, tables)
+        counts["treatments"] |= reading.convert_inputs(work)
         clock.start("read laboratory results", 0.5)
-        workspace.read_labs(work, tables)
+        counts["laboratory"] = reading.read_labs(work, tables)
         clock.start("score SOFA and find sepsis", 0.65)
         sepsis3.find_sepsis(work)
         if options.derived_out is not None:
@@ -107,12 +111,16 @@ def build_cohort(
             with atomic_folder(options.derived_out, marker="sepsis3.parquet") as folder:
                 sepsis3.write_derived(work, folder)
         consort = [asdict(line) for line in sepsis3.choose_stays(work)]
+        counts["cohort"] = sepsis3.count_doubts(work)
+        notes = _notes(work)
         clock.start("bin measurements", 0.8)
         episodes, edges, binned = _make_episodes(work)
         counts |= binned
     clock.start("write episodes", 0.95)
     manifest = {
         "source": "mimic-iv",
+        "release": release,
+        "notes": notes,
         "options": options.to_dict(),
         "consort": consort,
         "counts": counts,
@@ -133,10 +141,22 @@ def build_cohort(
         rows=int(np.sum(episodes.length)),
         consort=tuple(consort),
         counts=counts,
+        notes=tuple(notes),
         seconds=clock.seconds,
         peak_memory_mb=_peak_memory_mb(),
         manifest=manifest,
     )
+
+
+def _notes(work: Workspace) -> list[str]:
+    """What is missing from the records as a whole."""
+    notes = []
+    if not work.scalar("SELECT count(dod) FROM patients"):
+        notes.append(
+            "Column dod of patients is empty: deaths after the hospital stay are not known, "
+            "and died_90d counts deaths in hospital only."
+        )
+    return notes
 
 
 def _check_targets(out: Path, derived_out: Path | None) -> None:
@@ -194,11 +214,11 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         raise InputError(
             f"the training split is empty ({len(length)} stays); use another seed or split"
         )
-    values, problems = binning.bin_measurements(work)
-    urine, urine_24h, urine_counts = binning.bin_urine(work)
+    values, measurements = binning.bin_measurements(work)
+    urine, urine_counts = binning.bin_urine(work)
     ventilated = binning.bin_ventilation(work)
     vasopressor, fluid = binning.bin_doses(work)
-    edges, defaulted = binning.fit_dose_edges(vasopressor, fluid, train)
+    edges, defaulted = binning.fit_dose_edges(vasopressor, fluid, train, options)
 
     past = options.past_steps
     measured = np.isfinite(values[:, past:, : schema.NUM_MASKED])
@@ -209,10 +229,9 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
     values[:, past:, schema.URINE] = urine
     medians = training_medians(values, train, TYPICAL)
     filled, imputation = _impute(values, length, medians, options)
-    if options.lead_steps:
-        urine_24h = np.asarray(
-            sofa.urine_24h(jnp.asarray(filled[..., schema.URINE]), step_hours=options.step_hours)
-        )
+    urine_24h = np.asarray(
+        sofa.urine_24h(jnp.asarray(filled[..., schema.URINE]), step_hours=options.step_hours)
+    )
     if options.sofa == "row":
         score = _score_rows(filled, ventilated, vasopressor, urine_24h, options)
     else:
@@ -232,12 +251,12 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         length=length,
         died_90d=stays["died_90d"].astype(np.bool_),
         died_in_hospital=stays["died_in_hospital"].astype(np.bool_),
-        stay_id=stays["stay_id"].astype(np.int32),
-        subject_id=stays["subject_id"].astype(np.int32),
+        stay_id=stays["stay_id"],
+        subject_id=stays["subject_id"],
         split=split,
     )
     counts = {
-        "values_left_out": problems,
+        **measurements,
         "urine": urine_counts | {"steps without a urine record": int(no_urine.sum())},
         "imputation": imputation,
         "dose_edges_defaulted": defaulted,
@@ -288,12 +307,13 @@ def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
     """Episodes with zeros in the rows at or after each stay's length."""
     valid = np.arange(fields["sofa"].shape[1]) < fields["length"][:, None]
     padded = {}
+    stay_id, subject_id = (identities(fields.pop(name)) for name in ("stay_id", "subject_id"))
     for name, value in fields.items():
         if value.shape[:2] == valid.shape:
             within = valid.reshape(*valid.shape, *(1,) * (value.ndim - 2))
             value = np.where(within, value, np.zeros((), value.dtype))
         padded[name] = jnp.asarray(value)
-    return Episodes(**padded)
+    return Episodes(stay_id=stay_id, subject_id=subject_id, **padded)
 
 
 def _peak_memory_mb() -> float:

@@ -10,27 +10,30 @@ combines them. The codes are given at discharge: they are not known at admission
 
 from __future__ import annotations
 
+import math
 from itertools import product
 
 HEART_RATE = 220045
 
-# feature -> item -> (scale, offset): value * scale + offset is in the schema's unit.
-_AS_IS = (1.0, 0.0)
-_FAHRENHEIT = (1 / 1.8, -32 / 1.8)
-FEATURE_CHART: dict[str, dict[int, tuple[float, float]]] = {
-    "heart_rate": {HEART_RATE: _AS_IS},
-    "sysbp": dict.fromkeys((220179, 220050, 225309), _AS_IS),
-    "diabp": dict.fromkeys((220180, 220051, 225310), _AS_IS),
-    "meanbp": dict.fromkeys((220181, 220052, 225312), _AS_IS),
-    "resp_rate": dict.fromkeys((220210, 224690), _AS_IS),
-    "spo2": {220277: _AS_IS},
-    "temp_c": {223762: _AS_IS, 223761: _FAHRENHEIT},
-    "fio2": {223835: _AS_IS},
-    "glucose": dict.fromkeys((225664, 220621, 226537), _AS_IS),
+# feature -> items of chartevents.
+FEATURE_CHART: dict[str, tuple[int, ...]] = {
+    "heart_rate": (HEART_RATE,),
+    "sysbp": (220179, 220050, 225309),
+    "diabp": (220180, 220051, 225310),
+    "meanbp": (220181, 220052, 225312),
+    "resp_rate": (220210, 224690),
+    "spo2": (220277,),
+    # Taken by hand, from a catheter in the blood, and by two kinds of cooling devices.
+    "temp_c": (223762, 223761, 226329, 227632, 227634),
+    "fio2": (223835,),
+    "glucose": (225664, 220621, 226537),
 }
+# Units of items without a recorded unit, where they are not the schema's.
+CHART_UNITS: dict[int, str] = {223761: "F"}
 GCS_MOTOR, GCS_VERBAL, GCS_EYES = 223901, 223900, 220739
 FIO2_CHART = 223835
 WEIGHT_ADMIT, WEIGHT_DAILY = 226512, 224639
+PLAUSIBLE_WEIGHT = (20.0, 500.0)  # kg, of adults; another weight divides no dose
 VENTILATOR_MODE, HAMILTON_MODE = 223849, 229314
 OXYGEN_DEVICE = 226732
 OXYGEN_FLOW = (223834, 227582, 227287)
@@ -39,7 +42,7 @@ OXYGEN_FLOW = (223834, 227582, 227287)
 TEXT_ITEMS = (GCS_VERBAL, VENTILATOR_MODE, HAMILTON_MODE, OXYGEN_DEVICE)
 CHART_ITEMS = tuple(
     sorted(
-        {item for items in FEATURE_CHART.values() for item in items}
+        {item for numbers in FEATURE_CHART.values() for item in numbers}
         | {GCS_MOTOR, GCS_VERBAL, GCS_EYES, WEIGHT_ADMIT, WEIGHT_DAILY, VENTILATOR_MODE}
         | {HAMILTON_MODE, OXYGEN_DEVICE, *OXYGEN_FLOW}
     )
@@ -75,37 +78,14 @@ FEATURE_LABS: dict[str, tuple[int, ...]] = {
     "total_co2": (50804,),
     "wbc": (51301, 51300),
 }
-# Known units per feature, lower case, blanks removed; a row without unit is taken as known.
-LAB_UNITS: dict[str, tuple[str, ...]] = {
-    "albumin": ("g/dl",),
-    "alt": ("iu/l", "u/l"),
-    "ast": ("iu/l", "u/l"),
-    "base_excess": ("meq/l", "mmol/l"),
-    "bicarbonate": ("meq/l", "mmol/l"),
-    "bilirubin_total": ("mg/dl",),
-    "bun": ("mg/dl",),
-    "calcium_free": ("mmol/l",),
-    "calcium_total": ("mg/dl",),
-    "chloride": ("meq/l", "mmol/l"),
-    "creatinine": ("mg/dl",),
-    "glucose": ("mg/dl",),
-    "hemoglobin": ("g/dl",),
-    "hematocrit": ("%",),
-    "inr": ("ratio", "inr"),
-    "lactate": ("mmol/l", "meq/l"),
-    "magnesium": ("mg/dl",),
-    "paco2": ("mmhg",),
-    "pao2": ("mmhg",),
-    "ph": ("units", "ph"),
-    "platelet": ("k/ul", "10*3/ul"),
-    "potassium": ("meq/l", "mmol/l"),
-    "pt": ("sec", "s"),
-    "ptt": ("sec", "s"),
-    "sodium": ("meq/l", "mmol/l"),
-    "total_co2": ("meq/l", "mmol/l"),
-    "wbc": ("k/ul", "10*3/ul"),
+SPECIMEN_TYPE, LAB_FIO2 = 52033, 50816
+# mimic-code's limits of what SOFA scores: above 0, and MAP below 300.
+MIMIC_CODE_LIMITS: dict[str, tuple[float, float]] = {
+    "meanbp": (math.ulp(0.0), math.nextafter(300.0, 0.0)),
+    "creatinine": (math.ulp(0.0), 150.0),
+    "bilirubin_total": (math.ulp(0.0), math.inf),
+    "platelet": (math.ulp(0.0), math.inf),
 }
-SPECIMEN_TYPE, LAB_FIO2, LAB_PO2 = 52033, 50816, 50821
 LAB_ITEMS = tuple(
     sorted({item for items in FEATURE_LABS.values() for item in items} | {SPECIMEN_TYPE, LAB_FIO2})
 )
@@ -127,25 +107,10 @@ VASOACTIVES: dict[str, tuple[tuple[int, ...], str, float]] = {
     "dobutamine": ((221653,), "mcg/kg/min", 100.0),
     "milrinone": ((221986,), "mcg/kg/min", 10.0),
 }
-# What mimic-code leaves out; `extended_vasopressors` adds them.
+# What mimic-code leaves out; `extended_vasopressors` adds them, else their rows are counted.
 EXTENDED_VASOACTIVES: dict[str, tuple[tuple[int, ...], str, float]] = {
     "phenylephrine": ((229630, 229631, 229632, 229789), "mcg/kg/min", 100.0),
     "angiotensin": ((229709, 229764), "mcg/kg/min", 1.0),
-}
-# (unit of the drug, unit in the file) -> (factor, per kg): rate * factor, divided by the
-# patient's weight where the file's unit is not per kg.
-RATE_UNITS: dict[tuple[str, str], tuple[float, bool]] = {
-    ("mcg/kg/min", "mcg/kg/min"): (1.0, False),
-    ("mcg/kg/min", "mcg/kg/hour"): (1 / 60, False),
-    ("mcg/kg/min", "mg/kg/min"): (1000.0, False),
-    ("mcg/kg/min", "mg/kg/hour"): (1000 / 60, False),
-    ("mcg/kg/min", "ng/kg/min"): (0.001, False),
-    ("mcg/kg/min", "mcg/min"): (1.0, True),
-    ("mcg/kg/min", "mcg/hour"): (1 / 60, True),
-    ("mcg/kg/min", "mg/min"): (1000.0, True),
-    ("mcg/kg/min", "mg/hour"): (1000 / 60, True),
-    ("units/hour", "units/hour"): (1.0, False),
-    ("units/hour", "units/min"): (60.0, False),
 }
 # Norepinephrine equivalents, mcg/kg/min per unit of the drug's rate. mimic-code after Goradia
 # et al. 2021; AI Clinician after Komorowski et al. 2018 (vasopressin 5 per unit/min).
@@ -191,16 +156,6 @@ FLUIDS: dict[int, float] = {
     227533: 6.66,  # sodium bicarbonate 8.4% (ampoule)
     228341: 8.0,  # NaCl 23.4%
 }
-# Unit of the amount, lower case -> mL, for every fluid; and for single fluids by their strength:
-# bicarbonate 8.4% holds 1 mEq per mL, NaCl 23.4% 4 mEq, mannitol (taken as 20%) 0.2 g.
-FLUID_UNITS: dict[str, float] = {"ml": 1.0, "l": 1000.0}
-FLUID_UNITS_OF: dict[tuple[int, str], float] = {
-    (220995, "meq"): 1.0,
-    (227533, "meq"): 1.0,
-    (228341, "meq"): 0.25,
-    (227531, "grams"): 5.0,
-}
-
 # Parts of antibiotic names, as lower case; drugs for eyes, ears and skin are left out by route
 # and form.
 _ANTIBIOTIC_NAMES = """
@@ -222,6 +177,16 @@ _ANTIBIOTIC_NAMES = """
     vancomycin vantin vibativ vibra-tabs vibramycin zinacef zithromax zosyn zyvox
 """
 ANTIBIOTICS: tuple[str, ...] = tuple(name.replace("_", " ") for name in _ANTIBIOTIC_NAMES.split())
+# Antibiotics that mimic-code's list lacks; `extended_antibiotics` adds them, else their orders
+# are counted.
+_EXTENDED_NAMES = """
+    cefiderocol cefoperazone ceftobiprole ceftolozane colisti coly-mycin dalbavancin
+    dalvance daptomycin delafloxacin dicloxacillin doripenem doribax eravacycline ertapenem
+    fetroja fidaxomicin flucloxacillin fosfomycin fusidic gemifloxacin imipenem invanz omadacycline
+    oritavancin orbactiv plazomicin polymyxin primaxin quinupristin rifaximin sivextro
+    tedizolid teicoplanin telavancin telithromycin ticarcillin tigecycline tygacil xerava zerbaxa
+"""
+EXTENDED_ANTIBIOTICS: tuple[str, ...] = tuple(_EXTENDED_NAMES.split())
 TOPICAL_ROUTES = ("OU", "OS", "OD", "AU", "AS", "AD", "TP")
 TOPICAL_ROUTE_PARTS = ("ear", "eye")
 TOPICAL_DRUG_PARTS = ("cream", "desensitization", "ophth oint", "gel")

@@ -27,8 +27,11 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "ventilation": ("invasive", "invasive-or-tracheostomy"),
     "missing_urine": ("zero", "impute"),
     "death_clock": ("icu-admission", "hospital-admission"),
+    "sofa_values": ("features", "mimic-code"),
     "unknown_units": ("error", "drop"),
 }
+
+_EDGES = ("vasopressor_edges", "fluid_edges")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class CohortOptions:
       vasopressor_factors: norepinephrine equivalents after "mimic-code" or the "ai-clinician".
       extended_vasopressors: also count the newer phenylephrine items and angiotensin II, which
         mimic-code leaves out.
+      extended_antibiotics: also count the antibiotics that mimic-code's list lacks, such as
+        ertapenem and daptomycin.
       vasopressor_dose: the "max" rate within a step or the "time-weighted" mean.
       cap_vasopressors: reduce implausible rates to the cap of the drug (counted).
       base_excess: "keep" every sign, or "positive-only" as the reference system's scaler shows.
@@ -63,9 +68,15 @@ class CohortOptions:
       sofa: of each row: scored from the "row" itself and the vasopressor of the step before, as
         simulated rows are; mimic-code's worst of the last 24 h ("rolling-24h"); or the worst
         within the "step", unmeasured parts counting 0.
+      sofa_values: what the hourly SOFA of Sepsis-3 scores: the values of the "features", that is
+        within their ranges and with results below or above a limit taken at the limit; or what
+        "mimic-code" scores, every number and no limit.
       ventilation: "invasive", or "invasive-or-tracheostomy".
       missing_urine: steps without a record are "zero" mL, or left to "impute".
       max_urine_ml: a single urine record above this is a charting error (dropped, counted).
+      vasopressor_edges, fluid_edges: upper edges of dose levels 1 to 3, as of a model that the
+        episodes are for (mcg/kg/min, mL per step); None takes the quartiles of the training
+        split's doses.
       carry_forever: hold a measurement without time limit.
       death_days: horizon of the death flag, in days.
       death_clock: day 0 of that horizon: "icu-admission" or "hospital-admission".
@@ -87,6 +98,7 @@ class CohortOptions:
     mimic_code: str = "2026-07"
     vasopressor_factors: str = "mimic-code"
     extended_vasopressors: bool = False
+    extended_antibiotics: bool = False
     vasopressor_dose: str = "max"
     cap_vasopressors: bool = True
     base_excess: str = "keep"
@@ -96,9 +108,12 @@ class CohortOptions:
     charlson_age_bands: str = "2026-07"
     timing: str = "known-before"
     sofa: str = "row"
+    sofa_values: str = "features"
     ventilation: str = "invasive"
     missing_urine: str = "zero"
     max_urine_ml: float = 5000.0
+    vasopressor_edges: tuple[float, ...] | None = None
+    fluid_edges: tuple[float, ...] | None = None
     carry_forever: bool = False
     death_days: int = 90
     death_clock: str = "icu-admission"
@@ -111,7 +126,9 @@ class CohortOptions:
 
     def __post_init__(self) -> None:
         # YAML and command lines give lists and text.
-        object.__setattr__(self, "split", tuple(self.split))
+        for name in ("split", *_EDGES):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.derived_out is not None:
             object.__setattr__(self, "derived_out", Path(self.derived_out))
         for name, allowed in CHOICES.items():
@@ -131,6 +148,11 @@ class CohortOptions:
             shares_fit and min(self.split) >= 0 and self.split[0] > 0,
             "three shares that add up to 1, the first above 0",
         )
+
+        for name in _EDGES:
+            edges = getattr(self, name)
+            rising = edges is None or (len(edges) == 3 and 0 < edges[0] <= edges[1] <= edges[2])
+            self._require(name, rising, "three doses above 0 that do not fall")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -159,7 +181,8 @@ class CohortOptions:
     def to_dict(self) -> JsonDict:
         """JSON-ready form."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        values["split"] = list(self.split)
+        for name in ("split", *_EDGES):
+            values[name] = None if values[name] is None else list(values[name])
         values["derived_out"] = str(self.derived_out) if self.derived_out else None
         values["threads"] = self.worker_threads
         return values
@@ -180,5 +203,6 @@ def parity_options(revision: str = "before", **changes: Any) -> CohortOptions:
         cap_vasopressors=False,
         timing="same-step",
         sofa="rolling-24h",
+        sofa_values="mimic-code",
     )
     return replace(base, **changes)

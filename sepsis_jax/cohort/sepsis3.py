@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sepsis_jax.cohort.workspace import Workspace
+from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 
 # derived table -> columns written to `derived_out`.
@@ -88,7 +89,8 @@ def choose_stays(work: Workspace) -> list[Exclusion]:
         "p.stay_id IN (SELECT stay_id FROM suspicion WHERE suspected_infection) AS suspected, "
         "p.stay_id IN (SELECT stay_id FROM sepsis3) AS septic, "
         "p.stay_id IN (SELECT stay_id FROM clock) AS monitored, "
-        f"least({options.num_steps}, CAST(ceil(epoch(outtime - intime) / {seconds}) AS INTEGER)) "
+        f"least({options.num_steps}, "
+        f"CAST(ceil(epoch(end_of_stay - intime) / {seconds}) AS INTEGER)) "
         "AS steps FROM people AS p"
     )
     total = work.scalar("SELECT count(*) FROM icustays")
@@ -99,7 +101,11 @@ def choose_stays(work: Workspace) -> list[Exclusion]:
         left = work.scalar("SELECT count(*) FROM candidates")
         consort.append(Exclusion(step, reason, consort[-1].remaining - left, left))
 
-    keep("times", "no ICU admission and discharge time, or no matching patient", "true")
+    keep(
+        "times",
+        "no ICU admission and discharge time, no matching patient, or dead before",
+        "end_of_stay > intime",
+    )
     keep("age", f"younger than {options.min_age:g} years", f"age >= {options.min_age}")
     if options.stays == "first":
         keep("first", "not the patient's first ICU stay", "nth_stay = 1")
@@ -123,10 +129,24 @@ def choose_stays(work: Workspace) -> list[Exclusion]:
         )
     work.execute(
         "CREATE TABLE cohort AS SELECT CAST(row_number() OVER (ORDER BY stay_id) - 1 AS INTEGER) "
-        f"AS row, *, least(outtime, intime + to_seconds(steps * {seconds})) AS endtime "
+        f"AS row, *, least(end_of_stay, intime + to_seconds(steps * {seconds})) AS endtime "
         "FROM candidates"
     )
     return consort
+
+
+def count_doubts(work: Workspace) -> JsonDict:
+    """Counts of stays of the cohort whose sepsis or deaths need a second look."""
+    early = (
+        "SELECT count(*) FROM cohort AS c INNER JOIN sepsis3 AS s USING (stay_id) "
+        "WHERE s.sofa_time < c.intime"
+    )
+    cut = "SELECT count(*) FROM cohort WHERE end_of_stay < outtime"
+    counts = {
+        "septic stays whose SOFA first reached 2 before ICU admission": work.scalar(early),
+        "stays that end at death, before the unit was left": work.scalar(cut),
+    }
+    return {name: int(count) for name, count in counts.items() if count}
 
 
 def write_derived(work: Workspace, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import hashlib
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
         "labevents": {
             "subject_id": _ID, "hadm_id": _ID, "specimen_id": _ID, "itemid": "INTEGER",
             "charttime": _TIME, "value": _TEXT, "valuenum": _NUMBER, "valueuom": _TEXT,
+            "comments": _TEXT,
         },
     },
     "icu": {
@@ -53,21 +55,38 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
         },
         "chartevents": {
             "subject_id": _ID, "stay_id": _ID, "charttime": _TIME, "storetime": _TIME,
-            "itemid": "INTEGER", "value": _TEXT, "valuenum": _NUMBER,
+            "itemid": "INTEGER", "value": _TEXT, "valuenum": _NUMBER, "valueuom": _TEXT,
         },
         "inputevents": {
             "stay_id": _ID, "starttime": _TIME, "endtime": _TIME, "itemid": "INTEGER",
             "amount": _NUMBER, "amountuom": _TEXT, "rate": _NUMBER, "rateuom": _TEXT,
-            "patientweight": _NUMBER, "statusdescription": _TEXT,
+            "patientweight": _NUMBER, "statusdescription": _TEXT, "orderid": _ID,
         },
         "outputevents": {
             "stay_id": _ID, "charttime": _TIME, "itemid": "INTEGER", "value": _NUMBER,
+            "valueuom": _TEXT,
         },
     },
 }  # fmt: skip
+# Columns that an extract may lack; they count as empty then.
+OPTIONAL: dict[str, tuple[str, ...]] = {
+    "labevents": ("comments",),
+    "chartevents": ("storetime", "valueuom"),
+    "inputevents": ("orderid",),
+    "outputevents": ("valueuom",),
+}
 
 _HINT = "get MIMIC-IV 2.2 to 3.1 from PhysioNet and give the folder that holds hosp/ and icu/"
 _HASHED_BYTES = 1 << 20
+# Rows of patients, admissions and icustays of the releases, as PhysioNet describes them.
+_RELEASES: dict[tuple[int, int, int], str] = {
+    (100, 275, 140): "MIMIC-IV demo 2.2",
+    (299_712, 431_231, 73_181): "MIMIC-IV 2.2",
+    (364_627, 546_028, 94_458): "MIMIC-IV 3.0 or 3.1",
+}
+# Files that PhysioNet puts beside the tables.
+_LEAFLETS = ("CHANGELOG.txt", "README.md", "README.txt", "LICENSE.txt", "index.html")
+_VERSION = re.compile(r"(?:mimic[- ]?iv\D{0,60}?v?|^v?)(\d\.\d(?:\.\d)?)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -78,14 +97,14 @@ class RawTable:
       name: table name, also of the DuckDB view `raw_<name>`.
       place: file, folder of Parquet parts, or schema-qualified table; named in errors.
       reader: SQL expression to select from.
-      columns: column names found there.
+      columns: names of the columns found there, with DuckDB's types.
       files: files behind it.
     """
 
     name: str
     place: str
     reader: str
-    columns: tuple[str, ...]
+    columns: dict[str, str]
     files: tuple[Path, ...]
 
 
@@ -115,12 +134,28 @@ def attach_source(connection: duckdb.DuckDBPyConnection, data: Path) -> dict[str
     for table in tables.values():
         types = next(names[table.name] for names in TABLES.values() if table.name in names)
         chosen = ", ".join(
-            f'CAST("{column}" AS {kind}) AS {column}' for column, kind in types.items()
+            f"{_typed(column, table.columns.get(column), kind)} AS {column}"
+            for column, kind in types.items()
         )
         connection.execute(
             f"CREATE TEMP VIEW raw_{table.name} AS SELECT {chosen} FROM {table.reader}"
         )
     return tables
+
+
+def _typed(column: str, found: str | None, kind: str) -> str:
+    """SQL for a column in its type; times with a zone become those of the session, UTC."""
+    if found is None:
+        return f"CAST(NULL AS {kind})"
+    if kind == _TIME and found == _TEXT:
+        # Text as a time would lose its offset from UTC; reading all of it as a time with a zone
+        # takes five times as long.
+        return (
+            f'CASE WHEN length("{column}") <= 19 AND NOT contains("{column}", \'+\') '
+            f'THEN CAST("{column}" AS TIMESTAMP) '
+            f'ELSE CAST(CAST("{column}" AS TIMESTAMPTZ) AS TIMESTAMP) END'
+        )
+    return f'CAST("{column}" AS {kind})'
 
 
 @contextmanager
@@ -159,6 +194,34 @@ def describe_files(tables: dict[str, RawTable]) -> list[JsonDict]:
     return list(seen.values())
 
 
+def describe_release(connection: duckdb.DuckDBPyConnection, data: Path) -> JsonDict:
+    """Which release of MIMIC-IV the files are of, by rows, folder and leaflets beside the tables.
+
+    Args:
+      connection: with the tables `patients`, `admissions` and `icustays`, each row once.
+      data: where the source lies.
+
+    Returns:
+      `name` by the number of rows (None if no known release has them), `rows` of the three
+      tables, `folder` and the version in it or in a leaflet (`version`, None if none is found).
+    """
+    tables = ("patients", "admissions", "icustays")
+    rows = {name: connection.table(name).shape[0] for name in tables}
+    folder = data.resolve()
+    texts = [f"mimic-iv {folder.name}", folder.parent.name]
+    for leaflet in _LEAFLETS:
+        file = folder / leaflet
+        if file.is_file():
+            texts.append(file.read_text(encoding="utf-8", errors="replace")[:20_000])
+    found = (match for text in texts if (match := _VERSION.search(text)))
+    return {
+        "name": _RELEASES.get((rows["patients"], rows["admissions"], rows["icustays"])),
+        "version": next((match[1] for match in found), None),
+        "folder": folder.name,
+        "rows": rows,
+    }
+
+
 def _file_finder(
     connection: duckdb.DuckDBPyConnection, data: Path
 ) -> Callable[[str, str], RawTable]:
@@ -192,12 +255,14 @@ def _csv_table(name: str, file: Path, types: dict[str, str]) -> RawTable:
         raise InputError(f"{file}: unreadable ({error}); download it again") from None
     if not header:
         raise InputError(f"{file}: empty; download it again")
-    columns = ", ".join(f"{_quoted(column)}: '{types.get(column, _TEXT)}'" for column in header)
+    # Times are read as text, so that an offset from UTC is seen (`_typed`).
+    kinds = {column: types.get(column, _TEXT).replace(_TIME, _TEXT) for column in header}
+    columns = ", ".join(f"{_quoted(column)}: '{kind}'" for column, kind in kinds.items())
     reader = (
         f"read_csv({_quoted(str(file))}, auto_detect=false, header=true, delim=',', quote='\"', "
         f"escape='\"', columns={{{columns}}})"
     )
-    return RawTable(name, str(file), reader, header, (file,))
+    return RawTable(name, str(file), reader, kinds, (file,))
 
 
 def _parquet_table(
@@ -237,20 +302,24 @@ def _duckdb_finder(
     return find
 
 
-def _columns(connection: duckdb.DuckDBPyConnection, reader: str, place: str) -> tuple[str, ...]:
+def _columns(connection: duckdb.DuckDBPyConnection, reader: str, place: str) -> dict[str, str]:
     try:
         rows = connection.execute(f"DESCRIBE SELECT * FROM {reader}").fetchall()
     except duckdb.Error as error:
         raise InputError(f"{place}: unreadable ({_explain(error)}); replace it") from None
-    return tuple(row[0] for row in rows)
+    return {row[0]: str(row[1]) for row in rows}
 
 
 def _check_columns(table: RawTable, needed: dict[str, str]) -> None:
-    missing = [column for column in needed if column not in table.columns]
+    missing = [
+        column
+        for column in needed
+        if column not in table.columns and column not in OPTIONAL.get(table.name, ())
+    ]
     if missing:
         raise InputError(
             f"{table.place}: column {', '.join(missing)} missing (it has "
-            f"{', '.join(table.columns[:8])}{' ...' if len(table.columns) > 8 else ''}); "
+            f"{', '.join([*table.columns][:8])}{' ...' if len(table.columns) > 8 else ''}); "
             "use the column names of MIMIC-IV 2.2 to 3.1"
         )
 

@@ -1,7 +1,8 @@
-"""The DuckDB database that a cohort is built in, and the raw tables read into it."""
+"""The DuckDB database that a cohort is built in, with the tables and variables of its SQL."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,6 @@ import pandas as pd
 
 from sepsis_jax.cohort import items
 from sepsis_jax.cohort.options import CohortOptions
-from sepsis_jax.cohort.source import RawTable, reading
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -27,6 +27,8 @@ class Workspace:
     def __init__(self, connection: duckdb.DuckDBPyConnection, options: CohortOptions) -> None:
         self.connection = connection
         self.options = options
+        # Times with a zone become UTC, wherever the program runs.
+        self.execute("SET TimeZone = 'UTC'")
         self._set_variables()
         self._make_tables()
 
@@ -80,11 +82,15 @@ class Workspace:
             "age": self.options.age,
             "death_clock": self.options.death_clock,
             "antibiotic_pattern": "|".join(items.ANTIBIOTICS),
+            "extended_antibiotic_pattern": "|".join(items.EXTENDED_ANTIBIOTICS),
+            "extended_antibiotics": self.options.extended_antibiotics,
+            "extended_vasopressors": self.options.extended_vasopressors,
+            "lowest_weight": items.PLAUSIBLE_WEIGHT[0],
+            "highest_weight": items.PLAUSIBLE_WEIGHT[1],
             "topical_routes": list(items.TOPICAL_ROUTES),
             "topical_route_pattern": "|".join(items.TOPICAL_ROUTE_PARTS),
             "topical_drug_pattern": "|".join(items.TOPICAL_DRUG_PARTS),
             "heart_rate": items.HEART_RATE,
-            "mean_pressure": list(items.FEATURE_CHART["meanbp"]),
             "gcs_motor": items.GCS_MOTOR,
             "gcs_verbal": items.GCS_VERBAL,
             "gcs_eyes": items.GCS_EYES,
@@ -97,10 +103,6 @@ class Workspace:
             "oxygen_flow": list(items.OXYGEN_FLOW),
             "specimen_type": items.SPECIMEN_TYPE,
             "lab_fio2": items.LAB_FIO2,
-            "lab_po2": items.LAB_PO2,
-            "creatinine": items.FEATURE_LABS["creatinine"][0],
-            "bilirubin": items.FEATURE_LABS["bilirubin_total"][0],
-            "platelet": items.FEATURE_LABS["platelet"][0],
             "irrigant_in": items.IRRIGANT_IN,
             "invasive_statuses": statuses,
             "cap_vasopressors": self.options.cap_vasopressors,
@@ -111,19 +113,19 @@ class Workspace:
     def _make_tables(self) -> None:
         self.create(
             "feature_chart",
-            ("itemid", "feature", "scale", "shift", "is_fio2"),
+            ("itemid", "feature", "is_fio2"),
             (
-                (item, name, scale, shift, name == "fio2")
-                for name, per_item in items.FEATURE_CHART.items()
-                for item, (scale, shift) in per_item.items()
+                (item, name, name == "fio2")
+                for name, numbers in items.FEATURE_CHART.items()
+                for item in numbers
             ),
         )
         arterial = items.ARTERIAL_FEATURES if self.options.blood_gas == "arterial" else ()
         self.create(
             "feature_labs",
-            ("itemid", "feature", "units", "arterial_only"),
+            ("itemid", "feature", "arterial_only"),
             (
-                (item, name, list(items.LAB_UNITS[name]), name in arterial)
+                (item, name, name in arterial)
                 for name, per_feature in items.FEATURE_LABS.items()
                 for item in per_feature
             ),
@@ -136,6 +138,11 @@ class Workspace:
                 (feature.name, i, float(feature.low), float(feature.high), feature.name in positive)
                 for i, feature in enumerate(schema.FEATURES)
             ),
+        )
+        self.create(
+            "sofa_limits",
+            ("itemid", "name", "low", "high", "limits_too"),
+            _sofa_limits(like_features=self.options.sofa_values == "features"),
         )
         self.create(
             "ventilation_statuses",
@@ -157,6 +164,25 @@ class Workspace:
             ("drug", "factor"),
             items.NE_FACTORS[self.options.vasopressor_factors].items(),
         )
+
+
+_SOFA_LABS = ("creatinine", "bilirubin_total", "platelet", "pao2")
+
+
+def _sofa_limits(*, like_features: bool) -> Iterator[tuple[int, str, float, float, bool]]:
+    """What the hourly SOFA scores: (item, name, lowest, highest, results at a limit too)."""
+    gcs = {
+        "gcs_eye": items.GCS_EYES, "gcs_verbal": items.GCS_VERBAL, "gcs_motor": items.GCS_MOTOR,
+    }  # fmt: skip
+    numbers = {name: items.FEATURE_LABS[name] for name in _SOFA_LABS}
+    numbers |= {"meanbp": items.FEATURE_CHART["meanbp"]} | {n: (item,) for n, item in gcs.items()}
+    for name, every in numbers.items():
+        feature = schema.FEATURES[schema.INDEX[name]]
+        low, high = float(feature.low), float(feature.high)
+        if not like_features:
+            low, high = items.MIMIC_CODE_LIMITS.get(name, (-math.inf, math.inf))
+        for item in every if like_features or name == "meanbp" else every[:1]:
+            yield item, name, low, high, like_features
 
 
 @contextmanager
@@ -201,146 +227,3 @@ def open_workspace(beside: Path, options: CohortOptions) -> Iterator[Workspace]:
             connection.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def read_stays(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Tables `stays` and `people`: every ICU stay with its times, and its patient."""
-    with reading(tables["icustays"]):
-        work.execute("CREATE TABLE icustays AS FROM raw_icustays")
-    work.execute("CREATE TABLE stays AS FROM icustays WHERE outtime > intime")
-    for name in ("admissions", "patients"):
-        with reading(tables[name]):
-            work.execute(f"CREATE TABLE {name} AS FROM raw_{name}")
-    work.run("people")
-    if not work.scalar("SELECT count(*) FROM people"):
-        raise InputError(
-            f"{tables['icustays'].place}: no stay matches patients and admissions by "
-            "subject_id and hadm_id; give files of one release"
-        )
-
-
-def read_infections(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Table `suspicion`: antibiotic orders of ICU patients with their cultures."""
-    with reading(tables["prescriptions"]), work.joined_as_written():
-        work.run("orders")
-    with reading(tables["microbiologyevents"]), work.joined_as_written():
-        work.run("cultures")
-    work.run("infection")
-
-
-def read_diagnoses(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Table `charlson`: comorbidities and index per hospital stay."""
-    with reading(tables["diagnoses_icd"]), work.joined_as_written():
-        work.execute(
-            "CREATE TABLE diagnoses AS SELECT * FROM raw_diagnoses_icd "
-            "WHERE hadm_id IN (SELECT hadm_id FROM stays)"
-        )
-    work.create(
-        "charlson_codes",
-        ("condition", "icd_version", "characters", "first_code", "last_code"),
-        items.charlson_code_ranges(),
-    )
-    work.run("charlson")
-    flags = ", ".join(
-        f"CAST(coalesce(bool_or(c.condition = '{name}'), false) AS INTEGER) AS {name}"
-        for name in items.CHARLSON_WEIGHTS
-    )
-    ages = ">=" if work.options.charlson_age_bands == "2026-07" else ">"
-    points = " + ".join(f"CAST(p.age {ages} {limit} AS INTEGER)" for limit in (50, 60, 70, 80))
-    index = items.charlson_index_sql()
-    work.execute(
-        f"CREATE TABLE charlson AS SELECT *, age_score + {index} AS charlson FROM ("
-        f"SELECT p.hadm_id, any_value({points}) AS age_score, {flags} "
-        "FROM people AS p LEFT JOIN comorbidities AS c USING (hadm_id) GROUP BY p.hadm_id)"
-    )
-
-
-def read_inputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
-    """Tables `vasoactive_rows` and `fluid_rows`; returns counts of what was set aside.
-
-    Raises:
-      InputError: a unit is unknown and the options ask to stop at one.
-    """
-    drugs = [(name, *about) for name, about in items.VASOACTIVES.items()]
-    if work.options.extended_vasopressors:
-        drugs += [(name, *about) for name, about in items.EXTENDED_VASOACTIVES.items()]
-    work.create(
-        "vasoactive_items",
-        ("itemid", "drug", "unit", "cap"),
-        ((item, drug, unit, cap) for drug, numbers, unit, cap in drugs for item in numbers),
-    )
-    work.create(
-        "rate_units",
-        ("unit", "rateuom", "factor", "divide_by_weight"),
-        ((*units, *conversion) for units, conversion in items.RATE_UNITS.items()),
-    )
-    work.create("fluid_items", ("itemid", "isotonic"), items.FLUIDS.items())
-    everywhere = [(item, *unit) for item in items.FLUIDS for unit in items.FLUID_UNITS.items()]
-    single = [(*unit, factor) for unit, factor in items.FLUID_UNITS_OF.items()]
-    work.create("fluid_units", ("itemid", "amountuom", "factor"), everywhere + single)
-    needed = _listed([item for _, numbers, *_ in drugs for item in numbers] + [*items.FLUIDS])
-    with reading(tables["inputevents"]), work.joined_as_written():
-        work.execute(
-            f"CREATE TABLE inputs AS FROM raw_inputevents WHERE itemid IN ({needed}) "
-            "AND stay_id IN (SELECT stay_id FROM stays)"
-        )
-    work.run("inputs")
-    unknown = _unknown_units(work, tables["inputevents"])
-    counts = work.rows("SELECT name, rows FROM input_counts WHERE rows > 0 ORDER BY name")
-    return {"unknown_units": unknown, **dict(counts)}
-
-
-def read_chart(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Table `chart`: the needed items of the patients in `stays`."""
-    needed, texts = _listed(items.CHART_ITEMS), _listed(items.TEXT_ITEMS)
-    with reading(tables["chartevents"]), work.joined_as_written():
-        work.execute(
-            "CREATE TABLE chart AS SELECT subject_id, stay_id, charttime, itemid, "
-            f"CASE WHEN itemid IN ({texts}) THEN value END AS value, "
-            "value IS NOT NULL AS has_value, valuenum, "
-            f"CASE WHEN itemid = {items.OXYGEN_DEVICE} THEN storetime END AS storetime "
-            "FROM raw_chartevents "
-            f"WHERE itemid IN ({needed}) AND subject_id IN (SELECT subject_id FROM stays)"
-        )
-
-
-def read_labs(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Table `lab`: the needed results of the patients in `stays`."""
-    with reading(tables["labevents"]), work.joined_as_written():
-        work.execute(
-            "CREATE TABLE lab AS SELECT subject_id, hadm_id, specimen_id, itemid, charttime, "
-            "CASE WHEN itemid = getvariable('specimen_type') THEN value END AS value, valuenum, "
-            f"valueuom FROM raw_labevents WHERE itemid IN ({_listed(items.LAB_ITEMS)}) "
-            "AND subject_id IN (SELECT subject_id FROM stays)"
-        )
-
-
-def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> None:
-    """Table `urine_rows`: urine and irrigant of the stays in `stays`."""
-    with reading(tables["outputevents"]), work.joined_as_written():
-        work.execute(
-            "CREATE TABLE urine_rows AS FROM raw_outputevents "
-            f"WHERE itemid IN ({_listed(items.URINE_ITEMS)}) AND value IS NOT NULL "
-            "AND stay_id IN (SELECT stay_id FROM stays)"
-        )
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(str(number) for number in numbers)
-
-
-def _unknown_units(work: Workspace, table: RawTable) -> list[JsonDict]:
-    unknown = [
-        {"column": column, "item": item, "unit": unit, "rows": rows}
-        for column, item, unit, rows in work.rows(
-            "SELECT source_column, item, unit, rows FROM unknown_units ORDER BY ALL"
-        )
-    ]
-    if unknown and work.options.unknown_units == "error":
-        first = unknown[0]
-        raise InputError(
-            f"{table.place}: column {first['column']} has unit {first['unit']!r} for "
-            f"{first['item']} in {first['rows']} rows, which is not known; mend the unit, or use "
-            "unknown_units='drop' to leave such rows out and count them"
-        )
-    return unknown

@@ -63,9 +63,11 @@ def mimic_iv(
         [(line["reason"], line["excluded"], line["remaining"]) for line in report.consort],
     )
     console.print(f"{report.stays} stays, {report.rows} steps of {options.step_hours} h in {out}")
+    for note in report.notes:
+        console.print(note)
     if json:
         print_json({"out": str(out), "stays": report.stays, "rows": report.rows,
-                    "consort": report.consort})  # fmt: skip
+                    "consort": report.consort, "notes": report.notes})  # fmt: skip
 
 
 @app.command(
@@ -96,6 +98,37 @@ def synthetic(
     console.print(f"written to {out}")
     if json:
         print_json({"out": str(out), **summary})
+
+
+@app.command("check", epilog="Example: sepsis-jax cohort check --table own.parquet")
+def check(
+    table: Annotated[
+        Path,
+        typer.Option("--table", help="A .parquet or .csv file with one row per stay and step."),
+    ],
+    json: Json = False,
+) -> None:
+    """Name every problem of a table of episodes; docs/cohort.md describes its columns."""
+    import pandas as pd
+
+    from worldmodel.episode_files import table_problems
+    from worldmodel.errors import InputError
+
+    read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}.get(table.suffix)
+    if read is None:
+        raise InputError(f"{table}: neither .parquet nor .csv; give a file of either kind")
+    try:
+        rows = read(table)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{table}: unreadable ({error}); write it again") from None
+    problems = table_problems(rows, source=str(table))
+    for problem in problems:
+        console.print(problem)
+    console.print(f"{len(rows)} rows, {len(problems)} problems")
+    if json:
+        print_json({"rows": len(rows), "problems": problems})
+    if problems:
+        raise typer.Exit(2)
 
 
 def audit(

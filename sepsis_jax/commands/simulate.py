@@ -57,13 +57,13 @@ def simulate(
 ) -> None:
     """Draw one patient's simulated futures under several plans: a fan chart and tables."""
     from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
-    from worldmodel.episode_files import load_episodes
+    from worldmodel.episode_files import load_episodes_for
     from worldmodel.models.checkpoint import load_world_model
 
     world_model = load_world_model(model)
     outcomes = simulate_patient(
         world_model,
-        load_episodes(episodes, step_hours=world_model.step_hours),
+        load_episodes_for(world_model, episodes),
         out,
         stay_id=stay,
         step=step,

@@ -78,7 +78,7 @@ def evaluate(
     """Judge a world model on episodes, beside two baselines fitted on their training split."""
     from sepsis_jax.pipelines.world_model import summary
     from worldmodel import schema
-    from worldmodel.episode_files import load_episodes
+    from worldmodel.episode_files import load_episodes_for
     from worldmodel.errors import InputError
     from worldmodel.models.checkpoint import load_world_model
     from worldmodel.models.evaluation import evaluate_world_model
@@ -86,7 +86,7 @@ def evaluate(
     if split not in schema.SPLITS:
         raise InputError(f"--split: got {split!r}, expected one of {', '.join(schema.SPLITS)}")
     world_model = load_world_model(model)
-    recorded = load_episodes(episodes, step_hours=world_model.step_hours)
+    recorded = load_episodes_for(world_model, episodes)
     metrics = evaluate_world_model(world_model, recorded, split=split)
     _show(metrics)
     if json:

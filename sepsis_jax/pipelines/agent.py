@@ -25,7 +25,7 @@ from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import load_episodes
+from worldmodel.episode_files import load_episodes_for
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import write_json
@@ -327,11 +327,11 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
         return _Unit(env, patients, patient_keys(key, patients), None, {})
     assert world_model is not None
-    recorded = load_episodes(episodes)
+    recorded = load_episodes_for(world_model, episodes)
     if options.split != "all":
         recorded = recorded.of_split(options.split)
     recorded = recorded.select(slice(options.patients))
-    patients = np.asarray(recorded.stay_id, np.int32)
+    patients = np.asarray(recorded.stay_id)
     env = SepsisEnv.learned(
         world_model, recorded, past=Forecaster.past, mode=options.mode,
         follow_record=options.follow_record, mortality_each_step=False,

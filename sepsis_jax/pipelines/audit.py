@@ -35,7 +35,12 @@ from sepsis_jax.report.html import write_page
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
-from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
+from worldmodel.episode_files import (
+    EPISODES_FILE,
+    load_dose_edges,
+    load_episodes_for,
+    load_manifest,
+)
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
@@ -117,9 +122,7 @@ def run_audit(
     config = config or AuditConfig()
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
-    episodes = load_episodes(
-        episodes_path, step_hours=None if world_model is None else world_model.step_hours
-    )
+    episodes = load_episodes_for(world_model, episodes_path, shared_patients=True)
     progress("leakage", 0.1)
     checks, columns = audit_episodes(
         episodes,

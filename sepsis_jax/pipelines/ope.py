@@ -30,7 +30,12 @@ from sepsis_jax.report.html import write_page
 from sepsis_jax.report.ope import latex, records, sections
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.episode_files import EPISODES_FILE, load_dose_edges, load_episodes, load_manifest
+from worldmodel.episode_files import (
+    EPISODES_FILE,
+    load_dose_edges,
+    load_episodes_for,
+    load_manifest,
+)
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, digest_file, write_json
@@ -70,8 +75,7 @@ def evaluate_policies(
     keys = ope_keys(options.seed)
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
-    step_hours = None if world_model is None else world_model.step_hours
-    all_stays = load_episodes(episodes_path, step_hours=step_hours)
+    all_stays = load_episodes_for(world_model, episodes_path)
     progress("clinician", 0.05)
     full, taken, fits = _behavior(behavior, all_stays, keys.behavior)
     episodes, chosen = of_split(all_stays, options.split)

@@ -45,7 +45,7 @@ from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import (
     EPISODES_FILE,
     load_dose_edges,
-    load_episodes,
+    load_episodes_for,
     load_manifest,
     load_scaler,
 )
@@ -176,7 +176,7 @@ def compare_policies(
     check_replaceable(out, POLICIES)
     progress("reading", 0.0)
     manifest, world_model = load_manifest(episodes_path), load_world_model(model)
-    episodes = load_episodes(episodes_path, step_hours=world_model.step_hours)
+    episodes = load_episodes_for(world_model, episodes_path)
     truth = manifest.get("source") == SOURCE if truth is None else truth
     world = _world(episodes_path, manifest, episodes, world_model, options, truth=truth)
     inputs: dict[str, str | None] = {

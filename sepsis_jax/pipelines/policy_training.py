@@ -35,7 +35,7 @@ from sepsis_jax.report.policies import (
 )
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler
+from worldmodel.episode_files import EPISODES_FILE, load_episodes_for, load_scaler
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
@@ -90,8 +90,7 @@ def train_policy(
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
-    step_hours = None if world_model is None else world_model.step_hours
-    episodes = load_episodes(episodes_path, step_hours=step_hours)
+    episodes = load_episodes_for(world_model, episodes_path)
     scaler = load_scaler(episodes_path)
     if method in OFFLINE:
         config = with_algorithm(config, method)

@@ -168,7 +168,7 @@ def block_table(sweep: Sweep, rollouts: _RolloutCache, block: Block) -> pa.Table
         return pa.array([values[number] for number in section.plans] * size, pa.string())
 
     table = {
-        "stay_id": pa.array(per_start(np.asarray(chosen.stay_id)), pa.int32()),
+        "stay_id": pa.array(per_start(np.asarray(chosen.stay_id))),
         "step": pa.array(per_start(step), pa.int32()),
         "hour": pa.array(per_start(step * world_model.step_hours), pa.float32()),
         "plan": named(sweep.names),

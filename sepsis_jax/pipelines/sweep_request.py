@@ -19,7 +19,7 @@ from sepsis_jax.pipelines.sweep_folder import KIND
 from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.configuration import require
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes_for
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
@@ -157,7 +157,7 @@ def load_sweep(
     clinician = load_policy(behavior) if behavior else None
     episodes = jax.tree.map(
         np.asarray,
-        _chosen(load_episodes(episodes_path, step_hours=world_model.step_hours), options),
+        _chosen(load_episodes_for(world_model, episodes_path), options),
     )
     platform = jax.local_devices()[0].platform
     block = options.block or _BLOCK.get(platform, _BLOCK_ACCELERATOR)

@@ -18,6 +18,7 @@ from worldmodel.episode_files import (
     load_manifest,
     load_scaler,
     save_episodes,
+    table_problems,
     to_table,
 )
 from worldmodel.errors import InputError
@@ -153,8 +154,75 @@ BAD_TABLES = {
         lambda t: t.assign(split=np.where(t["step"] > 0, "train", "test")),
         "split changes within stay 30000000",
     ),
+    "Fahrenheit": (lambda t: t.assign(temp_c=98.6), "temp_c holds 98.6 in row 0; .*25 to 43 degC"),
+    "less than no dose": (lambda t: t.assign(fluid_ml=-5.0), "fluid_ml holds -5.0 .*0 or more"),
+    "SOFA 99": (lambda t: t.assign(sofa=99.0), "sofa holds 99.0 in row 0; expected 0 to 24"),
+    "not born": (lambda t: t.assign(age=-5.0), "age holds -5.0 in row 0; expected 0 to 130 years"),
+    "half a man": (lambda t: t.assign(male=0.5), "male holds 0.5"),
+    "less than no urine": (lambda t: t.assign(urine_24h=-1.0), "urine_24h holds -1.0"),
+    "level without a dose": (
+        lambda t: t.assign(vasopressor_dose=0.0),
+        "vasopressor_level holds [1-4] in row .*, where vasopressor_dose is 0; level 0 is no dose",
+    ),
+    "dose without a level": (lambda t: t.assign(fluid_level=0), "fluid_level holds 0 in row"),
+    "doses upside down": (
+        lambda t: t.assign(fluid_ml=np.where(t["fluid_level"] > 0, 900 - t["fluid_ml"], 0)),
+        "fluid_level holds 2 in row .*, where fluid_ml is 700; .*higher levels are larger doses",
+    ),
+    "step 0.4": (lambda t: t.assign(step=t["step"] + 0.4), "step holds 0.4 .*a whole number"),
+    "stay 7.5": (lambda t: t.assign(stay_id=7.5), "stay_id holds 7.5 in row 0; expected a whole"),
+    "steps as text": (lambda t: t.assign(step=t["step"].astype(str)), "step is not numeric"),
+    "a patient in two splits": (
+        lambda t: t.assign(subject_id=7),
+        "patient 7 has stays in more than one split",
+    ),
     "two people": (lambda t: t.assign(subject_id=t["step"]), "subject_id changes within stay"),
 }
+
+
+def test_all_problems_of_a_table_are_named_at_once(table):
+    assert table_problems(table) == []
+    wrong = table.drop(columns=["ph"]).assign(temp_c=98.6, sofa="high", fluid_ml=-1.0, split="mine")
+    found = table_problems(wrong, source="own.csv")
+    named = ("missing: ph", "sofa is not", "split holds", "temp_c holds", "fluid_ml holds -1")
+    assert len(found) == len(named)
+    assert all(name in problem for name, problem in zip(named, found, strict=True))
+    (gap,) = table_problems(table[table["step"] != 1])
+    assert "are not 0, 1, 2" in gap
+
+
+def test_whole_numbers_may_be_written_as_floats(episodes, table):
+    columns = {name: table[name].astype(float) for name in ("stay_id", "subject_id", "step")}
+    assert_same(from_table(table.assign(**columns)), on_valid(episodes))
+
+
+def test_long_numbers_keep_every_digit(episodes, tmp_path):
+    stays = np.asarray(episodes.stay_id).astype(np.int64) + 2**33
+    patients = np.where(np.arange(12) == 3, 2**32, 0) + np.asarray(episodes.subject_id)
+    far = replace(episodes, stay_id=stays, subject_id=patients)
+    loaded = load_episodes(save_episodes(far, tmp_path / "far"))
+    assert loaded.stay_id.tolist() == stays.tolist()
+    assert loaded.subject_id.tolist() == patients.tolist()
+    assert loaded.select(jnp.array([2, 3])).stay_id.tolist() == stays[2:4].tolist()
+
+
+def test_an_audit_may_read_a_patient_in_two_splits(episodes, tmp_path):
+    path = save_episodes(replace(episodes, subject_id=0 * episodes.subject_id), tmp_path / "one")
+    with pytest.raises(InputError, match="patient 0 has stays in more than one split"):
+        load_episodes(path)
+    assert load_episodes(path, shared_patients=True).num_stays == 12
+
+
+def test_other_dose_levels_and_units_are_refused(folder):
+    other = schema.DoseEdges(vasopressor=(0.08, 0.22, 0.45), fluid=(50.0, 180.0, 500.0))
+    assert load_episodes(folder, dose_edges=schema.DEFAULT_DOSE_EDGES).num_stays == 12
+    with pytest.raises(InputError, match=r"fluid levels have the edges 50, 180, 530, but .*500;"):
+        load_episodes(folder, dose_edges=other)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["units"]["creatinine"] = "umol/L"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match="creatinine is in umol/L, expected mg/dL"):
+        load_episodes(folder)
 
 
 @pytest.mark.parametrize("name", BAD_TABLES)

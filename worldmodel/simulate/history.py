@@ -268,7 +268,7 @@ def history_at(
         sofa=episodes.sofa[stays, step],
         ventilated=episodes.ventilated[stays, step],
         step=step,
-        patient=episodes.stay_id[stays],
+        patient=jnp.asarray(episodes.stay_id).astype(jnp.int32)[stays],
         memory=_recorded_memory(world_model, sequences, stays, step),
     )
     if recorded_sofa:

@@ -8,16 +8,17 @@ WITH samples AS (
         max(subject_id) AS subject_id,
         max(charttime) AS charttime,
         max(value) FILTER (WHERE itemid = getvariable('specimen_type')) AS specimen,
-        max(valuenum) FILTER (WHERE itemid = getvariable('lab_po2')) AS po2,
+        max(valuenum) FILTER (WHERE name = 'pao2') AS po2,
         max(
             CASE
                 WHEN valuenum > 20 AND valuenum <= 100 THEN valuenum
                 WHEN valuenum > 0.2 AND valuenum <= 1 THEN valuenum * 100
             END
         ) FILTER (WHERE itemid = getvariable('lab_fio2')) AS fio2
-    FROM lab
-    WHERE itemid IN (
-        getvariable('specimen_type'), getvariable('lab_po2'), getvariable('lab_fio2')
+    FROM (
+        FROM scored_lab WHERE name = 'pao2'
+        UNION ALL BY NAME
+        FROM lab WHERE itemid IN (getvariable('specimen_type'), getvariable('lab_fio2'))
     )
     GROUP BY specimen_id
     HAVING po2 IS NOT NULL

@@ -14,6 +14,19 @@ CREATE MACRO minutes_between(earlier, later) AS
         ELSE date_diff('minute', earlier, later)
     END;
 
+-- What the hourly SOFA scores: numbers within the limits of the option `sofa_values`.
+CREATE VIEW scored_chart AS
+SELECT c.*, l.name
+FROM chart AS c
+INNER JOIN sofa_limits AS l USING (itemid)
+WHERE c.valuenum BETWEEN l.low AND l.high AND (l.limits_too OR NOT c.censored);
+
+CREATE VIEW scored_lab AS
+SELECT e.*, l.name
+FROM lab AS e
+INNER JOIN sofa_limits AS l USING (itemid)
+WHERE e.valuenum BETWEEN l.low AND l.high AND (l.limits_too OR NOT e.censored);
+
 -- The hours of each stay, counted from the first heart rate, as mimic-code does: hour h ends h
 -- full hours after the first whole hour.
 CREATE TABLE clock AS

@@ -2,6 +2,7 @@
 -- part is taken from the previous record of the last 6 h, else it counts as normal.
 CREATE TABLE gcs AS
 WITH charted AS (
+    -- "No Response-ETT" counts whatever number stands beside it.
     SELECT
         subject_id,
         stay_id,
@@ -12,7 +13,11 @@ WITH charted AS (
         max(valuenum) FILTER (WHERE itemid = getvariable('gcs_eyes')) AS eyes,
         bool_or(itemid = getvariable('gcs_verbal') AND coalesce(value, '') = 'No Response-ETT')
             AS unable
-    FROM chart
+    FROM (
+        FROM scored_chart
+        UNION ALL BY NAME
+        FROM chart WHERE itemid = getvariable('gcs_verbal') AND value = 'No Response-ETT'
+    )
     WHERE stay_id IS NOT NULL
         AND itemid IN (
             getvariable('gcs_motor'), getvariable('gcs_verbal'), getvariable('gcs_eyes')

@@ -22,15 +22,16 @@ charted AS (
         i.feature,
         CASE
             WHEN i.is_fio2 AND e.valuenum > 0 AND e.valuenum <= 1 THEN e.valuenum * 100
-            ELSE e.valuenum * i.scale + i.shift
+            ELSE e.valuenum
         END AS value,
-        NULL AS unit_problem
+        e.problem,
+        e.censored
     FROM chart AS e
     INNER JOIN feature_chart AS i USING (itemid)
     INNER JOIN window_of_stay AS c
         ON e.stay_id = c.stay_id AND e.charttime >= c.first_moment
         AND e.charttime < c.last_moment
-    WHERE e.valuenum IS NOT NULL
+    WHERE e.valuenum IS NOT NULL OR e.problem IS NOT NULL
 ),
 
 conscious AS (
@@ -39,7 +40,8 @@ conscious AS (
         row_step(g.charttime, c.intime) AS step,
         g.part AS feature,
         g.value,
-        NULL AS unit_problem
+        NULL AS problem,
+        false AS censored
     FROM gcs_parts AS g
     INNER JOIN window_of_stay AS c
         ON g.stay_id = c.stay_id AND g.charttime >= c.first_moment
@@ -53,17 +55,14 @@ measured AS (
         row_step(e.charttime, c.intime) AS step,
         i.feature,
         e.valuenum AS value,
-        CASE
-            WHEN e.valueuom IS NOT NULL
-                AND NOT list_contains(i.units, replace(lower(e.valueuom), ' ', ''))
-                THEN 'unit'
-        END AS unit_problem
+        e.problem,
+        e.censored
     FROM lab AS e
     INNER JOIN feature_labs AS i USING (itemid)
     INNER JOIN window_of_stay AS c
         ON e.subject_id = c.subject_id AND e.charttime >= c.first_moment
         AND e.charttime < c.last_moment
-    WHERE e.valuenum IS NOT NULL
+    WHERE (e.valuenum IS NOT NULL OR e.problem IS NOT NULL)
         AND (
             NOT i.arterial_only
             OR e.specimen_id IN (
@@ -79,9 +78,10 @@ SELECT
     CAST(f.index AS TINYINT) AS feature,
     CAST(o.value AS FLOAT) AS value,
     CASE
-        WHEN o.unit_problem IS NOT NULL THEN 'unknown unit'
+        WHEN o.problem IS NOT NULL THEN o.problem
         WHEN o.value < f.low OR o.value > f.high THEN 'outside range'
         WHEN f.positive_only AND o.value <= 0 THEN 'not positive'
-    END AS problem
+    END AS problem,
+    o.censored
 FROM (FROM charted UNION ALL FROM conscious UNION ALL FROM measured) AS o
 INNER JOIN feature_limits AS f ON o.feature = f.name;

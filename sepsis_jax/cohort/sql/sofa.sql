@@ -19,21 +19,17 @@ WITH arterial AS (
 
 pressure AS (
     SELECT stay_id, charttime, avg(valuenum) AS value
-    FROM chart
-    WHERE list_contains(getvariable('mean_pressure'), itemid) AND valuenum > 0 AND valuenum < 300
+    FROM scored_chart
+    WHERE name = 'meanbp'
     GROUP BY stay_id, charttime
 ),
 
 -- Per specimen, so that a result without hospital stay takes the one of its specimen.
 results AS (
-    SELECT max(hadm_id) AS hadm_id, max(charttime) AS charttime, itemid, max(valuenum) AS value
-    FROM lab
-    WHERE itemid IN (
-            getvariable('creatinine'), getvariable('bilirubin'), getvariable('platelet')
-        )
-        AND valuenum > 0
-        AND (itemid <> getvariable('creatinine') OR valuenum <= 150)
-    GROUP BY specimen_id, itemid
+    SELECT max(hadm_id) AS hadm_id, max(charttime) AS charttime, name, max(valuenum) AS value
+    FROM scored_lab
+    WHERE name IN ('creatinine', 'bilirubin_total', 'platelet')
+    GROUP BY specimen_id, name
 ),
 
 infused AS (
@@ -68,11 +64,7 @@ signals AS (
     SELECT
         k.stay_id,
         hour_of(r.charttime, k.hour_zero),
-        CASE r.itemid
-            WHEN getvariable('creatinine') THEN 'creatinine'
-            WHEN getvariable('bilirubin') THEN 'bilirubin'
-            ELSE 'platelet'
-        END,
+        r.name,
         r.value
     FROM results AS r INNER JOIN clock AS k USING (hadm_id)
     UNION ALL
@@ -93,7 +85,7 @@ SELECT
     min(s.value) FILTER (WHERE s.name = 'pf_ventilated') AS pf_ventilated,
     min(s.value) FILTER (WHERE s.name = 'pf_breathing') AS pf_breathing,
     min(s.value) FILTER (WHERE s.name = 'platelet') AS platelet,
-    max(s.value) FILTER (WHERE s.name = 'bilirubin') AS bilirubin,
+    max(s.value) FILTER (WHERE s.name = 'bilirubin_total') AS bilirubin,
     min(s.value) FILTER (WHERE s.name = 'pressure') AS pressure,
     max(s.value) FILTER (WHERE s.name = 'norepinephrine') AS norepinephrine,
     max(s.value) FILTER (WHERE s.name = 'epinephrine') AS epinephrine,

@@ -1,49 +1,18 @@
 -- Urine, ventilation and SOFA per row: of the step that ended before it, or of its own step.
 CREATE TABLE urine_steps AS
-WITH placed AS (
+SELECT row, CAST(step AS SMALLINT) AS step, sum(volume) AS volume
+FROM (
     SELECT
         c.row,
         c.steps,
-        epoch(u.charttime - c.intime) + getvariable('step_seconds') * getvariable('lead_steps')
-        AS second,
+        floor(epoch(u.charttime - c.intime) / getvariable('step_seconds'))
+        + getvariable('lead_steps') AS step,
         u.urineoutput AS volume
     FROM usable_urine AS u
     INNER JOIN cohort AS c USING (stay_id)
-),
-
-own AS (
-    SELECT row, floor(second / getvariable('step_seconds')) AS step, sum(volume) AS volume
-    FROM placed
-    WHERE second >= 0 AND second < steps * getvariable('step_seconds')
-    GROUP BY ALL
-),
-
--- A record counts for the 24 h after it, at the ends of steps.
-day AS (
-    SELECT row, step, sum(volume) AS volume
-    FROM (
-        SELECT
-            row,
-            steps,
-            volume,
-            unnest(generate_series(
-                CAST(greatest(floor(second / getvariable('step_seconds')), 0) AS BIGINT),
-                CAST(least(
-                    floor((second + 86400) / getvariable('step_seconds')), steps
-                ) AS BIGINT) - 1
-            )) AS step
-        FROM placed
-    )
-    GROUP BY row, step
 )
-
-SELECT
-    coalesce(own.row, day.row) AS row,
-    CAST(coalesce(own.step, day.step) AS SMALLINT) AS step,
-    own.volume AS volume,
-    day.volume AS volume_24h
-FROM own
-FULL JOIN day ON own.row = day.row AND own.step = day.step;
+WHERE step >= 0 AND step < steps
+GROUP BY row, step;
 
 -- What is known before a row is the newest status, which lasts up to 14 h as in mimic-code; the
 -- spell around it would also tell when the next status is charted.

@@ -40,7 +40,7 @@ from worldmodel import keys
 from worldmodel.compilation import bucket
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import load_episodes
+from worldmodel.episode_files import load_episodes, load_episodes_for
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import Config
@@ -262,8 +262,9 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
             raise InputError(
                 "episodes: none given, but patients of the learned world start from recorded stays"
             )
+        recorded = load_episodes_for(world_model, episodes).of_split("train")
         env = SepsisEnv.learned(
-            world_model, load_episodes(episodes).of_split("train"), past=Forecaster.past,
+            world_model, recorded, past=Forecaster.past,
             mortality_each_step=False, max_steps=options.max_steps,
         )  # fmt: skip
     return EpisodeRunner(

@@ -8,9 +8,14 @@ import pytest
 from sepsis_jax.cohort import CohortOptions, build_cohort, parity_options
 from sepsis_jax.cohort.build import split_of
 from tests.sepsis_jax.cohort.tiny import ADMITTED, Tiny
+from tests.sepsis_jax.command_line import call, refuse
+from tests.toy import toy_episodes
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes
+from worldmodel.configuration import resolve_config
+from worldmodel.episode_files import load_dose_edges, load_episodes, to_table
 from worldmodel.errors import InputError
+
+ALL = (1.0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -53,6 +58,53 @@ def test_the_folder_says_what_made_it(data, tmp_path):
     assert shares == sorted(shares) and seen[-1] == ("done", 1.0)
     assert [name for name, _ in seen[:-1]] == list(report.seconds)
     assert list(tmp_path.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("place", "version"),
+    [("mimiciv/3.1", "3.1"), ("mimic-iv-2.2", "2.2"), ("demo/mimic-iv-demo", None)],
+)
+def test_the_manifest_names_the_release(place, version, tmp_path):
+    tiny = Tiny()
+    tiny.septic_stay(1)
+    report = build_cohort(tiny.write(tmp_path / place), tmp_path / "out", CohortOptions(split=ALL))
+    assert report.manifest["release"] == {
+        "name": None,
+        "version": version,
+        "folder": place.split("/")[-1],
+        "rows": {"patients": 1, "admissions": 1, "icustays": 1},
+    }
+
+
+def test_dose_edges_may_be_given(data, tmp_path):
+    settings = ["vasopressor_edges=[0.08, 0.22, 0.45]", "fluid_edges=[50, 180, 530]"]
+    options = resolve_config(CohortOptions, None, settings, source="--option")
+    build_cohort(data, tmp_path / "out", options)
+    assert load_dose_edges(tmp_path / "out") == schema.DEFAULT_DOSE_EDGES
+
+
+def test_an_optional_list_is_a_list_or_nothing():
+    def fluid_edges(text):
+        return resolve_config(CohortOptions, None, [f"fluid_edges={text}"], source="-o").fluid_edges
+
+    assert fluid_edges("null") is None and fluid_edges("[1, 2, 3]") == (1.0, 2.0, 3.0)
+    with pytest.raises(InputError, match="-o: fluid_edges: got 7, expected a list"):
+        fluid_edges("7")
+
+
+def test_a_table_is_checked_by_the_command(capsys, tmp_path):
+    table = to_table(toy_episodes(6, 4))
+    table.to_parquet(tmp_path / "own.parquet")
+    table.assign(temp_c=98.6, sofa=99).to_csv(tmp_path / "own.csv", index=False)
+    assert call(capsys, "cohort", "check", "--table", tmp_path / "own.parquet").status == 0
+    result = call(capsys, "cohort", "check", "--table", tmp_path / "own.csv", "--json")
+    assert result.status == 2
+    assert [problem.split("column ")[1].split()[0] for problem in result.last_json["problems"]] == [
+        "temp_c",
+        "sofa",
+    ]
+    refuse(call(capsys, "cohort", "check", "--table", tmp_path / "own.xlsx"), "neither .parquet")
+    refuse(call(capsys, "cohort", "check", "--table", tmp_path / "no.csv"), "no.csv: unreadable")
 
 
 def test_episodes_keep_their_promises(data, tmp_path):
@@ -125,6 +177,8 @@ def test_an_empty_training_split_is_an_error(tmp_path):
         {"death_days": 0},
         {"max_urine_ml": 0},
         {"min_age": -1},
+        {"fluid_edges": (1.0, 2.0)},
+        {"vasopressor_edges": (0.3, 0.2, 0.4)},
     ],
 )
 def test_options_are_checked(wrong):

@@ -5,7 +5,7 @@ from datetime import datetime, timedelta
 import pandas as pd
 import pytest
 
-from tests.sepsis_jax.cohort.tiny import ADMITTED, CREATININE, Tiny
+from tests.sepsis_jax.cohort.tiny import ADMITTED, CREATININE, NOREPINEPHRINE, Tiny
 from worldmodel.errors import InputError
 
 
@@ -118,6 +118,7 @@ DEATHS = [
     (datetime(2150, 5, 30), False, True),  # day 90
     (datetime(2150, 5, 31), False, False),
     (datetime(2149, 12, 31), False, False),  # before admission: an error
+    (datetime(2144, 9, 9), True, True),  # so here, but the hospital knows better
     (None, True, True),  # known from the hospital stay only
 ]
 
@@ -131,6 +132,59 @@ def test_death_within_90_days(build):
     assert episodes.died_90d.tolist() == [dead for *_, dead in DEATHS]
     assert episodes.died_in_hospital.tolist() == [died for _, died, _ in DEATHS]
     by_hospital, _ = build(tiny, death_clock="hospital-admission")
-    assert by_hospital.died_90d.tolist() == [False, False, False, False, True]
+    assert by_hospital.died_90d.tolist() == [False] * 4 + [True] * 2
     longer, _ = build(tiny, death_days=91)
-    assert longer.died_90d.tolist() == [False, True, True, False, True]
+    assert longer.died_90d.tolist() == [False, True, True, False, True, True]
+
+
+def test_no_row_begins_after_death(build):
+    tiny = Tiny()
+    hour = timedelta(hours=1)
+    tiny.septic_stay(1, death=ADMITTED + 9 * hour)
+    tiny.septic_stay(2, death=datetime(2150, 3, 1))  # by date alone: until the end of the day
+    tiny.septic_stay(3, dod=datetime(2150, 3, 1), hours=40)
+    tiny.septic_stay(4, death=ADMITTED - 1000 * hour)  # the donor of an organ
+    tiny.septic_stay(5, dod=datetime(2150, 2, 1))  # an error
+    tiny.septic_stay(6, died=True)
+    tiny.tables["admissions"][-1] |= {"deathtime": None, "dischtime": ADMITTED + 13 * hour}
+    episodes, report = build(tiny)
+    assert episodes.stay_id.tolist() == [30_000_001 + 10 * n for n in (1, 2, 3, 5, 6)]
+    assert episodes.length.tolist() == [3, 4, 4, 6, 4]
+    assert episodes.died_90d.tolist() == [True, True, True, False, True]
+    assert episodes.died_in_hospital.tolist() == [True, True, False, False, True]
+    assert lines(report)["times"] == (1, 5)
+    assert report.counts["stays"] == {
+        "dates of death before ICU admission, taken as errors": 1,
+        "deaths in hospital without a date of death": 1,
+        "stays that begin after the death of the patient": 1,
+    }
+    assert report.counts["cohort"] == {"stays that end at death, before the unit was left": 4}
+    assert report.notes == ()
+
+
+def test_an_empty_date_of_death_is_said(build):
+    tiny = Tiny()
+    tiny.septic_stay(1, died=True)
+    tiny.tables["admissions"][-1]["deathtime"] = None
+    tiny.septic_stay(2)
+    tiny.tables["admissions"][-1]["deathtime"] = ADMITTED + timedelta(hours=5)
+    tiny.tables["admissions"][-1]["hospital_expire_flag"] = 0
+    episodes, report = build(tiny)
+    assert episodes.died_in_hospital.tolist() == episodes.died_90d.tolist() == [True, True]
+    (note,) = report.notes
+    assert note.startswith("Column dod of patients is empty") and report.manifest["notes"] == [note]
+    told = "deaths in hospital that hospital_expire_flag does not tell"
+    assert report.counts["stays"][told] == 1
+
+
+def test_organ_failure_before_the_unit_is_counted(build):
+    tiny = Tiny()
+    stay = tiny.stay(1)
+    for hour in (-20, *range(24)):
+        tiny.chart(stay, hour, 220045, 90)
+    tiny.pressor(stay, -20, -18, NOREPINEPHRINE, 0.5)
+    tiny.antibiotic(stay, 2)
+    tiny.culture(stay, 1)
+    _, report = build(tiny)
+    early = "septic stays whose SOFA first reached 2 before ICU admission"
+    assert report.counts["cohort"] == {early: 1}

@@ -44,6 +44,7 @@ class Tiny:
         number=1,
         admitted=ADMITTED,
         died=False,
+        death=None,
     ) -> int:
         """Adds a patient (with number 1), a hospital stay and an ICU stay; returns its number."""
         stay = 30_000_000 + 10 * subject + number
@@ -65,8 +66,8 @@ class Tiny:
                 "hadm_id": hadm,
                 "admittime": admitted,
                 "dischtime": end,
-                "deathtime": end if died else None,
-                "hospital_expire_flag": int(died),
+                "deathtime": death or (end if died else None),
+                "hospital_expire_flag": int(died or death is not None),
             }
         )
         self.tables["icustays"].append(
@@ -97,7 +98,9 @@ class Tiny:
     def at(self, stay: int, hour: float) -> datetime:
         return self.of(stay)["intime"] + timedelta(hours=hour)
 
-    def chart(self, stay: int, hour: float, item: int, value: float | None, text=None) -> None:
+    def chart(
+        self, stay: int, hour: float, item: int, value: float | None, text=None, unit=None
+    ) -> None:
         self.tables["chartevents"].append(
             {
                 "subject_id": self.of(stay)["subject_id"],
@@ -106,18 +109,37 @@ class Tiny:
                 "charttime": self.at(stay, hour),
                 "value": text or str(value),
                 "valuenum": value,
+                "valueuom": unit,
             }
         )
 
     def lab(
-        self, stay: int, hour: float, item: int, value: float, *, unit=None, arterial=False
+        self,
+        stay: int,
+        hour: float,
+        item: int,
+        value: float | None,
+        *,
+        unit=None,
+        arterial=False,
+        text=None,
+        comments=None,
     ) -> None:
         self._specimen += 1
         base = {key: self.of(stay)[key] for key in ("subject_id", "hadm_id")} | {
             "specimen_id": self._specimen,
             "charttime": self.at(stay, hour),
         }
-        rows = [{"itemid": item, "value": str(value), "valuenum": value, "valueuom": unit}]
+        told = text if value is None else str(value)
+        rows = [
+            {
+                "itemid": item,
+                "value": told,
+                "valuenum": value,
+                "valueuom": unit,
+                "comments": comments,
+            }
+        ]
         if arterial:
             rows.append({"itemid": 52033, "value": "ART."})
         self.tables["labevents"] += [base | row for row in rows]
@@ -135,6 +157,7 @@ class Tiny:
         rate_unit=None,
         weight=80.0,
         status="FinishedRunning",
+        order=None,
     ) -> None:
         self.tables["inputevents"].append(
             {
@@ -148,6 +171,7 @@ class Tiny:
                 "rateuom": rate_unit,
                 "patientweight": weight,
                 "statusdescription": status,
+                "orderid": order,
             }
         )
 
@@ -158,10 +182,20 @@ class Tiny:
             stay, start, end, item, amount=1.0, unit="mg", rate=rate, rate_unit=unit, **more
         )
 
-    def output(self, stay: int, hour: float, value: float, item: int = FOLEY) -> None:
+    def output(self, stay: int, hour: float, value: float, item: int = FOLEY, unit="ml") -> None:
         self.tables["outputevents"].append(
-            {"stay_id": stay, "charttime": self.at(stay, hour), "itemid": item, "value": value}
+            {
+                "stay_id": stay,
+                "charttime": self.at(stay, hour),
+                "itemid": item,
+                "value": value,
+                "valueuom": unit,
+            }
         )
+
+    def repeat(self, table: str, times: int = 1) -> None:
+        """Appends the newest row of a table once more."""
+        self.tables[table] += [dict(self.tables[table][-1]) for _ in range(times)]
 
     def antibiotic(self, stay: int, hour: float, drug="Vancomycin", route="IV") -> None:
         about = self.of(stay)
