@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.gym import SepsisGymEnv
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import WorldModel, init_world_model
+from worldmodel.resources import usable_cores
 from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.step import advance
@@ -178,7 +178,7 @@ def main() -> None:
         "hardware": {
             "device": jax.devices()[0].device_kind,
             "processor": processor(),
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
         },
         "versions": {
             "python": platform.python_version(),

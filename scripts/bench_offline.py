@@ -28,6 +28,7 @@ from policy.offline import training
 from policy.offline.algorithms import NAMES, OfflineConfig
 from policy.offline.data import transitions
 from worldmodel import load_episodes
+from worldmodel.resources import usable_cores
 from worldmodel.scaling import Scaler
 from worldmodel.synthetic import Config, generate, true_value
 
@@ -106,7 +107,7 @@ def main() -> None:
         "hardware": {
             "device": jax.devices()[0].device_kind,
             "processor": processor(),
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
         },
         "versions": {
             "python": platform.python_version(),

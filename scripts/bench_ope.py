@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sepsis_jax import ope
+from worldmodel.resources import usable_cores
 
 STEPS, ACTIONS = 20, 25
 LOOP_ESTIMATORS = 4
@@ -147,7 +148,7 @@ def main() -> None:
     share = arguments.resamples * estimators / LOOP_ESTIMATORS
     median = float(np.median(seconds))
     result: dict[str, object] = {
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "load": os.getloadavg()[0],
         "jax": jax.__version__,
         "stays": arguments.stays,

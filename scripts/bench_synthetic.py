@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable
 
@@ -26,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from worldmodel import Episodes, load_episodes
+from worldmodel.resources import usable_cores
 from worldmodel.synthetic import (
     Config,
     generate,
@@ -65,7 +65,7 @@ def main() -> None:
     shares = {"simulate": count, "generate": count // 4}
     result: dict[str, object] = {
         "device": jax.devices()[0].device_kind,
-        "cores": os.cpu_count(),
+        "cores": usable_cores(),
         "jax": jax.__version__,
     }
     columns = ("median", "min", "max", "in stay", "per core")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,6 +21,8 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
+from sepsis_jax.outputs import claimed
+from worldmodel.configuration import LARGEST
 from worldmodel.errors import InputError
 
 app = typer.Typer(
@@ -56,8 +59,12 @@ def demo(
         Path | None,
         typer.Option("--data", help="MIMIC-IV (hosp/ and icu/); default: synthetic patients."),
     ] = None,
-    patients: Annotated[int, typer.Option("--patients", help="Synthetic patients.")] = 4000,
-    samples: Annotated[int, typer.Option("--samples", help="Futures per plan.")] = 2000,
+    patients: Annotated[
+        int, typer.Option("--patients", min=1, max=LARGEST, help="Synthetic patients.")
+    ] = 4000,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")
+    ] = 2000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -66,7 +73,7 @@ def demo(
     from sepsis_jax.report.html import OUTCOME_COLUMNS, STATE_COLUMNS, outcome_rows, state_rows
 
     console.print(f"sepsis-jax demo.  {DISCLAIMER}")
-    with epochs("world model") as progress:
+    with claimed(out), epochs("world model") as progress:
         summary = run_demo(
             out,
             data=data,
@@ -115,6 +122,9 @@ app.command("profile", epilog="Example: sepsis-jax profile --model runs/model --
 )
 
 
+# The class above all errors of usage; typer has it from click, or a copy of its own.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+
 # What to add to a message of the library, which names settings, for readers of the command line.
 _FLAGS = {
     "resume it,": "resume it (--resume),",
@@ -130,22 +140,75 @@ def _with_flags(message: str) -> str:
     return message
 
 
+# What failures of memory and of disks look like; libraries raise errors of many types for them.
+_NO_MEMORY = ("out of memory", "unable to allocate", "cannot allocate memory", "bad_alloc")
+_NO_SPACE = ("no space left", "disk quota exceeded", "file too large")
+
+
 def main() -> None:
-    """Entry point: bad input ends with one line and status 2."""
+    """Entry point: bad input ends with one line and status 2, Ctrl-C with one and 130."""
+    sys.exit(_status(sys.argv[1:]))
+
+
+def _status(arguments: list[str]) -> int:
+    """Runs a command and says in one line why it failed; the exit status."""
     try:
-        app()
+        command = typer.main.get_command(app)
+        with command.make_context(app.info.name, list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except _USAGE_ERROR as error:
+        return _usage_error(error)
     except InputError as error:
-        line = " ".join(str(error).split())  # what libraries say may take several lines
-        errors.print(f"sepsis-jax: {_with_flags(line)}", soft_wrap=True)
-        sys.exit(2)
-    except OSError as error:
-        if error.filename is None:
+        return _refuse(_with_flags(str(error)))
+    except KeyboardInterrupt as interrupt:
+        hint = f"; {interrupt}" if str(interrupt) else ""
+        errors.print(f"sepsis-jax: interrupted{hint}", soft_wrap=True)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        line = _failure(error)
+        if line is None:
             raise
-        errors.print(f"sepsis-jax: {error.filename}: {error.strerror}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("sepsis-jax: interrupted")
-        sys.exit(130)
+        return _refuse(line)
+    return 0
+
+
+def _refuse(message: str) -> int:
+    line = " ".join(message.split())  # what libraries say may take several lines
+    errors.print(f"sepsis-jax: {line}", soft_wrap=True)
+    return 2
+
+
+def _usage_error(error: Any) -> int:  # of typer, or of click in older versions of it
+    context = error.ctx
+    if not error.format_message() or type(error).__name__ == "NoArgsIsHelpError":
+        errors.print(context.get_help(), soft_wrap=True)
+        return 2
+    path = "sepsis-jax" if context is None else context.command_path
+    return _refuse(f"{error.format_message().rstrip('.')}; see {path} --help")
+
+
+def _failure(error: BaseException) -> str | None:
+    """One line for what is no fault of this software; None for everything else."""
+    text = f"{type(error).__name__}: {error}".lower()
+    if isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY):
+        return "not enough memory; ask for fewer patients, samples, plans or steps at a time"
+    name = getattr(error, "filename", None)
+    place = "" if name is None else f"{name}: "
+    if any(words in text for words in _NO_SPACE):
+        return f"{place}the disk is full ({_first_line(error)}); free space, or write elsewhere"
+    if isinstance(error, OSError) and name is not None:
+        return f"{place}{error.strerror}"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    words = getattr(error, "strerror", None) or str(error)
+    return words.splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from rich.table import Table
 
 from sepsis_jax.runs import JsonDict
 from sepsis_jax.runs import Progress as PhaseProgress
+from worldmodel.configuration import LARGEST_SEED
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -63,14 +65,31 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def print_json(value: JsonDict) -> None:
-    """The closing line of `--json`: one line of JSON, never wrapped or styled."""
-    print(json.dumps(value, allow_nan=False), flush=True)
+def print_json(value: Mapping[str, object]) -> None:
+    """What `--json` prints: one line of JSON, never wrapped or styled; NaN and infinity as null."""
+    print(json.dumps(_finite(value), allow_nan=False), flush=True)
 
 
-def with_seed(options: OptionsT, seed: int) -> OptionsT:
-    """Settings with the seed of the command line, where one other than 0 is given."""
-    return replace(options, seed=seed) if seed else options
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def with_seed(options: OptionsT, seed: int | None) -> OptionsT:
+    """Settings with the seed of the command line, where one is given."""
+    return options if seed is None else replace(options, seed=seed)
+
+
+@contextmanager
+def resumable(how: str) -> Iterator[None]:
+    """Says after Ctrl-C how the work of the block goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how) from None
 
 
 @contextmanager
@@ -131,6 +150,19 @@ def _bar() -> Progress:
     )
 
 
+def _quiet(json: bool) -> bool:
+    """Tables and remarks would stand beside the JSON."""
+    console.quiet = json
+    return json
+
+
+def finite(value: float) -> float:
+    """The value of an option, refused where it is no number or infinite."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"got {value}, expected a finite number")
+    return value
+
+
 Episodes = Annotated[
     Path, typer.Option("--episodes", help="Folder of episodes, as `sepsis-jax cohort` writes it.")
 ]
@@ -144,5 +176,26 @@ Model = Annotated[
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML of settings; see configs/.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-Json = Annotated[bool, typer.Option("--json", help="End with one line of JSON.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=LARGEST_SEED, help="Seed of every random choice."),
+]
+OtherSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed",
+        min=0,
+        max=LARGEST_SEED,
+        help="Seed of every random choice, if not the settings'.",
+    ),
+]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-o", help="A setting as NAME=VALUE, such as -o seed=1; repeat for more."
+    ),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=_quiet, help="Print one line of JSON and nothing else."),
+]

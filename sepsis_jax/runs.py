@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,19 +26,53 @@ JsonDict = dict[str, Any]
 MANIFEST = "manifest.json"
 
 
-def begin_run(out: Path, kind: str, request: JsonDict, *, resume: bool) -> None:
-    """Claims a folder for a run, or makes sure that it holds an earlier part of the same.
+@contextmanager
+def run_folder(
+    out: Path, kind: str, request: JsonDict, *, resume: bool, keeps: Sequence[str]
+) -> Iterator[None]:
+    """A folder for a run, or one that holds an earlier part of the same.
+
+    A run that is refused before it has anything worth keeping leaves no folder, and one that was
+    killed before that may be begun anew, with another request too.
 
     Args:
       out: the folder.
       kind: what the manifest says it is.
       request: JSON of all that the results depend on.
       resume: going on is wanted.
+      keeps: names in the folder, of files and folders that are worth keeping if they hold anything.
 
     Raises:
       InputError: the folder holds something else, another request, or a run that is not to be
         resumed.
     """
+    there = out.exists()
+    _begin(out, kind, request, resume=resume, empty=not _kept(out, keeps))
+    try:
+        yield
+    except (InputError, OSError):
+        if not _kept(out, keeps):
+            for entry in list(out.iterdir()):
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            if not there:
+                out.rmdir()
+        raise
+
+
+def _kept(out: Path, keeps: Sequence[str]) -> bool:
+    def filled(path: Path) -> bool:
+        if path.is_dir():
+            return any(path.iterdir())
+        return path.exists() and path.stat().st_size > 0
+
+    return any(filled(out / name) for name in keeps)
+
+
+def _begin(out: Path, kind: str, request: JsonDict, *, resume: bool, empty: bool) -> None:
+    """Writes the manifest, or compares the one that is there."""
     file = out / MANIFEST
     check_replaceable(out, MANIFEST)
     if not file.exists():
@@ -45,6 +81,9 @@ def begin_run(out: Path, kind: str, request: JsonDict, *, resume: bool) -> None:
     found = read_json(file)
     if not isinstance(found, dict) or found.get("kind") != kind:
         raise InputError(f"{file}: not of the kind {kind!r}; choose another folder")
+    if empty:
+        write_json(file, {"kind": kind, **provenance(request=request)})
+        return
     if found.get("request") != request:
         changed = _first_difference(found.get("request"), request)
         raise InputError(f"{out}: was begun with another {changed}; choose another folder")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -13,6 +14,10 @@ import yaml
 from worldmodel.errors import InputError
 
 T = TypeVar("T")
+
+LARGEST_SEED = 2**32 - 1
+LARGEST = 2**31 - 1  # of sizes and counts: arrays are indexed with 32 bits
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 
 
 # a check knows the type of its field
@@ -84,6 +89,7 @@ def from_mapping(cls: type[T], value: object, *, source: str, base: T | None = N
             arguments[key] = from_mapping(hint, item, source=f"{source}: {key}", base=part)  # type: ignore[arg-type]
         else:
             arguments[key] = _checked(hint, item, f"{source}: {key}")
+            _require_range(key, arguments[key], f"{source}: {key}")
     return cls(**arguments) if base is None else dataclasses.replace(base, **arguments)  # type: ignore[type-var]
 
 
@@ -98,6 +104,16 @@ def _mapping(value: object, source: str) -> Mapping[str, object]:
     if not isinstance(value, Mapping):
         raise InputError(f"{source}: expected a mapping of settings, got {type(value).__name__}")
     return value
+
+
+def _require_range(name: str, value: object, source: str) -> None:
+    """Refuses numbers that no generator takes as a seed and no array has as a size."""
+    if type(value) is not int:
+        return
+    seed = name == "seed" or name.endswith("_seed")
+    low, high = (0, LARGEST_SEED) if seed else (-LARGEST - 1, LARGEST)
+    if not low <= value <= high:
+        raise InputError(f"{source}: got {value}, expected {low} to {high}")
 
 
 def _checked(hint: object, value: object, source: str) -> object:
@@ -119,6 +135,8 @@ def _checked(hint: object, value: object, source: str) -> object:
     allowed = tuple(option for option in allowed if isinstance(option, type))
     if float in allowed and type(value) is int:
         return float(value)
+    if float in allowed and isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)  # YAML 1.1 takes numbers such as 1e-6, without a point, for text
     if type(value) not in allowed:
         names = " or ".join(option.__name__ for option in allowed)
         raise InputError(f"{source}: got {value!r}, expected {names}")

@@ -9,6 +9,7 @@ A folder of episodes holds
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -104,6 +105,12 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
         raise InputError(
             f"{path / 'manifest.json'}: schema version {version}, this software reads "
             f"{schema.SCHEMA_VERSION}; rebuild the cohort"
+        )
+    hours = manifest.get("step_hours", schema.STEP_HOURS)
+    if not isinstance(hours, int | float) or not 0 < hours < math.inf:
+        raise InputError(
+            f"{path / 'manifest.json'}: step_hours is {hours!r}, expected hours above 0; "
+            "rebuild the cohort"
         )
     return manifest
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     import jax
 
 TreeT = TypeVar("TreeT")
+
+# What ends the names of temporary folders and files, as regular expressions.
+TEMPORARY_FOLDER = "[a-z0-9_]{8}"
+TEMPORARY_FILE = r"\d+-tmp"
 
 
 def check_replaceable(path: Path, marker: str | None) -> None:
@@ -55,16 +59,19 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     Raises:
       InputError: a file, or a folder of another kind, is in the way.
     """
+    path = Path(os.path.abspath(path))  # "." has no name
     check_replaceable(path, marker)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     temporary.chmod(0o755)
     old = temporary.with_name(f"{temporary.name}.old")
     try:
-        yield temporary
-        if path.exists():  # renamed first: the process may be killed during deletion
-            os.replace(path, old)
-        os.replace(temporary, path)
+        with _naming(path):
+            yield temporary
+            if path.exists():  # renamed first: the process may be killed during deletion
+                os.replace(path, old)
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -73,13 +80,33 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, of the same suffix, renamed when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-tmp{path.suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives errors of writing the name of what was to be written.
+
+    A full disk comes without a name, and that of a temporary file tells nobody anything.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        temporary = isinstance(name, str) and (
+            f"/.{path.name}." in name or f"/.{path.stem}." in name
+        )
+        if error.errno is None or not (name is None or temporary):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def write_json(path: Path, value: object) -> None:

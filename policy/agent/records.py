@@ -170,7 +170,15 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def last_attempts(path: Path) -> dict[int, Record]:
-    """The last attempt at each stay, by patient, sorted."""
+    """The last attempt at each stay, by patient, sorted.
+
+    Raises:
+      InputError: there is no such file, or a line is no record.
+    """
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; name a folder that `sepsis-jax agent run` has written"
+        )
     found = {record["patient"]: record for record in read_records(path)}
     return dict(sorted(found.items()))
 

@@ -73,8 +73,22 @@ def _features(
 
 
 _MINARI_VERSION = "0.5.0"  # the layout's; every 0.5 reads it
-_MINARI_DATA = "main_data.hdf5"
+MINARI_DATA = "main_data.hdf5"
 _LARGEST_CHANGE = 5.0  # of `decision_features`
+
+
+def check_d3rlpy_file(path: Path) -> None:
+    """Makes sure of a name that `write_d3rlpy` can write.
+
+    Raises:
+      InputError: the name does not end with .npz, or is that of a folder.
+    """
+    if path.suffix != ".npz":
+        raise InputError(
+            f"{path}: the arrays for d3rlpy are a NumPy file; choose a name that ends with .npz"
+        )
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; choose the name of a file")
 
 
 def write_d3rlpy(path: str | Path, episodes: Episodes, scaler: Scaler, past: int) -> None:
@@ -93,6 +107,7 @@ def write_d3rlpy(path: str | Path, episodes: Episodes, scaler: Scaler, past: int
     Raises:
       InputError: there are no stays.
     """
+    check_d3rlpy_file(Path(path))
     rows = _rows(episodes, scaler, past)
     last = np.asarray(rows.last)
     arrays = {
@@ -141,8 +156,8 @@ def write_minari(
     observations, action = np.asarray(rows.features, np.float32), np.asarray(rows.action, np.int64)
     reward, last = np.asarray(rows.reward, np.float32), np.asarray(rows.last)
     lengths, stay_ids = np.asarray(episodes.length), np.asarray(episodes.stay_id)
-    with atomic_folder(Path(path), marker=_MINARI_DATA) as folder:
-        with h5py.File(folder / _MINARI_DATA, "w", track_order=True) as file:
+    with atomic_folder(Path(path), marker=MINARI_DATA) as folder:
+        with h5py.File(folder / MINARI_DATA, "w", track_order=True) as file:
             first = 0
             for number, (length, stay_id) in enumerate(zip(lengths, stay_ids, strict=True)):
                 here = slice(first, first + int(length))
@@ -156,7 +171,7 @@ def write_minari(
                 group["terminations"] = last[here]
                 group["truncations"] = np.zeros(length, bool)
                 group["infos/stay_id"] = np.full(length + 1, stay_id, stay_ids.dtype)
-        megabytes = (folder / _MINARI_DATA).stat().st_size / 1e6
+        megabytes = (folder / MINARI_DATA).stat().st_size / 1e6
         metadata = {
             "dataset_id": dataset_id,
             "total_episodes": len(lengths),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -25,6 +24,7 @@ from policy.offline.algorithms import (
 )
 from policy.offline.data import Transitions
 from worldmodel.errors import InputError
+from worldmodel.resources import usable_cores
 from worldmodel.scaling import Scaler
 
 Progress = Callable[[int, int, float], None]
@@ -134,7 +134,7 @@ def _train(
         )
         return done
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         parts = list(pool.map(run, keys))
     result: tuple[Networks, jax.Array] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
     return result

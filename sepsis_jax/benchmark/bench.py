@@ -12,7 +12,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from sepsis_jax.benchmark.hardware import jax_products, minimal_flops, plain_flops, torch_products
+from sepsis_jax.benchmark.hardware import (
+    jax_products,
+    minimal_flops,
+    plain_flops,
+    recurrent_flops,
+    torch_products,
+)
 from sepsis_jax.benchmark.jax_runners import (
     QUESTION,
     agent_questions,
@@ -21,7 +27,7 @@ from sepsis_jax.benchmark.jax_runners import (
     plain_model,
     sharded,
 )
-from sepsis_jax.benchmark.setup import Workload, patient_pool, shape_of, workload
+from sepsis_jax.benchmark.setup import Workload, patient_pool, require_branches, shape_of, workload
 from sepsis_jax.benchmark.timing import Contender, Timed, best, summary, take_turns
 from sepsis_jax.benchmark.torch_model import load_torch, torch_installed
 from sepsis_jax.benchmark.torch_runners import (
@@ -40,7 +46,9 @@ from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts
 
+PLAIN = "plain model"
 JAX_ROLLOUTS: dict[str, Callable[[Workload], Contender]] = {
     "rollout": jitted_rollout,
     "rollout, all features": lambda job: jitted_rollout(
@@ -48,7 +56,7 @@ JAX_ROLLOUTS: dict[str, Callable[[Workload], Contender]] = {
     ),
     "sharded": sharded,
     "sharded, bfloat16": lambda job: sharded(job, "sharded, bfloat16", precision=BFLOAT16),
-    "plain model": plain_model,
+    PLAIN: plain_model,
 }
 _FLOAT32 = ("rollout", "sharded")  # those compared with torch and with the bound
 NAMES = (*JAX_ROLLOUTS, EAGER, COMPILED, ONE_BRANCH, QUESTION)
@@ -87,7 +95,12 @@ class BenchOptions:
         if unknown:
             raise InputError(f"only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
         for branches in self.branches:
-            shape_of(branches, plans=self.plans, samples=self.samples)
+            shape = shape_of(branches, plans=self.plans, samples=self.samples)
+            require_branches(shape, self.horizon)
+        require_rollouts(
+            self.question_samples, patients=1, plans=schema.NUM_ACTIONS, horizon=1,
+            features=len(CHART_FEATURES), setting="question_samples",
+        )  # fmt: skip
 
     def asks(self, name: str) -> bool:
         """Whether a contender is wanted."""
@@ -111,7 +124,14 @@ def run_bench(
     world_model = world_model.member(0)
     precision = world_model.config.precision
     assert precision in PRECISIONS
-    torch = load_torch(precision) if torch_installed() else None
+    known = names_of(world_model)
+    unknown = [name for name in options.only if name not in known]
+    if unknown:
+        raise InputError(
+            f"only: {unknown[0]!r} reads windows, and this model is recurrent; known for it: "
+            f"{'; '.join(known)}"
+        )
+    torch = load_torch(precision) if torch_wanted(world_model) else None
     pool = patient_pool(world_model, options.seed)
     default = BRANCHES.get(jax.default_backend(), _BRANCHES_ACCELERATOR)
     jobs = [
@@ -154,7 +174,7 @@ def run_bench(
             if options.asks("sharded, bfloat16")
         },
         "flops": {
-            "plain": plain_flops(world_model.config, options.horizon),
+            "plain": _plain(jobs[0]),
             "minimal": {str(branches): value for branches, value in minimal.items()},
         },
         "torch": torch is not None,
@@ -168,7 +188,10 @@ def _rollout_contenders(
     found: list[Contender] = []
     for index, job in enumerate(jobs):
         progress(f"compiling, {job.shape.branches} branches", index / len(jobs))
-        found += [make(job) for name, make in JAX_ROLLOUTS.items() if options.asks(name)]
+        known = names_of(job.world_model)
+        found += [
+            make(job) for name, make in JAX_ROLLOUTS.items() if name in known and options.asks(name)
+        ]
         if torch is not None:
             device = torch_device(torch, jax.default_backend())
             found += [
@@ -187,8 +210,31 @@ def _rollout_contenders(
     return found
 
 
+def names_of(world_model: WorldModel) -> tuple[str, ...]:
+    """Contenders that simulate a model: of the recurrent variant none that reads windows."""
+    if not world_model.is_recurrent:
+        return NAMES
+    return tuple(name for name in NAMES if name not in (PLAIN, EAGER, COMPILED, ONE_BRANCH))
+
+
+def torch_wanted(world_model: WorldModel) -> bool:
+    """Whether torch is there and has contenders for a model."""
+    return torch_installed() and EAGER in names_of(world_model)
+
+
 def _minimal(job: Workload) -> float:
-    return minimal_flops(job.world_model.config, job.shape, job.horizon)
+    config = job.world_model.config
+    if job.start.memory is None:
+        return minimal_flops(config, job.shape, job.horizon)
+    recorded = job.start.memory.inputs.shape[1]
+    return recurrent_flops(config, job.shape, job.horizon, recorded=recorded)
+
+
+def _plain(job: Workload) -> float | None:
+    """Of contenders that read windows; None for a model that reads none."""
+    if job.world_model.is_recurrent:
+        return None
+    return plain_flops(job.world_model.config, job.horizon)
 
 
 def _reduced(precision: str) -> list[str]:
@@ -207,11 +253,9 @@ def _row(
     found: Timed, jobs: Sequence[Workload], peak: Timed, minimal: dict[int, float]
 ) -> JsonDict:
     contender = found.contender
-    engine = contender.name in JAX_ROLLOUTS and contender.name != "plain model"
-    if engine:
-        flops = minimal[contender.branches]
-    else:
-        flops = plain_flops(jobs[0].world_model.config, jobs[0].horizon)
+    engine = contender.name in JAX_ROLLOUTS and contender.name != PLAIN
+    flops = minimal[contender.branches] if engine else _plain(jobs[0])
+    assert flops is not None  # contenders that read windows have a model that does
     return {
         "name": contender.name,
         "branches": contender.branches,

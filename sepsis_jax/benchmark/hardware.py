@@ -24,6 +24,8 @@ from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.compilation import BFLOAT16, compiler_options
 from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.recurrent import CODE_WIDTH, DRAWN_WIDTH, ROW_WIDTH
+from worldmodel.resources import usable_cores
 from worldmodel.simulate.sharded import AXIS, branch_mesh
 
 
@@ -36,7 +38,7 @@ def hardware() -> JsonDict:
         "devices": jax.local_device_count(),
         "device_memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "driver": getattr(device.client, "platform_version", None),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -204,6 +206,45 @@ def _window(config: ModelConfig, rows: int) -> int:
     above = (config.layers - 1) * 2 * config.hidden * gates
     embedded = rows * schema.ACTION_WIDTH * config.embed + schema.NUM_STATIC * config.embed
     return embedded + rows * (first + above)
+
+
+def recurrent_flops(config: ModelConfig, shape: Shape, horizon: int, *, recorded: int = 0) -> float:
+    """Per branch-step, of what `worldmodel.simulate.stay_unroll` does for the recurrent variant.
+
+    One row is read per step. What branches share is done once: by patient before the first
+    treatment, by plan after it, by branch once noise has been added; noise is common to the plans.
+
+    Args:
+      config: shape of the model.
+      shape: branches.
+      horizon: steps H.
+      recorded: rows before the newest that are read first, by patient.
+    """
+    width, small, features = config.hidden, config.head, schema.NUM_FEATURES
+    patient = shape.patients
+    plan, branch = patient * shape.plans, shape.branches
+    gates, linear = 3 * width, small + 2 * features + 3
+    known, codes = int(ROW_WIDTH) - int(DRAWN_WIDTH), int(CODE_WIDTH)
+    square = width * gates
+    heads = width * (3 * features + 1) + small * 3
+
+    def read(drawn: int, fixed: int) -> int:
+        row = (drawn * DRAWN_WIDTH + fixed * known) * (gates + linear)
+        return row + drawn * (square + width * (width + 2 * small) + small * schema.NUM_ACTIONS)
+
+    def treated(residual: int) -> int:
+        code = codes * (width + small + features + 3)
+        return residual * (schema.NUM_ACTIONS * codes + code)
+
+    noise = patient * shape.samples * features**2
+    row_width = DRAWN_WIDTH + known
+    total = recorded * patient * (row_width * gates + square)
+    total += read(patient, patient) + plan * heads + noise
+    total += (horizon - 1) * (read(branch, plan) + branch * heads + noise)
+    # The clinician's propensity meets a treatment from the second step on by branch.
+    total += treated(plan) + (horizon - 1) * treated(branch)
+    end = branch * (row_width * (gates + 2) + square + width * small + small * 2)
+    return 2.0 * (total + end) / (branch * horizon)
 
 
 def minimal_flops(config: ModelConfig, shape: Shape, horizon: int) -> float:

@@ -159,7 +159,7 @@ def drift(job: Workload, precision: str) -> dict[str, float]:
       precision: of matrix products, compared with "highest".
     """
     patients, _, samples = job.shape
-    shape = (patients, samples, job.horizon, schema.NUM_FEATURES)
+    shape = (patients, samples, job.horizon, job.world_model.noise_width)
     noise = jax.random.normal(jax.random.key(7), shape)
 
     def last_row(precision: str) -> jax.Array:

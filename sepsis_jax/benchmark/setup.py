@@ -17,6 +17,7 @@ from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.clinical_model import PRECISIONS, ModelConfig
 from worldmodel.models.world_model import WorldModel, init_world_model
+from worldmodel.resources import require_memory
 from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import History, start_history
 from worldmodel.simulate.sharded import use_every_core
@@ -48,11 +49,6 @@ def model_to_measure(path: Path | None, precision: str | None) -> tuple[WorldMod
         what = "untrained, of the published shape (reference variant)"
     else:
         world_model = load_world_model(path).member(0)
-        if world_model.is_recurrent:
-            raise InputError(
-                f"{path}: the bench compares models that read windows with torch; train one with "
-                "model.variant=residual, or measure variants with scripts/bench_variants.py"
-            )
         if precision is not None:
             world_model = _at(world_model, precision)
         what = f"{world_model.config.variant} variant from {path.name}, first member"
@@ -78,6 +74,7 @@ def _at(world_model: WorldModel, precision: str) -> WorldModel:
 
 _POOL = 256  # distinct patients; further branches start from them again with other noise
 _STEP = 2
+_START_BYTES = 8192  # of a branch's own start, which contenders without sharing need
 
 
 @dataclass(frozen=True)
@@ -139,6 +136,15 @@ def workload(
     )
     precision = world_model.config.precision
     return Workload(world_model, start, plans.astype(np.int32), shape, horizon, precision)
+
+
+def require_branches(shape: Shape, horizon: int) -> None:
+    """Refuses a workload that memory does not hold.
+
+    Raises:
+      InputError: it does not fit; the message gives the number of branches that does.
+    """
+    require_memory("branches", shape.branches, _START_BYTES + 64.0 * horizon)
 
 
 def shape_of(branches: int, *, plans: int, samples: int) -> Shape:

@@ -11,14 +11,18 @@ from sepsis_jax.console import (
     DISCLAIMER,
     Config,
     Json,
+    OtherSeed,
     Out,
+    Setting,
     console,
-    errors,
     phases,
     print_json,
     print_table,
+    resumable,
 )
+from sepsis_jax.outputs import claimed
 from sepsis_jax.runs import JsonDict
+from worldmodel.configuration import LARGEST
 
 app = typer.Typer(
     help="Let a language model treat simulated patients, and read what it did.",
@@ -99,24 +103,18 @@ def run(
         typer.Option("--behavior", help="Cloned clinician, to warn of treatments without support."),
     ] = None,
     patients: Annotated[
-        int | None, typer.Option("--patients", help="How many; 32 synthetic ones by default.")
+        int | None,
+        typer.Option(
+            "--patients", min=1, max=LARGEST, help="How many; 32 synthetic ones by default."
+        ),
     ] = None,
     templates: Annotated[
         str | None,
         typer.Option("--templates", help="full (the default), compact, or a folder of templates."),
     ] = None,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="Any other setting as NAME=VALUE, such as --set max_steps=6 or "
-            "--set dialogue.sampling.temperature=0; repeat.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of patients, noise and replies.")
-    ] = None,
+    setting: Setting = None,
+    seed: OtherSeed = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
     ] = False,
@@ -135,16 +133,12 @@ def run(
         kind=backend, llm=llm, url=url, key_variable=key_variable, key_file=key_file,
         served_name=served_name, reasoning=reasoning, extra=tuple(extra or ()),
     )  # fmt: skip
-    try:
-        with phases("agent", log_every=30.0) as progress:
-            found = run_agent(
-                out, options, chosen, model=model, episodes=episodes, behavior=behavior,
-                resume=resume, progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        errors.print(f"sepsis-jax: interrupted; the same command with --resume goes on in {out}",
-                     soft_wrap=True)  # fmt: skip
-        raise typer.Exit(130) from None
+    goes_on = f"the same command with --resume goes on in {out}"
+    with resumable(goes_on), claimed(out), phases("agent", log_every=30.0) as progress:
+        found = run_agent(
+            out, options, chosen, model=model, episodes=episodes, behavior=behavior,
+            resume=resume, progress=progress,
+        )  # fmt: skip
     _print_summary(found)
     console.print(f"{out / 'records.jsonl'}, summary.json.  {DISCLAIMER}")
     if json:
@@ -188,15 +182,20 @@ def show(
         elif out.suffix not in forms:
             raise InputError(f"--out: {out} should end with .md or .html")
         else:
-            with atomic_file(out) as temporary:
+            with claimed(out), atomic_file(out) as temporary:
                 temporary.write_text(forms[out.suffix](record), encoding="utf-8")
             console.print(str(out))
+        if json:
+            print_json(record)
         return
     if out is not None:
         if out.suffix != ".json":
             raise InputError(f"--out: {out} should end with .json; --patient writes pages")
-        write_json(out, published_results(records.values()))
+        with claimed(out):
+            write_json(out, published_results(records.values()))
         console.print(str(out))
+        if json:
+            print_json({"out": str(out), "patients": len(records)})
         return
     print_table(
         "Stays",

@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 
 from sepsis_jax.console import Json, Out, Seed, console, phases, print_json, print_table
+from sepsis_jax.outputs import claimed
 from sepsis_jax.runs import JsonDict
+from worldmodel.configuration import LARGEST
 
 OptionalModel = Annotated[
     Path | None,
@@ -17,6 +19,9 @@ OptionalModel = Annotated[
         "--model", help="World model to simulate; default: an untrained one of the published shape."
     ),
 ]
+Plans = Annotated[int, typer.Option("--plans", min=1, max=LARGEST, help="Plans per patient.")]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")]
+Horizon = Annotated[int, typer.Option("--horizon", min=1, max=LARGEST, help="Steps to simulate.")]
 Precision = Annotated[
     str | None,
     typer.Option(
@@ -32,14 +37,24 @@ def bench(
     model: OptionalModel = None,
     branches: Annotated[
         list[int] | None,
-        typer.Option("--branches", help="Branches at a time; repeat for a sweep."),
+        typer.Option(
+            "--branches", min=1, max=LARGEST, help="Branches at a time; repeat for a sweep."
+        ),
     ] = None,
-    plans: Annotated[int, typer.Option("--plans", help="Plans per patient.")] = 4,
-    samples: Annotated[int, typer.Option("--samples", help="Futures per plan.")] = 16,
-    horizon: Annotated[int, typer.Option("--horizon", help="Steps to simulate.")] = 24,
-    repeats: Annotated[int, typer.Option("--repeats", help="Timed runs of each contender.")] = 10,
+    plans: Plans = 4,
+    samples: Samples = 16,
+    horizon: Horizon = 24,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, max=LARGEST, help="Timed runs of each contender.")
+    ] = 10,
     question_samples: Annotated[
-        int, typer.Option("--question-samples", help="Futures per treatment an agent asks for.")
+        int,
+        typer.Option(
+            "--question-samples",
+            min=1,
+            max=LARGEST,
+            help="Futures per treatment an agent asks for.",
+        ),
     ] = 1000,
     precision: Precision = None,
     only: Annotated[
@@ -52,7 +67,14 @@ def bench(
     from sepsis_jax.benchmark.setup import begin_devices, model_to_measure
 
     begin_devices()
-    from sepsis_jax.benchmark.bench import BenchOptions, run_bench, write_bench
+    from sepsis_jax.benchmark.bench import (
+        RESULT,
+        BenchOptions,
+        names_of,
+        run_bench,
+        torch_wanted,
+        write_bench,
+    )
     from sepsis_jax.benchmark.hardware import hardware, torch_version
     from sepsis_jax.runs import provenance
     from worldmodel.files import check_replaceable
@@ -67,7 +89,7 @@ def bench(
         seed=seed,
         only=tuple(only or ()),
     )
-    check_replaceable(out, "bench.json")
+    check_replaceable(out, RESULT)
     world_model, what = model_to_measure(model, precision)
     console.print(f"model: {what}")
     busy = os.getloadavg()[0]
@@ -76,18 +98,20 @@ def bench(
             f"other programs are running (load {busy:.1f}): torch's threads wait for each other "
             "and suffer most, so its figures and the ratios to it will mislead"
         )
-    with phases("bench") as progress:
+    with claimed(out), phases("bench") as progress:
         result = run_bench(world_model, options, progress)
-    if not result["torch"]:
+        result |= {
+            "model": what,
+            "options": vars(options) | {"branches": list(branches or ())},
+            "hardware": hardware(),
+            "load_before": busy,
+            **provenance(torch=torch_version()),
+        }
+        write_bench(result, out)
+    if world_model.is_recurrent:
+        console.print(f"torch's models read windows: measured {', '.join(names_of(world_model))}")
+    elif not torch_wanted(world_model):
         console.print("torch is not installed (extra `parity`): measured without it")
-    result |= {
-        "model": what,
-        "options": vars(options) | {"branches": list(branches or ())},
-        "hardware": hardware(),
-        "load_before": busy,
-        **provenance(torch=torch_version()),
-    }
-    write_bench(result, out)
     _show(result)
     console.print(f"{out / 'bench.json'}, bench.csv, scaling.png")
     if json:
@@ -142,11 +166,16 @@ def profile(
     model: OptionalModel = None,
     branches: Annotated[
         int | None,
-        typer.Option("--branches", help="Branches per device; default: as many as suit it."),
+        typer.Option(
+            "--branches",
+            min=1,
+            max=LARGEST,
+            help="Branches per device; default: as many as suit it.",
+        ),
     ] = None,
-    plans: Annotated[int, typer.Option("--plans", help="Plans per patient.")] = 4,
-    samples: Annotated[int, typer.Option("--samples", help="Futures per plan.")] = 16,
-    horizon: Annotated[int, typer.Option("--horizon", min=1, help="Steps to simulate.")] = 24,
+    plans: Plans = 4,
+    samples: Samples = 16,
+    horizon: Horizon = 24,
     precision: Precision = None,
     seed: Seed = 0,
     json: Json = False,
@@ -156,14 +185,17 @@ def profile(
 
     begin_devices()
     from sepsis_jax.benchmark.hardware import hardware
-    from sepsis_jax.benchmark.profiling import default_branches, write_profile
-    from sepsis_jax.benchmark.setup import patient_pool, shape_of, workload
+    from sepsis_jax.benchmark.profiling import RESULT, default_branches, write_profile
+    from sepsis_jax.benchmark.setup import patient_pool, require_branches, shape_of, workload
     from sepsis_jax.runs import provenance
+    from worldmodel.files import check_replaceable
 
+    check_replaceable(out, RESULT)
     shape = shape_of(branches or default_branches(), plans=plans, samples=samples)
+    require_branches(shape, horizon)
     world_model, what = model_to_measure(model, precision)
     console.print(f"model: {what}")
-    with phases("profile") as progress:
+    with claimed(out), phases("profile") as progress:
         pool = patient_pool(world_model, seed)
         job = workload(world_model, pool, shape, horizon, seed=seed)
         result = write_profile(

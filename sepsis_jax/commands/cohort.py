@@ -12,14 +12,19 @@ from sepsis_jax.console import (
     Config,
     Episodes,
     Json,
+    OtherSeed,
     Out,
     Seed,
+    Setting,
     console,
+    finite,
     phases,
     print_json,
     print_table,
     with_seed,
 )
+from sepsis_jax.outputs import claimed
+from worldmodel.configuration import LARGEST
 
 app = typer.Typer(
     help="Make episodes from MIMIC-IV or from the synthetic world.", no_args_is_help=True
@@ -39,14 +44,15 @@ def mimic_iv(
     option: Annotated[
         list[str] | None,
         typer.Option(
+            "--set",
             "--option",
             "-o",
-            help="A cohort option as NAME=VALUE, such as -o step_hours=2 "
+            help="A setting as NAME=VALUE, such as -o step_hours=2 "
             "-o vasopressor_factors=ai-clinician; docs/cohort.md lists them.",
         ),
     ] = None,
     config: Config = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the split.")] = None,
+    seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
     """Sepsis-3 stays of MIMIC-IV (2.2 to 3.1) as episodes of 4-hour steps."""
@@ -55,7 +61,7 @@ def mimic_iv(
 
     overrides = [*(option or []), *([f"seed={seed}"] if seed is not None else [])]
     options = resolve_config(CohortOptions, config, overrides, source="--option")
-    with phases("cohort") as progress:
+    with claimed(out), phases("cohort") as progress:
         report = build_cohort(data, out, options, progress)
     print_table(
         "Who is in the cohort",
@@ -76,11 +82,14 @@ def mimic_iv(
 )
 def synthetic(
     out: Out,
-    patients: Annotated[int, typer.Option("--patients", help="Number of stays.")] = 2000,
+    patients: Annotated[
+        int, typer.Option("--patients", min=1, max=LARGEST, help="Number of stays.")
+    ] = 2000,
     confounding: Annotated[
         float,
         typer.Option(
             "--confounding",
+            callback=finite,
             help="How much the clinician acts on a severity that is not recorded; 0 is none.",
         ),
     ] = 0.0,
@@ -90,7 +99,7 @@ def synthetic(
     """Patients of the synthetic world, treated by its clinician, with known probabilities."""
     from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 
-    with phases("synthetic patients") as progress:
+    with claimed(out), phases("synthetic patients") as progress:
         summary = make_synthetic_cohort(
             out, patients=patients, confounding=confounding, seed=seed, progress=progress
         )
@@ -139,16 +148,11 @@ def audit(
         typer.Option("--model", help="World model to check by simulation as well."),
     ] = None,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="How the model is checked, as NAME=VALUE: split, step, samples, stays."
-        ),
-    ] = None,
+    setting: Setting = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="End with status 1 if a check fails.")
     ] = False,
-    seed: Seed = 0,
+    seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
     """Check episodes for leakage of treatments and outcomes, and a world model by simulation."""
@@ -163,7 +167,7 @@ def audit(
     from worldmodel.configuration import resolve_config
 
     options = with_seed(resolve_config(AuditConfig, config, setting, source="--set"), seed)
-    with phases("audit") as progress:
+    with claimed(out), phases("audit") as progress:
         checks = run_audit(episodes, out, model=model, config=options, progress=progress)
     print_table("Audit", AUDIT_COLUMNS, table_rows(checks))
     console.print(f"{summary_line(checks)}.")

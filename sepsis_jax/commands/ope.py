@@ -11,14 +11,16 @@ from sepsis_jax.console import (
     DISCLAIMER,
     Config,
     Json,
+    OtherSeed,
     Out,
-    Seed,
+    Setting,
     console,
     phases,
     print_json,
     print_table,
     with_seed,
 )
+from sepsis_jax.outputs import claimed
 
 app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
 
@@ -57,13 +59,8 @@ def evaluate(
         typer.Option("--model", help="World model in which policies are simulated as well."),
     ] = None,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="A setting as NAME=VALUE, such as --set split=all --set clip=1000."
-        ),
-    ] = None,
-    seed: Seed = 0,
+    setting: Setting = None,
+    seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
     """Value policies on recorded stays: every estimator, intervals, diagnostics, a verdict."""
@@ -78,7 +75,7 @@ def evaluate(
     if episodes is None or out is None:
         raise InputError("ope: give --episodes, --policy and --out; see sepsis-jax ope --help")
     options = with_seed(resolve_config(OPEOptions, config, setting, source="--set"), seed)
-    with phases("off-policy evaluation") as progress:
+    with claimed(out), phases("off-policy evaluation") as progress:
         table = evaluate_policies(
             episodes,
             out,
@@ -118,9 +115,7 @@ def evaluate(
 def benchmark(
     out: Out,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE.")
-    ] = None,
+    setting: Setting = None,
     json: Json = False,
 ) -> None:
     """Compare every estimator with the truth: bias, RMSE, coverage, ranking, regret."""
@@ -129,7 +124,7 @@ def benchmark(
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(BenchmarkOptions, config, setting, source="--set")
-    with phases("truth benchmark") as progress:
+    with claimed(out), phases("truth benchmark") as progress:
         scores = run_benchmark(out, options, progress=progress)
     names = ("bias", "rmse", "coverage", "rank_correlation", "regret_at_1")
     for world, rows in scores.groupby("world", sort=False):

@@ -16,22 +16,19 @@ from sepsis_jax.console import (
     Model,
     Out,
     Seed,
+    Setting,
     console,
     phases,
     print_json,
     print_table,
+    resumable,
 )
+from sepsis_jax.outputs import claimed
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
 app.command("serve", epilog=policy_llm.EPILOG)(policy_llm.serve)
 for _command, _epilog in policy_llm.COMMANDS.items():
     app.command(epilog=_epilog)(_command)
-for _command, _epilog in policy_llm.COMMANDS.items():
-    app.command(epilog=_epilog)(_command)
-
-Setting = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting as NAME=VALUE; repeat for more.")
-]
 
 
 @app.command(
@@ -74,7 +71,7 @@ def train(
         raise InputError(f"--method: got {method!r}, expected one of {', '.join(TRAINED)}")
     # each method has a configuration of its own
     settings: Any = resolve_config(OPTIONS[method], config, setting, source="--set")
-    with phases("policy") as progress:
+    with claimed(out), phases("policy") as progress:
         record = train_policy(
             episodes, out, method, settings, model=model, critic=critic, clinician=clinician,
             progress=progress,
@@ -117,7 +114,7 @@ def describe(
     from sepsis_jax.pipelines.policy_description import describe_policies, description
     from sepsis_jax.report.policies import plain
 
-    with phases("description") as progress:
+    with claimed(out), phases("description") as progress:
         table = describe_policies(
             episodes, out, policy or [], split=split, clinician=clinician, seed=seed,
             progress=progress,
@@ -157,7 +154,8 @@ def compare(
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(ComparisonOptions, config, setting, source="--set")
-    with phases("comparison") as progress:
+    goes_on = f"the same command goes on in {out}"
+    with resumable(goes_on), claimed(out), phases("comparison") as progress:
         table = compare_policies(episodes, model, out, options, truth=truth, progress=progress)
     rows = [row[:SHORT] for row in cells(table)]
     title = "Policies on the same patients (from gap on: percent; ± half a 95% interval)"
@@ -170,7 +168,7 @@ def compare(
 @app.command(
     "export",
     epilog="Example: sepsis-jax policy export --episodes runs/synthetic --format d3rlpy "
-    "--out runs/synthetic.h5",
+    "--out runs/synthetic.npz",
 )
 def export(
     episodes: Episodes,
@@ -179,13 +177,15 @@ def export(
     split: Annotated[
         str, typer.Option("--split", help="train, validation, test or all.")
     ] = "train",
-    past: Annotated[int, typer.Option("--past", help="Earlier rows in the features.")] = 4,
+    past: Annotated[
+        int, typer.Option("--past", min=0, max=1000, help="Earlier rows in the features.")
+    ] = 4,
     json: Json = False,
 ) -> None:
     """Write recorded stays as a data set of another library for offline learning."""
     from sepsis_jax.pipelines.episodes import export_transitions
 
-    with phases("export") as progress:
+    with claimed(out), phases("export") as progress:
         rows = export_transitions(
             episodes, out, form=form, split=split, past=past, progress=progress
         )

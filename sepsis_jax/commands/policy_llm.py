@@ -9,7 +9,8 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,22 +21,20 @@ from sepsis_jax.console import (
     Config,
     Json,
     Out,
+    Setting,
     console,
     errors,
+    finite,
     phases,
     print_json,
     print_table,
+    resumable,
 )
+from sepsis_jax.outputs import claimed
 
 if TYPE_CHECKING:
     from sepsis_jax.pipelines.llm.study import StudyOptions
 
-Setting = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", help="A setting as NAME=VALUE, such as rl.learner.learning_rate=1e-6; repeat."
-    ),
-]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
 ]
@@ -60,7 +59,7 @@ def sft(
     from sepsis_jax.pipelines.llm.supervised import run_sft
 
     options = _options(config, setting).sft
-    with phases("stage I") as progress:
+    with _alone(out), phases("stage I") as progress:
         reports = run_sft(
             out, options, llm=llm, episodes=episodes, resume=resume, progress=progress
         )
@@ -91,7 +90,7 @@ def bc(
     from sepsis_jax.pipelines.llm.supervised import run_bc
 
     options = _options(config, setting).bc
-    with phases("stage II") as progress:
+    with _alone(out), phases("stage II") as progress:
         reports = run_bc(
             out, options, llm=llm, model=model, episodes=episodes, records=records,
             resume=resume, progress=progress,
@@ -140,7 +139,7 @@ def rl(
         kind=backend, llm=str(llm), url=url, key_variable=key_variable, key_file=key_file,
         served_name=served_name,
     )  # fmt: skip
-    with phases("stage III") as progress:
+    with _alone(out), phases("stage III") as progress:
         found = run_rl(
             out, options, llm=llm, model=model, episodes=episodes, backend=asked,
             resume=resume, progress=progress,
@@ -174,7 +173,7 @@ def stages(
     from sepsis_jax.pipelines.llm.study import run_study
 
     options = _options(config, setting)
-    with phases("all stages") as progress:
+    with _alone(out), phases("all stages") as progress:
         table = run_study(
             out, options, llm=llm, model=model, episodes=episodes, resume=resume,
             progress=progress,
@@ -199,6 +198,19 @@ def _options(config: Path | None, setting: list[str] | None) -> StudyOptions:
 
     start()
     return resolve_config(StudyOptions, config, setting, source="--set")
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """`claimed` by the first process of a job, for all of them."""
+    from policy.train.loop.distributed import is_first
+
+    with resumable(f"the same command with --resume goes on in {out}"):
+        if is_first():
+            with claimed(out):
+                yield
+        else:
+            yield
 
 
 def _done(out: Path, loss: float | None, json: bool) -> None:
@@ -228,12 +240,13 @@ def serve(
         str | None, typer.Option("--name", help="Name in requests; default: the folder's.")
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="0 takes a free one.")] = 0,
+    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 0,
     allow_remote: Annotated[
         bool, typer.Option("--allow-remote", help="Let --host be other than this machine alone.")
     ] = False,
     max_model_len: Annotated[
-        int | None, typer.Option("--max-model-len", help="Tokens of prompt and reply together.")
+        int | None,
+        typer.Option("--max-model-len", min=1, help="Tokens of prompt and reply together."),
     ] = None,
     dtype: Annotated[
         str,
@@ -241,12 +254,15 @@ def serve(
             "--dtype", help="bfloat16, float32...; auto takes the folder's, float32 on CPUs."
         ),
     ] = "auto",
-    data_parallel: Annotated[int, typer.Option("--data-parallel", help="Copies of the model.")] = 1,
+    data_parallel: Annotated[
+        int, typer.Option("--data-parallel", min=1, help="Copies of the model.")
+    ] = 1,
     tensor_parallel: Annotated[
-        int, typer.Option("--tensor-parallel", help="Devices that one copy is spread over.")
+        int,
+        typer.Option("--tensor-parallel", min=1, help="Devices that one copy is spread over."),
     ] = 1,
     lora_rank: Annotated[
-        int, typer.Option("--lora-rank", help="Highest rank of adapters; 0 takes none.")
+        int, typer.Option("--lora-rank", min=0, help="Highest rank of adapters; 0 takes none.")
     ] = 0,
     swaps: Annotated[
         bool, typer.Option("--swaps", help="Let clients with the key swap weights and adapters.")
@@ -262,7 +278,8 @@ def serve(
         Path | None, typer.Option("--log", help="File for what vLLM writes; default: temporary.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option("--timeout", help="Seconds that the start may take.")
+        float,
+        typer.Option("--timeout", min=0, callback=finite, help="Seconds that the start may take."),
     ] = 900.0,
     json: Json = False,
 ) -> None:

@@ -13,15 +13,19 @@ from sepsis_jax.console import (
     Episodes,
     Json,
     Model,
+    OtherSeed,
     Out,
     Seed,
+    Setting,
     console,
-    errors,
     phases,
     print_json,
     print_table,
+    resumable,
 )
+from sepsis_jax.outputs import claimed
 from sepsis_jax.runs import JsonDict
+from worldmodel.configuration import LARGEST
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +41,8 @@ def simulate(
         int | None, typer.Option("--stay", help="stay_id; default: the first long enough.")
     ] = None,
     step: Annotated[
-        int, typer.Option("--step", min=0, help="Row to start from; 0 is ICU admission.")
+        int,
+        typer.Option("--step", min=0, max=LARGEST, help="Row to start from; 0 is ICU admission."),
     ] = 2,
     plan: Annotated[
         list[str] | None,
@@ -47,8 +52,12 @@ def simulate(
             "goes on), or 'clinician' for what was given. Repeat for more plans.",
         ),
     ] = None,
-    horizon: Annotated[int, typer.Option("--horizon", min=1, help="Steps to simulate.")] = 6,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Futures per plan.")] = 1000,
+    horizon: Annotated[
+        int, typer.Option("--horizon", min=1, max=LARGEST, help="Steps to simulate.")
+    ] = 6,
+    samples: Annotated[
+        int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")
+    ] = 1000,
     mode: Annotated[
         str, typer.Option("--mode", help="corrected, or reference for SepsisAgent's rules.")
     ] = "corrected",
@@ -112,14 +121,18 @@ def sweep(
         typer.Option("--steps", help="Rows to start from, as 0,2,4, or all; the default is 2."),
     ] = None,
     every: Annotated[
-        int | None, typer.Option("--every", min=1, help="Start from every so many-th row.")
+        int | None,
+        typer.Option("--every", min=1, max=LARGEST, help="Start from every so many-th row."),
     ] = None,
     horizon: Annotated[
-        int | None, typer.Option("--horizon", help="Steps to simulate; the default is 6.")
+        int | None,
+        typer.Option("--horizon", min=1, max=LARGEST, help="Steps to simulate; the default is 6."),
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option("--samples", help="Futures per start and plan; the default is 120."),
+        typer.Option(
+            "--samples", min=1, max=LARGEST, help="Futures per start and plan; the default is 120."
+        ),
     ] = None,
     then: Annotated[
         str | None,
@@ -137,13 +150,8 @@ def sweep(
         ),
     ] = None,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Any other setting as NAME=VALUE, such as --set support=0.05; repeat."
-        ),
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the noise.")] = None,
+    setting: Setting = None,
+    seed: OtherSeed = None,
     shard: Annotated[
         str,
         typer.Option("--shard", help="i/n: this host does its share of the blocks, i from 0."),
@@ -172,16 +180,13 @@ def sweep(
     options = resolve_config(SweepOptions, config, setting, source="--set")
     options = replace(options, **{name: x for name, x in flags.items() if x is not None})
     share = Shard.parse(shard)
-    try:
-        with phases("sweep", log_every=60.0) as progress:
-            result = run_sweep(
-                episodes, model, out, options, behavior=behavior, shard=share, resume=resume,
-                progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        errors.print(f"sepsis-jax: interrupted; the same command with --resume goes on in {out}",
-                     soft_wrap=True)  # fmt: skip
-        raise typer.Exit(130) from None
+    part = f"{share.index}-of-{share.count}" if share.count > 1 else None
+    goes_on = f"the same command with --resume goes on in {out}"
+    with resumable(goes_on), claimed(out, part=part), phases("sweep", log_every=60.0) as progress:
+        result = run_sweep(
+            episodes, model, out, options, behavior=behavior, shard=share, resume=resume,
+            progress=progress,
+        )  # fmt: skip
     speed = result.branch_steps / max(result.seconds, 1e-9)
     if result.summary is not None:
         _show(result.summary, result.groups)

@@ -14,20 +14,31 @@ from sepsis_jax.console import (
     Model,
     Out,
     Seed,
+    Setting,
     console,
     epochs,
+    finite,
     phases,
     print_json,
     print_table,
+    resumable,
 )
+from sepsis_jax.outputs import claimed
 from sepsis_jax.runs import JsonDict
+from worldmodel.configuration import LARGEST
 
-Patients = Annotated[int, typer.Option("--patients", help="Fresh synthetic patients.")]
+Patients = Annotated[
+    int, typer.Option("--patients", min=1, max=LARGEST, help="Fresh synthetic patients.")
+]
 Samples = Annotated[
-    int, typer.Option("--samples", help="Futures per patient, plan or policy, and member.")
+    int,
+    typer.Option(
+        "--samples", min=1, max=LARGEST, help="Futures per patient, plan or policy, and member."
+    ),
 ]
 Confounding = Annotated[
-    float, typer.Option("--confounding", help="Of the world; see `cohort synthetic`.")
+    float,
+    typer.Option("--confounding", callback=finite, help="Of the world; see `cohort synthetic`."),
 ]
 
 app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=True)
@@ -41,14 +52,7 @@ def train(
     episodes: Episodes,
     out: Out,
     config: Config = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A setting as NAME=VALUE, such as --set members=5 "
-            "--set stays.epochs=20 --set model.variant=residual.",
-        ),
-    ] = None,
+    setting: Setting = None,
     json: Json = False,
 ) -> None:
     """Train State and Outcome Model. The same command again goes on where it was stopped."""
@@ -57,7 +61,8 @@ def train(
     from worldmodel.models.training import TrainConfig
 
     settings = resolve_config(TrainConfig, config, setting, source="--set")
-    with epochs("world model") as progress:
+    goes_on = "the same command goes on where it was stopped"
+    with resumable(goes_on), claimed(out), epochs("world model") as progress:
         trained = world_model.train(episodes, out, settings, progress=progress)
     _show(trained.metrics)
     console.print(f"written to {out}")
@@ -101,8 +106,12 @@ def effects(
     model: Model,
     out: Out,
     patients: Patients = 1000,
-    step: Annotated[int, typer.Option("--step", help="Row from which a treatment is held.")] = 2,
-    held: Annotated[int, typer.Option("--held", help="Steps for which it is held.")] = 6,
+    step: Annotated[
+        int, typer.Option("--step", min=0, max=LARGEST, help="Row from which a treatment is held.")
+    ] = 2,
+    held: Annotated[
+        int, typer.Option("--held", min=1, max=LARGEST, help="Steps for which it is held.")
+    ] = 6,
     samples: Samples = 2,
     seed: Seed = 1000,
     confounding: Confounding = 0.0,
@@ -116,7 +125,7 @@ def effects(
     from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
 
     config = FuturesConfig(patients, step, held, samples, seed, confounding)
-    with phases("true and learned futures") as progress:
+    with claimed(out), phases("true and learned futures") as progress:
         metrics = compare_futures(model, out, config, records=records, progress=progress)
     show_futures(metrics, mortality_rows(out))
     console.print(f"written to {out}")
@@ -150,7 +159,7 @@ def values(
     from sepsis_jax.report.ope import records as plain_rows
 
     world = TrueWorld(patients, seed, confounding)
-    with phases("values of policies") as progress:
+    with claimed(out), phases("values of policies") as progress:
         table, metrics = compare_with_truth(
             model, out, policy, world, samples=samples, records=records, progress=progress
         )
@@ -214,13 +223,16 @@ def _is_value(row: object) -> bool:
     "export",
     epilog="Example: sepsis-jax world-model export --model runs/model --out runs/published",
 )
-def export(model: Model, out: Out) -> None:
+def export(model: Model, out: Out, json: Json = False) -> None:
     """Write a model of the reference variant as SepsisAgent's folder of .pt files."""
     from worldmodel.models.checkpoint import load_world_model
     from worldmodel.models.reference import save_reference
 
-    save_reference(load_world_model(model), out)
+    with claimed(out):
+        save_reference(load_world_model(model), out)
     console.print(f"written to {out}")
+    if json:
+        print_json({"out": str(out)})
 
 
 def _show(metrics: JsonDict) -> None:

@@ -20,7 +20,7 @@ from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
 from policy.serving.backend import Backend
 from policy.serving.tokens import TokenBackend
-from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.configuration import require
@@ -31,6 +31,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import require_memory
 from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_keys
 
@@ -129,6 +130,7 @@ def _parameters(texts: tuple[str, ...]) -> JsonDict:
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"
+_PATIENT_BYTES = 16_384  # of a patient in the pool
 
 
 @dataclass(frozen=True)
@@ -255,11 +257,11 @@ def run_agent(
         if not isinstance(language_model, TokenBackend):
             raise InputError("probabilities: need the embedded or the vllm backend")
         scorer = ActionScorer(language_model)
-    begin_run(out, KIND, request, resume=resume)
-    records = Records(out / RECORDS_FILE)
-    asyncio.run(
-        _treat(unit, forecaster, language_model, scorer, prompts, options, records, progress)
-    )
+    with run_folder(out, KIND, request, resume=resume, keeps=(RECORDS_FILE,)):
+        records = Records(out / RECORDS_FILE)
+        asyncio.run(
+            _treat(unit, forecaster, language_model, scorer, prompts, options, records, progress)
+        )
     found = summarize(
         last_attempts(out / RECORDS_FILE).values(),
         step_hours=prompts.hours,
@@ -323,6 +325,8 @@ async def _treat(
 def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path | None) -> _Unit:
     key = jax.random.key(options.seed)
     if episodes is None:
+        if options.patients is not None:
+            require_memory("patients", options.patients, _PATIENT_BYTES)
         patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
         return _Unit(env, patients, patient_keys(key, patients), None, {})

@@ -35,6 +35,7 @@ from sepsis_jax.report.html import write_page
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.compilation import in_blocks
+from worldmodel.configuration import require
 from worldmodel.episode_files import (
     EPISODES_FILE,
     load_dose_edges,
@@ -43,13 +44,13 @@ from worldmodel.episode_files import (
 )
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, digest_file, write_json
+from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.evaluation import predict_mortality
 from worldmodel.models.windows import measured_entries, to_sequences
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.rollout import CHART_FEATURES, rollout
+from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts, rollout
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 
 MARKER = "audit.csv"
@@ -78,6 +79,12 @@ class AuditConfig:
     samples: int = 16
     stays: int = 1000
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self, "0 or more", lambda row: row >= 0, "step")
+        require(self, "at least 1", lambda count: count >= 1, "samples", "stays")
+        splits = (*schema.SPLITS, "all")
+        require(self, f"one of {', '.join(splits)}", splits.__contains__, "split")
 
 
 class Simulated(NamedTuple):
@@ -120,6 +127,7 @@ def run_audit(
       InputError: no stay of the split reaches the row, or bad files.
     """
     config = config or AuditConfig()
+    check_replaceable(Path(out), MARKER)
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path, shared_patients=True)
@@ -164,6 +172,13 @@ def audit_model(
     if not len(usable):
         raise InputError(f"step: no stay of the split reaches row {config.step}")
     random = np.random.default_rng(config.seed)
+    require_rollouts(
+        config.samples * world_model.num_members,
+        patients=min(_BLOCK, len(usable), config.stays),
+        plans=1,
+        horizon=max(STEPS),
+        features=len(CHART_FEATURES),
+    )
     if len(usable) > config.stays:
         usable = np.sort(random.choice(usable, config.stays, replace=False))
     episodes = episodes.select(usable)

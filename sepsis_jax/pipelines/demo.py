@@ -15,7 +15,7 @@ from sepsis_jax.pipelines import world_model
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
 from sepsis_jax.pipelines.leakage import audit_episodes
-from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
+from sepsis_jax.pipelines.simulation import FEATURES, OUTCOME_TITLES, simulate_patient
 from sepsis_jax.pipelines.verdicts import check_rows, section, summary_line
 from sepsis_jax.report.figures import training_figure
 from sepsis_jax.report.html import (
@@ -32,12 +32,13 @@ from worldmodel import schema
 from worldmodel.episode_files import load_dose_edges, load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import write_json
+from worldmodel.files import check_replaceable, write_json
 from worldmodel.models.training import EpochProgress, TrainConfig
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.rollout import require_rollouts, rollout
 
+COHORT = "cohort"  # the folder that marks a demo
 HORIZON = 6
 START_STEP = 2
 FRESH_PATIENTS = 600  # of the comparison with the truth
@@ -74,15 +75,16 @@ def run_demo(
       The figures of summary.json.
     """
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    check_replaceable(out, COHORT)
+    require_rollouts(samples, patients=1, plans=len(PLANS), horizon=HORIZON, features=len(FEATURES))
     say("1/5 cohort")
-    cohort_section = _make_cohort(out / "cohort", data, patients, seed)
+    cohort_section = _make_cohort(out / COHORT, data, patients, seed)
     say("2/5 world model")
-    episodes = load_episodes(out / "cohort")
-    edges = load_dose_edges(out / "cohort")
+    episodes = load_episodes(out / COHORT)
+    edges = load_dose_edges(out / COHORT)
     checks = audit_episodes(episodes, dose_edges=edges, seed=seed).checks
     trained = world_model.train(
-        out / "cohort",
+        out / COHORT,
         out / "model",
         config or default_config(episodes.num_stays, seed),
         progress=training_progress,

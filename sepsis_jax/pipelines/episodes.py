@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from policy.offline.data import write_d3rlpy, write_minari
+from policy.offline.data import MINARI_DATA, check_d3rlpy_file, write_d3rlpy, write_minari
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.episode_files import load_episodes, load_scaler, save_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler, save_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.files import check_replaceable
 from worldmodel.synthetic import Params, generate
+from worldmodel.synthetic.generate import require_patients
 
 SOURCE = "synthetic"
 
@@ -44,8 +47,10 @@ def make_synthetic_cohort(
     """
     if patients < 10:
         raise InputError(f"patients: got {patients}, expected at least 10 to fill three splits")
-    if confounding < 0:
+    if not 0 <= confounding < math.inf:
         raise InputError(f"confounding: got {confounding}, expected 0 or more")
+    require_patients(patients)
+    check_replaceable(Path(out), EPISODES_FILE)
     progress("simulating", 0.0)
     params = Params()
     params = replace(params, clinician=replace(params.clinician, confounding=confounding))
@@ -118,9 +123,14 @@ def export_transitions(
     """
     if form not in WRITERS:
         raise InputError(f"format: got {form!r}, expected one of {', '.join(WRITERS)}")
+    out = Path(out)
+    if form == "minari":
+        check_replaceable(out, MINARI_DATA)
+    else:
+        check_d3rlpy_file(out)
     progress("reading", 0.0)
     episodes, _ = of_split(load_episodes(episodes_path), split)
     progress(form, 0.3)
-    WRITERS[form](Path(out), episodes, load_scaler(episodes_path), past)
+    WRITERS[form](out, episodes, load_scaler(episodes_path), past)
     progress("done", 1.0)
     return int(np.asarray(episodes.length).sum())

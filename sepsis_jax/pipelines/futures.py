@@ -7,6 +7,7 @@ the same patients; the model predicts it from the record.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -24,21 +25,23 @@ from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.compilation import in_blocks
+from worldmodel.configuration import require
 from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, write_json
+from worldmodel.files import atomic_folder, check_replaceable, write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.recurrent import CODES
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
-from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.rollout import require_rollouts, rollout
 from worldmodel.simulate.statistics import disagreement, plan_support
-from worldmodel.synthetic import generate
-from worldmodel.synthetic.generate import Truth
+from worldmodel.synthetic import Config, generate
+from worldmodel.synthetic.generate import Truth, require_patients
 from worldmodel.synthetic.simulate import FOLLOW_POLICY
 from worldmodel.synthetic.truth import counterfactual
 
+MARKER = "futures.csv"
 VALUES = ("meanbp", "lactate", "output_4hourly")
 SHOCK = 60.0  # mmHg: patients with a lower MAP are reported apart
 LARGE_ERROR = 0.1  # of mortality
@@ -66,6 +69,16 @@ class FuturesConfig:
     samples: int = 2
     seed: int = 1000
     confounding: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda count: count >= 1, "patients", "held", "samples")
+        require(self, "0 or more", lambda value: 0 <= value < math.inf, "step", "confounding")
+        last = Config.horizon - 1
+        if self.step + self.held > last:
+            raise InputError(
+                f"step, held: got {self.step} and {self.held}, expected at most {last} together: "
+                f"stays of the synthetic world have {Config.horizon} rows"
+            )
 
 
 class Futures(NamedTuple):
@@ -225,7 +238,17 @@ def compare_futures(
       InputError: no patient reaches the row.
     """
     config = config or FuturesConfig()
+    check_replaceable(Path(out), MARKER)
     world_model = load_world_model(model)
+    recorded = None if records is None else load_episodes(records).of_split("train")
+    require_patients(config.patients)
+    require_rollouts(
+        config.samples * world_model.num_members,
+        patients=min(_BLOCK, config.patients),
+        plans=schema.NUM_ACTIONS,
+        horizon=config.held,
+        features=len(VALUES),
+    )
     progress("simulating patients", 0.0)
     world = TrueWorld(config.patients, config.seed, config.confounding)
     episodes, truth = generate(
@@ -248,14 +271,14 @@ def compare_futures(
         "patients": len(reached),
         "in_shock": int(shock.sum()),
     }
-    if records is not None:
+    if recorded is not None:
         progress("linear baselines", 0.95)
-        fitted = linear_futures(load_episodes(records).of_split("train"), episodes, config)
+        fitted = linear_futures(recorded, episodes, config)
         baseline = agreement(true, fitted, shock)
         metrics |= {
             f"linear_{name}": row for name, row in baseline.items() if isinstance(row, dict)
         }
-    with atomic_folder(Path(out), marker="futures.csv") as folder:
+    with atomic_folder(Path(out), marker=MARKER) as folder:
         table.to_csv(folder / "futures.csv", index=False)
         write_json(folder / "metrics.json", metrics)
         write_json(folder / "manifest.json", provenance(model=str(model), **asdict(config)))

@@ -38,7 +38,7 @@ from worldmodel.episode_files import (
 )
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, digest_file, write_json
+from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
 from worldmodel.models.checkpoint import load_world_model
 
 MARKER = "estimates.csv"
@@ -72,6 +72,7 @@ def evaluate_policies(
       attribute "audit" says in one line what the audit of the episodes found.
     """
     options = options or OPEOptions()
+    check_replaceable(Path(out), MARKER)
     keys = ope_keys(options.seed)
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)

@@ -21,7 +21,7 @@ from sepsis_jax.ope.benchmark import (
 from sepsis_jax.report.figures import accuracy_figure
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.runs import Progress, provenance, silent
-from worldmodel.files import atomic_folder, write_json
+from worldmodel.files import atomic_folder, check_replaceable, write_json
 
 MARKER = "runs.csv"
 DATA_SETS_AT_ONCE = 25  # of 1,000 stays and 7 policies: 0.4 GB
@@ -44,6 +44,7 @@ def run_benchmark(
     Returns:
       One row per world and estimator.
     """
+    check_replaceable(Path(out), MARKER)
     makers = []
     if options.world != "icu_sepsis":
         makers.append((synthetic_pools, len(set(options.confounding))))

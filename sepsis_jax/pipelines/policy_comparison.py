@@ -56,6 +56,7 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.scaling import Scaler
 from worldmodel.synthetic import Config
+from worldmodel.synthetic.generate import require_patients
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -228,6 +229,7 @@ def _world(
             raise InputError(
                 f"seed: {options.seed} made the episodes too; choose another for fresh patients"
             )
+        require_patients(options.patients)
         return TrueWorld(options.patients, options.seed, float(made.get("confounding", 0.0)))
     test, _ = of_split(episodes, "test")
     test = test.select(np.arange(min(options.patients, test.num_stays)))

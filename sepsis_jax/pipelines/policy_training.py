@@ -95,6 +95,7 @@ def train_policy(
     if method in OFFLINE:
         config = with_algorithm(config, method)
     start = None if critic is None else of_iql(load_policy(critic))
+    given_clone = None if clinician is None else load_policy(clinician)
 
     def report(what: str, share: float) -> None:
         progress(what, 0.05 + 0.85 * share)
@@ -114,10 +115,10 @@ def train_policy(
                 settings = with_algorithm(config.critic, "iql")
                 start = of_iql(train_offline_policy(episodes, scaler, settings, report).policy)
             clone: Policy
-            if clinician is None:
+            if given_clone is None:
                 clone = fit_clone(episodes, config.clone, report).policy
             else:
-                clone = load_policy(clinician)
+                clone = given_clone
             trained = make_planner(episodes, world_model, start, clone, config.search, report)
     inputs = {
         "episodes": digest_file(episodes_path / EPISODES_FILE),

@@ -6,6 +6,7 @@ puts both beside each other, and beside what off-policy evaluation estimates fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,12 +31,16 @@ from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.clinical.safety import Prescriptions, assess_episodes, judge
+from worldmodel.configuration import require
+from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, write_json
+from worldmodel.files import atomic_folder, check_replaceable, write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
+from worldmodel.simulate.rollout import require_rollouts
 from worldmodel.synthetic import Config, Params, generate
+from worldmodel.synthetic.generate import require_patients
 
 
 class Outcome(NamedTuple):
@@ -55,6 +60,10 @@ class TrueWorld:
     patients: int
     seed: int
     confounding: float
+
+    def __post_init__(self) -> None:
+        require(self, "at least 2", lambda count: count >= 2, "patients")
+        require(self, "0 or more", lambda value: 0 <= value < math.inf, "confounding")
 
     def params(self) -> Params:
         """Coefficients of the world."""
@@ -240,6 +249,7 @@ def taken(episodes: Episodes) -> np.ndarray:
     return one_hot
 
 
+MARKER = "values.csv"
 ESTIMATORS = ("wis", "wdr")
 _TIE = 2.0  # standard errors of a difference within which two true values are tied
 
@@ -271,9 +281,21 @@ def compare_with_truth(
     named = find_all(policies)
     if len(named) < 2:
         raise InputError("policy: give two or more, whose values can be compared")
-    table = truth_table(load_world_model(model), named, world, samples=samples, progress=progress)
+    check_replaceable(Path(out), MARKER)
+    world_model = load_world_model(model)
+    if records is not None:
+        load_episodes(records)  # before hours of simulation, not after
+    require_patients(world.patients)
+    require_rollouts(
+        samples * world_model.num_members,
+        patients=min(world.patients, patients_per_call(None)),
+        plans=1,
+        horizon=world_model.stay_steps or Config.horizon,
+        features=0,
+    )
+    table = truth_table(world_model, named, world, samples=samples, progress=progress)
     metrics = truth_metrics(table)
-    with atomic_folder(Path(out), marker="values.csv") as folder:
+    with atomic_folder(Path(out), marker=MARKER) as folder:
         if records is not None:
             progress("off-policy evaluation", 0.9)
             table = add_estimates(table, records, policies, folder / "ope", world.seed)

@@ -14,13 +14,14 @@ from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, write_json
+from worldmodel.files import atomic_folder, check_replaceable, write_json
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import Plan, is_clinician, parse_plan
-from worldmodel.simulate.rollout import Rollouts, rollout
+from worldmodel.simulate.rollout import Rollouts, check_mode, require_rollouts, rollout
 from worldmodel.simulate.statistics import MAP_TARGET, plan_support, spread, weights_of
 
+MARKER = "trajectories.csv"
 FEATURES = ("meanbp", "lactate", "output_4hourly")
 OUTCOME_TITLES = (
     "plan", "mortality", "5%", "95%", "total reward", "MAP < 65", "ventilated", "projected",
@@ -62,8 +63,11 @@ def simulate_patient(
     Raises:
       InputError: no such stay or step, or a malformed plan.
     """
+    check_replaceable(Path(out), MARKER)
+    check_mode(world_model, mode)
     clinician = any(is_clinician(text) for text in plans)
     stay = _find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
+    require_rollouts(samples, patients=1, plans=len(plans), horizon=horizon, features=len(FEATURES))
     parsed = [parse_plan(text, horizon=horizon, stay=stay, step=step) for text in plans]
     names = [plan.name for plan in parsed]
     if not names or len(set(names)) < len(names):
@@ -84,7 +88,7 @@ def simulate_patient(
     table = trajectory_table(rollouts, parsed, hours, at_start)
     outcomes = outcome_table(rollouts, parsed)
     identity = int(stay.stay_id[0])
-    with atomic_folder(Path(out), marker="trajectories.csv") as folder:
+    with atomic_folder(Path(out), marker=MARKER) as folder:
         table.to_csv(folder / "trajectories.csv", index=False)
         outcomes.to_csv(folder / "outcomes.csv", index=False)
         title = (

@@ -18,14 +18,18 @@ from sepsis_jax.pipelines.policies import digest_folder
 from sepsis_jax.pipelines.sweep_folder import KIND
 from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
+from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
 from worldmodel.episode_files import EPISODES_FILE, load_episodes_for
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
+from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
@@ -34,6 +38,7 @@ from worldmodel.simulate.unroll import RolloutConfig
 POLICY = "policy"  # kind of a group, beside those of the plans
 _BLOCK = {"cpu": 65_536}  # branches: seconds of work, and little memory
 _BLOCK_ACCELERATOR = 1_048_576
+_GROUP_BYTES = 256  # of one future of a group, while its block is summarised
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ class SweepOptions:
         require(self, "0 or more", lambda value: value >= 0, "every", "patients", "block", "task")
         require(self, "within 0 and 1", lambda value: 0 <= value <= 1, "support")
         require(self, f"one of {', '.join(MODES)}", lambda value: value in MODES, "mode")
+        known = ("", *PRECISIONS, BFLOAT16)
+        require(self, f"one of {', '.join(known[1:])}", known.__contains__, "precision")
         unknown = [name for name in self.features if name not in schema.INDEX]
         if unknown or not self.features or len(set(self.features)) < len(self.features):
             raise InputError(
@@ -151,6 +158,10 @@ def load_sweep(
     if options.samples % members:
         raise InputError(f"samples: got {options.samples}, expected a multiple of {members} "
                          "(members of the ensemble)")  # fmt: skip
+    check_mode(world_model, options.mode)
+    plans = max(len(options.plans) + len(options.policies), schema.NUM_ACTIONS)
+    require_memory("horizon", options.horizon, 16.0 * plans)
+    require_memory("samples", options.samples, _GROUP_BYTES + 8.0 * len(options.features))
     texts = options.plans or (() if options.policies else (CONSTANT,))
     plan_set = read_plan_set(texts, horizon=options.horizon, then=options.then)
     policies = _load_policies(options.policies, plan_set.names)

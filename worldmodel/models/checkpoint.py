@@ -5,6 +5,7 @@ Both are Orbax folders of arrays with JSON beside them; nothing is pickled.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -127,6 +128,8 @@ def load_world_model(path: str | Path) -> WorldModel:
     try:
         config = ModelConfig(**manifest["config"])
         members, step_hours = int(manifest["members"]), float(manifest["step_hours"])
+        if members < 1 or not 0 < step_hours < math.inf:
+            raise ValueError(f"members {members}, step_hours {step_hours}")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: field missing or malformed ({error})") from None
     world_model = jax.eval_shape(

@@ -35,6 +35,9 @@ PRECISIONS = ("highest", "high", "default")
 LOG_SIGMA_RANGE = (-4.0, 1.5)  # z-space, residual variant
 
 
+_WIDEST = 16_384  # far beyond what records can teach
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of a world model.
@@ -63,7 +66,7 @@ class ModelConfig:
         if self.variant not in VARIANTS:
             raise InputError(f"variant: got {self.variant!r}, expected one of {VARIANTS}")
         widths = ("hidden", "layers", "embed", "head")
-        require(self, "at least 1", lambda width: width >= 1, *widths)
+        require(self, f"1 to {_WIDEST}", lambda width: 1 <= width <= _WIDEST, *widths)
         window = f"1 to {schema.STATE_WINDOW}, the rows of the State Model's window"
         require(self, window, lambda rows: 1 <= rows <= schema.STATE_WINDOW, "linear_rows")
         require(self, "at least 0 and below 1", lambda rate: 0 <= rate < 1, "dropout")

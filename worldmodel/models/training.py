@@ -85,7 +85,7 @@ class TrainConfig:
     history_weights: bool = True
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda count: count >= 1, "members")
+        require(self, "1 to 1000", lambda count: 1 <= count <= 1000, "members")
         require(self, "0 or more", lambda weight: weight is None or weight >= 0, "imputed_weight")
         require(self, "0 or more", lambda weight: weight >= 0, "vent_weight")
 

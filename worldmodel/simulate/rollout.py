@@ -24,6 +24,7 @@ from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
+from worldmodel.resources import free_memory, require_memory
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.stay_unroll import unroll_branches
@@ -34,6 +35,44 @@ from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
 CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
+
+
+_PER_STEP, _PER_BRANCH = 6, 4  # arrays of `Rollouts` beside the features
+_COPIES = 3  # of the results at the same time, as they are put in order
+
+
+def require_rollouts(
+    samples: int,
+    *,
+    patients: int,
+    plans: int,
+    horizon: int,
+    features: int,
+    setting: str = "samples",
+) -> None:
+    """Refuses more futures than memory holds; called by `rollout` before it allocates any.
+
+    Args:
+      samples: futures per patient and plan.
+      patients, plans, horizon, features: of the rollout, how many.
+      setting: named in the error.
+
+    Raises:
+      InputError: they do not fit; the message gives the number that does.
+    """
+    numbers = horizon * (features + _PER_STEP) + _PER_BRANCH
+    require_memory(
+        setting, samples, 4.0 * _COPIES * patients * plans * numbers, free=_free_on_device()
+    )
+
+
+def _free_on_device() -> int | None:
+    """Bytes that the default device can still hold; None where it does not tell."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return free_memory()
+    found = device.memory_stats() or {}
+    return found["bytes_limit"] - found.get("bytes_in_use", 0) if "bytes_limit" in found else None
 
 
 @struct.dataclass
@@ -123,8 +162,7 @@ def rollout(
     plans, policy = _resolve(plans_or_policy, start, horizon, least)
     follow = plans is not None and bool((plans == FOLLOW_CLINICIAN).any())
     horizon = plans.shape[-1] if plans is not None else int(horizon or 0)
-    if mode not in MODES:
-        raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
+    check_mode(world_model, mode)
     unknown = [name for name in features if name not in schema.INDEX]
     if unknown:
         raise InputError(f"features: {unknown[0]!r} is unknown; see worldmodel.schema.FEATURES")
@@ -138,6 +176,9 @@ def rollout(
             f"{(patients, samples, horizon, world_model.noise_width)}"
         )
     num_plans = 1 if plans is None else plans.shape[1]
+    require_rollouts(
+        samples, patients=patients, plans=num_plans, horizon=horizon, features=len(features)
+    )
     if max_branches is None:
         max_branches = _suitable_branches(horizon, world_model)
     actions = None if plans is None else jnp.asarray(plans)
@@ -160,6 +201,19 @@ def rollout(
         return _rollout(*inputs, blocks, samples, config, past)
     result: Rollouts = _jitted(precision)(*inputs, blocks, samples, config, past)
     return result
+
+
+def check_mode(world_model: WorldModel, mode: str) -> None:
+    """Makes sure that a model can be simulated in a mode.
+
+    Raises:
+      InputError: an unknown mode, or the recurrent variant in reference mode, which is a protocol
+        of windows.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
+    if world_model.is_recurrent and mode == "reference":
+        raise InputError("mode: the recurrent variant has no reference mode; use corrected")
 
 
 def _resolve(

@@ -28,6 +28,7 @@ from jaxtyping import Array, Int
 from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree
+from worldmodel.resources import usable_cores
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step
@@ -62,13 +63,7 @@ def use_every_core() -> None:
     if "host_platform_device_count" in flags or "JAX_NUM_CPU_DEVICES" in os.environ:
         return
     with suppress(RuntimeError):  # JAX has begun
-        jax.config.update("jax_num_cpu_devices", max(_cores(), 2))
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", max(usable_cores(), 2))
 
 
 def branch_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

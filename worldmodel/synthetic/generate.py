@@ -12,12 +12,15 @@ from worldmodel import keys, scaling, schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
+from worldmodel.resources import require_memory
 from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import patient_key
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.world import Config, Params
 
 _SPLIT_SHARES = (0.70, 0.15, 0.15)
+_OTHERS = 16  # numbers of a row beside values, masks and probabilities
+_COPIES = 4  # of what is simulated, until it is stays
 
 
 @struct.dataclass
@@ -63,11 +66,22 @@ def generate(
     """
     if num_patients < 1:
         raise InputError(f"number of patients is {num_patients}, expected at least 1")
+    require_patients(num_patients)
     patients = np.arange(first_patient, first_patient + num_patients, dtype=np.int32)
     return generate_patients(
         key, patients, None, config=config, params=params, policy=policy,
         keep_latent=keep_latent, block=block,
     )  # fmt: skip
+
+
+def require_patients(count: int) -> None:
+    """Refuses more synthetic patients than memory holds.
+
+    Raises:
+      InputError: they do not fit; the message gives the number that does.
+    """
+    row = 4 * (2 * schema.NUM_FEATURES + schema.NUM_ACTIONS + _OTHERS)
+    require_memory("patients", count, _COPIES * Config.horizon * row)
 
 
 def generate_patients(

@@ -6,7 +6,6 @@ Everything that runs the world (generation, counterfactuals, true values) goes t
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -19,6 +18,7 @@ from flax import struct
 from worldmodel import keys, schema
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn, as_pytree
+from worldmodel.resources import usable_cores
 from worldmodel.synthetic import clinician
 from worldmodel.synthetic.latent import Latent
 from worldmodel.synthetic.noise import Noise, draw, patient_keys
@@ -235,7 +235,7 @@ def run(
         return returned
 
     # One core cannot fill two with arrays of this size; an accelerator needs no threads.
-    workers = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+    workers = usable_cores() if jax.default_backend() == "cpu" else 1
     with ThreadPoolExecutor(workers) as pool:
         parts = list(pool.map(simulate, range(0, len(patients), block)))
     returned: tuple[Stays, Rows | None] = jax.tree.map(

@@ -29,6 +29,7 @@ from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
 from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (
     CHECKPOINTS,
+    KEPT,
     METRICS,
     ModelOptions,
     RunnerOptions,
@@ -38,7 +39,7 @@ from sepsis_jax.pipelines.llm.setup import (
     open_policy,
     open_runner,
 )
-from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -138,8 +139,8 @@ def run_rl(
         "backend": backend.kind,
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    begin_run(out, KIND, request, resume=resume)
-    return asyncio.run(_run(out, options, backend, request, llm, model, episodes, progress))
+    with run_folder(out, KIND, request, resume=resume, keeps=KEPT):
+        return asyncio.run(_run(out, options, backend, request, llm, model, episodes, progress))
 
 
 async def _run(

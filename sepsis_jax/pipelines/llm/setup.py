@@ -46,6 +46,7 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.synthetic import Config
 
 MODEL, CHECKPOINTS, METRICS = "model", "checkpoints", "metrics"
+KEPT = (MODEL, CHECKPOINTS)  # what a run that fails leaves
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 import pandas as pd
 
+from policy.qwen3.config import load_config
 from policy.qwen3.weights import load
 from policy.serving.batching import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
@@ -34,13 +35,14 @@ from sepsis_jax.pipelines.llm.setup import (
 )
 from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
 from sepsis_jax.report.figures import reward_figure
-from sepsis_jax.runs import JsonDict, Progress, begin_run, plain, silent
+from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
 from worldmodel.files import write_json
-from worldmodel.models.checkpoint import PARAMS
+from worldmodel.models.checkpoint import PARAMS, load_world_model
 
 KIND = "sepsis-jax language model, all stages"
 TABLE, CURVES = "stages.csv", "curves.png"
+_KEPT = ("episodes", "world_model", "start", "sft")  # what a study that fails leaves
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,30 @@ def run_study(
     Raises:
       InputError: as the stages.
     """
+    if llm is not None:
+        load_config(llm)
+    if model is not None:
+        load_world_model(model)
+    if episodes is not None:
+        load_episodes(episodes)
     inputs = {"llm": llm, "model": model, "episodes": episodes}
     request = {
         "options": plain(options),
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    begin_run(out, KIND, request, resume=resume)
+    with run_folder(out, KIND, request, resume=resume, keeps=_KEPT):
+        return _run_stages(out, options, llm, model, episodes, progress)
+
+
+def _run_stages(
+    out: Path,
+    options: StudyOptions,
+    llm: Path | None,
+    model: Path | None,
+    episodes: Path | None,
+    progress: Progress,
+) -> pd.DataFrame:
+    """`run_study` in a folder that is its own."""
     episodes = episodes or _episodes(out / "episodes", options, progress)
     model = model or _world_model(out / "world_model", episodes, options, progress)
     start = llm or _tiny(out / "start", episodes, model, options, progress)

@@ -10,6 +10,7 @@ import numpy as np
 
 from policy.agent.records import RECORDS_FILE, from_record, last_attempts
 from policy.agent.tools import SCHEMAS
+from policy.qwen3.config import load_config
 from policy.serving.tokens import ChatTokens
 from policy.train.data.cache import cached
 from policy.train.data.packing import Dialogue, written
@@ -17,15 +18,16 @@ from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
 from policy.train.episodes import RejectionConfig, accepted
 from policy.train.loop.metrics import Report
 from sepsis_jax.pipelines.llm.setup import (
+    KEPT,
     RunnerOptions,
     SupervisedOptions,
     learn,
     open_policy,
     open_runner,
 )
-from sepsis_jax.runs import Progress, begin_run, plain, silent
+from sepsis_jax.runs import Progress, plain, run_folder, silent
 from worldmodel.configuration import require
-from worldmodel.episode_files import EPISODES_FILE, load_episodes
+from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_manifest
 from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 
@@ -69,20 +71,22 @@ def run_sft(
     Raises:
       InputError: inputs that cannot be read, another run in the folder, or a training that fails.
     """
+    load_config(llm)
+    load_manifest(episodes)
     request = {
         "options": plain(options),
         "llm": str(llm.resolve()),
         "episodes": str(episodes.resolve()),
     }
-    begin_run(out, SFT_KIND, request, resume=resume)
-    progress("questions", 0.0)
-    dialogues = question_dialogues(
-        out / "cache", options.questions, llm=llm, episodes=episodes, seed=options.seed
-    )
-    return learn(
-        out, llm, dialogues, options.training,
-        request=request, seed=options.seed, progress=progress,
-    )  # fmt: skip
+    with run_folder(out, SFT_KIND, request, resume=resume, keeps=KEPT):
+        progress("questions", 0.0)
+        dialogues = question_dialogues(
+            out / "cache", options.questions, llm=llm, episodes=episodes, seed=options.seed
+        )
+        return learn(
+            out, llm, dialogues, options.training,
+            request=request, seed=options.seed, progress=progress,
+        )  # fmt: skip
 
 
 def question_dialogues(
@@ -170,41 +174,46 @@ def run_bc(
         raise InputError(
             "model or records: give one of a world model for demonstrations and a run of an agent"
         )
+    load_config(llm)
+    if records is not None:
+        last_attempts(records / RECORDS_FILE)
+    if episodes is not None:
+        load_manifest(episodes)
     inputs = {"llm": llm, "model": model, "episodes": episodes, "records": records}
     request = {
         "options": plain(options),
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    begin_run(out, BC_KIND, request, resume=resume)
-    progress("dialogues", 0.0)
+    with run_folder(out, BC_KIND, request, resume=resume, keeps=KEPT):
+        progress("dialogues", 0.0)
 
-    def make() -> list[Dialogue]:
-        tokens = ChatTokens.load(llm)
-        if records is not None:
-            found = last_attempts(records / RECORDS_FILE).values()
-            stays = accepted([from_record(record) for record in found], options.rejection)
-        else:
-            assert model is not None
-            runner = open_runner(options.runner, model, episodes)
-            demonstrator = open_policy(options.demonstrator, episodes)
-            stays = runner.demonstrate(demonstrator, np.arange(options.patients))
-        return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
+        def make() -> list[Dialogue]:
+            tokens = ChatTokens.load(llm)
+            if records is not None:
+                found = last_attempts(records / RECORDS_FILE).values()
+                stays = accepted([from_record(record) for record in found], options.rejection)
+            else:
+                assert model is not None
+                runner = open_runner(options.runner, model, episodes)
+                demonstrator = open_policy(options.demonstrator, episodes)
+                stays = runner.demonstrate(demonstrator, np.arange(options.patients))
+            return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
 
-    source = records / RECORDS_FILE if records is not None else None
-    dialogues = list(
-        cached(
-            out / "cache",
-            make,
-            tokenizer=llm,
-            source="" if source is None else digest_file(source),
-            settings=request,
+        source = records / RECORDS_FILE if records is not None else None
+        dialogues = list(
+            cached(
+                out / "cache",
+                make,
+                tokenizer=llm,
+                source="" if source is None else digest_file(source),
+                settings=request,
+            )
         )
-    )
-    if episodes is not None:
-        dialogues += question_dialogues(
-            out / "cache", options.replay, llm=llm, episodes=episodes, seed=options.seed + 1
-        )
-    return learn(
-        out, llm, dialogues, options.training,
-        request=request, seed=options.seed, progress=progress,
-    )  # fmt: skip
+        if episodes is not None:
+            dialogues += question_dialogues(
+                out / "cache", options.replay, llm=llm, episodes=episodes, seed=options.seed + 1
+            )
+        return learn(
+            out, llm, dialogues, options.training,
+            request=request, seed=options.seed, progress=progress,
+        )  # fmt: skip
