@@ -1,0 +1,88 @@
+"""How much unrecorded confounding a conclusion withstands (a marginal sensitivity model).
+
+If a cause that nobody recorded made the clinician's true probabilities differ from those given,
+the right weight of a stay is the given one times a factor. Allowing factors between 1 / Gamma and
+Gamma, the self-normalised value lies between two bounds, found by sorting stays by return (Tan
+2006; Zhao, Small & Bhattacharya 2019; for policies, Kallus & Zhou 2018). The Gamma at which the
+bounds reach as far as a conclusion allows is the strength at which it falls.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+STRONGEST = 20.0  # Gamma; stronger ones are not told apart
+_GRID = np.exp(np.linspace(0.0, np.log(STRONGEST) ** 0.5, 80) ** 2)  # finest near 1
+
+BETTER, WORSE, NEITHER = "better than the clinician", "worse than the clinician", "no difference"
+
+
+def conclusions(table: pd.DataFrame) -> list[str]:
+    """What each row of `sepsis_jax.ope.evaluate` concludes from its interval of the difference."""
+    low, high = table["difference_low"].to_numpy(), table["difference_high"].to_numpy()
+    return [
+        BETTER if least > 0 else WORSE if most < 0 else NEITHER
+        for least, most in zip(low, high, strict=True)
+    ]
+
+
+def strengths(
+    table: pd.DataFrame, returns: Float[np.ndarray, " N"], log_weight: Float[np.ndarray, "K N"]
+) -> Float[np.ndarray, " R"]:
+    """[R] Gamma at which the conclusion of each row falls; NaN without an interval or weights.
+
+    "better" falls when the least value drops by as much as the interval keeps from the clinician's,
+    "worse" likewise; "no difference" when a bound leaves the interval of the value, which then says
+    less than confounding of that strength.
+
+    Args:
+      table: rows of `sepsis_jax.ope.evaluate`, policies in the order of the weights.
+      returns: [N] ascending.
+      log_weight: [K, N] final log weights.
+    """
+    policies = list(dict.fromkeys(table["policy"]))
+    found = np.full(len(table), np.nan)
+    concluded = np.asarray(conclusions(table))
+    columns = ["estimate", "low", "high", "difference_low", "difference_high"]
+    numbers = table[columns].to_numpy(np.float64)
+    owner = table["policy"].to_numpy()
+    weighted = ~table["estimator"].isin(["on_policy", "dm"]).to_numpy()
+    for policy, weights in zip(policies, log_weight, strict=True):
+        drop, rise = _moves(returns, weights)
+        for place in np.flatnonzero((owner == policy) & weighted):
+            value, low, high, less, more = numbers[place]
+            if concluded[place] == BETTER:
+                found[place] = _falls(drop, less)
+            elif concluded[place] == WORSE:
+                found[place] = _falls(rise, -more)
+            elif np.isfinite([value, low, high]).all():
+                found[place] = min(_falls(drop, value - low), _falls(rise, high - value))
+    return found
+
+
+def _moves(returns: np.ndarray, log_weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[G] how far the WIS value may drop and rise at each Gamma of the grid."""
+    top = log_weight.max()
+    if not np.isfinite(top):
+        return np.full(len(_GRID), np.inf), np.full(len(_GRID), np.inf)
+    weight = np.exp(log_weight.astype(np.float64) - top)
+    mass = np.append(0.0, weight.cumsum())
+    gain = np.append(0.0, (weight * returns).cumsum())
+    value = gain[-1] / mass[-1]
+    lows: list[np.ndarray] = []
+    highs: list[np.ndarray] = []
+    for gamma in _GRID:
+        for first, rest, into in ((gamma, 1 / gamma, lows), (1 / gamma, gamma, highs)):
+            total = first * mass + rest * (mass[-1] - mass)
+            into.append((first * gain + rest * (gain[-1] - gain)) / total)
+    drop = value - np.array([each.min() for each in lows])
+    return drop, np.array([each.max() for each in highs]) - value
+
+
+def _falls(moves: np.ndarray, margin: float) -> float:
+    """Least Gamma whose move exceeds a margin, between points of the grid; the largest if none."""
+    if margin <= 0 or not np.isfinite(moves).all():
+        return 1.0
+    return float(np.interp(margin, moves, _GRID))
