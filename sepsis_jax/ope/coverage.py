@@ -15,13 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.confounding import strengths
-from sepsis_jax.ope.controls import negative_controls
 from sepsis_jax.ope.coverage_worlds import Cell, Drawn, Truth, cross_fit, draw, icu
 from sepsis_jax.ope.data import Inspected, inspect
 from sepsis_jax.ope.diagnostics import Limits, verdict
 from sepsis_jax.ope.estimated_clinician import ClinicianFit, from_slopes
 from sepsis_jax.ope.fqe import action_basis, fold_of, linear, tabular
+from sepsis_jax.ope.hidden_causes import negative_controls, strengths
 from sepsis_jax.ope.intervals import adaptive_t, standard_error
 
 ESTIMATORS = ("wis", "wdr", "dr")

@@ -189,8 +189,8 @@ def verdict(
 
     Args:
       estimator: its name.
-      found: the diagnostics of one policy, as numbers; `habit`, `baseline` and `features` of
-        `ope.controls`, `confounding` of `ope.confounding` where they are known.
+      found: the diagnostics of one policy, as numbers; with `habit`, `baseline`, `features` and
+        `confounding` of `ope.hidden_causes` where they are known.
       stays: N.
       fqe_gap: from `fqe_gap`, where values were fitted.
       limits: where trust ends.

@@ -10,8 +10,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from sepsis_jax.ope.confounding import conclusions, strengths
-from sepsis_jax.ope.controls import Controls, negative_controls
 from sepsis_jax.ope.data import InputPolicy, Inspected, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
 from sepsis_jax.ope.doubly_robust import with_magic
@@ -24,6 +22,7 @@ from sepsis_jax.ope.estimators import (
     check_names,
 )
 from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.hidden_causes import Controls, conclusions, negative_controls, strengths
 from sepsis_jax.ope.weights import Clip
 from worldmodel.errors import InputError
 

@@ -16,13 +16,20 @@ from scipy import stats
 from sepsis_jax.ope import ClinicianFit, Limits, OPEData, evaluate
 from sepsis_jax.ope import intervals as iv
 from sepsis_jax.ope.benchmark import sample
-from sepsis_jax.ope.confounding import BETTER, NEITHER, WORSE, conclusions, strengths
-from sepsis_jax.ope.controls import habit, negative_controls
 from sepsis_jax.ope.data import inspect
 from sepsis_jax.ope.estimated_clinician import correct
 from sepsis_jax.ope.estimation import prepare
 from sepsis_jax.ope.estimators import ESTIMATORS, estimate
 from sepsis_jax.ope.fqe import action_basis
+from sepsis_jax.ope.hidden_causes import (
+    BETTER,
+    NEITHER,
+    WORSE,
+    conclusions,
+    habit,
+    negative_controls,
+    strengths,
+)
 from sepsis_jax.ope.robustness import confounding_table, evaluate_groups, worst_case
 from sepsis_jax.report.ope import trust_words
 from tests.sepsis_jax.ope.samples import random_case
