@@ -68,7 +68,7 @@ def evaluate(
         return
     from sepsis_jax.pipelines.ope import evaluate_policies
     from sepsis_jax.pipelines.ope_estimates import OPEOptions
-    from sepsis_jax.report.ope import HEADLINES, records
+    from sepsis_jax.report.ope import HEADLINES, records, trust_words
     from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 
@@ -92,7 +92,7 @@ def evaluate(
         f"{100 * table.attrs['level']:g}% intervals (all estimators: estimates.csv)",
         ("policy", "estimator", "value", "low", "high", "less clinician", "ESS", "trust"),
         [
-            (*(row[name] for name in columns), "yes" if row["trust"] else "no")
+            (*(row[name] for name in columns), trust_words(row))
             for row in rows
             if row["estimator"] in HEADLINES or options.estimators
         ],

@@ -8,6 +8,7 @@ from synthetic data with known values: docs/ope.md.
 
 from sepsis_jax.ope.data import InputPolicy, OPEData, check, from_episodes
 from sepsis_jax.ope.diagnostics import Limits, diagnose
+from sepsis_jax.ope.estimated_clinician import ClinicianFit
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
     Batch,
@@ -25,6 +26,7 @@ from worldmodel.clinical.reward import episode_rewards as rewards
 __all__ = [
     "ESTIMATORS",
     "Batch",
+    "ClinicianFit",
     "Clip",
     "Fitted",
     "InputPolicy",

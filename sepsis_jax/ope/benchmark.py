@@ -59,7 +59,7 @@ class BenchmarkOptions:
     confounding: tuple[float, ...] = (0.0, 0.5)
     repeats: int = 50
     n_bootstrap: int = 500
-    interval: str = "bca"
+    interval: str = "adaptive_t"
     truth_patients: int = 40_000
     seed: int = 0
 
@@ -91,13 +91,14 @@ class Pool(NamedTuple):
     state: np.ndarray | None
 
 
-def _mixed(
+def mixed(
     share: jax.Array,
     better: jax.Array,
     clinician: clinicians.ClinicianParams,
     key: jax.Array,
     observation: Observation,
 ) -> jax.Array:
+    """[25] the clinician with a share of titration, or of uniform choices."""
     visible = clinicians.probabilities(observation, jnp.zeros(()), clinician)
     other = jnp.where(better, titration(key, observation), random_policy(key, observation))
     return (1 - share) * visible + share * other
@@ -120,7 +121,7 @@ def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> It
         for better, name in ((True, "titration"), (False, "random")):
             label = f"{name} {share:g}"
             targets[label] = jax.tree_util.Partial(
-                _mixed, jnp.float32(share), jnp.bool_(better), params.clinician
+                mixed, jnp.float32(share), jnp.bool_(better), params.clinician
             )
             distance[label] = share
     world_key, fit_key, truth_key = jax.random.split(key, 3)

@@ -61,7 +61,8 @@ class InputPolicy:
     Attributes:
       zero_behavior: the clinician's probability of a recorded action is 0. "drop" leaves the stay
         out, "floor" raises the probability to `floor`.
-      row_sums: a row of action probabilities does not sum to 1. "normalize" divides by the sum.
+      row_sums: a row of action probabilities misses a sum of 1 by more than 0.001. "normalize"
+        divides by the sum. Rows that miss it by less were rounded: they are divided and counted.
       missing_reward: a reward is NaN or infinite. "drop" leaves the stay out.
       floor: the least behaviour probability under "floor".
     """
@@ -147,6 +148,7 @@ def pad(data: OPEData, steps: int) -> OPEData:
 
 
 SUM_TOLERANCE = 1e-3
+ROUNDING = 1e-5  # of sums of float32; what is off by more would grow with the length of a stay
 BLOCK = 512  # stays: 1 MB of 20 steps and 25 actions
 
 
@@ -194,6 +196,7 @@ def inspect(
     _check_shapes(host)
     alive = host.alive
     counts = {"stays_dropped": 0, "behavior_floored": 0, "rows_normalized": 0}
+    action = _whole_actions(host.action, alive)
     keep = np.ones(len(alive), bool)
 
     missing = alive & ~np.isfinite(host.reward)
@@ -201,12 +204,19 @@ def inspect(
         raise InputError(_where("reward", "NaN or infinite", missing, "missing_reward='drop'"))
     keep &= ~missing.any(1)
 
+    full = None
     behavior = np.where(alive, host.behavior_prob, 1.0)
     _check_unit("behavior_prob", ~_in_unit(behavior))
+    behavior = np.minimum(behavior, 1.0)
     zero = behavior < np.finfo(np.float32).tiny  # what is smaller, JAX flushes to 0
     if zero.any() and input_policy.zero_behavior == "error":
         what = "0 for a recorded action, so no weight is defined"
         raise InputError(_where("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'"))
+    if host.behavior_probs is not None:
+        full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, input_policy)
+        counts["rows_normalized"] += mended
+        _check_actions(action, alive, [full])
+        behavior = _taken_of(full, action, alive & ~zero, behavior)
     if input_policy.zero_behavior == "drop":
         keep &= ~zero.any(1)
     elif input_policy.zero_behavior == "floor":
@@ -222,18 +232,16 @@ def inspect(
             )
         policies[name], mended = _inspect_rows(f"policy {name!r}", array, alive, input_policy)
         counts["rows_normalized"] += mended
-    full = None
-    if host.behavior_probs is not None:
-        full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, input_policy)
-        counts["rows_normalized"] += mended
-    _check_actions(host.action, alive, [*policies.values(), *([] if full is None else [full])])
+    _check_actions(action, alive, [*policies.values(), *([] if full is None else [full])])
 
     counts["stays_dropped"] = int((~keep).sum())
-    if not keep.any():
-        raise InputError("data: every stay would be dropped; mend the input instead")
+    if keep.sum() < 2:
+        raise InputError(
+            f"data: {keep.sum()} of {len(keep)} stays would be left, fewer than 2; mend the input"
+        )
     small = host.replace(
         reward=np.where(alive, host.reward, 0.0).astype(np.float32),
-        action=np.where(alive, host.action, 0).astype(np.int32),
+        action=action,
         behavior_prob=behavior.astype(np.float32),
         behavior_probs=None,
         features=None,
@@ -262,6 +270,11 @@ def check(
       InputError: a flaw that is not to be mended, or cannot be.
     """
     found = inspect(data, target_probs, input_policy)
+    return (*clean(data, found), found.counts)
+
+
+def clean(data: OPEData, found: Inspected) -> tuple[OPEData, dict[str, jax.Array]]:
+    """Data and probabilities without flaws, from the data and what `inspect` found in them."""
     kept, steps = found.kept, found.steps
     cleaned = found.stays(kept)
     if found.behavior is not None:
@@ -271,7 +284,7 @@ def check(
         cleaned = replace(cleaned, features=jnp.asarray(features[kept, :steps]))
     probs = {name: jnp.asarray(rows.of(kept, steps)) for name, rows in found.policies.items()}
     on_device: OPEData = jax.tree.map(jnp.asarray, cleaned)
-    return on_device, probs, found.counts
+    return on_device, probs
 
 
 def _check_shapes(data: OPEData) -> None:
@@ -322,7 +335,37 @@ def _inspect_rows(
     if off.any() and (input_policy.row_sums == "error" or (total <= 0).any()):
         what = f"not summing to 1 (but to {total[off][0]:.6g})"
         raise InputError(_where(name, what, off, "row_sums='normalize'"))
-    return Rows(given, alive, bool(off.any())), int(off.sum())
+    mended = np.abs(total - 1) > ROUNDING
+    return Rows(given, alive, bool(mended.any())), int(mended.sum())
+
+
+def _whole_actions(action: np.ndarray, alive: np.ndarray) -> np.ndarray:
+    """[N, T] int32, 0 on padding; floats are taken only where they are whole numbers."""
+    if action.dtype.kind not in "iuf":
+        raise InputError(f"action: got {action.dtype} values, expected whole numbers")
+    recorded = np.where(alive, action, 0)
+    if action.dtype.kind == "f":
+        broken = ~np.isfinite(recorded) | (recorded != np.round(recorded))
+        if broken.any():
+            raise InputError(_where("action", "not a whole number", broken, None))
+    if (np.abs(recorded) > np.iinfo(np.int32).max).any():
+        far = np.abs(recorded) > np.iinfo(np.int32).max
+        raise InputError(_where("action", "too large", far, None))
+    return recorded.astype(np.int32)
+
+
+def _taken_of(
+    full: Rows, action: np.ndarray, known: np.ndarray, behavior: np.ndarray
+) -> np.ndarray:
+    """[N, T] probabilities of the recorded actions, as their rows are divided; both must agree."""
+    given = np.take_along_axis(full.given, action[..., None], -1)[..., 0]
+    apart = known & (np.abs(given - behavior) > SUM_TOLERANCE * np.maximum(given, behavior) + 1e-6)
+    if apart.any():
+        what = "another probability of the recorded action than in behavior_probs"
+        raise InputError(_where("behavior_prob", what, apart, None))
+    if not full.divide:
+        return behavior
+    return behavior / np.where(known, full.given.sum(-1), 1.0)
 
 
 def _check_actions(action: np.ndarray, alive: np.ndarray, probs: Iterable[Rows]) -> None:

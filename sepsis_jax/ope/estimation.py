@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +13,14 @@ import pandas as pd
 
 from sepsis_jax.ope import bootstrap, intervals
 from sepsis_jax.ope.data import BLOCK, Inspected, OPEData
-from sepsis_jax.ope.diagnostics import Diagnostics, Limits, summarize, unsupported_mass
+from sepsis_jax.ope.diagnostics import (
+    Diagnostics,
+    Limits,
+    log_expected_square,
+    summarize,
+    unsupported_mass,
+)
+from sepsis_jax.ope.estimated_clinician import Correction
 from sepsis_jax.ope.estimators import Batch, Shrinkage, evaluate_means, make_batch
 from sepsis_jax.ope.weights import Clip, drug_weights, linear, weigh
 from worldmodel import schema
@@ -31,6 +38,7 @@ def estimate_all(
     interval: str,
     alpha: float,
     tail_levels: Sequence[float],
+    correct: Callable[[tuple[str, ...]], Correction] | None = None,
 ) -> pd.DataFrame:
     """One row per policy (column `k`) and estimator, with interval and difference.
 
@@ -42,10 +50,16 @@ def estimate_all(
       interval: a name of `intervals.METHODS`.
       alpha: 1 - level.
       tail_levels: of the quantiles and CVaR that are added as rows.
+      correct: what an estimated clinician adds to the errors of named estimators.
     """
     used = tuple(dict.fromkeys(("on_policy", *names)))  # for the differences
     table, point, gradients, widths = _analyse(batch, used)
     values, influence = np.asarray(point), np.asarray(gradients)
+    extra: np.ndarray | float = 0.0
+    own_error = intervals.standard_error(influence)
+    if correct is not None:
+        added = correct(used)
+        influence, extra = influence + added.influence, added.variance
     base = used.index("on_policy")
     resampled = tails = None
     tail = bootstrap.make_tail(batch, tail_levels) if tail_levels else None
@@ -66,7 +80,7 @@ def estimate_all(
             cache.append(left_out())
         return cache[0]
 
-    make = partial(intervals.make, interval, alpha=alpha)
+    make = partial(intervals.make, interval, alpha=alpha, extra=extra)
     low, high = make(estimate=values, resampled=resampled, influence=influence, left_out=cached)
     against = values - values[:, base : base + 1]
     paired = None if resampled is None else resampled - resampled[..., base : base + 1]
@@ -76,10 +90,12 @@ def estimate_all(
         influence=influence - influence[..., base : base + 1],
         left_out=lambda: cached() - cached()[..., base : base + 1],
     )
+    error = np.sqrt(intervals.standard_error(influence) ** 2 + extra)
     undefined = np.zeros(values.shape) if resampled is None else ~np.isfinite(resampled)
     result = {
         "estimate": values,
-        "se": intervals.standard_error(influence),
+        "se": error,
+        "clinician_share": np.clip(1 - (own_error / np.where(error > 0, error, 1.0)) ** 2, 0, 1),
         "low": low,
         "high": high,
         "difference": against,
@@ -91,9 +107,9 @@ def estimate_all(
     result = {name: array[:, kept] for name, array in result.items()}
     labels = list(names)
     if tail is not None:
-        extra, extra_labels = _tails(batch, tail, tails, interval, alpha)
-        result = {name: np.concatenate([result[name], extra[name]], 1) for name in result}
-        labels += extra_labels
+        more, more_labels = _tails(batch, tail, tails, interval, alpha)
+        result = {name: np.concatenate([result[name], more[name]], 1) for name in result}
+        labels += more_labels
     return pd.DataFrame(
         {"k": np.repeat(np.arange(len(values)), len(labels)), "estimator": labels * len(values)}
         | {name: array.reshape(-1) for name, array in result.items()}
@@ -150,6 +166,7 @@ def _tails(
     return {
         "estimate": estimate,
         "se": se,
+        "clinician_share": np.full(estimate.shape, np.nan),
         "low": low,
         "high": high,
         "difference": difference,
@@ -194,6 +211,7 @@ class _Stay(NamedTuple):
     drug_log_weight: jax.Array | None  # [K, 2, T]
     clipped: jax.Array  # [K] recorded steps whose ratio or weight was clipped
     unsupported: jax.Array  # [K] as `unsupported_mass`
+    log_square: jax.Array | None  # [K] as `log_expected_square`
 
 
 def prepare(
@@ -249,6 +267,7 @@ def _of_stays(data: OPEData, probs: jax.Array, *, clip: Clip | None, support: fl
             drug_log_weight=drugs,
             clipped=weights.clipped_share * stay.alive.sum(),
             unsupported=unsupported_mass(one, target, support),
+            log_square=log_expected_square(one, target),
         )
 
     return jax.vmap(of_stay)(data, probs)
@@ -266,4 +285,4 @@ def _gather(
     )  # fmt: skip
     steps = data.alive.sum()
     shares = parts.clipped.sum(0) / steps, parts.unsupported.sum(0) / steps
-    return batch, summarize(log_weight, *shares)
+    return batch, summarize(log_weight, *shares, parts.log_square)

@@ -103,6 +103,7 @@ class Estimator:
       linear: the mean over stays of one number each, so bounds for means apply.
       weighted: leans on importance weights, so their diagnostics apply.
       modelled: leans on fitted values being right, so their check applies.
+      caveat: why its interval is never to be trusted by itself; empty where it may be.
     """
 
     blocks: tuple[str, ...]
@@ -111,6 +112,7 @@ class Estimator:
     linear: bool = False
     weighted: bool = True
     modelled: bool = False
+    caveat: str = ""
 
 
 # --- columns -----------------------------------------------------------------------------------
@@ -251,8 +253,16 @@ def _magic(means: Means, batch: Batch) -> jax.Array:
     return means["first_value"][..., 0] + (batch.magic * corrections).sum(-1)
 
 
-def _one(block: str, *needs: str, weighted: bool = True, modelled: bool = False) -> Estimator:
-    return Estimator((block,), _mean_of(block), needs, True, weighted, modelled)
+def _one(
+    block: str, *needs: str, weighted: bool = True, modelled: bool = False, caveat: str = ""
+) -> Estimator:
+    return Estimator((block,), _mean_of(block), needs, True, weighted, modelled, caveat)
+
+
+_FITTED = "its interval leaves out the error of the fitted values"
+_SHRUNK = "large weights are held back, and its interval leaves out the error of the fitted values"
+_RATIOS = "its interval leaves out the error of the fitted ratios"
+_DRUGS = "exact only if the clinician and the policy choose the two drugs independently"
 
 
 _WDR_BLOCKS = ("first_value", "weighted_difference", "weight")
@@ -267,34 +277,48 @@ ESTIMATORS: dict[str, Estimator] = {
     # (1/N) sum_i sum_t g^t w_it r_it (Precup et al. 2000).
     "pdis": _one("pdis"),
     # sum_t g^t sum_i w_it r_it / D_t, ended stays kept in D_t (CWPDIS; Thomas 2015).
-    "wpdis": Estimator(("weighted_reward", "weight"), _wpdis),
+    "wpdis": Estimator(
+        ("weighted_reward", "weight"),
+        _wpdis,
+        caveat="its interval leaves out the bias of normalising each step by itself",
+    ),
     # The same with D_t over stays still in the unit: not bounded by the largest return.
-    "wpdis_alive": Estimator(("alive_reward", "alive_weight"), _wpdis_alive),
+    "wpdis_alive": Estimator(
+        ("alive_reward", "alive_weight"), _wpdis_alive, caveat="not an estimate of the value"
+    ),
     # (1/N) sum_i V(s_i0).
-    "dm": _one("first_value", "values", weighted=False, modelled=True),
+    "dm": _one("first_value", "values", weighted=False, modelled=True, caveat=_FITTED),
     # (1/N) sum_i [V_i0 + sum_t g^t w_it d_it] (Jiang & Li 2016).
     "dr": _one("dr", "values"),
     # mean V_i0 + sum_t g^t sum_i w_it d_it / D_t (Thomas & Brunskill 2016).
     "wdr": Estimator(_WDR_BLOCKS, _wdr, ("values",)),
     # Blend of j-step WDR returns (Thomas & Brunskill 2016); weights: `ope.doubly_robust`.
-    "magic": Estimator(_WDR_BLOCKS, _magic, ("values", "magic"), modelled=True),
+    "magic": Estimator(
+        _WDR_BLOCKS,
+        _magic,
+        ("values", "magic"),
+        modelled=True,
+        caveat="its interval leaves out the error of the fitted values and of the blend",
+    ),
     # DR with the values of least variance (Farajtabar, Chow & Ghavamzadeh 2018).
     "mrdr": _one("mrdr", "mrdr_values"),
     # DR that drops corrections of weight above a bound (Wang, Agarwal & Dudik 2017, per step).
-    "switch": _one("switch", "values", modelled=True),
+    "switch": _one("switch", "values", modelled=True, caveat=_SHRUNK),
     # DR with optimistic shrinkage of the weights (Su, Dimakopoulou, Krishnamurthy & Dudik 2020).
-    "dr_os": _one("dr_os", "values", modelled=True),
+    "dr_os": _one("dr_os", "values", modelled=True, caveat=_SHRUNK),
     # DR with sub-Gaussian weights (Metelli, Russo & Restelli 2021).
-    "dr_sg": _one("dr_sg", "values", modelled=True),
+    "dr_sg": _one("dr_sg", "values", modelled=True, caveat=_SHRUNK),
     # PDIS with w = w^vasopressor x w^fluid, exact if the drugs are chosen independently.
-    "factored_is": _one("factored", "drug_log_weight"),
+    "factored_is": _one("factored", "drug_log_weight", caveat=_DRUGS),
     # Half the reward credited to each drug's own ratio (Rebello et al. 2023): biased unless the
     # reward splits that way.
-    "decomposed_is": _one("decomposed", "drug_log_weight"),
+    "decomposed_is": _one(
+        "decomposed", "drug_log_weight", caveat="biased unless the reward splits by drug"
+    ),
     # (1/N) sum_it g^t mu_t r_it, mu the marginal state-action ratio (Xie, Ma & Wang 2019).
-    "mis": _one("mis", "marginal"),
+    "mis": _one("mis", "marginal", caveat=_RATIOS),
     # (1/N) sum_i [V_i0 + sum_t g^t mu_t d_it] (Kallus & Uehara 2020).
-    "drl": _one("drl", "values", "marginal"),
+    "drl": _one("drl", "values", "marginal", caveat=_RATIOS),
 }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
-from sepsis_jax.ope.data import InputPolicy, OPEData, inspect
+from sepsis_jax.ope.data import InputPolicy, Inspected, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
 from sepsis_jax.ope.doubly_robust import with_magic
+from sepsis_jax.ope.estimated_clinician import ClinicianFit, correct
 from sepsis_jax.ope.estimation import estimate_all, prepare, with_bounds
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
@@ -19,6 +22,7 @@ from sepsis_jax.ope.estimators import (
     check_names,
 )
 from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.hidden_causes import Controls, conclusions, negative_controls, strengths
 from sepsis_jax.ope.weights import Clip
 from worldmodel.errors import InputError
 
@@ -33,7 +37,7 @@ def evaluate(
     estimators: Sequence[str] | None = None,
     gamma: float = 1.0,
     n_bootstrap: int = 2000,
-    interval: str = "bca",
+    interval: str = "adaptive_t",
     alpha: float = 0.05,
     fitted: Fitted | None = None,
     clip: Clip | None = None,
@@ -42,6 +46,8 @@ def evaluate(
     return_range: tuple[float, float] | None = None,
     input_policy: InputPolicy | None = None,
     limits: Limits | None = None,
+    treated: Mapping[str, int] | None = None,
+    clinician: ClinicianFit | None = None,
 ) -> pd.DataFrame:
     """Estimates of the value of policies, each with an interval and a verdict.
 
@@ -52,7 +58,7 @@ def evaluate(
       estimators: names from `sepsis_jax.ope.ESTIMATORS`; default all whose ingredients are there.
       gamma: discount per step.
       n_bootstrap: resamples; all estimators, policies and differences share them. 0 for none.
-      interval: "bca", "percentile", "delta" or "t".
+      interval: "adaptive_t", "percentile", "bca", "delta" or "t".
       alpha: 1 - level of the intervals.
       fitted: values, values of least variance, marginal ratios from `sepsis_jax.ope.fit`; policies
         in the order of `target_probs`.
@@ -65,12 +71,18 @@ def evaluate(
         interval of (clipped) IS; both on the rows of "is".
       input_policy: what to do about flawed input.
       limits: where trust ends.
+      treated: counts of `check`, where it treated the data before, to be reported with the own.
+      clinician: how the clinician's probabilities were estimated; None where they are known.
+        Intervals then contain the error of that estimate (`ope.estimated_clinician`), which needs
+        `data.features` and `data.behavior_probs`.
 
     Returns:
       One row per policy and estimator: estimate, standard error (delta method), interval;
-      difference from the clinician's mean return with its interval from the same resamples;
-      diagnostics of the weights; `trust` and the `reason` against it. `attrs` holds counts of what
-      was treated and [K, T] effective sample sizes.
+      `clinician_share`, the share of the variance that comes from estimating the clinician;
+      difference from the clinician's mean return with its interval from the same stays;
+      `conclusion` and the strength of unrecorded `confounding` (Gamma) at which it falls;
+      diagnostics of the weights; `trust` and the `reason` against it. Trust is never more than up
+      to that strength. `attrs` holds counts of what was treated and [K, T] effective sample sizes.
 
     Raises:
       InputError: flawed input, an unknown name, or a missing ingredient.
@@ -84,13 +96,16 @@ def evaluate(
         )
     if any(not 0 < level <= 1 for level in tail_levels):
         raise InputError(f"tail_levels: got {tuple(tail_levels)}, expected shares in (0, 1]")
+    earlier = treated or {}
     found = inspect(data, target_probs, input_policy)
     if fitted is not None and found.counts["stays_dropped"]:
         raise InputError("fitted: stays were dropped; fit on the data that `check` returns")
     order = _order(found.stays(found.kept))
+    index = found.kept[order]
     batch, diagnostics = prepare(
-        found, found.kept[order], gamma=gamma, clip=clip, shrinkage=shrinkage, limits=limits
+        found, index, gamma=gamma, clip=clip, shrinkage=shrinkage, limits=limits
     )
+    features = _features(data, found, index)
     stays, names = len(order), list(target_probs)
     if fitted is not None:
         batch = fitted.select(order, found.steps).into(batch)
@@ -100,17 +115,27 @@ def evaluate(
     results = estimate_all(
         key, batch, chosen, n_bootstrap=n_bootstrap, interval=interval, alpha=alpha,
         tail_levels=tail_levels,
+        correct=None if clinician is None else partial(
+            correct, found, index, features, batch, clinician
+        ),
     )  # fmt: skip
     gap = None
     if fitted is not None and fitted.clinician_value is not None:
         gap = fqe_gap(fitted.clinician_value, np.asarray(batch.returns))
-    table = _table(names, results, diagnostics, stays, gap, limits)
+    log_weight = np.asarray(batch.log_weight[..., -1])
+    controls = negative_controls(
+        found, index, log_weight, None if features is None else features[:, 0]
+    )
+    table = _joined(names, results, diagnostics, controls, stays)
+    table["conclusion"] = conclusions(table)
+    table["confounding"] = strengths(table, np.asarray(batch.returns), log_weight)
+    _judge(table, stays, gap, limits)
     if return_range is not None:
         table = with_bounds(table, batch, key, return_range, clip or Clip(), alpha)
     table.attrs = {
         "stays": stays,
-        "stays_given": data.num_stays,
-        "treated": found.counts,
+        "stays_given": data.num_stays + earlier.get("stays_dropped", 0),
+        "treated": {name: count + earlier.get(name, 0) for name, count in found.counts.items()},
         "gamma": gamma,
         "interval": interval,
         "level": 1 - alpha,
@@ -146,20 +171,37 @@ def _choose(estimators: Sequence[str] | None, batch: Batch) -> tuple[str, ...]:
     return tuple(name for name, entry in ESTIMATORS.items() if set(entry.needs) <= available)
 
 
-def _table(
+def _features(
+    data: OPEData, found: Inspected, index: np.ndarray
+) -> Float[np.ndarray, "N T D"] | None:
+    """Features of the stays in order, 0 after the end; None without."""
+    if data.features is None:
+        return None
+    alive = np.asarray(found.stays(index).alive)
+    features = np.asarray(data.features)[index, : found.steps]
+    return np.where(alive[..., None], features, 0.0).astype(np.float32)
+
+
+def _joined(
     names: Sequence[str],
     results: pd.DataFrame,
     found: Diagnostics,
+    controls: Controls,
     stays: int,
-    gap: float | None,
-    limits: Limits | None,
 ) -> pd.DataFrame:
+    """Estimates with the diagnostics of their policy."""
     per_policy = pd.DataFrame(
         {field: np.asarray(getattr(found, field)) for field in found._fields if field != "ess_step"}
     )
     per_policy.insert(1, "ess_share", per_policy["ess"] / stays)
+    per_policy = per_policy.assign(**controls._asdict())
     table = results.join(per_policy, on="k")
     table.insert(0, "policy", [names[k] for k in table.pop("k")])
+    return table
+
+
+def _judge(table: pd.DataFrame, stays: int, gap: float | None, limits: Limits | None) -> None:
+    """Adds `trust` and `reason`."""
     reasons = [
         verdict(str(row["estimator"]), row, stays, fqe_gap=gap, limits=limits)
         for row in table.to_dict("records")
@@ -171,4 +213,3 @@ def _table(
     ]
     table["trust"] = [not reason for reason in reasons]
     table["reason"] = reasons
-    return table

@@ -126,6 +126,43 @@ def student_t(
     return estimate - half, estimate + half
 
 
+def adaptive_t(
+    estimate: Float[np.ndarray, "*b"],
+    influence: Float[np.ndarray, " N *b"],
+    alpha: float = 0.05,
+    extra: Float[np.ndarray, "*b"] | float = 0.0,
+) -> Interval:
+    """Estimate +- t standard errors, with as many degrees of freedom as the tail leaves.
+
+    A variance from N influences of kurtosis k errs like one with 2 N / (k - 1) degrees of freedom
+    (Satterthwaite 1946): where a few large weights carry the error, the quantile is wider. Twice as
+    many are used: the count is for errors that are symmetric, and intervals of weighted estimates
+    were too wide with it (docs/ope.md).
+
+    Args:
+      estimate: [...].
+      influence: [N, ...] of each stay.
+      alpha: 1 - level.
+      extra: [...] variance from elsewhere.
+    """
+    quantile = stats.t.isf(alpha / 2, degrees_of_freedom(influence))
+    half = quantile * np.sqrt(standard_error(influence) ** 2 + extra)
+    return estimate - half, estimate + half
+
+
+def degrees_of_freedom(influence: Float[np.ndarray, " N *b"]) -> Float[np.ndarray, "*b"]:
+    """4 N / (kurtosis - 1), between 1 and N - 1; N - 1 where nothing varies."""
+    stays = len(influence)
+    squares = np.asarray(influence, np.float64) ** 2
+    top = squares.max(0)
+    squares = squares / np.where(top > 0, top, 1.0)
+    total = squares.sum(0)
+    kurtosis = stays * (squares**2).sum(0) / np.where(total > 0, total, 1.0) ** 2
+    excess = np.where(total > 0, kurtosis - 1, 0.0)
+    found: np.ndarray = np.clip(4 * stays / np.maximum(excess, 1e-9), 1.0, max(stays - 1, 1))
+    return found
+
+
 def standard_error(influence: Float[np.ndarray, " N *b"]) -> Float[np.ndarray, "*b"]:
     """Root of sum_i influence_i^2 / (N (N - 1)); for a mean, the usual s / sqrt(N)."""
     stays = len(influence)
@@ -218,6 +255,7 @@ def hcope_lower(
 
 
 METHODS: dict[str, str] = {
+    "adaptive_t": "delta method, Student t with the degrees of freedom that the tail leaves",
     "bca": "bias-corrected and accelerated bootstrap",
     "percentile": "percentile bootstrap",
     "delta": "delta method, normal",
@@ -233,16 +271,32 @@ def make(
     influence: np.ndarray,
     left_out: Callable[[], np.ndarray],
     alpha: float,
+    extra: np.ndarray | float = 0.0,
 ) -> Interval:
-    """The interval of a named method for estimates [...]; `left_out` is called only for BCa."""
+    """The interval of a named method for estimates [...]; `left_out` is called only for BCa.
+
+    A variance `extra` [...] from elsewhere stretches every interval as it does the standard error.
+    """
     if method not in METHODS:
         raise InputError(f"interval: got {method!r}, expected one of {', '.join(METHODS)}")
+    if method == "adaptive_t":
+        return adaptive_t(estimate, influence, alpha, extra)
     if method == "delta":
-        return delta(estimate, influence, alpha)
-    if method == "t":
-        return student_t(estimate, influence, alpha)
-    if resampled is None:
+        interval = delta(estimate, influence, alpha)
+    elif method == "t":
+        interval = student_t(estimate, influence, alpha)
+    elif resampled is None:
         raise InputError(f"interval {method!r} needs resamples; raise n_bootstrap above 0")
-    if method == "percentile":
-        return percentile(resampled, alpha)
-    return bca(resampled, estimate, left_out(), alpha)
+    elif method == "percentile":
+        interval = percentile(resampled, alpha)
+    else:
+        interval = bca(resampled, estimate, left_out(), alpha)
+    return _stretched(interval, estimate, standard_error(influence), extra)
+
+
+def _stretched(
+    interval: Interval, estimate: np.ndarray, error: np.ndarray, extra: np.ndarray | float
+) -> Interval:
+    share = np.sqrt(1 + extra / np.where(error > 0, error, np.inf) ** 2)
+    low, high = interval
+    return estimate - share * (estimate - low), estimate + share * (high - estimate)

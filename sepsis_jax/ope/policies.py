@@ -51,9 +51,9 @@ def read_probabilities(path: Path, episodes: Episodes) -> Float[np.ndarray, "N T
         )
     try:
         probs = table[list(PROBABILITY_COLUMNS)].to_numpy(np.float32)
-        keys = table[["stay_id", "step"]].to_numpy(np.int64)
     except (TypeError, ValueError):
         raise InputError(f"{path}: holds values that are not numbers") from None
+    keys = np.stack([_whole(table[name], path) for name in ("stay_id", "step")], 1)
     ids = np.asarray(episodes.stay_id)
     order = np.argsort(ids, kind="stable")
     place = np.minimum(np.searchsorted(ids[order], keys[:, 0]), len(ids) - 1)
@@ -71,6 +71,25 @@ def read_probabilities(path: Path, episodes: Episodes) -> Float[np.ndarray, "N T
     out = np.full((*seen.shape, schema.NUM_ACTIONS), 1.0 / schema.NUM_ACTIONS, np.float32)
     out[row, step] = probs[use]
     return out
+
+
+def _whole(column: pd.Series, path: Path) -> np.ndarray:
+    """[M] int64 of a column; numbers with a fraction are refused, not cut."""
+    try:
+        if pd.api.types.is_integer_dtype(column):
+            return np.asarray(column.to_numpy(np.int64))
+        values: np.ndarray = column.to_numpy(np.float64)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{path}: column {column.name} holds values that are not numbers"
+        ) from None
+    broken = ~np.isfinite(values) | (values != np.round(values))
+    if broken.any():
+        raise InputError(
+            f"{path}: column {column.name} holds {values[broken][0]:g} in row "
+            f"{int(broken.argmax())}; expected whole numbers"
+        )
+    return np.asarray(values, np.int64)
 
 
 def write_probabilities(
@@ -106,6 +125,14 @@ def read_table(path: Path) -> pd.DataFrame:
 SOFTENINGS = ("none", "uniform", "clinician")
 
 
+def check_softening(rule: str, share: float) -> None:
+    """Refuses an unknown rule of `soften`, or a share outside [0, 1]."""
+    if rule not in SOFTENINGS:
+        raise InputError(f"soften: got {rule!r}, expected one of {', '.join(SOFTENINGS)}")
+    if not 0 <= share <= 1:
+        raise InputError(f"soften_share: got {share}, expected within [0, 1]")
+
+
 def soften(
     probs: jax.Array | np.ndarray,
     rule: str,
@@ -118,11 +145,8 @@ def soften(
     actions; the difference is e / A on the chosen one). "clinician": (1 - e) pi + e b (Tang et
     al. 2022). "none": pi itself.
     """
+    check_softening(rule, share)
     probs = jnp.asarray(probs)
-    if rule not in SOFTENINGS:
-        raise InputError(f"soften: got {rule!r}, expected one of {', '.join(SOFTENINGS)}")
-    if not 0 <= share <= 1:
-        raise InputError(f"soften share: got {share}, expected within [0, 1]")
     if rule == "none":
         return probs
     if rule == "uniform":

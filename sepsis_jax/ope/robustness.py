@@ -55,8 +55,17 @@ def confounding_table(
     returns: Float[Array, " N"],
     log_weight: Float[Array, "K N"],
     gammas: Sequence[float] = GAMMAS,
+    trusted: Sequence[bool] | None = None,
 ) -> pd.DataFrame:
-    """Rows (policy, Gamma) with the bounds of WIS and whether they exclude the mean return."""
+    """Rows (policy, Gamma) with the bounds of WIS and whether they exclude the mean return.
+
+    Args:
+      names: K policies.
+      returns: [N].
+      log_weight: [K, N] final log weights.
+      gammas: strengths.
+      trusted: [K] whether the WIS estimate is; where not, nothing is said about differing.
+    """
     rows = []
     mean = float(returns.mean())
     for gamma in gammas:
@@ -64,7 +73,9 @@ def confounding_table(
         for k, name in enumerate(names):
             bounds = float(low[k]), float(high[k])
             slack = 1e-5 * (1 + abs(mean))
-            differs = bounds[1] < mean - slack or bounds[0] > mean + slack
+            differs: bool | None = bounds[1] < mean - slack or bounds[0] > mean + slack
+            if trusted is not None and not trusted[k]:
+                differs = None
             rows.append((name, float(gamma), *bounds, differs))
     columns = ["policy", "confounding", "low", "high", "differs_from_clinician"]
     return pd.DataFrame(rows, columns=columns).sort_values(["policy", "confounding"], kind="stable")
@@ -137,7 +148,8 @@ def evaluate_groups(
 
     `differs` says whether the interval of the difference from the clinician excludes 0 at level
     alpha; `differs_adjusted` the same at alpha divided by the number of groups and policies
-    (Bonferroni), which is what may be claimed after looking at all of them.
+    (Bonferroni), which is what may be claimed after looking at all of them. Both are undefined
+    where the estimate is not trusted.
     """
     tests = max(len(masks) * len(target_probs), 1)
     tables = []
@@ -164,6 +176,7 @@ def evaluate_groups(
         table.insert(1, "stays", stays)
         table["differs"] = _excludes_zero(table)
         table["differs_adjusted"] = _excludes_zero(strict)
+        table.loc[~table["trust"], ["differs", "differs_adjusted"]] = np.nan
         tables.append(table)
     result = pd.concat(tables, ignore_index=True)
     result.attrs = {"tests": tests, "alpha": alpha, "alpha_adjusted": alpha / tests}
@@ -171,4 +184,5 @@ def evaluate_groups(
 
 
 def _excludes_zero(table: pd.DataFrame) -> pd.Series:
-    return (table["difference_low"] > 0) | (table["difference_high"] < 0)
+    found = (table["difference_low"] > 0) | (table["difference_high"] < 0)
+    return found.astype(object)

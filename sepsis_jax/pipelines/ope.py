@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
@@ -17,6 +16,7 @@ from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
 from policy.registry import CLINICIAN
 from sepsis_jax.ope import policies
+from sepsis_jax.ope.estimated_clinician import ClinicianFit, cross_fit
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.leakage import audit_episodes
 from sepsis_jax.pipelines.ope_estimates import (
@@ -78,17 +78,16 @@ def evaluate_policies(
     world_model = None if model is None else load_world_model(model)
     all_stays = load_episodes_for(world_model, episodes_path)
     progress("clinician", 0.05)
-    full, taken, fits = _behavior(behavior, all_stays, keys.behavior)
     episodes, chosen = of_split(all_stays, options.split)
-    full = None if full is None else full[chosen]
+    known = _behavior(behavior, all_stays, chosen, keys.behavior, options)
+    full = None if known.probs is None else known.probs[chosen]
+    fits = known.fits
     probs, runnable = _policies(policy, episodes, full, options)
     if fits:
         runnable[CLINICIAN] = fits[0].policy
-    if taken is not None:
-        episodes = replace(episodes, behavior_prob=jnp.asarray(taken[chosen]))
     result = estimate_policies(
         episodes, probs, runnable, keys=keys, options=options, behavior_probs=full,
-        world_model=world_model, progress=progress,
+        clinician=known.estimated, world_model=world_model, progress=progress,
     )  # fmt: skip
     progress("audit", 0.85)
     checks = audit_episodes(
@@ -112,16 +111,33 @@ def evaluate_policies(
     return result.table
 
 
+class _Behavior(NamedTuple):
+    """The clinician's probabilities of all stays, and where they come from."""
+
+    probs: np.ndarray | None  # [N, T, 25]; None where only those of the recorded actions are known
+    fits: list[BehaviorFit]
+    estimated: ClinicianFit | None  # None where they are true
+
+
 def _behavior(
-    behavior: str, episodes: Episodes, key: jax.Array
-) -> tuple[np.ndarray | None, np.ndarray | None, list[BehaviorFit]]:
-    """All probabilities where known, those of the taken actions otherwise, fitted models."""
+    behavior: str, episodes: Episodes, chosen: np.ndarray, key: jax.Array, options: OPEOptions
+) -> _Behavior:
+    """What is known of the clinician; fitted without the stays `chosen`, or cross-fitted."""
     if behavior == "recorded":
-        return None, np.asarray(episodes.behavior_prob), []
+        return _Behavior(None, [], None)
     if Path(behavior).suffix in (".csv", ".parquet"):
-        return policies.read_probabilities(Path(behavior), episodes), None, []
+        stays = options.behavior_stays
+        table = policies.read_probabilities(Path(behavior), episodes)
+        return _Behavior(table, [], ClinicianFit(stays) if stays else None)
     fits = fit_behavior(key, episodes, models=(behavior,))
-    return fits[0].probs, None, fits
+    split = np.asarray(episodes.split)
+    if (split[chosen] == schema.SPLITS.index("test")).all():
+        stays = int((split == schema.SPLITS.index("train")).sum())
+        return _Behavior(fits[0].probs, fits, ClinicianFit(stays))
+    own = jax.random.fold_in(key, 1)
+    probs = cross_fit(own, episodes, behavior, options.behavior_folds)
+    shared = len(chosen) == episodes.num_stays
+    return _Behavior(probs, fits, ClinicianFit(episodes.num_stays, shared=shared))
 
 
 def _policies(
@@ -139,16 +155,17 @@ def _policies(
         if name in probs or not name:
             raise InputError(f"policy {text!r}: names must be given and differ")
         if not sign:
-            probs[name] = policies.built_in(name, episodes, behavior)
+            table = policies.built_in(name, episodes, behavior)
             if name in registry.SIMPLE:
                 runnable[name] = registry.make(name)
-            continue
-        if Path(file).is_dir():
+        elif Path(file).is_dir():
             runnable[name] = load_policy(file)
             table = runnable[name].action_probs(episodes)
         else:
             table = policies.read_probabilities(Path(file), episodes)
-        probs[name] = policies.soften(table, options.soften, options.soften_share, behavior)
+        # Softening mends policies that hardly ever do what the clinician does.
+        rule = "none" if not sign and name == CLINICIAN else options.soften
+        probs[name] = policies.soften(table, rule, options.soften_share, behavior)
     return probs, runnable
 
 
@@ -160,9 +177,9 @@ def _write(
     manifest: Mapping[str, object],
 ) -> None:
     table = result.table
-    tables = {"estimates": table, "confounding": result.confounding}
-    if result.groups is not None:
-        tables["subgroups"] = result.groups
+    tables = {
+        "estimates": table, "confounding": result.confounding, "subgroups": result.groups
+    }  # fmt: skip
     if fits:
         tables["behavior"] = fits[0].reliability
     steps = pd.DataFrame(table.attrs["ess_step"]).rename_axis("step").reset_index()

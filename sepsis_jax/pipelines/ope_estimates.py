@@ -20,11 +20,15 @@ from policy.base import Policy
 from policy.registry import CLINICIAN
 from sepsis_jax import ope
 from sepsis_jax.ope import robustness
+from sepsis_jax.ope.data import clean, inspect
+from sepsis_jax.ope.diagnostics import Limits
 from sepsis_jax.ope.intervals import mean_of
+from sepsis_jax.ope.policies import check_softening
 from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
 from sepsis_jax.pipelines.policies import patients_per_call
 from sepsis_jax.runs import Progress, silent
 from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 
 ESTIMATOR = "world_model"
@@ -40,12 +44,18 @@ class OPEOptions:
       values: "linear", "neural" or "none".
       gamma: discount.
       n_bootstrap: resamples.
-      interval: "bca", "percentile", "delta" or "t".
+      interval: "adaptive_t", "percentile", "bca", "delta" or "t".
       clip: largest cumulative weight; 0 for no clipping.
-      soften: "none", "uniform" or "clinician".
+      soften: "none", "uniform" or "clinician"; of all policies but the clinician.
       soften_share: share of probability that softening moves.
       zero_behavior, row_sums, missing_reward: "error", or how to treat the flaw; see
         `sepsis_jax.ope.InputPolicy`.
+      behavior_folds: of a fitted clinician, where evaluated stays would be in its training split.
+      behavior_stays: number of other stays that a table of the clinician's probabilities was
+        estimated from; 0 if the table holds the true ones.
+      effective: least effective sample size that is trusted, in stays.
+      confounding: least strength (Gamma) of unrecorded confounding that a trusted conclusion must
+        withstand.
       horizon: steps in a world model; 0 for whole stays (`ope.simulated.whole_stay`).
       samples: futures per stay in a world model; 0 for one per ensemble member.
       seed: seed of every random choice.
@@ -56,16 +66,28 @@ class OPEOptions:
     values: str = "linear"
     gamma: float = 1.0
     n_bootstrap: int = 2000
-    interval: str = "bca"
+    interval: str = "adaptive_t"
     clip: float = 0.0
     soften: str = "none"
     soften_share: float = 0.01
     zero_behavior: str = "error"
     row_sums: str = "error"
     missing_reward: str = "error"
+    behavior_folds: int = 5
+    behavior_stays: int = 0
+    effective: float = Limits.effective
+    confounding: float = Limits.confounding
     horizon: int = 0
     samples: int = 0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_softening(self.soften, self.soften_share)
+        if not (self.effective >= 0 and self.confounding >= 1 and self.behavior_stays >= 0):
+            raise InputError(
+                f"effective, confounding, behavior_stays: got {self.effective}, "
+                f"{self.confounding}, {self.behavior_stays}; expected at least 0, 1 and 0"
+            )
 
 
 class OPEKeys(NamedTuple):
@@ -91,6 +113,8 @@ class _EvaluateOptions(TypedDict):
     interval: str
     n_bootstrap: int
     fitted: ope.Fitted | None
+    limits: Limits
+    clinician: ope.ClinicianFit | None
 
 
 @dataclass(frozen=True)
@@ -100,14 +124,14 @@ class OPEResult:
     Attributes:
       table: of `sepsis_jax.ope.evaluate`, with rows "world_model" where one was given.
       confounding: bounds on the values under unrecorded confounding.
-      groups: the same estimates by subgroup; None where stays were dropped.
+      groups: the same estimates by subgroup of the stays that were kept.
       stays: number of stays before any were dropped.
       treated: what was changed in flawed inputs, with counts.
     """
 
     table: pd.DataFrame
     confounding: pd.DataFrame
-    groups: pd.DataFrame | None
+    groups: pd.DataFrame
     stays: int
     treated: Mapping[str, int]
 
@@ -120,6 +144,7 @@ def estimate_policies(
     keys: OPEKeys,
     options: OPEOptions,
     behavior_probs: npt.NDArray[np.float32] | None = None,
+    clinician: ope.ClinicianFit | None = None,
     world_model: WorldModel | None = None,
     progress: Progress = silent,
 ) -> OPEResult:
@@ -133,6 +158,7 @@ def estimate_policies(
       options: settings.
       behavior_probs: [N, T, 25] probabilities of the clinician; None where only those of the
         recorded actions are known.
+      clinician: how they were estimated; None where they are true.
       world_model: to run `policies` in as well.
       progress: called with (phase, share done).
     """
@@ -145,7 +171,9 @@ def estimate_policies(
         row_sums=options.row_sums,
         missing_reward=options.missing_reward,
     )
-    data, checked, treated = ope.check(data, probs, input_policy)
+    found = inspect(data, probs, input_policy)
+    data, checked = clean(data, found)
+    episodes = episodes.select(found.kept)
     fitted = None
     if options.values != "none":
         progress("fitted values", 0.2)
@@ -156,8 +184,10 @@ def estimate_policies(
     shared: _EvaluateOptions = {
         "estimators": wanted or None, "gamma": options.gamma, "clip": clip,
         "interval": options.interval, "n_bootstrap": options.n_bootstrap, "fitted": fitted,
+        "limits": Limits(effective=options.effective, confounding=options.confounding),
+        "clinician": clinician,
     }  # fmt: skip
-    table = ope.evaluate(data, checked, key=keys.bootstrap, **shared)
+    table = ope.evaluate(data, checked, key=keys.bootstrap, treated=found.counts, **shared)
     if world_model is not None:
         progress("world model", 0.6)
         attrs = table.attrs
@@ -169,20 +199,29 @@ def estimate_policies(
         table.attrs = attrs
     weights = ope.weigh(data, jnp.stack(list(checked.values())), clip)
     confounding = robustness.confounding_table(
-        list(checked), data.returns(options.gamma), weights.log_weight[..., -1]
+        list(checked), data.returns(options.gamma), weights.log_weight[..., -1],
+        trusted=_trusted(table, list(checked)),
+    )  # fmt: skip
+    progress("subgroups", 0.7)
+    few: _EvaluateOptions = {
+        **shared,
+        "estimators": ("wis",) if fitted is None else ("wis", "wdr"),
+        "n_bootstrap": min(options.n_bootstrap, 1000),
+        # A group is evaluated with a clinician that was fitted to more than its stays.
+        "clinician": None if clinician is None else ope.ClinicianFit(clinician.stays),
+    }
+    groups = robustness.evaluate_groups(
+        data, checked, robustness.groups(episodes), key=keys.groups, **few
     )
-    groups = None
-    if treated["stays_dropped"] == 0:
-        progress("subgroups", 0.7)
-        few: _EvaluateOptions = {
-            **shared,
-            "estimators": ("wis",) if fitted is None else ("wis", "wdr"),
-            "n_bootstrap": min(options.n_bootstrap, 1000),
-        }
-        groups = robustness.evaluate_groups(
-            data, checked, robustness.groups(episodes), key=keys.groups, **few
-        )
-    return OPEResult(table, confounding, groups, stays, treated)
+    return OPEResult(table, confounding, groups, stays, found.counts)
+
+
+def _trusted(table: pd.DataFrame, names: Sequence[str]) -> list[bool]:
+    """[K] whether WIS, or else any weighted estimate, of each policy is trusted."""
+    wis = table[table["estimator"] == "wis"]
+    chosen = wis if len(wis) else table[table["estimator"] != "on_policy"]
+    trusted = chosen.groupby("policy")["trust"].any()
+    return [bool(trusted.get(name, False)) for name in names]
 
 
 def world_model_rows(

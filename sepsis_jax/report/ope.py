@@ -12,7 +12,8 @@ import pandas as pd
 from sepsis_jax.report.html import Section, Table
 
 SHOWN = ("policy", "estimator", "estimate", "low", "high", "difference", "difference_low",
-         "difference_high", "ess", "trust", "reason")  # fmt: skip
+         "difference_high", "ess", "expected_ess", "conclusion", "confounding", "trust",
+         "reason")  # fmt: skip
 HEADLINES = ("on_policy", "wis", "wpdis", "dm", "dr", "wdr", "world_model")
 
 
@@ -25,6 +26,14 @@ def records(table: pd.DataFrame) -> list[dict[str, object]]:
         }
         for row in table.astype(object).to_dict("records")
     ]
+
+
+def trust_words(row: Mapping[str, object]) -> str:
+    """Whether to believe a row: no, or yes up to the confounding at which its conclusion falls."""
+    if not row["trust"]:
+        return "no"
+    strength = row.get("confounding")
+    return f"yes, to Gamma {strength:.2f}" if isinstance(strength, float) else "yes"
 
 
 def latex(table: pd.DataFrame) -> str:
@@ -58,15 +67,18 @@ def _escaped(name: object) -> str:
 _TEXT = {
     "estimates": (
         "Value of every policy by every estimator, with its interval, its difference from the "
-        "clinician's mean return in the same resamples, and whether it can be believed.",
+        "clinician's mean return on the same stays, and whether it can be believed: never more "
+        "than up to the `confounding` (Gamma) at which its conclusion falls, the factor by which "
+        "something unrecorded would have to move the weights of stays.",
     ),
     "confounding": (
         "Least and greatest self-normalised value if something unrecorded moved every weight by "
-        "a factor of up to `confounding`.",
+        "a factor of up to `confounding`. Whether they exclude the clinician's value is said only "
+        "of trusted estimates.",
     ),
     "subgroups": (
         "The same by kind of patient. `differs_adjusted` divides the level by the number of "
-        "groups and policies looked at (Bonferroni).",
+        "groups and policies looked at (Bonferroni); both are said only of trusted estimates.",
     ),
     "behavior": ("Calibration of the fitted clinician on held-out stays.",),
     "ess_by_step": ("Effective sample size of the cumulative weights by step.",),

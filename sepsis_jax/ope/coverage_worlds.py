@@ -1,0 +1,255 @@
+"""Worlds whose true values are known, and data sets drawn from them, for counts of coverage.
+
+Policies mix the clinician with a better policy (the optimal one in ICU-Sepsis, titration in the
+synthetic world) and with a uniform one; the share of the other policy is the distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.special import expit
+
+from policy.base import action_probs
+from sepsis_jax.ope.benchmark import mixed, sample
+from sepsis_jax.ope.data import OPEData, from_episodes
+from sepsis_jax.ope.fqe import key_features
+from worldmodel import mdp, schema
+from worldmodel.episodes import Episodes
+from worldmodel.errors import InputError
+from worldmodel.synthetic import Params, generate, true_value
+
+WORLDS, CLINICIANS = ("icu_sepsis", "synthetic"), ("true", "fitted")
+HORIZON = 20  # steps
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A setting.
+
+    Attributes:
+      world: "icu_sepsis" or "synthetic".
+      clinician: "true" or "fitted".
+      stays: per data set.
+      dial: of confounding in the synthetic world: how far the clinician follows what is hidden.
+    """
+
+    world: str
+    clinician: str
+    stays: int
+    dial: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("world", WORLDS), ("clinician", CLINICIANS)):
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
+                )
+        if self.stays < 20 or (self.dial and self.world != "synthetic"):
+            raise InputError(
+                f"stays, dial: got {self.stays}, {self.dial}; expected at least 20 "
+                "stays, and confounding in the synthetic world alone"
+            )
+
+
+class Truth(NamedTuple):
+    """Values by policy, and the clinician's."""
+
+    policies: Mapping[str, float]
+    clinician: float
+
+
+class Drawn(NamedTuple):
+    """Stays of several data sets, one after the other."""
+
+    data: OPEData  # the clinician's probabilities are the true ones
+    probs: dict[str, np.ndarray]
+    state: np.ndarray | None  # of ICU-Sepsis
+    inputs: np.ndarray  # [N, T, D] of the fitted clinician
+
+    def part(self, rows: slice) -> Drawn:
+        """Some of the stays, on the host."""
+        data: OPEData = jax.tree.map(lambda leaf: leaf[rows], self.data)
+        probs = {name: table[rows] for name, table in self.probs.items()}
+        state = None if self.state is None else self.state[rows]
+        return Drawn(data, probs, state, self.inputs[rows])
+
+
+def labels(distances: tuple[float, ...]) -> dict[str, tuple[bool, float]]:
+    """Whether a policy mixes in the better one, and its distance, by name."""
+    return {
+        f"{'better' if better else 'uniform'} {share:g}": (better, share)
+        for share in distances
+        for better in (True, False)
+    }
+
+
+@cache
+def icu() -> tuple[mdp.MDP, np.ndarray]:
+    """ICU-Sepsis and its best policy [S, A]."""
+    world = mdp.icu_sepsis()
+    return world, mdp.best_policy(world)
+
+
+def _icu_policies(distances: tuple[float, ...]) -> dict[str, np.ndarray]:
+    world, best = icu()
+    uniform = np.full_like(best, 1 / best.shape[1])
+    return {
+        name: (1 - share) * world.clinician + share * (best if better else uniform)
+        for name, (better, share) in labels(distances).items()
+    }
+
+
+def _synthetic_policies(distances: tuple[float, ...]) -> dict[str, jax.tree_util.Partial]:
+    clinician = Params().clinician
+    return {
+        name: jax.tree_util.Partial(mixed, jnp.float32(share), jnp.bool_(better), clinician)
+        for name, (better, share) in labels(distances).items()
+    }
+
+
+def truth(cell: Cell, distances: tuple[float, ...], *, patients: int, seed: int) -> Truth:
+    """True values: exact in ICU-Sepsis, of `patients` simulated stays in the synthetic world."""
+    if cell.world == "icu_sepsis":
+        world, _ = icu()
+        values = {
+            name: mdp.true_value(world, policy, horizon=HORIZON)
+            for name, policy in _icu_policies(distances).items()
+        }
+        return Truth(values, mdp.true_value(world, world.clinician, horizon=HORIZON))
+    params = _params(cell)
+    key = jax.random.fold_in(jax.random.key(seed), 1)
+    values = {
+        name: true_value(key, policy, patients, params=params).value
+        for name, policy in _synthetic_policies(distances).items()
+    }
+    return Truth(values, true_value(key, None, patients, params=params).value)
+
+
+def _params(cell: Cell) -> Params:
+    params = Params()
+    return replace(params, clinician=replace(params.clinician, confounding=cell.dial))
+
+
+def draw(cell: Cell, first: int, count: int, distances: tuple[float, ...], seed: int) -> Drawn:
+    """The data sets first ... first + count - 1 of a cell; any part is the same in every run."""
+    stays = count * cell.stays
+    if cell.world == "icu_sepsis":
+        world, _ = icu()
+        drawn = sample(world, stays, horizon=HORIZON, seed=(seed, cell.stays, first))
+        probs = {name: drawn.probs(policy) for name, policy in _icu_policies(distances).items()}
+        assert world.sofa is not None
+        score = world.sofa[drawn.state] / 10
+        inputs = np.stack([np.ones_like(score), score], -1).astype(np.float32)
+        return Drawn(jax.tree.map(np.asarray, drawn.data), probs, drawn.state, inputs)
+    key = jax.random.fold_in(jax.random.key(seed), 2)
+    episodes, hidden = generate(
+        key, stays, params=_params(cell), keep_latent=False, first_patient=first * cell.stays
+    )
+    data = from_episodes(
+        episodes, behavior_probs=hidden.probabilities, features=key_features(episodes)
+    )
+    probs = {
+        name: np.asarray(action_probs(policy, episodes, key=key))
+        for name, policy in _synthetic_policies(distances).items()
+    }
+    return Drawn(jax.tree.map(np.asarray, data), probs, None, _seen(episodes))
+
+
+def _seen(episodes: Episodes) -> Float[np.ndarray, "N T D"]:
+    """[N, T, D] what the clinician of the synthetic world looks at."""
+    valid = np.asarray(episodes.valid)
+    dynamic = np.where(valid[..., None], np.asarray(episodes.dynamic, np.float64), 1.0)
+    pressure, lactate, urine = (
+        dynamic[..., schema.INDEX[name]] for name in ("meanbp", "lactate", "output_4hourly")
+    )
+    oxygen = 100 * dynamic[..., schema.INDEX["pao2"]] / dynamic[..., schema.INDEX["fio2"]]
+    step = np.broadcast_to(np.arange(episodes.num_steps), pressure.shape)
+    levels = np.stack([np.asarray(episodes.vasopressor), np.asarray(episodes.fluid)], -1)
+    before = np.concatenate([np.zeros_like(levels[:, :1]), levels[:, :-1]], 1)
+    indicators = np.eye(schema.NUM_LEVELS)[before][..., 1:].reshape(*pressure.shape, -1)
+    columns = [
+        np.ones_like(pressure), np.clip(68 - pressure, 0, 30) / 10,
+        np.clip(pressure - 68, 0, 30) / 10, np.clip(lactate - 2, 0, 6),
+        expit((66 - pressure) / 3), expit((120 - urine) / 40), expit((180 - oxygen) / 30),
+        np.exp(-step / 4), step == 0,
+        (before[..., 0] == 0) * np.clip(67 - pressure, 0, 15) / 10,
+    ]  # fmt: skip
+    inputs = np.concatenate([np.stack(columns, -1), indicators], -1)
+    seen: np.ndarray = np.where(valid[..., None], inputs, 0).astype(np.float32)
+    return seen
+
+
+_FOLDS = 5
+_PRIOR = 5.0  # rows that a state's counts shrink by
+_LAPSE = 0.002  # least probability of an action
+
+
+def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T A"]:
+    """[N, T, A] probabilities of each stay from a fit to the other folds."""
+    alive, action = np.asarray(drawn.data.alive), np.asarray(drawn.data.action)
+    fold = rng.permutation(len(alive)) % _FOLDS
+    out = np.empty((*alive.shape, schema.NUM_ACTIONS), np.float32)
+    for f in range(_FOLDS):
+        used = alive & (fold != f)[:, None]
+        if drawn.state is not None:
+            state = drawn.state
+            out[fold == f] = _counts(state[used], action[used], len(icu()[1]))[state[fold == f]]
+            continue
+        inputs = drawn.inputs
+        heads = [
+            _logistic(inputs[used], level[used]) for level in np.divmod(action, schema.NUM_LEVELS)
+        ]
+        each = [_softmax(inputs[fold == f] @ theta) for theta in heads]
+        joint = each[0][..., :, None] * each[1][..., None, :]
+        joint = joint.reshape(*joint.shape[:-2], schema.NUM_ACTIONS)
+        out[fold == f] = (1 - schema.NUM_ACTIONS * _LAPSE) * joint + _LAPSE
+    return out
+
+
+def _counts(
+    state: Int[np.ndarray, " M"], action: Int[np.ndarray, " M"], states: int
+) -> Float[np.ndarray, "S A"]:
+    """Counts of actions by state, shrunk to their overall frequency."""
+    counts = np.zeros((states, schema.NUM_ACTIONS))
+    np.add.at(counts, (state, action), 1.0)
+    overall = (counts.sum(0) + 1) / (counts.sum() + schema.NUM_ACTIONS)
+    counts += _PRIOR * overall
+    found: np.ndarray = counts / counts.sum(1, keepdims=True)
+    return found
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    found: np.ndarray = odds / odds.sum(-1, keepdims=True)
+    return found
+
+
+def _logistic(
+    x: Float[np.ndarray, "M D"], level: Int[np.ndarray, " M"], *, ridge: float = 0.1, steps: int = 8
+) -> Float[np.ndarray, "D L"]:
+    """Coefficients of a multinomial logistic regression by Newton's method; level 0 has none."""
+    x = x.astype(np.float64)
+    classes, width = schema.NUM_LEVELS, x.shape[1]
+    hit = np.eye(classes)[level]
+    theta = np.zeros((width, classes))
+    size = width * (classes - 1)
+    for _ in range(steps):
+        probs = _softmax(x @ theta)
+        slope = (x.T @ (hit - probs))[:, 1:] - ridge * theta[:, 1:]
+        hessian = np.empty((width, classes - 1, width, classes - 1))
+        for i in range(1, classes):
+            for j in range(i, classes):
+                spread = probs[:, i] * ((i == j) - probs[:, j])
+                block = x.T @ (x * spread[:, None])
+                hessian[:, i - 1, :, j - 1] = hessian[:, j - 1, :, i - 1] = block
+        flat = hessian.reshape(size, size) + ridge * np.eye(size)
+        theta[:, 1:] += np.linalg.solve(flat, slope.reshape(-1)).reshape(width, -1)
+    return theta
