@@ -26,7 +26,7 @@ from sepsis_jax.benchmark.hardware import hardware
 from sepsis_jax.ope.coverage import run, score
 from sepsis_jax.ope.coverage_worlds import CLINICIANS, WORLDS, Cell, Truth, truth
 from sepsis_jax.ope.diagnostics import Limits
-from sepsis_jax.runs import begin_run
+from sepsis_jax.runs import run_folder
 from worldmodel.files import read_json, write_json
 
 KIND = "ope coverage"
@@ -65,7 +65,6 @@ def main() -> None:
         "distances": list(distances), "truth_patients": arguments.truth_patients,
         "seed": arguments.seed,
     }  # fmt: skip
-    begin_run(arguments.out, KIND, request, resume=True)
     cells = [
         Cell(world, clinician, stays, dial)
         for world in arguments.world
@@ -78,19 +77,20 @@ def main() -> None:
         for cell in cells
         for first in range(0, arguments.data_sets, AT_ONCE)
     ]
+    files = {f"{_name(*part)}.parquet": part for part in parts}
     runs, begin = [], time.perf_counter()
-    for number, (cell, first, count) in enumerate(parts):
-        name = f"{cell.world}_{cell.clinician}_{cell.dial:g}_{cell.stays}_{first}_{count}"
-        file = arguments.out / f"{name}.parquet"
-        if not file.exists():
-            values = known(arguments.out, cell, distances, arguments)
-            found = run(cell, first, count, values, distances=distances, seed=arguments.seed)
-            whole = file.with_suffix(".part")
-            found.assign(**asdict(cell)).to_parquet(whole, index=False)
-            os.replace(whole, file)
-        runs.append(pd.read_parquet(file))
-        seconds = time.perf_counter() - begin
-        print(f"{number + 1}/{len(parts)} {name}, {seconds:.0f} s", flush=True)
+    with run_folder(arguments.out, KIND, request, resume=True, keeps=tuple(files)):
+        for number, (name, (cell, first, count)) in enumerate(files.items()):
+            file = arguments.out / name
+            if not file.exists():
+                values = known(arguments.out, cell, distances, arguments)
+                found = run(cell, first, count, values, distances=distances, seed=arguments.seed)
+                whole = file.with_suffix(".part")
+                found.assign(**asdict(cell)).to_parquet(whole, index=False)
+                os.replace(whole, file)
+            runs.append(pd.read_parquet(file))
+            seconds = time.perf_counter() - begin
+            print(f"{number + 1}/{len(parts)} {file.stem}, {seconds:.0f} s", flush=True)
     limits = Limits(effective=arguments.effective, confounding=arguments.confounding_limit)
     scores = score(pd.concat(runs, ignore_index=True), limits)
     pd.set_option("display.width", 200)
@@ -104,6 +104,10 @@ def main() -> None:
     if arguments.json:
         write_json(arguments.json, result)
     print(json.dumps(result))
+
+
+def _name(cell: Cell, first: int, count: int) -> str:
+    return f"{cell.world}_{cell.clinician}_{cell.dial:g}_{cell.stays}_{first}_{count}"
 
 
 def known(

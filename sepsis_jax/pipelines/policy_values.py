@@ -30,7 +30,7 @@ from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.reward import episode_rewards
-from worldmodel.clinical.safety import Prescriptions, assess_episodes, judge
+from worldmodel.clinical.safety import Prescriptions, SafetyReport, assess_episodes, judge
 from worldmodel.configuration import require
 from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
@@ -231,7 +231,7 @@ def prescribed_rates(
         "step": jnp.arange(episodes.num_steps),
         "valid": episodes.valid,
     }
-    report = judge(
+    report: SafetyReport = judge(
         Prescriptions(
             vasopressor=vasopressor,
             fluid=fluid,

@@ -158,7 +158,7 @@ def assess(
     vasopressor, fluid = schema.action_levels(action)
     dose = jnp.where(valid, fluid_dose, 0.0)
     first = jnp.zeros_like(vasopressor[..., :1])
-    return judge(
+    report: SafetyReport = judge(
         Prescriptions(
             meanbp=dynamic[..., schema.INDEX["meanbp"]],
             lactate=dynamic[..., schema.INDEX["lactate"]],
@@ -176,6 +176,7 @@ def assess(
         step_hours,
         config,
     )
+    return report
 
 
 def assess_episodes(
