@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from policy.simple import RandomPolicy
-from sepsis_jax.ope import InputPolicy, check, evaluate
+from sepsis_jax.ope import ClinicianFit, InputPolicy, check, estimated_clinician, evaluate
 from sepsis_jax.ope.policies import read_probabilities, write_probabilities
 from sepsis_jax.pipelines import ope_estimates
-from sepsis_jax.pipelines.ope import _policies
+from sepsis_jax.pipelines.ope import _behavior, _policies
 from sepsis_jax.pipelines.ope_estimates import OPEOptions, estimate_policies, ope_keys
 from tests.sepsis_jax.ope.samples import random_case
 from tests.toy import toy_episodes
@@ -131,3 +131,36 @@ def test_softening_reaches_built_in_policies_and_nonsense_is_refused():
             OPEOptions(**flawed)
     with pytest.raises(InputError, match="needs the clinician"):
         _policies(["none"], episodes, None, OPEOptions(soften="clinician"))
+
+
+def test_no_stay_is_evaluated_with_a_clinician_that_saw_its_patient(monkeypatch):
+    episodes = toy_episodes(num_stays=60)
+    seen = []
+    fit = estimated_clinician.fit_behavior
+
+    def spied(key, part, *, models):
+        seen.append(np.asarray(part.split))
+        return fit(key, part, models=models)
+
+    monkeypatch.setattr(estimated_clinician, "fit_behavior", spied)
+    options = OPEOptions(split="all", behavior_folds=3)
+    everyone = np.arange(60)
+    known = _behavior("marginal", episodes, everyone, jax.random.key(0), options)
+    assert known.estimated == ClinicianFit(60, shared=True)
+    assert len(seen) == 3 and (np.sum([split == 2 for split in seen], 0) == 1).all()
+    assert np.allclose(known.probs.sum(-1), 1, atol=1e-4)
+    held_out = np.flatnonzero(np.asarray(episodes.split) == 2)
+    apart = _behavior("marginal", episodes, held_out, jax.random.key(0), options)
+    train = int((np.asarray(episodes.split) == 0).sum())
+    assert apart.estimated == ClinicianFit(train) and len(seen) == 3
+    result = estimate_policies(
+        episodes,
+        {"random": RandomPolicy().action_probs(episodes)},
+        {},
+        keys=ope_keys(0),
+        options=OPEOptions(values="none", estimators="wis", n_bootstrap=0),
+        behavior_probs=known.probs,
+        clinician=known.estimated,
+    )
+    row = result.table.iloc[0]
+    assert np.isfinite(row["se"]) and row["low"] < row["estimate"] < row["high"]
