@@ -270,6 +270,7 @@ def test_counts_of_coverage_ask_the_verdict_of_evaluate():
     assert rows["reason"].tolist() == table["reason"].tolist()
 
 
+@pytest.mark.slow
 @needs_icu
 def test_trusted_intervals_cover_in_a_cell(tmp_path):
     out = tmp_path / "coverage.json"
