@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from sepsis_jax.runs import JsonDict
 from worldmodel.errors import InputError
 from worldmodel.imputation import hold_steps
+from worldmodel.resources import usable_cores
 
 CHOICES: dict[str, tuple[object, ...]] = {
     "step_hours": (1, 2, 4, 8),
@@ -176,7 +176,7 @@ class CohortOptions:
     @property
     def worker_threads(self) -> int:
         """Threads in effect."""
-        return self.threads or os.cpu_count() or 1
+        return self.threads or usable_cores()
 
     def to_dict(self) -> JsonDict:
         """JSON-ready form."""
