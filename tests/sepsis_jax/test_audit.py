@@ -176,7 +176,7 @@ def test_the_command_writes_what_it_says(run, cohort, model, tmp_path):
         table["name"]
     )
     assert set(table["verdict"]) <= {PASS, SUSPECT, FAIL, NOT_RUN}
-    assert "checks pass" in result.out
+    assert json.loads(result.out) == result.last_json  # and nothing else
     assert "patients in two splits" in (out / "report.html").read_text()
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["config"]["samples"] == 2 and manifest["model"] == str(model)
