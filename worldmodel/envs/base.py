@@ -11,7 +11,14 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from worldmodel import keys, schema
 from worldmodel.clinical import reward
-from worldmodel.observation import Observation, PolicyFn, draw_action, recent
+from worldmodel.observation import (
+    INVALID_ACTION,
+    Observation,
+    PolicyFn,
+    draw_action,
+    recent,
+    refuse_invalid,
+)
 
 REWARD_TERMS = ("unchanged_sofa", "sofa_change", "lactate_change", "terminal")
 
@@ -159,7 +166,9 @@ def unroll(
       The state after T steps, and the trajectory.
 
     Raises:
-      InputError: the observations hold fewer past rows than the policy needs.
+      InputError: the observations hold fewer past rows than the policy needs, or the policy gives
+        no 25 finite probabilities that sum to 1; within `jax.jit` the action is `INVALID_ACTION`
+        and the reward NaN instead.
     """
     state, first = env.reset(key) if start is None else start
     own = jax.random.fold_in(key if policy_key is None else policy_key, keys.UNROLL)
@@ -181,4 +190,6 @@ def unroll(
         return (after, timestep), (action, timestep)
 
     (state, _), (actions, timesteps) = jax.lax.scan(step, (state, first), jnp.arange(num_steps))
+    if not isinstance(actions, jax.core.Tracer):
+        refuse_invalid(actions == INVALID_ACTION)
     return state, Trajectory(first, actions, timesteps)

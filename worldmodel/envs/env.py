@@ -49,8 +49,8 @@ class EnvState:
 class SepsisEnv:
     """An environment over any source of dynamics, for one patient.
 
-    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`); other numbers
-    have undefined results, since values cannot be checked inside jit. `worldmodel.gym` checks them.
+    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`). Values cannot be checked
+    inside jit: a step with another number has a reward of NaN. `worldmodel.gym` refuses it.
     """
 
     dynamics: Dynamics
@@ -179,7 +179,10 @@ class SepsisEnv:
           state: from `reset` or `step`.
           action: [] int32, 0-24.
         """
-        dynamics, timestep = self.dynamics.step(state.dynamics, jnp.asarray(action, jnp.int32))
+        action = jnp.asarray(action, jnp.int32)
+        dynamics, timestep = self.dynamics.step(state.dynamics, action)
+        known = (action >= 0) & (action < schema.NUM_ACTIONS)
+        timestep = replace(timestep, reward=jnp.where(known, timestep.reward, jnp.nan))
         taken = state.taken + 1
         if self.max_steps is not None:
             cut = ~timestep.terminated & (taken >= self.max_steps)

@@ -31,7 +31,15 @@ from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.windows import Sequences, Window, to_sequences
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import Observation, PolicyFn, as_pytree
+from worldmodel.observation import (
+    INVALID_ACTION,
+    Observation,
+    PolicyFn,
+    as_pytree,
+    draw_action,
+    observation_at,
+    refuse_invalid,
+)
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import History, history_at, observe
 from worldmodel.simulate.randomness import branch_key, outcome_chance, policy_key, state_noise
@@ -288,6 +296,9 @@ def learned_dynamics(
         raise InputError("follow_record: recorded stays end with their last row; leave out horizon")
     if not episodes.num_stays:
         raise InputError("episodes: no stay to start from; pick a split that has some")
+    if behavior is not None:
+        seen = observation_at(episodes, jnp.int32(0), jnp.int32(0), past=past)
+        refuse_invalid(draw_action(behavior, jax.random.key(0), seen) == INVALID_ACTION)
     return kind(
         world_model=world_model,
         episodes=episodes,

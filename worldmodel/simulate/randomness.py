@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +102,42 @@ def under_policy(
     return treat
 
 
+def scan_some(
+    step: Callable[[Any, jax.Array], tuple[Any, Any]],  # on PyTrees of any structure
+    carry: Any,
+    first: int,
+    end: jax.Array | int,
+    most: int,
+) -> tuple[Any, Any]:
+    """`jax.lax.scan` over `first`, ..., `end` - 1, where the end may be traced.
+
+    Args:
+      step: `(carry, h) -> (carry, kept)`.
+      carry: before the first step.
+      first: number of the first step.
+      end: [] int32 number after the last one.
+      most: bound on the end.
+
+    Returns:
+      The carry after the last step, and what was kept, leaves [most - first, ...]; zero from the
+      end on.
+    """
+    _, like = jax.eval_shape(step, carry, jnp.int32(first))
+    empty = jax.tree.map(lambda leaf: jnp.zeros((most - first, *leaf.shape), leaf.dtype), like)
+
+    def body(h: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        carry, kept = step(state[0], h)
+        written = jax.tree.map(
+            lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, h - first, 0),
+            state[1],
+            kept,
+        )
+        return carry, written
+
+    result: tuple[Any, Any] = jax.lax.fori_loop(first, end, body, (carry, empty))
+    return result
+
+
 def drawn_noise(
     key: jax.Array,
     start: History,
@@ -110,8 +147,12 @@ def drawn_noise(
     *,
     common: bool,
     width: int = schema.NUM_FEATURES,
+    steps: jax.Array | None = None,
 ) -> Noise:
-    """Standard normals [P, K, S, width] of each step, [P, 1, S, width] where plans share them."""
+    """Standard normals [P, K, S, width] of each step, [P, 1, S, width] where plans share them.
+
+    With `steps` [] int32, only those of so many of the `horizon` steps are drawn.
+    """
     plan_ids = jnp.zeros(1, jnp.int32) if common else jnp.arange(shape[1])
 
     @jax.named_scope("sampling")
@@ -123,7 +164,10 @@ def drawn_noise(
 
     # Drawn in a separate loop of at least two iterations: otherwise XLA would draw them again for
     # every plan and every use.
-    drawn = jax.lax.map(draw, jnp.arange(max(horizon, 2)))
+    if steps is None:
+        drawn = jax.lax.map(draw, jnp.arange(max(horizon, 2)))
+    else:
+        _, drawn = scan_some(lambda none, h: (none, draw(h)), None, 0, steps, horizon)
     return lambda h: drawn[h]
 
 

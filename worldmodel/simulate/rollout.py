@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from worldmodel.clinical import reward
 from worldmodel.compilation import being_traced, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
-from worldmodel.observation import PolicyFn, as_pytree
+from worldmodel.observation import INVALID_ACTION, PolicyFn, as_pytree, refuse_invalid
 from worldmodel.resources import free_memory, require_memory
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
@@ -34,6 +35,7 @@ from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
+_SHORTEST = 4  # steps of the shortest arrays
 CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
 
 
@@ -100,9 +102,12 @@ class Rollouts:
         In the recurrent variant that of the whole stay: the clinician goes on after the horizon.
 
         The terminal reward is its expectation in corrected mode; in reference mode a
-        mortality above 0.5 is death.
+        mortality above 0.5 is death. NaN where the mortality was not computed: how the stay ends
+        is not known then.
         """
-        died = self.mortality if self.mode == "corrected" else self.mortality > 0.5
+        died = self.mortality
+        if self.mode == "reference":
+            died = jnp.where(jnp.isnan(died), jnp.nan, died > 0.5)
         total = self.reward.sum(-1) + reward.terminal_reward(died)
         return total if self.later_reward is None else total + self.later_reward
 
@@ -128,6 +133,10 @@ def rollout(
     max_branches: int | None = None,
 ) -> Rollouts:
     """Simulates patients under plans or a policy.
+
+    Programs are kept for the life of the process, one for each shape of the inputs. Horizons of
+    the recurrent variant share one for up to 4, 8, 16, ... steps, of which no more are simulated
+    than asked for; those of the other variants, and those within a `jax.jit`, have one each.
 
     Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
 
@@ -156,7 +165,8 @@ def rollout(
       The rollouts; arrays are on the device.
 
     Raises:
-      InputError: an action outside 0-24, an unknown feature or mode, or sizes that do not fit.
+      InputError: an action outside 0-24, an unknown feature or mode, sizes that do not fit, more
+        futures than memory holds, or a policy that gives no 25 finite probabilities that sum to 1.
     """
     least = FOLLOW_CLINICIAN if world_model.is_recurrent else 0
     plans, policy = _resolve(plans_or_policy, start, horizon, least)
@@ -176,16 +186,22 @@ def rollout(
             f"{(patients, samples, horizon, world_model.noise_width)}"
         )
     num_plans = 1 if plans is None else plans.shape[1]
+    padded, steps = horizon, None
+    if world_model.is_recurrent and not being_traced():
+        padded, steps = _padded_horizon(horizon), jnp.asarray(horizon, jnp.int32)
     require_rollouts(
-        samples, patients=patients, plans=num_plans, horizon=horizon, features=len(features)
+        samples, patients=patients, plans=num_plans, horizon=padded, features=len(features)
     )
+    plans = None if plans is None else _padded(plans, padded)
+    if noise is not None and padded > horizon:
+        noise = jnp.asarray(_padded(np.asarray(noise), padded))
     if max_branches is None:
         max_branches = _suitable_branches(horizon, world_model)
     actions = None if plans is None else jnp.asarray(plans)
-    inputs = (world_model, key, start, actions, policy and as_pytree(policy), noise)
+    inputs = (world_model, key, start, actions, policy and as_pytree(policy), noise, steps)
     past = getattr(policy, "past", 0)
     config = RolloutConfig(
-        horizon=horizon,
+        horizon=padded,
         features=tuple(features),
         common_noise=common_noise,
         mode=mode,
@@ -200,7 +216,42 @@ def rollout(
     if being_traced():
         return _rollout(*inputs, blocks, samples, config, past)
     result: Rollouts = _jitted(precision)(*inputs, blocks, samples, config, past)
+    result = _cut(result, horizon)
+    if policy is not None:
+        refuse_invalid(np.asarray(result.action) == INVALID_ACTION)
     return result
+
+
+def _padded_horizon(horizon: int) -> int:
+    """The length of the arrays that results are written to: one program serves several horizons."""
+    return max(_SHORTEST, 1 << (horizon - 1).bit_length())
+
+
+def _padded(values: np.ndarray, steps: int) -> np.ndarray:
+    """An array [P, ., H, ...] with zeros, which nobody reads, for the steps after H."""
+    widths = [(0, 0)] * values.ndim
+    widths[2] = (0, steps - values.shape[2])
+    return np.pad(values, widths)
+
+
+_BY_STEP = ("values", "sofa", "ventilation", "reward", "action", "alive", "support")
+
+
+def _cut(rollouts: Rollouts, horizon: int) -> Rollouts:
+    """The steps that were simulated; on a CPU without a program for each horizon."""
+    if rollouts.sofa.shape[-1] == horizon:
+        return rollouts
+    on_host = jax.default_backend() == "cpu"
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        if not on_host:
+            return leaf[:, :, :, :horizon]
+        return jnp.asarray(np.asarray(leaf)[:, :, :, :horizon])
+
+    leaves = {name: getattr(rollouts, name) for name in _BY_STEP}
+    # `replace` wants the type of each field.
+    kept: dict[str, Any] = {name: cut(leaf) for name, leaf in leaves.items() if leaf is not None}
+    return replace(rollouts, **kept)
 
 
 def check_mode(world_model: WorldModel, mode: str) -> None:
@@ -268,7 +319,9 @@ def _in_equal_parts(count: int, most: int) -> np.ndarray:
 
 @cache
 def _jitted(precision: str | None) -> Callable[..., Rollouts]:
-    return jax.jit(_rollout, static_argnums=(7, 8, 9), compiler_options=compiler_options(precision))
+    return jax.jit(
+        _rollout, static_argnums=(8, 9, 10), compiler_options=compiler_options(precision)
+    )
 
 
 def _rollout(
@@ -278,6 +331,7 @@ def _rollout(
     plans: jax.Array | None,
     policy: PolicyFn | None,
     noise: jax.Array | None,
+    steps: jax.Array | None,
     blocks: _Blocks,
     samples: int,
     config: RolloutConfig,
@@ -298,6 +352,7 @@ def _rollout(
                 own_plans,
                 policy,
                 own_noise,
+                steps,
                 config=config,
                 past=past,
             )
@@ -326,12 +381,13 @@ def _simulate(
     plans: jax.Array | None,
     policy: PolicyFn | None,
     noise: jax.Array | None,
+    steps: jax.Array | None,
     samples: jax.Array,
     *,
     config: RolloutConfig,
     past: int,
 ) -> dict[str, jax.Array]:
-    """One member's branches [P, K, C] for the samples [C]."""
+    """One member's branches [P, K, C] for the samples [C]; `steps` as in `RolloutSpec`."""
     shape = (start.step.shape[0], 1 if plans is None else plans.shape[1], samples.shape[0])
     columns = np.array([schema.INDEX[name] for name in config.features], np.int32)
     if plans is not None:
@@ -342,7 +398,9 @@ def _simulate(
     if noise is None:
         common = config.common_noise
         width = world_model.noise_width
-        eps = drawn_noise(key, start, samples, shape, config.horizon, common=common, width=width)
+        eps = drawn_noise(
+            key, start, samples, shape, config.horizon, common=common, width=width, steps=steps
+        )
     else:
         given = noise[:, None, samples]
 
@@ -372,6 +430,7 @@ def _simulate(
             fold=lambda projected, step: projected + step.projected,
             folded=jnp.zeros(shape, jnp.int32),
             looks_back=plans is None,
+            steps=steps,
         ),
     )
     mortality = jnp.full(shape, jnp.nan) if result.mortality is None else result.mortality

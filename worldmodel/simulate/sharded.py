@@ -27,7 +27,7 @@ from jaxtyping import Array, Int
 
 from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
-from worldmodel.observation import PolicyFn, as_pytree
+from worldmodel.observation import PolicyFn, as_pytree, refuse_invalid
 from worldmodel.resources import usable_cores
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
@@ -214,6 +214,9 @@ def rollout_block(
       start: P patients.
       plans: [P, K, H] joint actions; None for a policy.
       samples: S, a multiple of the ensemble size E; sample s is simulated by member s mod E.
+
+    Raises:
+      InputError: the policy gives no 25 finite probabilities that sum to 1.
     """
     world_model, _ = sharded_rollout._constant
     num_plans = sharded_rollout.shape[1]
@@ -246,6 +249,8 @@ def rollout_block(
     while queue:
         write(*queue.popleft())
     assert whole is not None
+    if plans is None:
+        refuse_invalid(np.isnan(whole.shaping))
     return whole
 
 

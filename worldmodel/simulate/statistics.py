@@ -163,7 +163,9 @@ def group_statistics(
     values = {name: _wide(summary.final[..., i]) for i, name in enumerate(features)}
     start = dict(zip(features, np.asarray(start_values, np.float64).T, strict=True))
     mortality = _wide(summary.mortality)
-    died = mortality if mode == "corrected" else (mortality > 0.5).astype(np.float64)
+    died = mortality
+    if mode == "reference":
+        died = np.where(np.isnan(mortality), np.nan, mortality > 0.5)
     reward = _wide(summary.shaping) + TERMINAL * (1.0 - 2.0 * died) + _wide(summary.later_reward)
     shape = mortality.shape[:2]
     weight = None if np.isnan(summary.alive).all() else weights_of(summary.alive)

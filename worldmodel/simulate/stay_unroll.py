@@ -16,6 +16,7 @@ from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History
+from worldmodel.simulate.randomness import scan_some
 from worldmodel.simulate.stays import (
     StayState,
     continuation_at,
@@ -33,6 +34,7 @@ from worldmodel.simulate.unroll import (
     StepState,
     Tree,
     append_step,
+    mark_invalid,
     score_state,
     spread_state,
     stack_steps,
@@ -98,6 +100,7 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             after = after._replace(
                 history=append_step(now.history, result, spec.shape, stay.ventilated, observed)
             )
+        result = mark_invalid(result, spec)
         with jax.named_scope("output"):
             folded = spec.fold(carry.folded, result)
             return _ScanCarry(stay, after, folded), spec.collect(result)
@@ -110,20 +113,26 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
     )
     carry, kept = step(carry, jnp.int32(0))
     parts = [jax.tree.map(lambda leaf: leaf[None], kept)]
+    steps = spec.config.horizon if spec.steps is None else spec.steps
     if spec.config.horizon > 1:
 
         def later_step(carry: _ScanCarry, h: jax.Array) -> tuple[_ScanCarry, Tree]:
             carry, kept = step(carry, h)
             return _spread(carry, spec.shape), kept
 
-        carry, kept = jax.lax.scan(
-            later_step, _spread(carry, spec.shape), jnp.arange(1, spec.config.horizon)
-        )
+        if spec.steps is None:
+            carry, kept = jax.lax.scan(
+                later_step, _spread(carry, spec.shape), jnp.arange(1, spec.config.horizon)
+            )
+        else:
+            carry, kept = scan_some(
+                later_step, _spread(carry, spec.shape), 1, steps, spec.config.horizon
+            )
         parts.append(kept)
     mortality = later = None
     if spec.config.mortality:
         with jax.named_scope("outcome"):
-            follows = continuation_at(kernel, carry.stay, static, first + spec.config.horizon)
+            follows = continuation_at(kernel, carry.stay, static, first + steps)
             alive = carry.stay.alive
             mortality = carry.stay.dead + alive * jax.nn.sigmoid(follows.mortality_logit)
             mortality = jnp.broadcast_to(mortality, spec.shape)

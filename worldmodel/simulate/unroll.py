@@ -94,6 +94,8 @@ class RolloutSpec:
       fold: `(folded, step) -> folded`, a running summary with leaves [P, K, S, ...].
       folded: initial value of the summary.
       looks_back: keep a `History` for a policy.
+      steps: [] int32, simulate only so many of `config.horizon` steps and leave the rest of what is
+        collected zero; None for all. Recurrent variant only.
     """
 
     config: RolloutConfig
@@ -104,6 +106,7 @@ class RolloutSpec:
     fold: Callable[[Tree, Step], Tree] = lambda folded, step: folded
     folded: Tree = ()
     looks_back: bool = False
+    steps: jax.Array | None = None
 
 
 class _ScanCarry(NamedTuple):
@@ -146,6 +149,7 @@ def unroll(world_model: WorldModel, start: History, spec: RolloutSpec) -> Rollou
         if now.history is not None:
             ventilated = drawn.ventilation > 0.5
             after = after._replace(history=append_step(now.history, result, spec.shape, ventilated))
+        result = mark_invalid(result, spec)
         with jax.named_scope("output"):
             folded = spec.fold(carry.folded, result)
         moved = _ScanCarry(recurrent, after, folded)
@@ -259,6 +263,13 @@ def score_state(
     with jax.named_scope("scoring"):
         earned = reward.step_reward(now.sofa, sofa, now.lactate, lactate)
     return StepState(row.obs, lactate, sofa, urine, now.history), earned
+
+
+def mark_invalid(step: Step, spec: RolloutSpec) -> Step:
+    """The step with a reward of NaN where a policy gave no distribution; plans are checked."""
+    if not spec.looks_back:
+        return step
+    return step._replace(reward=jnp.where(step.action < 0, jnp.nan, step.reward))
 
 
 def append_step(
