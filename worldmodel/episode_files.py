@@ -190,7 +190,9 @@ def load_episodes_for(
     )
 
 
-def _check_edges(path: Path, manifest: Mapping[str, Any], needed: schema.DoseEdges | None) -> None:
+def _check_edges(
+    path: Path, manifest: Mapping[str, object], needed: schema.DoseEdges | None
+) -> None:
     if needed is None:
         return
     found = dose_edges_of(manifest, source=str(path / "manifest.json"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -102,13 +102,17 @@ def under_policy(
     return treat
 
 
+CarryT = TypeVar("CarryT")
+KeptT = TypeVar("KeptT")
+
+
 def scan_some(
-    step: Callable[[Any, jax.Array], tuple[Any, Any]],  # on PyTrees of any structure
-    carry: Any,
+    step: Callable[[CarryT, jax.Array], tuple[CarryT, KeptT]],
+    carry: CarryT,
     first: int,
     end: jax.Array | int,
     most: int,
-) -> tuple[Any, Any]:
+) -> tuple[CarryT, KeptT]:
     """`jax.lax.scan` over `first`, ..., `end` - 1, where the end may be traced.
 
     Args:
@@ -125,7 +129,7 @@ def scan_some(
     _, like = jax.eval_shape(step, carry, jnp.int32(first))
     empty = jax.tree.map(lambda leaf: jnp.zeros((most - first, *leaf.shape), leaf.dtype), like)
 
-    def body(h: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+    def body(h: jax.Array, state: tuple[CarryT, KeptT]) -> tuple[CarryT, KeptT]:
         carry, kept = step(state[0], h)
         written = jax.tree.map(
             lambda whole, one: jax.lax.dynamic_update_index_in_dim(whole, one, h - first, 0),
@@ -134,7 +138,7 @@ def scan_some(
         )
         return carry, written
 
-    result: tuple[Any, Any] = jax.lax.fori_loop(first, end, body, (carry, empty))
+    result: tuple[CarryT, KeptT] = jax.lax.fori_loop(first, end, body, (carry, empty))
     return result
 
 
