@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,7 @@ from sepsis_jax.ope.coverage import run, score
 from sepsis_jax.ope.coverage_worlds import CLINICIANS, WORLDS, Cell, Truth, truth
 from sepsis_jax.ope.diagnostics import Limits
 from sepsis_jax.runs import run_folder
-from worldmodel.files import read_json, write_json
+from worldmodel.files import atomic_file, read_json, write_json
 
 KIND = "ope coverage"
 AT_ONCE = 25  # data sets of a part: what is lost when the run is stopped
@@ -85,9 +84,8 @@ def main() -> None:
             if not file.exists():
                 values = known(arguments.out, cell, distances, arguments)
                 found = run(cell, first, count, values, distances=distances, seed=arguments.seed)
-                whole = file.with_suffix(".part")
-                found.assign(**asdict(cell)).to_parquet(whole, index=False)
-                os.replace(whole, file)
+                with atomic_file(file) as temporary:
+                    found.assign(**asdict(cell)).to_parquet(temporary, index=False)
             runs.append(pd.read_parquet(file))
             seconds = time.perf_counter() - begin
             print(f"{number + 1}/{len(parts)} {file.stem}, {seconds:.0f} s", flush=True)

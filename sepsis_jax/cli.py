@@ -14,6 +14,7 @@ from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, wor
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
+    Samples,
     Seed,
     console,
     epochs,
@@ -62,9 +63,7 @@ def demo(
     patients: Annotated[
         int, typer.Option("--patients", min=1, max=LARGEST, help="Synthetic patients.")
     ] = 4000,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")
-    ] = 2000,
+    samples: Samples = 2000,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from sepsis_jax.runs import JsonDict
 from sepsis_jax.runs import Progress as PhaseProgress
-from worldmodel.configuration import LARGEST_SEED
+from worldmodel.configuration import LARGEST, LARGEST_SEED
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -189,6 +189,7 @@ OtherSeed = Annotated[
         help="Seed of every random choice, if not the settings'.",
     ),
 ]
+Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")]
 Setting = Annotated[
     list[str] | None,
     typer.Option(

@@ -62,8 +62,8 @@ def _gigabytes(size: float) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _groups() -> Iterator[tuple[Path, bool]]:
-    """Folders of the cgroups that this process is in, and whether they are of version 2."""
+def _groups(controller: str) -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's cgroups with a controller, and whether they are of version 2."""
     try:
         lines = _OWN_CGROUP.read_text().splitlines()
     except OSError:
@@ -71,18 +71,19 @@ def _groups() -> Iterator[tuple[Path, bool]]:
     for line in lines:
         _, _, rest = line.partition(":")
         controllers, _, own = rest.partition(":")
-        roots = [_CGROUPS / name for name in controllers.split(",")] if controllers else [_CGROUPS]
-        for root in roots:
-            folder = root / own.lstrip("/")
-            # Within a container the path may be the host's, which is not there: the root is ours.
-            for group in (folder, *folder.parents):
-                if group.is_relative_to(root) and group.is_dir():
-                    yield group, not controllers
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CGROUPS / controller if controllers else _CGROUPS
+        folder = root / own.lstrip("/")
+        # Within a container the path may be the host's, which is not there: the root is ours.
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(root) and group.is_dir():
+                yield group, not controllers
 
 
 def _cpu_quotas() -> Iterator[float]:
     """Cores by quota, of each cgroup that sets one."""
-    for group, second in _groups():
+    for group, second in _groups("cpu"):
         if second:
             values = _words(group / "cpu.max")
         else:
@@ -92,7 +93,7 @@ def _cpu_quotas() -> Iterator[float]:
 
 
 def _free_of_cgroups() -> Iterator[int]:
-    for group, second in _groups():
+    for group, second in _groups("memory"):
         names = ("max", "current") if second else ("limit_in_bytes", "usage_in_bytes")
         values = [word for name in names for word in _words(group / f"memory.{name}")]
         if len(values) == 2 and all(map(str.isdigit, values)) and int(values[0]) < _UNLIMITED:

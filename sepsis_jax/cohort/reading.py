@@ -105,9 +105,7 @@ def read_chart(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
         )
     quantities = {item: name for name, numbers in items.FEATURE_CHART.items() for item in numbers}
     quantities |= dict.fromkeys((items.WEIGHT_ADMIT, items.WEIGHT_DAILY), "weight")
-    counts = _each_once(work, "chart")
-    _read_numbers(work, "chart", quantities, ("value",))
-    return counts | {"unknown_units": _convert(work, "chart", tables["chartevents"], quantities)}
+    return _measured(work, "chart", tables["chartevents"], quantities, ("value",))
 
 
 def read_labs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
@@ -130,9 +128,7 @@ def read_labs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
         )
     quantities = {item: name for name, numbers in items.FEATURE_LABS.items() for item in numbers}
     quantities[items.LAB_FIO2] = "fio2"
-    counts = _each_once(work, "lab")
-    _read_numbers(work, "lab", quantities, ("value", "comments"))
-    return counts | {"unknown_units": _convert(work, "lab", tables["labevents"], quantities)}
+    return _measured(work, "lab", tables["labevents"], quantities, ("value", "comments"))
 
 
 def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
@@ -238,6 +234,19 @@ def _drop_repeats(work: Workspace, name: str) -> int:
         return 0
     work.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT DISTINCT * FROM {name}")
     return int(total - work.scalar(f"SELECT count(*) FROM {name}"))
+
+
+def _measured(
+    work: Workspace,
+    name: str,
+    table: RawTable,
+    quantities: dict[int, str],
+    texts: tuple[str, ...],
+) -> JsonDict:
+    """Makes rows of results unique, numeric and of the schema's units; the counts of both."""
+    counts = _each_once(work, name)
+    _read_numbers(work, name, quantities, texts)
+    return counts | {"unknown_units": _convert(work, name, table, quantities)}
 
 
 def _each_once(work: Workspace, name: str) -> JsonDict:

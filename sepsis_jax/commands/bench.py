@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.console import Json, Out, Seed, console, phases, print_json, print_table
+from sepsis_jax.console import Json, Out, Samples, Seed, console, phases, print_json, print_table
 from sepsis_jax.outputs import claimed
 from sepsis_jax.runs import JsonDict
 from worldmodel.configuration import LARGEST
@@ -20,7 +20,6 @@ OptionalModel = Annotated[
     ),
 ]
 Plans = Annotated[int, typer.Option("--plans", min=1, max=LARGEST, help="Plans per patient.")]
-Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")]
 Horizon = Annotated[int, typer.Option("--horizon", min=1, max=LARGEST, help="Steps to simulate.")]
 Precision = Annotated[
     str | None,

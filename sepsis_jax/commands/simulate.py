@@ -15,6 +15,7 @@ from sepsis_jax.console import (
     Model,
     OtherSeed,
     Out,
+    Samples,
     Seed,
     Setting,
     console,
@@ -55,9 +56,7 @@ def simulate(
     horizon: Annotated[
         int, typer.Option("--horizon", min=1, max=LARGEST, help="Steps to simulate.")
     ] = 6,
-    samples: Annotated[
-        int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")
-    ] = 1000,
+    samples: Samples = 1000,
     mode: Annotated[
         str, typer.Option("--mode", help="corrected, or reference for SepsisAgent's rules.")
     ] = "corrected",

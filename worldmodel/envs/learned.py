@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -297,8 +298,7 @@ def learned_dynamics(
     if not episodes.num_stays:
         raise InputError("episodes: no stay to start from; pick a split that has some")
     if behavior is not None:
-        seen = observation_at(episodes, jnp.int32(0), jnp.int32(0), past=past)
-        refuse_invalid(draw_action(behavior, jax.random.key(0), seen) == INVALID_ACTION)
+        refuse_invalid(_first_draw(as_pytree(behavior), episodes, past) == INVALID_ACTION)
     return kind(
         world_model=world_model,
         episodes=episodes,
@@ -312,6 +312,12 @@ def learned_dynamics(
         mortality_each_step=mortality_each_step,
         follow_record=follow_record,
     )
+
+
+@partial(jax.jit, static_argnums=2)
+def _first_draw(policy: PolicyFn, episodes: Episodes, past: int) -> jax.Array:
+    seen = observation_at(episodes, jnp.int32(0), jnp.int32(0), past=past)
+    return draw_action(policy, jax.random.key(0), seen)
 
 
 def _start_row(start_step: int | str, episodes: Episodes) -> jax.Array | None:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.clinical import reward
-from worldmodel.compilation import being_traced, compiler_options
+from worldmodel.compilation import being_traced, bucket, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import INVALID_ACTION, PolicyFn, as_pytree, refuse_invalid
@@ -188,7 +188,7 @@ def rollout(
     num_plans = 1 if plans is None else plans.shape[1]
     padded, steps = horizon, None
     if world_model.is_recurrent and not being_traced():
-        padded, steps = _padded_horizon(horizon), jnp.asarray(horizon, jnp.int32)
+        padded, steps = bucket(horizon, _SHORTEST), jnp.asarray(horizon, jnp.int32)
     require_rollouts(
         samples, patients=patients, plans=num_plans, horizon=padded, features=len(features)
     )
@@ -222,11 +222,6 @@ def rollout(
     return result
 
 
-def _padded_horizon(horizon: int) -> int:
-    """The length of the arrays that results are written to: one program serves several horizons."""
-    return max(_SHORTEST, 1 << (horizon - 1).bit_length())
-
-
 def _padded(values: np.ndarray, steps: int) -> np.ndarray:
     """An array [P, ., H, ...] with zeros, which nobody reads, for the steps after H."""
     widths = [(0, 0)] * values.ndim
@@ -246,7 +241,9 @@ def _cut(rollouts: Rollouts, horizon: int) -> Rollouts:
     def cut(leaf: jax.Array) -> jax.Array:
         if not on_host:
             return leaf[:, :, :, :horizon]
-        return jnp.asarray(np.asarray(leaf)[:, :, :, :horizon])
+        # Unlike `jnp.asarray`, this compiles nothing.
+        put: jax.Array = jax.device_put(np.asarray(leaf)[:, :, :, :horizon])
+        return put
 
     leaves = {name: getattr(rollouts, name) for name in _BY_STEP}
     # `replace` wants the type of each field.
