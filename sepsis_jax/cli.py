@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
+import threading
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,7 +148,18 @@ _NO_SPACE = ("no space left", "disk quota exceeded", "file too large")
 
 def main() -> None:
     """Entry point: bad input ends with one line and status 2, Ctrl-C with one and 130."""
+    sys.unraisablehook = _interrupt_again
     sys.exit(_status(sys.argv[1:]))
+
+
+def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
+    """Python drops what is raised in callbacks of its garbage collector, Ctrl-C included."""
+    if dropped.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(dropped)
+        return
+    later = threading.Timer(0.1, _thread.interrupt_main)
+    later.daemon = True
+    later.start()
 
 
 def _status(arguments: list[str]) -> int:

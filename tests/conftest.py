@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -43,6 +44,7 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "HF_HUB_OFFLINE": "1",  # nothing is asked of a hub, nor told to it
 }
 assert "jax" not in sys.modules, "too late for JAX to read its settings"
 
@@ -164,6 +166,14 @@ def unit_scaler():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def heeded_ctrl_c():
+    """Processes that the test starts heed SIGINT, which jobs in the background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ def test_ctrl_c_is_one_line(hint, tmp_path, capsys, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
-def test_ctrl_c_of_a_terminal(tmp_path):
+def test_ctrl_c_of_a_terminal(heeded_ctrl_c, tmp_path):
     words = [sys.executable, "-m", "sepsis_jax", "cohort", "synthetic", "--patients", "200000",
              "--out", tmp_path / "out"]  # fmt: skip
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:

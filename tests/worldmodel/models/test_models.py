@@ -257,7 +257,7 @@ def test_outcome_model_gives_one_logit_each():
     ("settings", "message"),
     [
         ({"variant": "linear"}, "variant: got 'linear'"),
-        ({"hidden": 0}, "hidden: got 0, expected at least 1"),
+        ({"hidden": 0}, "hidden: got 0, expected 1 to 16384"),
         ({"linear_rows": 7}, "linear_rows: got 7"),
         ({"dropout": 1.0}, r"dropout: got 1\.0"),
         ({"dropout": -0.1}, r"dropout: got -0\.1"),
