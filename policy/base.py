@@ -14,7 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from worldmodel import schema
-from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.observation import (
     NUM_STATE_FEATURES,
@@ -26,6 +25,7 @@ from worldmodel.observation import (
     state_features,
 )
 from worldmodel.observation import PolicyFn as SomePolicy
+from worldmodel.resources import in_blocks
 from worldmodel.scaling import Scaler
 
 

@@ -29,8 +29,8 @@ from policy.offline.algorithms import (
     Perceptron,
     make_networks,
 )
-from policy.planner.advantage import untrained_advantage
-from policy.planner.search import Planner, PlannerConfig
+from policy.planner import Planner, PlannerConfig
+from policy.planner_advantage import untrained_advantage
 from policy.ppo import OnlinePolicy, PPOConfig
 from policy.simple import (
     Constant,

@@ -24,7 +24,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 from worldmodel.configuration import LARGEST
 from worldmodel.errors import InputError
 

@@ -5,9 +5,9 @@ The names below are imported on first use, so that `import worldmodel` costs not
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING
-
-from worldmodel.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from worldmodel.envs.env import SepsisEnv
@@ -63,6 +63,25 @@ __all__ = [
     "train_world_model",
     "true_value",
 ]
+
+
+def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """The `__getattr__` of a package (PEP 562) whose public names lie in its modules.
+
+    Args:
+      package: `__name__` of the package.
+      homes: the module of each name.
+
+    Returns:
+      A function from a name to its value, which raises AttributeError for names without a home.
+    """
+
+    def get(name: str) -> object:
+        if name in homes:
+            return getattr(import_module(homes[name]), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return get
 
 
 __getattr__ = lazy_attributes(__name__, _HOMES)

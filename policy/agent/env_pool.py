@@ -19,12 +19,12 @@ import numpy as np
 
 from policy.agent.forecast import Forecast, Forecaster
 from policy.agent.tools import MAX_OPTIONS
-from policy.serving.batching import Batcher, Lockstep
-from worldmodel.compilation import bucket
+from policy.serving.backend import Batcher, Lockstep
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation
+from worldmodel.resources import bucket
 
 CAPACITY = 64
 _SMALLEST = 8  # rows of the smallest program

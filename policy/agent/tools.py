@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from policy.serving import hermes
 from policy.serving.backend import ToolCall
-from policy.serving.tokens import TokenBackend
+from policy.serving.tokens import TokenBackend, write_call
 from worldmodel import schema
 
 SIMULATION, PRESCRIPTION = "simulation", "prescription"
@@ -206,7 +205,7 @@ class ActionScorer:
     """Probabilities of the 25 prescriptions at a point of a dialogue.
 
     The probability of an action is that of the reply which is the call and nothing else, in the
-    form of `hermes.write`, at temperature 1, given that the reply is one of the 25. What a model
+    form of `write_call`, at temperature 1, given that the reply is one of the 25. What a model
     says before its call, reasoning for instance, has to be in the prompt already.
 
     Args:
@@ -217,7 +216,7 @@ class ActionScorer:
         tokens = backend.tokens
         self._generator = backend.generator
         self._calls = [
-            [*tokens.encode(hermes.write(PRESCRIPTION, prescription_arguments(a))), tokens.end_id]
+            [*tokens.encode(write_call(PRESCRIPTION, prescription_arguments(a))), tokens.end_id]
             for a in range(schema.NUM_ACTIONS)
         ]
 

@@ -14,11 +14,11 @@ from flax import struct
 from policy.base import decision_features
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
-from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, atomic_folder, write_json
 from worldmodel.observation import observation_at, state_feature_bounds
+from worldmodel.resources import in_blocks
 from worldmodel.scaling import Scaler
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
 from policy.qwen3.model import Cache, Qwen3
-from worldmodel.compilation import bucket
 from worldmodel.errors import InputError
+from worldmodel.resources import bucket
 
 ArrayT = TypeVar("ArrayT")  # lists or NumPy arrays before, JAX arrays inside a jitted function
 

@@ -18,9 +18,16 @@ from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, generate, score
 from policy.qwen3.weights import load
-from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
-from policy.serving.batching import Batcher, Lockstep
-from worldmodel.compilation import bucket
+from policy.serving.backend import (
+    LENGTH,
+    STOP,
+    BackendError,
+    Batcher,
+    Completion,
+    Lockstep,
+    Sampling,
+)
+from worldmodel.resources import bucket
 
 S = TypeVar("S")
 T = TypeVar("T")

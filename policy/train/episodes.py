@@ -17,8 +17,7 @@ from policy.agent.prompts import Prompts
 from policy.agent.scripted import Script, ScriptedBackend, simulating
 from policy.agent.tools import MAX_OPTIONS
 from policy.agent.transcript import g1, g2
-from policy.serving.backend import Backend
-from policy.serving.batching import Lockstep
+from policy.serving.backend import Backend, Lockstep
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.envs.env import EnvState, SepsisEnv

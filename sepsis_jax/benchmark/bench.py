@@ -40,12 +40,12 @@ from sepsis_jax.benchmark.torch_runners import (
 from sepsis_jax.report.figures import COLORS
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
-from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts
 
 PLAIN = "plain model"

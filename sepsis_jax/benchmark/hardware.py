@@ -22,10 +22,9 @@ from jax.sharding import PartitionSpec
 from sepsis_jax.benchmark.timing import Contender
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
-from worldmodel.compilation import BFLOAT16, compiler_options
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.recurrent import CODE_WIDTH, DRAWN_WIDTH, ROW_WIDTH
-from worldmodel.resources import usable_cores
+from worldmodel.resources import BFLOAT16, compiler_options, usable_cores
 from worldmodel.simulate.sharded import AXIS, branch_mesh
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from sepsis_jax.benchmark.setup import Workload
 from sepsis_jax.benchmark.timing import Contender, seconds_of
 from worldmodel import schema
-from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import compiler_options
 from worldmodel.simulate.history import History
 from worldmodel.simulate.rollout import CHART_FEATURES, rollout
 from worldmodel.simulate.sharded import (

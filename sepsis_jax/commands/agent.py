@@ -20,8 +20,7 @@ from sepsis_jax.console import (
     print_table,
     resumable,
 )
-from sepsis_jax.outputs import claimed
-from sepsis_jax.runs import JsonDict
+from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
 
 app = typer.Typer(

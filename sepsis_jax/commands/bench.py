@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from sepsis_jax.console import Json, Out, Samples, Seed, console, phases, print_json, print_table
-from sepsis_jax.outputs import claimed
-from sepsis_jax.runs import JsonDict
+from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
 
 OptionalModel = Annotated[

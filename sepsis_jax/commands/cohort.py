@@ -23,7 +23,7 @@ from sepsis_jax.console import (
     print_table,
     with_seed,
 )
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 from worldmodel.configuration import LARGEST
 
 app = typer.Typer(

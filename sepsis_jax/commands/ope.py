@@ -20,7 +20,7 @@ from sepsis_jax.console import (
     print_table,
     with_seed,
 )
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 
 app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and verdicts.")
 

@@ -23,7 +23,7 @@ from sepsis_jax.console import (
     print_table,
     resumable,
 )
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
 app.command("serve", epilog=policy_llm.EPILOG)(policy_llm.serve)
@@ -62,8 +62,7 @@ def train(
 ) -> None:
     """Train one policy on the training split."""
     from policy.registry import TRAINED
-    from sepsis_jax.pipelines.policies import OPTIONS
-    from sepsis_jax.pipelines.policy_training import train_policy
+    from sepsis_jax.pipelines.policy_training import OPTIONS, train_policy
     from worldmodel.configuration import resolve_config
     from worldmodel.errors import InputError
 

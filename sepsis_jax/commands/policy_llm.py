@@ -30,7 +30,7 @@ from sepsis_jax.console import (
     print_table,
     resumable,
 )
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 
 if TYPE_CHECKING:
     from sepsis_jax.pipelines.llm.study import StudyOptions

@@ -26,9 +26,9 @@ from sepsis_jax.ope.estimators import Values
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.fitted import fit
 from sepsis_jax.ope.fqe import key_features
-from worldmodel import mdp
+from worldmodel.envs import icu_sepsis
+from worldmodel.envs.icu_sepsis import MDP, exact
 from worldmodel.errors import InputError
-from worldmodel.mdp import MDP, exact
 from worldmodel.synthetic import Observation, Params, generate, random_policy, titration, true_value
 from worldmodel.synthetic import clinician as clinicians
 
@@ -151,8 +151,8 @@ def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> It
 
 def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
     """Pools by horizon, each of `at_once` data sets (default: all)."""
-    world = mdp.icu_sepsis()
-    best = mdp.best_policy(world)
+    world = icu_sepsis.icu_sepsis()
+    best = icu_sepsis.best_policy(world)
     uniform = np.full_like(best, 1 / best.shape[1])
     policies, distance = {}, {}
     for share in options.distances:
@@ -163,7 +163,7 @@ def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> I
     fitting = {"method": "tabular", "num_states": len(world.start)}
     for horizon in dict.fromkeys(options.horizons):
         truth = {
-            name: mdp.true_value(world, policy, horizon=horizon)
+            name: icu_sepsis.true_value(world, policy, horizon=horizon)
             for name, policy in policies.items()
         }
         setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}

@@ -21,7 +21,8 @@ from policy.base import action_probs
 from sepsis_jax.ope.benchmark import mixed, sample
 from sepsis_jax.ope.data import OPEData, from_episodes
 from sepsis_jax.ope.fqe import key_features
-from worldmodel import mdp, schema
+from worldmodel import schema
+from worldmodel.envs import icu_sepsis
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, generate, true_value
@@ -92,10 +93,10 @@ def labels(distances: tuple[float, ...]) -> dict[str, tuple[bool, float]]:
 
 
 @cache
-def icu() -> tuple[mdp.MDP, np.ndarray]:
+def icu() -> tuple[icu_sepsis.MDP, np.ndarray]:
     """ICU-Sepsis and its best policy [S, A]."""
-    world = mdp.icu_sepsis()
-    return world, mdp.best_policy(world)
+    world = icu_sepsis.icu_sepsis()
+    return world, icu_sepsis.best_policy(world)
 
 
 def _icu_policies(distances: tuple[float, ...]) -> dict[str, np.ndarray]:
@@ -120,10 +121,10 @@ def truth(cell: Cell, distances: tuple[float, ...], *, patients: int, seed: int)
     if cell.world == "icu_sepsis":
         world, _ = icu()
         values = {
-            name: mdp.true_value(world, policy, horizon=HORIZON)
+            name: icu_sepsis.true_value(world, policy, horizon=HORIZON)
             for name, policy in _icu_policies(distances).items()
         }
-        return Truth(values, mdp.true_value(world, world.clinician, horizon=HORIZON))
+        return Truth(values, icu_sepsis.true_value(world, world.clinician, horizon=HORIZON))
     params = _params(cell)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     values = {

@@ -24,7 +24,7 @@ from sepsis_jax.ope.estimated_clinician import Correction
 from sepsis_jax.ope.estimators import Batch, Shrinkage, evaluate_means, make_batch
 from sepsis_jax.ope.weights import Clip, drug_weights, linear, weigh
 from worldmodel import schema
-from worldmodel.compilation import in_blocks
+from worldmodel.resources import in_blocks
 
 _JACKKNIFE_LIMIT = 20_000  # stays; above, BCa takes the influences for the jackknife
 

@@ -292,7 +292,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "dr": _one("dr", "values"),
     # mean V_i0 + sum_t g^t sum_i w_it d_it / D_t (Thomas & Brunskill 2016).
     "wdr": Estimator(_WDR_BLOCKS, _wdr, ("values",)),
-    # Blend of j-step WDR returns (Thomas & Brunskill 2016); weights: `ope.doubly_robust`.
+    # Blend of j-step WDR returns (Thomas & Brunskill 2016); weights: `ope.fitted`.
     "magic": Estimator(
         _WDR_BLOCKS,
         _magic,

@@ -12,7 +12,6 @@ from jaxtyping import Float
 
 from sepsis_jax.ope.data import InputPolicy, Inspected, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
-from sepsis_jax.ope.doubly_robust import with_magic
 from sepsis_jax.ope.estimated_clinician import ClinicianFit, correct
 from sepsis_jax.ope.estimation import estimate_all, prepare, with_bounds
 from sepsis_jax.ope.estimators import (
@@ -21,7 +20,7 @@ from sepsis_jax.ope.estimators import (
     Shrinkage,
     check_names,
 )
-from sepsis_jax.ope.fitted import Fitted
+from sepsis_jax.ope.fitted import Fitted, with_magic
 from sepsis_jax.ope.hidden_causes import Controls, conclusions, negative_controls, strengths
 from sepsis_jax.ope.weights import Clip
 from worldmodel.errors import InputError

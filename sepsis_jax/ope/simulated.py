@@ -12,11 +12,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn
+from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN

@@ -34,7 +34,6 @@ from sepsis_jax.pipelines.verdicts import (
 from sepsis_jax.report.html import write_page
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
-from worldmodel.compilation import in_blocks
 from worldmodel.configuration import require
 from worldmodel.episode_files import (
     EPISODES_FILE,
@@ -49,6 +48,7 @@ from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.evaluation import predict_mortality
 from worldmodel.models.windows import measured_entries, to_sequences
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts, rollout
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN

@@ -96,6 +96,12 @@ def of_split(episodes: Episodes, split: str) -> tuple[Episodes, np.ndarray]:
 WRITERS = {"d3rlpy": write_d3rlpy, "minari": write_minari}
 
 
+def taken(episodes: Episodes) -> np.ndarray:
+    """[N, T, 25] one-hot actions that were taken."""
+    one_hot: np.ndarray = np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
+    return one_hot
+
+
 def export_transitions(
     episodes_path: str | Path,
     out: str | Path,

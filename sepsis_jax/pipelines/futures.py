@@ -24,7 +24,6 @@ from sepsis_jax.report.figures import effects_figure
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.clinical.reward import episode_rewards
-from worldmodel.compilation import in_blocks
 from worldmodel.configuration import require
 from worldmodel.episode_files import load_episodes
 from worldmodel.episodes import Episodes
@@ -33,6 +32,7 @@ from worldmodel.files import atomic_folder, check_replaceable, write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.recurrent import CODES
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import require_rollouts, rollout
 from worldmodel.simulate.statistics import disagreement, plan_support

@@ -25,7 +25,7 @@ from sepsis_jax.ope.diagnostics import Limits
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.policies import check_softening
 from sepsis_jax.ope.simulated import SimulatedValue, simulated_value
-from sepsis_jax.pipelines.policies import patients_per_call
+from sepsis_jax.pipelines.policy_training import patients_per_call
 from sepsis_jax.runs import Progress, silent
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

@@ -19,20 +19,21 @@ from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from policy.registry import CLINICIAN, SIMPLE
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
-from sepsis_jax.pipelines.policies import (
+from sepsis_jax.pipelines.policy_training import (
     CloneConfig,
     PPOOptions,
     Trained,
     digest_folder,
     fingerprint,
     fit_clone,
+    known,
     make_planner,
     of_iql,
     optimise,
     train_offline_policy,
     with_algorithm,
+    write_policy,
 )
-from sepsis_jax.pipelines.policy_training import known, write_policy
 from sepsis_jax.pipelines.policy_values import (
     ModelWorld,
     Outcome,

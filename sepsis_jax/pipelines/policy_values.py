@@ -22,9 +22,10 @@ from policy.base import Policy
 from policy.registry import CLINICIAN, find_all
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.simulated import simulated_value
+from sepsis_jax.pipelines.episodes import taken
 from sepsis_jax.pipelines.ope import evaluate_policies
 from sepsis_jax.pipelines.ope_estimates import OPEOptions
-from sepsis_jax.pipelines.policies import patients_per_call
+from sepsis_jax.pipelines.policy_training import patients_per_call
 from sepsis_jax.report.policies import action_shares
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
@@ -241,12 +242,6 @@ def prescribed_rates(
         step_hours,
     )
     return report.table()
-
-
-def taken(episodes: Episodes) -> np.ndarray:
-    """[N, T, 25] one-hot actions that were taken."""
-    one_hot: np.ndarray = np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
-    return one_hot
 
 
 MARKER = "values.csv"

@@ -14,11 +14,10 @@ from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.planner import Planner
 from policy.registry import CLINICIAN, SIMPLE
-from sepsis_jax.pipelines.policies import digest_folder
+from sepsis_jax.pipelines.policy_training import digest_folder
 from sepsis_jax.pipelines.sweep_folder import KIND
 from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
-from worldmodel.compilation import BFLOAT16
 from worldmodel.configuration import require
 from worldmodel.episode_files import EPISODES_FILE, load_episodes_for
 from worldmodel.episodes import Episodes
@@ -27,7 +26,7 @@ from worldmodel.files import digest_file
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
-from worldmodel.resources import require_memory
+from worldmodel.resources import BFLOAT16, require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE

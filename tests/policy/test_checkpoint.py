@@ -15,7 +15,7 @@ from policy.offline.algorithms import NAMES, OfflineConfig, Perceptron
 from policy.offline.data import transitions
 from policy.offline.training import train_offline
 from policy.planner import Planner, PlannerConfig
-from policy.planner.advantage import untrained_advantage
+from policy.planner_advantage import untrained_advantage
 from policy.ppo import OnlinePolicy, PPOConfig
 from policy.simple import Constant, GuidelineRules, RandomPolicy
 from tests.toy import toy_episodes

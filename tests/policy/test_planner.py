@@ -12,8 +12,8 @@ from policy.clinician_models import MLP
 from policy.offline.algorithms import OfflineConfig
 from policy.offline.data import transitions
 from policy.offline.training import train_offline
-from policy.planner import Planner, PlannerConfig, fit_planner
-from policy.planner.advantage import (
+from policy.planner import Planner, PlannerConfig, _predicted_effects, fit_planner, play
+from policy.planner_advantage import (
     PAST,
     dose_basis,
     effects,
@@ -21,7 +21,6 @@ from policy.planner.advantage import (
     moderators,
     untrained_advantage,
 )
-from policy.planner.search import _predicted_effects, play
 from policy.simple import Constant, RandomPolicy
 from tests.toy import toy_episodes
 from worldmodel import schema

@@ -11,9 +11,8 @@ import pytest
 import typer
 
 from sepsis_jax import cli, console
-from sepsis_jax.outputs import claimed
 from sepsis_jax.pipelines.audit import AuditConfig
-from sepsis_jax.runs import run_folder
+from sepsis_jax.runs import claimed, run_folder
 from tests.sepsis_jax.command_line import call, leftovers, refuse
 from worldmodel.configuration import from_mapping, resolve_config
 from worldmodel.errors import InputError
@@ -23,7 +22,7 @@ from worldmodel.models.fitting import FitConfig
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sepsis_jax.outputs import claimed
+from sepsis_jax.runs import claimed
 with claimed(Path(sys.argv[1])):
     print("claimed", flush=True)
     time.sleep(60)

@@ -10,7 +10,7 @@ import pytest
 from policy import registry
 from policy.checkpoint import load_policy
 from policy.simple import GuidelineRules
-from sepsis_jax.pipelines import policies, policy_comparison, policy_training
+from sepsis_jax.pipelines import policy_comparison, policy_training
 from sepsis_jax.pipelines.policy_values import (
     RATES,
     ModelWorld,
@@ -340,4 +340,4 @@ def test_an_unknown_format_and_a_stranger_in_the_way_are_refused(run, cohort, mo
 
 
 def test_every_method_has_settings():
-    assert set(policies.OPTIONS) == set(registry.TRAINED)
+    assert set(policy_training.OPTIONS) == set(registry.TRAINED)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from worldmodel.compilation import in_blocks
+from worldmodel.resources import in_blocks
 
 
 @pytest.mark.parametrize(("count", "block"), [(1, 4), (4, 4), (10, 4), (3, 1)])

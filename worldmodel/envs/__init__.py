@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from worldmodel.lazy import lazy_attributes
+from worldmodel import lazy_attributes
 
 if TYPE_CHECKING:
     from worldmodel.envs.base import FollowActions, Info, Timestep, Trajectory, unroll

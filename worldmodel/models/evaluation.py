@@ -18,7 +18,6 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from worldmodel import schema
-from worldmodel.compilation import in_blocks
 from worldmodel.episodes import Episodes
 from worldmodel.models.clinical_model import Prediction
 from worldmodel.models.recurrent import (
@@ -36,6 +35,7 @@ from worldmodel.models.windows import (
     transition_index,
 )
 from worldmodel.models.world_model import WorldModel
+from worldmodel.resources import in_blocks
 
 _BATCH = 4096  # rows per call
 

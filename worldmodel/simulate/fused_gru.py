@@ -29,7 +29,6 @@ import jax.numpy as jnp
 from flax import nnx, struct
 
 from worldmodel import schema
-from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import (
     LOG_SIGMA_RANGE,
@@ -40,6 +39,7 @@ from worldmodel.models.clinical_model import (
     StateModel,
 )
 from worldmodel.models.gru import gates
+from worldmodel.resources import BFLOAT16
 
 Hidden = tuple[jax.Array, ...]  # one hidden state [..., H] per layer
 

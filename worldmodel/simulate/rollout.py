@@ -21,11 +21,10 @@ from jaxtyping import Array, Float
 
 from worldmodel import schema
 from worldmodel.clinical import reward
-from worldmodel.compilation import being_traced, bucket, compiler_options
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import INVALID_ACTION, PolicyFn, as_pytree, refuse_invalid
-from worldmodel.resources import free_memory, require_memory
+from worldmodel.resources import being_traced, bucket, compiler_options, free_memory, require_memory
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.stay_unroll import unroll_branches

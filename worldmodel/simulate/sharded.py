@@ -25,10 +25,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from worldmodel.compilation import compiler_options
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree, refuse_invalid
-from worldmodel.resources import usable_cores
+from worldmodel.resources import compiler_options, usable_cores
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.statistics import BranchSummary, empty_summary, finish_summary, fold_step

@@ -1,9 +1,8 @@
 """The recurrent variant in closed loops: one hidden state per branch, stays that end.
 
-`rollout` and `ShardedRollout` come here for a recurrent world model (`unroll_stays`);
-`advance_stay` is one step of it for searches and environments. A simulated row is made as a
-recorded one is: values that are measured next are drawn, the others are held for their hold time
-and then filled (`worldmodel.imputation`).
+`step_stay` is one step of a branch, `step_history` one of a patient in searches and environments.
+A simulated row is made as a recorded one is: values that are measured next are drawn, the others
+are held for their hold time and then filled (`worldmodel.imputation`).
 
 Branches do not draw whether the stay ends: they carry the probability `alive` that it still goes
 on, which has less variance. Values in a row are those of a patient who is still there.
@@ -20,7 +19,6 @@ import numpy as np
 from flax import struct
 
 from worldmodel import schema
-from worldmodel.compilation import BFLOAT16
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.gru import gates
@@ -42,6 +40,7 @@ from worldmodel.models.recurrent import (
 )
 from worldmodel.models.recurrent_training import held_rows
 from worldmodel.models.world_model import Models, WorldModel
+from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.history import History, StayMemory
 from worldmodel.simulate.step import NextRow, StepOutputs, project, score_moved
 

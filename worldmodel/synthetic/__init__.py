@@ -22,7 +22,7 @@ from worldmodel.synthetic.generate import (
     recorded_statistics,
     stay_statistics,
 )
-from worldmodel.synthetic.noise import patient_key, patient_keys
+from worldmodel.synthetic.patients import patient_key, patient_keys
 from worldmodel.synthetic.simulate import FOLLOW_POLICY
 from worldmodel.synthetic.truth import (
     ActionEffects,

@@ -14,7 +14,7 @@ from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
 from worldmodel.resources import require_memory
 from worldmodel.synthetic.latent import Latent
-from worldmodel.synthetic.noise import patient_key
+from worldmodel.synthetic.patients import patient_key
 from worldmodel.synthetic.simulate import BLOCK, Rows, Stays, actor_of, run
 from worldmodel.synthetic.world import Config, Params
 

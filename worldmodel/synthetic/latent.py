@@ -17,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from worldmodel.synthetic.noise import SLOW_NAMES, Noise
-from worldmodel.synthetic.patients import LOG_SLOW, Traits
+from worldmodel.synthetic.patients import LOG_SLOW, SLOW_NAMES, Noise, Traits
 
 # name: rate per step, stationary SD of the noise, then the change of the level at full
 # inflammation, liver injury and kidney injury and per litre of oedema and excess volume.

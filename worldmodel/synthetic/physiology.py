@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from worldmodel.synthetic.latent import Latent, PhysiologyParams, advance_slow, start_slow
-from worldmodel.synthetic.noise import SLOW_NAMES, Noise
-from worldmodel.synthetic.patients import Traits
+from worldmodel.synthetic.patients import SLOW_NAMES, Noise, Traits
 
 _BICARBONATE = (4.0, 50.0)  # mmol/L, the range of the living
 _LACTATE = (0.3, 25.0)  # mmol/L

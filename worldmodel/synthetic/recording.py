@@ -14,8 +14,7 @@ from flax import struct
 from worldmodel import schema
 from worldmodel.imputation import hold_steps
 from worldmodel.synthetic.latent import Latent, PhysiologyParams, slow_values
-from worldmodel.synthetic.noise import Noise
-from worldmodel.synthetic.patients import Traits
+from worldmodel.synthetic.patients import Noise, Traits
 from worldmodel.synthetic.physiology import Support, blood_ph, pf_ratio
 
 # Features recorded together: chance per step when well, gain at full acuity, gain on a ventilator.

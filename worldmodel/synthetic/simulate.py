@@ -21,7 +21,7 @@ from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.resources import usable_cores
 from worldmodel.synthetic import clinician
 from worldmodel.synthetic.latent import Latent
-from worldmodel.synthetic.noise import Noise, draw, patient_keys
+from worldmodel.synthetic.patients import Noise, draw, patient_keys
 from worldmodel.synthetic.world import (
     Config,
     Params,

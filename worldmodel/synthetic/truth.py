@@ -19,8 +19,14 @@ from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn
 from worldmodel.synthetic.generate import Truth, generate_patients
 from worldmodel.synthetic.latent import Latent
-from worldmodel.synthetic.noise import Noise, draw, middle_noise, patient_key
-from worldmodel.synthetic.patients import Traits, draw_traits
+from worldmodel.synthetic.patients import (
+    Noise,
+    Traits,
+    draw,
+    draw_traits,
+    middle_noise,
+    patient_key,
+)
 from worldmodel.synthetic.physiology import advance
 from worldmodel.synthetic.simulate import BLOCK, actor_of, run
 from worldmodel.synthetic.world import Config, Params, doses

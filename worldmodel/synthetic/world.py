@@ -18,8 +18,7 @@ from worldmodel.clinical import reward, sofa
 from worldmodel.observation import Observation, ObservationHistory
 from worldmodel.synthetic import clinician, physiology, recording
 from worldmodel.synthetic.latent import Latent, PhysiologyParams
-from worldmodel.synthetic.noise import Noise, draw
-from worldmodel.synthetic.patients import PatientParams, Traits, draw_traits
+from worldmodel.synthetic.patients import Noise, PatientParams, Traits, draw, draw_traits
 from worldmodel.synthetic.physiology import Support, SupportParams
 
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from policy.agent.dialogue import COMPLETED, Stay
 from policy.agent.records import summarize, to_record
-from policy.serving.backend import Backend
-from policy.serving.batching import Lockstep
+from policy.serving.backend import Backend, Lockstep
 from policy.train.episodes import EpisodeRunner
 from policy.train.rl.advantages import breaks_rules
 from sepsis_jax.ope.intervals import delta, mean_of, share_of

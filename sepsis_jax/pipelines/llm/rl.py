@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import ClassVar
 
 from policy.agent.dialogue import Stay
-from policy.serving.batching import Lockstep
+from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.metrics import MetricsLog
 from policy.train.loop.optimizer import LearnerConfig
-from policy.train.loop.publishing import (
+from policy.train.rl.advantages import COUNTERFACTUAL
+from policy.train.rl.counterfactual import counterfactual
+from policy.train.rl.trainer import (
     AdapterPublisher,
+    AgenticConfig,
+    AgenticTrainer,
     EmbeddedPublisher,
     Publisher,
     ServerPublisher,
+    agentic_loss,
 )
-from policy.train.rl.advantages import COUNTERFACTUAL
-from policy.train.rl.counterfactual import counterfactual
-from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
 from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (

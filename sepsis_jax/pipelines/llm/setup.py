@@ -24,7 +24,7 @@ from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import make_mesh
 from policy.qwen3.weights import load, save_hf
-from policy.serving.batching import Lockstep
+from policy.serving.backend import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.train.data.packing import Dialogue, batches, cut, pack
 from policy.train.episodes import EpisodeRunner
@@ -34,15 +34,15 @@ from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
 from policy.train.loop.optimizer import LearnerConfig, Loss
 from policy.train.losses import cross_entropy
-from sepsis_jax.pipelines.policies import CloneConfig, fit_clone
+from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone
 from sepsis_jax.runs import JsonDict, Progress
 from worldmodel import keys
-from worldmodel.compilation import bucket
 from worldmodel.configuration import require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes, load_episodes_for
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.resources import bucket
 from worldmodel.synthetic import Config
 
 MODEL, CHECKPOINTS, METRICS = "model", "checkpoints", "metrics"

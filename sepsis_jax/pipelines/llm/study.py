@@ -14,7 +14,7 @@ import pandas as pd
 
 from policy.qwen3.config import load_config
 from policy.qwen3.weights import load
-from policy.serving.batching import Lockstep
+from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.testing.taught_qwen3 import TinyOptions, make_trainable
 from policy.train.data.qa_sampling import QuestionConfig, ask

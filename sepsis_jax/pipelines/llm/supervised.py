@@ -12,8 +12,7 @@ from policy.agent.records import RECORDS_FILE, from_record, last_attempts
 from policy.agent.tools import SCHEMAS
 from policy.qwen3.config import load_config
 from policy.serving.tokens import ChatTokens
-from policy.train.data.cache import cached
-from policy.train.data.packing import Dialogue, written
+from policy.train.data.packing import Dialogue, cached, written
 from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
 from policy.train.episodes import RejectionConfig, accepted
 from policy.train.loop.metrics import Report

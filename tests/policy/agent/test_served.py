@@ -18,11 +18,10 @@ from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
 from policy.agent.prompts import Prompts
 from policy.agent.tools import ActionScorer, prescription_arguments, read_call
 from policy.qwen3.logprobs import token_logprobs
-from policy.serving import hermes
 from policy.serving.backend import Sampling
 from policy.serving.client import Endpoint
 from policy.serving.openai import ChatOptions, OpenAIBackend
-from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.serving.tokens import ChatTokens, TokenBackend, parse_reply, write_call
 from policy.serving.vllm import ServerOptions, VLLMGenerator, VLLMServer
 from policy.serving.vllm.control import WeightControl
 from tests.policy.agent.conftest import PATIENTS
@@ -156,7 +155,7 @@ def test_tool_calls_are_parsed_by_the_server_as_by_us(served, make_ward):
     turns = [turn for stay in stays for turn in stay.turns]
     assert sum(stay.tool_calls for stay in stays) >= 0.9 * len(turns)
     for turn in turns:
-        parsed = hermes.parse(served.tokens.text(turn.reply.token_ids)).tool_calls
+        parsed = parse_reply(served.tokens.text(turn.reply.token_ids)).tool_calls
         served_calls = turn.reply.tool_calls
         if any(not call.name for call in parsed):
             continue  # what is no call is text to the server
@@ -174,7 +173,7 @@ def test_exact_probabilities_are_our_models(served, make_ward):
     model = qwen3.load(served.folders["a"])
     logprobs = []
     for action in range(25):
-        text = hermes.write("prescription", prescription_arguments(action))
+        text = write_call("prescription", prescription_arguments(action))
         call = [*served.tokens.encode(text), served.tokens.end_id]
         ids = [*turn.reply.prompt_ids, *call]
         padded = np.zeros((1, LONGEST), np.int32)

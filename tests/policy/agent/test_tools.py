@@ -21,8 +21,8 @@ from policy.agent.tools import (
     read_call,
     simulation_arguments,
 )
-from policy.serving import hermes
 from policy.serving.backend import ToolCall
+from policy.serving.tokens import parse_reply, write_call
 from worldmodel import schema
 
 PARAMETERS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in SCHEMAS}
@@ -108,15 +108,15 @@ def test_arguments_that_are_no_text_are_refused():
 
 
 def test_replies_in_hermes_form():
-    written = hermes.write("prescription", prescription_arguments(7))
-    parts = hermes.parse(f"<think>low MAP</think> I treat. {written}")
+    written = write_call("prescription", prescription_arguments(7))
+    parts = parse_reply(f"<think>low MAP</think> I treat. {written}")
     assert parts.reasoning == "low MAP" and parts.content == "I treat."
     assert [read_call(call) for call in parts.tool_calls] == [Prescribe(7)]
-    two = hermes.parse(written + written).tool_calls
+    two = parse_reply(written + written).tool_calls
     assert len({call.id for call in two}) == 2
-    assert hermes.parse("<think>endless").reasoning == "endless"
+    assert parse_reply("<think>endless").reasoning == "endless"
     # A call in the reasoning is a thought, not a call.
-    assert hermes.parse(f"<think>{written}</think>no").tool_calls == ()
+    assert parse_reply(f"<think>{written}</think>no").tool_calls == ()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_replies_in_hermes_form():
 )
 def test_what_is_no_call_is_neither_dropped_nor_repaired(body):
     for text in (f"<tool_call>{body}</tool_call>", f"<tool_call>{body}"):
-        (call,) = hermes.parse(text).tool_calls
+        (call,) = parse_reply(text).tool_calls
         assert call.name == ""
         with pytest.raises(InvalidCallError):
             read_call(call)
@@ -202,7 +202,7 @@ def test_fuzzed_replies_are_read_only_as_they_were_written():
     obeyed = 0
     for _ in range(20_000):
         action = rng.randrange(25)
-        whole = hermes.write("prescription", prescription_arguments(action))
+        whole = write_call("prescription", prescription_arguments(action))
         noise = [
             "<tool_call>",
             "</tool_call>",
@@ -217,7 +217,7 @@ def test_fuzzed_replies_are_read_only_as_they_were_written():
         for _ in range(rng.randrange(3)):
             text.insert(rng.randrange(len(text) + 1), rng.choice(noise))
         text = "".join(text)
-        for call in hermes.parse(text).tool_calls:
+        for call in parse_reply(text).tool_calls:
             try:
                 asked = read_call(call)
             except InvalidCallError:
@@ -243,11 +243,11 @@ ARGUMENTS = st.dictionaries(
 def test_what_is_written_is_read_through_the_text_of_a_reply(actions):
     text = "".join(
         [
-            hermes.write("simulation", simulation_arguments(actions)),
-            hermes.write("prescription", prescription_arguments(actions[0])),
+            write_call("simulation", simulation_arguments(actions)),
+            write_call("prescription", prescription_arguments(actions[0])),
         ]
     )
-    simulate, prescribe = map(read_call, hermes.parse(text).tool_calls)
+    simulate, prescribe = map(read_call, parse_reply(text).tool_calls)
     assert simulate == Simulate(tuple(actions))
     assert prescribe == Prescribe(actions[0])
 
@@ -269,7 +269,7 @@ def test_any_arguments_are_read_as_the_schema_says_or_refused(name, arguments):
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_every_opening_mark_is_one_call(before, body):
     text = f"{before}<tool_call>{body}</tool_call>"
-    marks = hermes.parse(text).tool_calls
+    marks = parse_reply(text).tool_calls
     thought = "<think>" in before or "</think>" in text
     assert thought or len(marks) == text.count("<tool_call>")
     assert len({call.id for call in marks}) == len(marks)

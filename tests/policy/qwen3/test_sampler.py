@@ -8,8 +8,8 @@ import pytest
 from policy import qwen3
 from policy.qwen3 import sampler
 from policy.qwen3.sampler import Draw, draw_token, generate, nucleus, score
-from worldmodel.compilation import bucket
 from worldmodel.errors import InputError
+from worldmodel.resources import bucket
 
 RNG = np.random.default_rng(0)
 PROMPTS = [tuple(RNG.integers(0, 640, count).tolist()) for count in (3, 17, 30)]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from policy.serving.batching import Batcher, Lockstep
+from policy.serving.backend import Batcher, Lockstep
 
 
 def dialogues(seed, count=12, lockstep=True):

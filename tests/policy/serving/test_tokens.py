@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from policy.agent.tools import SCHEMAS, ActionScorer, Prescribe, prescription_arguments, read_call
-from policy.serving import hermes
 from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Completion, Sampling
-from policy.serving.tokens import ChatTokens, TokenBackend
+from policy.serving.tokens import ChatTokens, TokenBackend, parse_reply, write_call
 from policy.testing.tiny_qwen3 import make_tiny
 from worldmodel.errors import InputError
 
-CALL = hermes.write("prescription", prescription_arguments(7))
+CALL = write_call("prescription", prescription_arguments(7))
 FIRST = [{"role": "user", "content": "MAP 60"}]
 TOOL_REPLY = [
     {"role": "tool", "tool_call_id": "call-1-0", "name": "prescription", "content": "MAP 65"}
@@ -120,7 +119,7 @@ def test_all_25_prescriptions_are_scored(tokens):
     weights = np.exp(-np.arange(25.0))
     np.testing.assert_allclose(found, weights / weights.sum())
     for action, ids in enumerate(generator.asked):
-        (call,) = hermes.parse(tokens.text(ids)).tool_calls
+        (call,) = parse_reply(tokens.text(ids)).tool_calls
         assert read_call(call) == Prescribe(action) and ids[-1] == tokens.end_id
 
 

@@ -5,9 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from policy.train.data import cache
-from policy.train.data.cache import CachedDialogues, cached
-from policy.train.data.packing import Dialogue, pack
+from policy.train.data import packing
+from policy.train.data.packing import CachedDialogues, Dialogue, cached, pack
 from policy.train.data.qa_sampling import QuestionConfig
 from worldmodel.errors import InputError
 
@@ -58,7 +57,7 @@ def assert_equal(found, dialogues):
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
 def test_what_was_written_is_read(made, monkeypatch, count):
-    monkeypatch.setattr(cache, "BATCH", 8)
+    monkeypatch.setattr(packing, "BATCH", 8)
     dialogues = some(count)
     found = made(dialogues)
     assert_equal(found, dialogues)
@@ -92,7 +91,7 @@ def test_made_once_and_again_where_something_changed(made, tokenizer, monkeypatc
     others.add(made().path)
     (tokenizer / "chat_template.jinja").write_text("x")
     others.add(made().path)
-    monkeypatch.setattr(cache, "_code", lambda: "other code")
+    monkeypatch.setattr(packing, "_code", lambda: "other code")
     others.add(made().path)
     assert len(others | {first}) == 7 == len(made.calls)
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from policy.agent.dialogue import Stay, Turn
 from policy.agent.tools import SCHEMAS
-from policy.serving import hermes
 from policy.serving.backend import STOP, Completion, Reply, Sampling, ToolCall
-from policy.serving.tokens import TokenBackend
+from policy.serving.tokens import TokenBackend, parse_reply, write_call
 from policy.train.data.packing import Dialogue, as_read, batches, cut, pack, reply_text, written
 from tests.policy.train.conftest import stay_of
 from worldmodel.errors import InputError
@@ -39,7 +38,7 @@ class Parrot:
 def replayed(stay, tokens):
     """The same dialogue with a `TokenBackend`: its stay, and all ids at the end."""
     said = [
-        [*tokens.encode(hermes.write(c.name, c.arguments)), tokens.end_id]
+        [*tokens.encode(write_call(c.name, c.arguments)), tokens.end_id]
         for c in (turn.reply.tool_calls[0] for turn in stay.turns)
     ]
     conversation = TokenBackend(Parrot(said), tokens).open(SCHEMAS)
@@ -95,7 +94,7 @@ def test_a_broken_prefix_begins_a_new_dialogue():
 def test_thoughts_and_words_survive_writing():
     calls = (ToolCall("", "simulation", json.dumps({"actions": ["[0, 1]"]})),) * 2
     text = reply_text(Reply("I look.", calls, reasoning="MAP is low."))
-    parts = hermes.parse(text)
+    parts = parse_reply(text)
     assert (parts.content, parts.reasoning) == ("I look.", "MAP is low.")
     assert [call.arguments for call in parts.tool_calls] == [call.arguments for call in calls]
     with pytest.raises(InputError, match="no call"):

@@ -11,8 +11,7 @@ from flax import nnx
 from policy.agent.dialogue import DialogueConfig
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.weights import load
-from policy.serving.backend import BackendError, Sampling
-from policy.serving.batching import Lockstep
+from policy.serving.backend import BackendError, Lockstep, Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
@@ -20,11 +19,10 @@ from policy.testing.taught_qwen3 import tiny_runner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner
 from policy.train.loop.optimizer import LearnerConfig
-from policy.train.loop.publishing import EmbeddedPublisher
 from policy.train.losses import Objective
 from policy.train.rl.advantages import AdvantageConfig
 from policy.train.rl.counterfactual import counterfactual
-from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
+from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, EmbeddedPublisher, agentic_loss
 from worldmodel.errors import InputError
 
 PATIENTS, DECISIONS, ROWS = 4, 2, 4

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from sepsis_jax.ope import ESTIMATORS, Clip, OPEData, check, estimate, make_batch, weigh
 from sepsis_jax.ope.bootstrap import tail_statistics
 from sepsis_jax.ope.data import pad
-from sepsis_jax.ope.doubly_robust import blend, partial_returns, with_magic
 from sepsis_jax.ope.estimators import recursive_dr
+from sepsis_jax.ope.fitted import blend, partial_returns, with_magic
 from sepsis_jax.ope.weights import cumulate, drug_weights, log_ratio, scaled
 from tests.sepsis_jax.ope.reference import Reference
 from tests.sepsis_jax.ope.samples import random_case

@@ -10,7 +10,7 @@ import pytest
 from sepsis_jax.ope import Fitted, estimate, evaluate, fit, make_batch, weigh
 from sepsis_jax.ope.benchmark import exact_values, sample
 from sepsis_jax.ope.estimators import columns
-from worldmodel.mdp import best_policy, icu_sepsis, small_mdp, true_value
+from worldmodel.envs.icu_sepsis import best_policy, icu_sepsis, small_mdp, true_value
 
 HORIZON = 8
 

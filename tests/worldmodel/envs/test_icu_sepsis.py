@@ -7,7 +7,7 @@ import pytest
 
 from tests.worldmodel.envs.unrolling import keys_of, play_all, play_table
 from worldmodel import SepsisEnv
-from worldmodel.mdp import best_policy, icu_sepsis
+from worldmodel.envs.icu_sepsis import best_policy, icu_sepsis
 
 EPISODES, STEPS = 24_000, 100
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.toy import toy_episodes
-from worldmodel.compilation import compiler_options
 from worldmodel.envs import SepsisEnv, unroll
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
+from worldmodel.resources import compiler_options
 from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import Rollouts, _jitted, rollout

@@ -15,9 +15,8 @@ from flax import struct
 from policy.base import Policy
 from policy.offline.algorithms import OfflinePolicy
 from policy.offline.data import Transitions, transitions
-from policy.planner.advantage import PAST, Advantage, effects, fit_advantage, moderators
+from policy.planner_advantage import PAST, Advantage, effects, fit_advantage, moderators
 from worldmodel import schema
-from worldmodel.compilation import in_blocks
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -25,6 +24,7 @@ from worldmodel.models.evaluation import predict_stays
 from worldmodel.models.windows import to_sequences
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import Observation, observation_at, recent
+from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import History, history_from_observation, observe
 from worldmodel.simulate.stays import (
     append_row,
