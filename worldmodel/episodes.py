@@ -45,6 +45,7 @@ RANGES: dict[str, tuple[float, float]] = {
 _UNITS = {feature.name: f" {feature.unit}" for feature in schema.FEATURES} | {"age": " years"}
 _FLAGS = ("male", "ventilated", "died_90d", "died_in_hospital")
 _WHOLE = ("stay_id", "subject_id", "step")
+_OF_STAYS = (*schema.STATIC_NAMES, "split", "subject_id", "died_90d", "died_in_hospital")
 
 
 def identities(numbers: npt.ArrayLike) -> jax.Array | np.ndarray:
@@ -167,27 +168,14 @@ def from_table(
         stay's steps have gaps, what belongs to a stay changes within it, or a patient is in two
         splits.
     """
-    _check_table(table, source)
+    _check_table(table, source, shared_patients=shared_patients)
     table = table.sort_values(["stay_id", "step"], kind="stable").reset_index(drop=True)
     stays, first, lengths = np.unique(
         table["stay_id"].to_numpy(np.int64), return_index=True, return_counts=True
     )
     steps = table["step"].to_numpy(np.int64)
-    expected = np.arange(len(table)) - np.repeat(first, lengths)
-    if not np.array_equal(steps, expected):
-        bad = table["stay_id"].to_numpy()[np.argmax(steps != expected)]
-        raise InputError(f"{source}: steps of stay {bad} are not 0, 1, 2, ...; rebuild the cohort")
     rows = np.repeat(np.arange(len(stays)), lengths)
-    for column in (*schema.STATIC_NAMES, "split", "subject_id", "died_90d", "died_in_hospital"):
-        values = table[column].to_numpy()
-        changed = values != values[first][rows]
-        if changed.any():
-            bad = stays[rows[np.argmax(changed)]]
-            raise InputError(f"{source}: column {column} changes within stay {bad}")
-
     patients = table["subject_id"].to_numpy(np.int64)[first]
-    if not shared_patients:
-        _check_patients(patients, table["split"].to_numpy()[first], source)
 
     def padded(values: np.ndarray) -> np.ndarray:
         out = np.zeros((len(stays), int(lengths.max()), *values.shape[1:]), values.dtype)
@@ -236,16 +224,11 @@ def table_problems(table: pd.DataFrame, *, source: str = "table") -> list[str]:
                 check()
             except InputError as error:
                 found.append(str(error))
-                bad.update(columns)
-    if not found:
-        try:
-            from_table(table, source=source)
-        except InputError as error:
-            found.append(str(error))
+                bad.add(columns[0])
     return found
 
 
-def _check_table(table: pd.DataFrame, source: str) -> None:
+def _check_table(table: pd.DataFrame, source: str, *, shared_patients: bool) -> None:
     missing = [column for column in COLUMNS if column not in table.columns]
     if missing:
         raise InputError(
@@ -254,14 +237,14 @@ def _check_table(table: pd.DataFrame, source: str) -> None:
         )
     if table.empty:
         raise InputError(f"{source}: no rows; the cohort is empty")
-    for _, check in _checks(table, source):
+    for _, check in _checks(table, source, shared_patients=shared_patients):
         check()
 
 
 def _checks(
-    table: pd.DataFrame, source: str
+    table: pd.DataFrame, source: str, *, shared_patients: bool = False
 ) -> Iterator[tuple[tuple[str, ...], Callable[[], None]]]:
-    """The columns that each check needs, and the check, which raises an `InputError`."""
+    """The columns that each check needs, the one at fault first, and the check, which raises."""
     for column in COLUMNS:
         if column != "split":
             yield (column,), partial(_check_numbers, table, column, source)
@@ -274,6 +257,11 @@ def _checks(
     for column, dose in (("vasopressor_level", "vasopressor_dose"), ("fluid_level", "fluid_ml")):
         yield (column, dose), partial(_check_doses, table, column, dose, source)
     yield ("behavior_prob",), partial(_check_probabilities, table, source)
+    yield ("step", "stay_id"), partial(_check_steps, table, source)
+    for column in _OF_STAYS:
+        yield (column, "stay_id"), partial(_check_constant, table, column, source)
+    if not shared_patients:
+        yield ("subject_id", "split", "stay_id"), partial(_check_patients, table, source)
 
 
 def _check_choice(table: pd.DataFrame, column: str, allowed: Sequence[object], source: str) -> None:
@@ -328,13 +316,37 @@ def _check_doses(table: pd.DataFrame, column: str, dose: str, source: str) -> No
         largest = max(largest, float(doses[here].max(initial=0.0)))
 
 
-def _check_patients(patients: np.ndarray, splits: np.ndarray, source: str) -> None:
-    pairs = pd.DataFrame({"patient": patients, "split": splits}).drop_duplicates()
-    twice = pairs[pairs["patient"].duplicated()]
+def _check_steps(table: pd.DataFrame, source: str) -> None:
+    stays, steps = (table[name].to_numpy(np.int64) for name in ("stay_id", "step"))
+    order = np.lexsort((steps, stays))
+    stays, steps = stays[order], steps[order]
+    _, first, lengths = np.unique(stays, return_index=True, return_counts=True)
+    wrong = steps != np.arange(len(steps)) - np.repeat(first, lengths)
+    if wrong.any():
+        raise InputError(
+            f"{source}: steps of stay {stays[np.argmax(wrong)]} are not 0, 1, 2, ...; "
+            "rebuild the cohort"
+        )
+
+
+def _check_constant(table: pd.DataFrame, column: str, source: str) -> None:
+    _, first, stay = np.unique(
+        table["stay_id"].to_numpy(np.int64), return_index=True, return_inverse=True
+    )
+    values = table[column].to_numpy()
+    changed = values != values[first][stay]
+    if changed.any():
+        bad = int(table["stay_id"].iloc[np.argmax(changed)])
+        raise InputError(f"{source}: column {column} changes within stay {bad}")
+
+
+def _check_patients(table: pd.DataFrame, source: str) -> None:
+    pairs = table[["subject_id", "split"]].drop_duplicates()
+    twice = pairs[pairs["subject_id"].duplicated()]
     if len(twice):
         raise InputError(
-            f"{source}: patient {int(twice['patient'].iloc[0])} has stays in more than one split "
-            f"({len(twice)} such); split by patient"
+            f"{source}: patient {int(twice['subject_id'].iloc[0])} has stays in more than one "
+            f"split ({len(twice)} such); split by patient"
         )
 
 

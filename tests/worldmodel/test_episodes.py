@@ -189,6 +189,11 @@ def test_all_problems_of_a_table_are_named_at_once(table):
     assert all(name in problem for name, problem in zip(named, found, strict=True))
     (gap,) = table_problems(table[table["step"] != 1])
     assert "are not 0, 1, 2" in gap
+    wrong = table[table["step"] != 1].assign(ph=7e3, age=lambda t: 40 + t["step"], subject_id=1)
+    found = table_problems(wrong)
+    named = ("ph holds", "are not 0, 1, 2", "age changes within", "more than one split")
+    assert len(found) == len(named)
+    assert all(name in problem for name, problem in zip(named, found, strict=True))
 
 
 def test_whole_numbers_may_be_written_as_floats(episodes, table):
