@@ -1,13 +1,28 @@
-"""Measurements, urine and doses per step, and the levels of doses."""
+"""Measurements, urine and doses per step, the filling of gaps, and the levels of doses."""
 
 from __future__ import annotations
 
-import numpy as np
+from dataclasses import asdict
+from typing import Protocol
 
-from sepsis_jax.cohort.options import CohortOptions
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
 from sepsis_jax.cohort.workspace import Workspace
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
+from worldmodel.clinical import sofa
+from worldmodel.imputation import impute, training_medians
+
+# Typical values of ICU patients, for features that no training stay records.
+TYPICAL = np.array(
+    [
+        88, 117, 62, 78, 20, 97, 37, 40, 3, 3, 5, 2.9, 30, 40, 0, 23, 0.7, 23, 1.12, 8.3, 104, 1.1,
+        130, 10, 30.5, 1.3, 1.5, 2.1, 41, 95, 7.38, 190, 4.1, 14, 33, 139, 25, 10, 100,
+    ]
+)  # fmt: skip
+_CHUNK = 4096  # stays imputed at a time, which bounds the float64 copies
 
 
 def bin_measurements(work: Workspace) -> tuple[np.ndarray, JsonDict]:
@@ -137,7 +152,114 @@ def _carry(values: np.ndarray, *, backwards: bool) -> np.ndarray:
     return filled
 
 
+class FillRules(Protocol):
+    """Options of how gaps are filled; `CohortOptions` describes them."""
+
+    @property
+    def step_hours(self) -> float:
+        """Length of a step in hours."""
+
+    @property
+    def missing_urine(self) -> str:
+        """What a step without a record of urine is: "zero" mL, or left to "impute"."""
+
+    @property
+    def carry_forever(self) -> bool:
+        """Whether values are held without time limit."""
+
+
+def fill_rows(
+    values: Float[np.ndarray, "N T 39"],
+    length: Int[np.ndarray, " N"],
+    train: Bool[np.ndarray, " N"],
+    rules: FillRules,
+    *,
+    past: int = 0,
+    lead: int = 1,
+) -> tuple[Float[np.ndarray, "N S 39"], Float[np.ndarray, "N S"], dict[str, int]]:
+    """Fills gaps: urine as the rules say, the rest by hold times and training medians.
+
+    Args:
+      values: [N, past + T, 39] physical units, NaN where nothing was recorded; urine is changed.
+      length: [N] steps per stay, without `past`.
+      train: [N] stays whose medians are taken; features that they lack get typical values.
+      rules: how gaps are filled.
+      past: rows before the first one of a stay, whose values may be held.
+      lead: first rows that keep missing urine missing, since what was before is not known.
+
+    Returns:
+      Filled values [N, T, 39], urine of the last 24 h [N, T] in mL, and the numbers of entries
+      that were measured, held and filled.
+    """
+    if rules.missing_urine == "zero":
+        # Before ICU admission hardly any urine is charted, which does not mean that there is none.
+        urine = values[:, past + lead :, schema.URINE]
+        steps = np.arange(lead, values.shape[1] - past)
+        urine[np.isnan(urine) & (steps < length[:, None])] = 0
+    typical = TYPICAL.astype(np.float64)
+    typical[schema.URINE] *= rules.step_hours / schema.STEP_HOURS
+    medians = training_medians(values, train, typical)
+    parts, totals = [], {"measured": 0, "held": 0, "filled": 0}
+    for start in range(0, len(values), _CHUNK):
+        part, counts = impute(
+            values[start : start + _CHUNK],
+            length[start : start + _CHUNK],
+            medians,
+            step_hours=rules.step_hours,
+            carry_forever=rules.carry_forever,
+            past=past,
+        )
+        parts.append(part)
+        for name, count in asdict(counts).items():
+            totals[name] += count
+    filled = np.concatenate(parts)
+    urine_24h = sofa.urine_24h(jnp.asarray(filled[..., schema.URINE]), step_hours=rules.step_hours)
+    return filled, np.asarray(urine_24h), totals
+
+
+def score_rows(
+    dynamic: Float[np.ndarray, "N T 39"],
+    ventilated: Bool[np.ndarray, "N T"],
+    vasopressor: Float[np.ndarray, "N T"],
+    urine_24h: Float[np.ndarray, "N T"],
+    *,
+    lead: int = 1,
+) -> Float[np.ndarray, "N T"]:
+    """SOFA of each row with the vasopressor of the step before.
+
+    Args:
+      dynamic: [N, T, 39] physical units.
+      ventilated: [N, T] bool.
+      vasopressor: [N, T] norepinephrine equivalents of each step, mcg/kg/min.
+      urine_24h: [N, T] mL.
+      lead: 1; or 0 for the vasopressor of the row's own step.
+
+    Returns:
+      [N, T] points, 0 to 24.
+    """
+    given = np.pad(vasopressor, ((0, 0), (lead, 0)))[:, : vasopressor.shape[1]]
+    score = sofa.standard(
+        jnp.asarray(dynamic),
+        ventilated=jnp.asarray(ventilated),
+        vasopressor_dose=jnp.asarray(given),
+        urine_24h=jnp.asarray(urine_24h),
+    )
+    return np.asarray(score.total)
+
+
 QUARTILES = (0.25, 0.5, 0.75)
+
+
+class GivenEdges(Protocol):
+    """Options with edges of dose levels, or None for edges that are fitted."""
+
+    @property
+    def vasopressor_edges(self) -> tuple[float, ...] | None:
+        """Upper edges of levels 1 to 3, mcg/kg/min."""
+
+    @property
+    def fluid_edges(self) -> tuple[float, ...] | None:
+        """Upper edges of levels 1 to 3, mL per step."""
 
 
 def bin_doses(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +280,7 @@ def bin_doses(work: Workspace) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fit_dose_edges(
-    vasopressor: np.ndarray, fluid: np.ndarray, train: np.ndarray, options: CohortOptions
+    vasopressor: np.ndarray, fluid: np.ndarray, train: np.ndarray, options: GivenEdges
 ) -> tuple[schema.DoseEdges, list[str]]:
     """Quartiles of the training stays' non-zero doses, unless the options give the edges.
 
@@ -176,7 +298,8 @@ def fit_dose_edges(
     def edges(name: str, dose: np.ndarray) -> tuple[float, float, float]:
         wanted = getattr(options, f"{name}_edges")
         if wanted is not None:
-            first, second, third = wanted
+            # Episodes hold doses in float32: a dose at an edge must not come out above it.
+            first, second, third = (max(edge, float(np.float32(edge))) for edge in wanted)
             return first, second, third
         given = dose[train]
         given = given[given > 0]

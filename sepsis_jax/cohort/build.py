@@ -14,6 +14,7 @@ from pathlib import Path
 import duckdb
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from sepsis_jax.cohort import binning, reading, sepsis3
 from sepsis_jax.cohort.options import CohortOptions
@@ -21,21 +22,10 @@ from sepsis_jax.cohort.source import attach_source, describe_files, describe_rel
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel import schema
-from worldmodel.clinical import sofa
 from worldmodel.episode_files import save_episodes
 from worldmodel.episodes import Episodes, identities
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder
-from worldmodel.imputation import impute, training_medians
-
-# Typical values of ICU patients, for features that no training stay records.
-TYPICAL = np.array(
-    [
-        88, 117, 62, 78, 20, 97, 37, 40, 3, 3, 5, 2.9, 30, 40, 0, 23, 0.7, 23, 1.12, 8.3, 104, 1.1,
-        130, 10, 30.5, 1.3, 1.5, 2.1, 41, 95, 7.38, 190, 4.1, 14, 33, 139, 25, 10, 100,
-    ]
-)  # fmt: skip
-_CHUNK = 4096  # stays imputed at a time, which bounds the float64 copies
 
 
 @dataclass(frozen=True)
@@ -193,6 +183,11 @@ def split_of(subject_ids: np.ndarray, shares: tuple[float, float, float], seed: 
     return np.searchsorted(edges, uniform, side="right").astype(np.int32)[where]
 
 
+def empty_training(stays: int) -> str:
+    """What to say where none of the stays is in the training split."""
+    return f"the training split is empty ({stays} stays); use another seed or split"
+
+
 def _uniform(text: str) -> float:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2.0**64
@@ -211,9 +206,7 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
     split = split_of(stays["subject_id"], options.split, options.seed)
     train = split == 0
     if not train.any():
-        raise InputError(
-            f"the training split is empty ({len(length)} stays); use another seed or split"
-        )
+        raise InputError(empty_training(len(length)))
     values, measurements = binning.bin_measurements(work)
     urine, urine_counts = binning.bin_urine(work)
     ventilated = binning.bin_ventilation(work)
@@ -223,17 +216,14 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
     past = options.past_steps
     measured = np.isfinite(values[:, past:, : schema.NUM_MASKED])
     no_urine = np.isnan(urine) & (np.arange(urine.shape[1]) < length[:, None])
-    if options.missing_urine == "zero":
-        # Before ICU admission hardly any urine is charted, which does not mean that there is none.
-        urine[:, options.lead_steps :][no_urine[:, options.lead_steps :]] = 0
     values[:, past:, schema.URINE] = urine
-    medians = training_medians(values, train, TYPICAL)
-    filled, imputation = _impute(values, length, medians, options)
-    urine_24h = np.asarray(
-        sofa.urine_24h(jnp.asarray(filled[..., schema.URINE]), step_hours=options.step_hours)
+    filled, urine_24h, imputation = binning.fill_rows(
+        values, length, train, options, past=past, lead=options.lead_steps
     )
     if options.sofa == "row":
-        score = _score_rows(filled, ventilated, vasopressor, urine_24h, options)
+        score = binning.score_rows(
+            filled, ventilated, vasopressor, urine_24h, lead=options.lead_steps
+        )
     else:
         score = binning.bin_sofa(work)
     fields: dict[str, np.ndarray] = dict(
@@ -260,51 +250,18 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         "urine": urine_counts | {"steps without a urine record": int(no_urine.sum())},
         "imputation": imputation,
         "dose_edges_defaulted": defaulted,
-        "split": {name: int((split == i).sum()) for i, name in enumerate(schema.SPLITS)},
+        "split": stays_by_split(split),
     }
-    return _episodes(fields), edges, counts
+    return padded_episodes(fields), edges, counts
 
 
-def _impute(
-    values: np.ndarray, length: np.ndarray, medians: np.ndarray, options: CohortOptions
-) -> tuple[np.ndarray, dict[str, int]]:
-    parts, totals = [], {"measured": 0, "held": 0, "filled": 0}
-    for start in range(0, len(values), _CHUNK):
-        part, counts = impute(
-            values[start : start + _CHUNK],
-            length[start : start + _CHUNK],
-            medians,
-            step_hours=options.step_hours,
-            carry_forever=options.carry_forever,
-            past=options.past_steps,
-        )
-        parts.append(part)
-        for name, count in asdict(counts).items():
-            totals[name] += count
-    return np.concatenate(parts), totals
+def stays_by_split(split: Int[np.ndarray, " N"]) -> dict[str, int]:
+    """Number of stays in each split, of indices into `schema.SPLITS`."""
+    return {name: int((split == i).sum()) for i, name in enumerate(schema.SPLITS)}
 
 
-def _score_rows(
-    dynamic: np.ndarray,
-    ventilated: np.ndarray,
-    vasopressor: np.ndarray,
-    urine_24h: np.ndarray,
-    options: CohortOptions,
-) -> np.ndarray:
-    """[N, T] SOFA of rows [N, T, 39] with the vasopressor dose of the row's own step or before."""
-    lead = options.lead_steps
-    given = np.pad(vasopressor, ((0, 0), (lead, 0)))[:, : vasopressor.shape[1]]
-    score = sofa.standard(
-        jnp.asarray(dynamic),
-        ventilated=jnp.asarray(ventilated),
-        vasopressor_dose=jnp.asarray(given),
-        urine_24h=jnp.asarray(urine_24h),
-    )
-    return np.asarray(score.total)
-
-
-def _episodes(fields: dict[str, np.ndarray]) -> Episodes:
-    """Episodes with zeros in the rows at or after each stay's length."""
+def padded_episodes(fields: dict[str, np.ndarray]) -> Episodes:
+    """Episodes of arrays by the name of the field, with zeros after the end of each stay."""
     valid = np.arange(fields["sofa"].shape[1]) < fields["length"][:, None]
     padded = {}
     stay_id, subject_id = (identities(fields.pop(name)) for name in ("stay_id", "subject_id"))

@@ -31,7 +31,19 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "unknown_units": ("error", "drop"),
 }
 
-_EDGES = ("vasopressor_edges", "fluid_edges")
+EDGES = ("vasopressor_edges", "fluid_edges")
+RISING = "three doses above 0 that do not fall"
+SHARES = "three shares that add up to 1, the first above 0"
+
+
+def are_edges(edges: tuple[float, ...] | None) -> bool:
+    """Whether these may be upper edges of dose levels 1 to 3; None may."""
+    return edges is None or (len(edges) == 3 and 0 < edges[0] <= edges[1] <= edges[2])
+
+
+def are_shares(split: tuple[float, ...]) -> bool:
+    """Whether these may be the shares of training, validation and test."""
+    return len(split) == 3 and abs(sum(split) - 1) < 1e-6 and min(split) >= 0 and split[0] > 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +138,7 @@ class CohortOptions:
 
     def __post_init__(self) -> None:
         # YAML and command lines give lists and text.
-        for name in ("split", *_EDGES):
+        for name in ("split", *EDGES):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.derived_out is not None:
@@ -142,17 +154,9 @@ class CohortOptions:
         self._require("death_days", self.death_days > 0, "1 or more days")
         self._require("threads", self.threads is None or self.threads > 0, "1 or more")
         self._require("max_urine_ml", self.max_urine_ml > 0, "a volume above 0 mL")
-        shares_fit = len(self.split) == 3 and abs(sum(self.split) - 1) < 1e-6
-        self._require(
-            "split",
-            shares_fit and min(self.split) >= 0 and self.split[0] > 0,
-            "three shares that add up to 1, the first above 0",
-        )
-
-        for name in _EDGES:
-            edges = getattr(self, name)
-            rising = edges is None or (len(edges) == 3 and 0 < edges[0] <= edges[1] <= edges[2])
-            self._require(name, rising, "three doses above 0 that do not fall")
+        self._require("split", are_shares(self.split), SHARES)
+        for name in EDGES:
+            self._require(name, are_edges(getattr(self, name)), RISING)
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
@@ -181,7 +185,7 @@ class CohortOptions:
     def to_dict(self) -> JsonDict:
         """JSON-ready form."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        for name in ("split", *_EDGES):
+        for name in ("split", *EDGES):
             values[name] = None if values[name] is None else list(values[name])
         values["derived_out"] = str(self.derived_out) if self.derived_out else None
         values["threads"] = self.worker_threads

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sepsis_jax.cohort import CohortOptions, build_cohort, parity_options
+from sepsis_jax.cohort.binning import fit_dose_edges
 from sepsis_jax.cohort.build import split_of
 from tests.sepsis_jax.cohort.tiny import ADMITTED, Tiny
 from tests.sepsis_jax.command_line import call, refuse
@@ -81,6 +82,13 @@ def test_dose_edges_may_be_given(data, tmp_path):
     options = resolve_config(CohortOptions, None, settings, source="--option")
     build_cohort(data, tmp_path / "out", options)
     assert load_dose_edges(tmp_path / "out") == schema.DEFAULT_DOSE_EDGES
+
+
+def test_a_dose_at_a_given_edge_lies_below_it():
+    doses = np.array([[0.1, 0.3, 0.7]], np.float32)  # 0.1 and 0.3 are a little more in float32
+    given = CohortOptions(vasopressor_edges=(0.1, 0.3, 0.7))
+    edges, _ = fit_dose_edges(doses, doses, np.array([True]), given)
+    assert schema.dose_level(doses, edges.vasopressor).tolist() == [[1, 2, 3]]
 
 
 def test_an_optional_list_is_a_list_or_nothing():
