@@ -6,3 +6,15 @@ class InputError(ValueError):
 
     The command line prints the message and exits with status 2.
     """
+
+
+class TableError(InputError):
+    """A table that is refused.
+
+    Attributes:
+      problems: every one of them, a sentence each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems

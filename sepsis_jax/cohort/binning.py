@@ -314,3 +314,23 @@ def fit_dose_edges(
         vasopressor=edges("vasopressor", vasopressor), fluid=edges("fluid", fluid)
     )
     return fitted, defaulted
+
+
+def edges_between(
+    dose: Float[np.ndarray, "N T"],
+    level: Int[np.ndarray, "N T"],
+    default: tuple[float, float, float],
+) -> tuple[float, float, float]:
+    """Edges that fit levels whose edges are not known: the largest dose up to each level.
+
+    Args:
+      dose: [N, T] doses.
+      level: [N, T] levels 0 to 4, which rise with the dose.
+      default: edges where nothing was given.
+    """
+    given = dose[dose > 0]
+    if not given.size:
+        return default
+    below = float(given.min()) / 2  # of levels that nobody received
+    first, second, third = (float(dose[level <= k].max(initial=below)) for k in (1, 2, 3))
+    return first, second, third

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from worldmodel import schema
+from worldmodel.errors import InputError
 
 
 class Conversion(NamedTuple):
@@ -132,6 +133,25 @@ def conversion(quantity: str, unit: str | None, expected: str | None = None) -> 
     known = UNITS[quantity]
     found = normalized(unit or "")
     return known.get(found or normalized(expected or "")) or (AS_IS if not found else None)
+
+
+def read_unit(text: str) -> tuple[str, Conversion]:
+    """A feature and what turns its values into the schema's unit, from FEATURE=UNIT.
+
+    Raises:
+      InputError: the feature or the unit is unknown.
+    """
+    name, _, unit = text.partition("=")
+    known = [feature for feature in schema.FEATURE_NAMES if feature in UNITS]
+    if not unit.strip():
+        raise InputError(f"units: {text!r} is not FEATURE=UNIT, such as creatinine=umol/L")
+    if name not in known:
+        raise InputError(f"units: {name!r} has no unit to give; expected one of {', '.join(known)}")
+    found = conversion(name, unit)
+    if found is None:
+        units = ", ".join(UNITS[name])
+        raise InputError(f"units: {unit!r} is unknown for {name}; expected one of {units}")
+    return name, found
 
 
 def rate_conversion(expected: str, unit: str | None) -> Conversion | None:

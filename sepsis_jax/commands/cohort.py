@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +26,9 @@ from sepsis_jax.console import (
 )
 from sepsis_jax.runs import claimed
 from worldmodel.configuration import LARGEST
+
+if TYPE_CHECKING:
+    from sepsis_jax.cohort.own_table import OwnCohort, OwnTableOptions
 
 app = typer.Typer(
     help="Make episodes from MIMIC-IV or from the synthetic world.", no_args_is_help=True
@@ -109,35 +113,142 @@ def synthetic(
         print_json({"out": str(out), **summary})
 
 
-@app.command("check", epilog="Example: sepsis-jax cohort check --table own.parquet")
-def check(
-    table: Annotated[
-        Path,
-        typer.Option("--table", help="A .parquet or .csv file with one row per stay and step."),
-    ],
+Table = Annotated[
+    Path, typer.Option("--table", help="A .parquet or .csv file with one row per stay and step.")
+]
+Units = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--unit", help="A column in another unit, as FEATURE=UNIT, such as temp_c=F; repeat."
+    ),
+]
+
+
+@app.command("template", epilog="Example: sepsis-jax cohort template --out own.csv")
+def template(
+    out: Annotated[Path, typer.Option("--out", help="A .csv or .parquet file to write.")],
     json: Json = False,
 ) -> None:
-    """Name every problem of a table of episodes; docs/cohort.md describes its columns."""
-    import pandas as pd
+    """A table of ten synthetic patients to fill with one's own, and what its columns hold."""
+    from sepsis_jax.cohort.own_table import describe_columns
+    from sepsis_jax.pipelines.episodes import write_template
+    from worldmodel.episodes import MASK_NAMES
 
-    from worldmodel.episode_files import table_problems
-    from worldmodel.errors import InputError
+    with claimed(out):
+        rows = write_template(out)
+    columns = describe_columns()
+    shown = [line for line in columns if line["column"] not in MASK_NAMES[1:]]
+    print_table(
+        f"Columns; {MASK_NAMES[0]} stands for all {len(MASK_NAMES)} masks",
+        ("column", "unit", "range", "if left out"),
+        [
+            (line["column"], line["unit"], line["range"], line["otherwise"] or "needed")
+            for line in shown
+        ],
+    )
+    console.print(f"{rows} rows in {out}")
+    if json:
+        print_json({"out": str(out), "rows": rows, "columns": columns})
 
-    read = {".parquet": pd.read_parquet, ".csv": pd.read_csv}.get(table.suffix)
-    if read is None:
-        raise InputError(f"{table}: neither .parquet nor .csv; give a file of either kind")
+
+@app.command(
+    "table",
+    epilog="Example: sepsis-jax cohort table --table own.csv --unit temp_c=F --out runs/own",
+)
+def table(
+    table: Table,
+    out: Out,
+    unit: Units = None,
+    config: Config = None,
+    setting: Setting = None,
+    seed: OtherSeed = None,
+    json: Json = False,
+) -> None:
+    """Episodes from a table of one's own; what it lacks is derived. docs/cohort.md has more."""
+    from sepsis_jax.pipelines.episodes import make_own_cohort
+    from worldmodel.errors import InputError, TableError
+
+    options = _own_options(unit, config, setting, seed)
     try:
-        rows = read(table)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{table}: unreadable ({error}); write it again") from None
-    problems = table_problems(rows, source=str(table))
-    for problem in problems:
-        console.print(problem)
+        with claimed(out), phases("cohort") as progress:
+            made = make_own_cohort(table, out, options, progress)
+    except TableError as error:
+        if len(error.problems) == 1:
+            raise
+        _say_problems(error.problems)
+        if json:
+            print_json({"problems": error.problems})
+        raise InputError(f"{table}: {len(error.problems)} problems, listed above") from None
+    _say_made(made)
+    console.print(f"{made.episodes.num_stays} stays of {options.step_hours:g} h steps in {out}")
+    if json:
+        print_json({"out": str(out), "stays": made.episodes.num_stays, "derived": made.derived,
+                    "counts": made.counts, "notes": made.notes})  # fmt: skip
+
+
+@app.command("check", epilog="Example: sepsis-jax cohort check --table own.parquet")
+def check(
+    table: Table,
+    unit: Units = None,
+    config: Config = None,
+    setting: Setting = None,
+    json: Json = False,
+) -> None:
+    """Name every problem of a table of one's own, with the settings of `cohort table`."""
+    from sepsis_jax.cohort.own_table import own_cohort
+    from sepsis_jax.pipelines.episodes import read_table
+    from worldmodel.errors import TableError
+
+    options = _own_options(unit, config, setting, None)
+    rows, problems = read_table(table), []
+    try:
+        _say_made(own_cohort(rows, options, source=str(table)))
+    except TableError as error:
+        problems = error.problems
+    _say_problems(problems)
     console.print(f"{len(rows)} rows, {len(problems)} problems")
     if json:
         print_json({"rows": len(rows), "problems": problems})
     if problems:
         raise typer.Exit(2)
+
+
+def _own_options(
+    unit: list[str] | None, config: Path | None, setting: list[str] | None, seed: int | None
+) -> OwnTableOptions:
+    from sepsis_jax.cohort.own_table import OwnTableOptions
+    from worldmodel.configuration import resolve_config
+
+    options = with_seed(resolve_config(OwnTableOptions, config, setting, source="--set"), seed)
+    return replace(options, units=(*options.units, *(unit or [])))
+
+
+def _say_problems(problems: list[str]) -> None:
+    for problem in problems:
+        console.print(problem)
+
+
+def _say_made(made: OwnCohort) -> None:
+    """What was derived, and how many values were measured, held, filled and converted."""
+    derived: dict[str, list[str]] = {}
+    for name, how in made.derived.items():
+        derived.setdefault(how, []).append(name)
+    lines = [
+        (how, names[0] if len(names) == 1 else f"{len(names)}: {names[0]} ... {names[-1]}")
+        for how, names in derived.items()
+    ]
+    if lines:
+        print_table("Derived, since the table lacks it", ("how", "columns"), lines)
+    whole = {
+        name.replace("_", " "): count
+        for name, count in made.counts.items()
+        if isinstance(count, int)
+    }
+    converted = {f"converted, {name}": n for name, n in made.counts["converted"].items()}
+    split = {f"stays, {name}": n for name, n in made.counts["split"].items()}
+    print_table("Values", ("what", "number"), list((whole | converted | split).items()))
+    for note in made.notes:
+        console.print(note)
 
 
 def audit(

@@ -1,25 +1,29 @@
-"""Folders of episodes: made by the synthetic world, reduced to a split, exported."""
+"""Folders of episodes: of the synthetic world or one's own table, reduced to a split, exported."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
+import pandas as pd
 
 from policy.offline.data import MINARI_DATA, check_d3rlpy_file, write_d3rlpy, write_minari
-from sepsis_jax.runs import JsonDict, Progress, provenance, silent
+from sepsis_jax.cohort.own_table import OwnCohort, OwnTableOptions, own_cohort
+from sepsis_jax.runs import JsonDict, Progress, plain, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler, save_episodes
-from worldmodel.episodes import Episodes
+from worldmodel.episodes import Episodes, to_table
 from worldmodel.errors import InputError
-from worldmodel.files import check_replaceable
+from worldmodel.files import atomic_file, check_replaceable, digest_file
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.generate import require_patients
 
 SOURCE = "synthetic"
+TEMPLATE_PATIENTS = 10
 
 
 def make_synthetic_cohort(
@@ -75,6 +79,83 @@ def make_synthetic_cohort(
         },
     )
     return summary
+
+
+_READERS = {".parquet": pd.read_parquet, ".csv": partial(pd.read_csv, low_memory=False)}
+
+
+def _known_suffix(path: Path) -> None:
+    if path.suffix not in _READERS:
+        raise InputError(f"{path}: neither .parquet nor .csv; give a file of either kind")
+
+
+def write_template(out: Path) -> int:
+    """Writes the table of ten synthetic patients, with every column; the number of its rows.
+
+    Raises:
+      InputError: neither .csv nor .parquet, or something is there already.
+    """
+    _known_suffix(out)
+    if out.exists():
+        raise InputError(f"{out}: exists; choose another name")
+    table = to_table(generate(jax.random.key(0), TEMPLATE_PATIENTS, keep_latent=False)[0])
+    with atomic_file(out) as temporary:
+        write = table.to_csv if out.suffix == ".csv" else table.to_parquet
+        write(temporary, index=False)
+    return len(table)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The rows of a .parquet or .csv file.
+
+    Raises:
+      InputError: another kind of file, or an unreadable one.
+    """
+    _known_suffix(path)
+    try:
+        return _READERS[path.suffix](path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); write it again") from None
+
+
+def make_own_cohort(
+    path: Path, out: Path, options: OwnTableOptions | None = None, progress: Progress = silent
+) -> OwnCohort:
+    """Makes a folder of episodes from a table.
+
+    Args:
+      path: a .parquet or .csv file, as `own_cohort` takes it.
+      out: folder to write, atomically.
+      options: settings.
+      progress: called with (phase, share done).
+
+    Returns:
+      The episodes and how they came about, which the manifest says too.
+
+    Raises:
+      InputError: the file is unreadable, or something else is in the way.
+      TableError: the table is refused.
+    """
+    options = options or OwnTableOptions()
+    check_replaceable(out, EPISODES_FILE)
+    progress("reading", 0.0)
+    table = read_table(path)
+    progress("checking and filling", 0.2)
+    made = own_cohort(table, options, source=str(path))
+    progress("writing", 0.8)
+    manifest = {
+        "source": "own table",
+        "table": {"file": path.name, "rows": len(table), "sha256": digest_file(path)},
+        "options": plain(options),
+        "derived": made.derived,
+        "counts": made.counts,
+        "notes": made.notes,
+        **provenance(),
+    }
+    save_episodes(
+        made.episodes, out, dose_edges=made.edges, step_hours=options.step_hours, manifest=manifest
+    )
+    return made
 
 
 def of_split(episodes: Episodes, split: str) -> tuple[Episodes, np.ndarray]:

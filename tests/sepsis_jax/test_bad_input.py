@@ -11,7 +11,7 @@ from policy.checkpoint import save_policy
 from policy.simple import NoTreatment
 from tests.sepsis_jax.command_line import call, refuse
 from tests.toy import toy_episodes
-from worldmodel.episode_files import save_episodes
+from worldmodel.episode_files import save_episodes, to_table
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -46,6 +46,9 @@ def files(tmp_path_factory):
     (folder / "empty").touch()
     (folder / "binary").write_bytes(bytes(range(256)))
     (folder / "table.csv").write_text("stay_id,step\n1,0\n")
+    (folder / "blank.csv").touch()
+    (folder / "bytes.csv").write_bytes(bytes(range(256)))
+    to_table(toy_episodes()).to_csv(folder / "own.csv", index=False)
     (folder / "zeros.parquet").write_bytes(bytes(100))
     (folder / "latin.yaml").write_bytes("seed: 3 # \xe9t\xe9\n".encode("latin-1"))
     (folder / "full").mkdir()
@@ -136,6 +139,39 @@ cohort mimic-iv --data {hollow} --out {out} --config {binary}
 cohort mimic-iv --data {hollow} --out {out} --config {missing}
 cohort mimic-iv --data {hollow} --out {out} --config {hollow}
 cohort mimic-iv --data {hollow} --out {out} --config {unknown.yaml}
+cohort template --out {out}
+cohort template --out {out}.xlsx
+cohort template --out {table.csv}
+cohort template --out {file}/own.csv
+cohort template
+cohort table --table {missing}.csv --out {out}
+cohort table --table {missing}.parquet --out {out}
+cohort table --table {file} --out {out}
+cohort table --table {zeros.parquet} --out {out}
+cohort table --table {table.csv} --out {out}
+cohort table --table {blank.csv} --out {out}
+cohort table --table {bytes.csv} --out {out}
+cohort table --table {own.csv} --out {file}
+cohort table --table {own.csv} --out {full}
+cohort table --table {own.csv} --out {out} --unit creatinine
+cohort table --table {own.csv} --out {out} --unit creatinine=stone
+cohort table --table {own.csv} --out {out} --unit colour=mg/dL
+cohort table --table {own.csv} --out {out} --unit temp_c=F
+cohort table --table {own.csv} --out {out} --set step_hours=0
+cohort table --table {own.csv} --out {out} --set step_hours=nan
+cohort table --table {own.csv} --out {out} --set missing_urine=guess
+cohort table --table {own.csv} --out {out} --set fluid_edges=[3,2,1]
+cohort table --table {own.csv} --out {out} --set fluid_edges=[1,2,3]
+cohort table --table {own.csv} --out {out} --set units=creatinine
+cohort table --table {own.csv} --out {out} --config {unknown.yaml}
+cohort table --table {own.csv} --out {out} --config {latin.yaml}
+cohort table --table {own.csv} --out {out} --seed -1
+cohort table --table {own.csv}
+cohort check --table {missing}.csv
+cohort check --table {file}
+cohort check --table {zeros.parquet}
+cohort check --table {own.csv} --unit colour=mg/dL
+cohort check --table {own.csv} --set colour=red
 demo --out {file}
 demo --out {full}/thesis.txt/demo
 demo --out {out} --patients 3
