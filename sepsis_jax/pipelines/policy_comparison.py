@@ -66,7 +66,8 @@ POLICIES = "policies"  # the folder that marks a comparison
 CLONE, PLANNER, PPO = "clone", "planner", "ppo"
 KINDS = {
     CLINICIAN: "clinician", CLONE: "clone", PLANNER: "planner", PPO: "with the truth",
-    "guideline": "rules", **dict.fromkeys(("random", "none", "max"), "bracket"),
+    **dict.fromkeys(("guideline", "titration"), "rules"),
+    **dict.fromkeys(("random", "none", "max"), "bracket"),
     **dict.fromkeys(OFFLINE, "offline"),
 }  # fmt: skip
 

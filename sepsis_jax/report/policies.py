@@ -132,7 +132,7 @@ matplotlib.use("Agg")
 _PANEL = 3.3  # inches
 _COLUMNS = 4
 _LEVELS = tuple(name.replace("Very High", "Very\nhigh") for name in schema.LEVEL_NAMES)
-_KIND_COLORS = {
+KIND_COLORS = {
     "clinician": "black", "bracket": "grey", "rules": COLORS[2], "clone": COLORS[3],
     "offline": COLORS[4], "planner": COLORS[1], "with the truth": COLORS[0],
 }  # fmt: skip
@@ -308,7 +308,7 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
       title: of the figure.
       path: PNG to write.
     """
-    rows, color = table.sort_values("value"), _KIND_COLORS
+    rows, color = table.sort_values("value"), KIND_COLORS
     figure, (left, *scatters) = plt.subplots(
         1, 3, figsize=(16, 0.34 * len(rows) + 2.4), width_ratios=(1.15, 1, 1), layout="constrained"
     )

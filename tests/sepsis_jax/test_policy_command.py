@@ -21,6 +21,7 @@ from sepsis_jax.pipelines.policy_values import (
     taken,
     value_table,
 )
+from sepsis_jax.report import policies as report_policies
 from tests.sepsis_jax.command_line import call, finish, leftovers, refuse
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes
@@ -150,6 +151,12 @@ def test_description_tells_policies_from_the_clinician(run, cohort, iql, clone, 
     assert table.loc["none", "vasopressor None"] == 100 and table.loc["none", "entropy"] == 0
     levels = [name for name in table if name.startswith("fluid ")]
     assert np.allclose(table[levels].sum(axis=1), 100)
+
+
+def test_every_policy_has_a_kind_and_every_kind_a_colour():
+    compared = {*registry.names(), *registry.TRAINED, policy_comparison.CLONE}
+    assert compared == set(policy_comparison.KINDS)
+    assert set(policy_comparison.KINDS.values()) <= set(report_policies.KIND_COLORS)
 
 
 def test_comparison_writes_everything_and_reports_pairs(compared):
