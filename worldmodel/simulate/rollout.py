@@ -8,7 +8,6 @@ numbers), which removes noise from comparisons between plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
+MAX_PROGRAMS = 32  # kept in memory, of one precision
 _SHORTEST = 4  # steps of the shortest arrays
 CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
 
@@ -133,9 +133,10 @@ def rollout(
 ) -> Rollouts:
     """Simulates patients under plans or a policy.
 
-    Programs are kept for the life of the process, one for each shape of the inputs. Horizons of
-    the recurrent variant share one for up to 4, 8, 16, ... steps, of which no more are simulated
-    than asked for; those of the other variants, and those within a `jax.jit`, have one each.
+    There is one compiled program for each shape of the inputs, about 40 MB each. Horizons of the
+    recurrent variant share one for up to 4, 8, 16, ... steps, of which no more are simulated than
+    asked for; those of the other variants, and those within a `jax.jit`, have one each. At
+    `MAX_PROGRAMS` of one precision all of them are let go.
 
     Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
 
@@ -214,7 +215,10 @@ def rollout(
     blocks = _Blocks(rows, ids[None] * members + np.arange(members)[:, None, None])
     if being_traced():
         return _rollout(*inputs, blocks, samples, config, past)
-    result: Rollouts = _jitted(precision)(*inputs, blocks, samples, config, past)
+    program = _jitted(precision)
+    if program._cache_size() >= MAX_PROGRAMS:
+        program.clear_cache()
+    result: Rollouts = program(*inputs, blocks, samples, config, past)
     result = _cut(result, horizon)
     if policy is not None:
         refuse_invalid(np.asarray(result.action) == INVALID_ACTION)
@@ -314,7 +318,7 @@ def _in_equal_parts(count: int, most: int) -> np.ndarray:
 
 
 @cache
-def _jitted(precision: str | None) -> Callable[..., Rollouts]:
+def _jitted(precision: str | None) -> Any:  # jax.jit's type has no methods of its cache
     return jax.jit(
         _rollout, static_argnums=(8, 9, 10), compiler_options=compiler_options(precision)
     )

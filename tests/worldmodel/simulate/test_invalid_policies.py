@@ -94,3 +94,12 @@ def test_the_environment_refuses_what_is_no_policy(stay_model, key):
     state, _ = env.reset(key)
     _, timestep = env.step(state, jnp.int32(25))
     assert np.isnan(timestep.reward)
+
+
+def test_programs_are_bounded(stay_model, key, monkeypatch):
+    start = start_history(stay_model, toy_episodes(4, 9).select(np.arange(2)), 0)
+    monkeypatch.setattr("worldmodel.simulate.rollout.MAX_PROGRAMS", 2)
+    _jitted(None).clear_cache()
+    for horizon in (3, 7, 3, 12):
+        rollout(stay_model, key, start, np.full((1, horizon), 12), samples=2)
+        assert 1 <= _jitted(None)._cache_size() <= 2
