@@ -1,4 +1,10 @@
-"""Planning by search in the world model."""
+"""Planning by search in the world model.
+
+The `rollout` search improves on the clinician by simulating them (Tesauro & Galperin 1996;
+Bertsekas 2019): each treatment is held for some steps, the clinician goes on, and the best total
+reward is chosen, anew at every step. The other searches are for world models that cannot be
+asked that: they score predicted rows by an advantage that is learned from records.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,14 @@ from flax import struct
 from policy.base import Policy
 from policy.offline.algorithms import OfflinePolicy
 from policy.offline.data import Transitions, transitions
-from policy.planner_advantage import PAST, Advantage, effects, fit_advantage, moderators
+from policy.planner_advantage import (
+    PAST,
+    Advantage,
+    effects,
+    fit_advantage,
+    moderators,
+    untrained_advantage,
+)
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
@@ -26,6 +39,7 @@ from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import History, history_from_observation, observe
+from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.stays import (
     append_row,
     encode_past,
@@ -59,6 +73,7 @@ class Planner(Policy):
     def action_values(self, key: jax.Array, observation: Observation) -> jax.Array:
         """[25] J of the best sequence found that starts with each action; -1e9 for none."""
         search = {
+            "rollout": _rollouts,
             "one-step": _one_step,
             "cross-entropy": _cross_entropy,
             "sequential-halving": _sequential_halving,
@@ -71,6 +86,23 @@ class Planner(Policy):
     def prior(self, observation: Observation) -> jax.Array:
         """[25] the clinician's probabilities."""
         return self.clinician(jax.random.key(0), recent(observation, self.clinician.past))
+
+
+def _rollouts(
+    planner: Planner, key: jax.Array, observation: Observation, prior: jax.Array
+) -> jax.Array:
+    """[25] total reward of holding each treatment for the horizon; then the clinician goes on."""
+    config, members = planner.config, planner.world_model.num_members
+    found = rollout(
+        planner.world_model,
+        key,
+        history_from_observation(planner.world_model, observation),
+        np.repeat(np.arange(schema.NUM_ACTIONS)[:, None], config.horizon, axis=1),
+        samples=max(config.samples, 1) * members,
+        features=(),
+    )
+    total = found.total_reward[0].reshape(schema.NUM_ACTIONS, -1, members)  # sample s: s mod E
+    return _cautious(total.mean(1).T, config) + config.prior_weight * _log(prior)
 
 
 def _one_step(
@@ -226,7 +258,7 @@ def _sequential_halving(
         first = first[jax.lax.top_k(returns, kept)[1]]
 
 
-SEARCHES = ("one-step", "cross-entropy", "sequential-halving")
+SEARCHES = ("rollout", "one-step", "cross-entropy", "sequential-halving")
 
 
 @dataclass(frozen=True)
@@ -235,27 +267,28 @@ class PlannerConfig:
 
     Attributes:
       search: one of `SEARCHES`.
-      horizon: steps of a sequence; 1 for the one-step search.
-      samples: noise samples per member and sequence; in sequential halving those of the first
-        round. 0 for the noise-free path.
+      horizon: steps of a sequence, or for which a treatment is held; the one-step search has 1.
+      samples: noise samples per member and sequence, at least 1 of rollouts; in sequential
+        halving those of the first round. 0 for the noise-free path.
       candidates: sequences per iteration of cross-entropy, first actions of sequential halving.
       iterations: of cross-entropy.
       elites: best sequences that the next iteration is drawn around.
-      prior_weight: w, reward units per nat of leaving the clinician's policy.
+      prior_weight: w, reward units per nat of leaving the clinician's policy; learned advantages
+        need about 0.5.
       risk: k, reward units per standard deviation over ensemble members.
       support: least probability of an action, as a share of the clinician's likeliest one's.
       gamma: discount per step.
       temperature: probabilities are softmax(J / temperature) over first actions; 0 for the best.
-      ridge: of the advantage.
+      ridge: of a learned advantage.
     """
 
-    search: str = "one-step"
-    horizon: int = 1
-    samples: int = 0
+    search: str = "rollout"
+    horizon: int = 3
+    samples: int = 1
     candidates: int = 32
     iterations: int = 3
     elites: int = 6
-    prior_weight: float = 0.5
+    prior_weight: float = 0.0
     risk: float = 0.0
     support: float = 0.01
     gamma: float = 0.99
@@ -282,6 +315,11 @@ class PlannerConfig:
         require(self, "0 or more", lambda size: size >= 0, *sizes)
         require(self, "within [0, 1]", lambda share: 0 <= share <= 1, "support", "gamma")
 
+    @property
+    def learns_advantage(self) -> bool:
+        """Whether predicted rows are scored by an advantage that is learned from records."""
+        return self.search != "rollout"
+
 
 _BLOCK = 2048  # rows per call
 
@@ -289,23 +327,29 @@ _BLOCK = 2048  # rows per call
 def fit_planner(
     episodes: Episodes,
     world_model: WorldModel,
-    critic: OfflinePolicy,
+    critic: OfflinePolicy | None,
     clinician: Policy,
     config: PlannerConfig | None = None,
 ) -> Planner:
     """A planner for the world model.
 
     Args:
-      episodes: of which the training split is used.
+      episodes: of which the training split is used, if an advantage is learned.
       world_model: to search.
-      critic: trained by implicit Q-learning on the same split; its value V is used.
+      critic: trained by implicit Q-learning on the same split; its value V is used, if an advantage
+        is learned.
       clinician: whose prior the planner improves on, such as a clone.
       config: settings.
 
     Raises:
-      InputError: the critic has no value function, or there are no training stays.
+      InputError: the critic is missing or has no value function, or there are no training stays.
     """
     config = config or PlannerConfig()
+    scaler = world_model.scaler
+    if not config.learns_advantage:
+        return Planner(world_model, untrained_advantage(scaler), clinician, config)
+    if critic is None:
+        raise InputError(f"planner: search={config.search} needs a critic; give one trained by iql")
     if "v" not in critic.networks:
         raise InputError(
             f"planner: a critic trained by {critic.config.algorithm} has no value of states; "
@@ -314,7 +358,6 @@ def fit_planner(
     train = episodes.of_split("train")
     if not train.num_stays:
         raise InputError("planner: the training split has no stays; use a larger cohort")
-    scaler = world_model.scaler
     stay, step = np.nonzero(np.asarray(train.valid))
     features = np.asarray(transitions(train, scaler, past=PAST).features)
     moderator = np.asarray(

@@ -85,7 +85,7 @@ class ComparisonOptions:
       seed: of patients and noise.
       wd3qne, cql, iql, dqn, bcq: settings of the offline methods.
       clone: of the cloned clinician.
-      planner: of the planner, whose critic is the policy of IQL.
+      planner: of the planner; where it learns an advantage, its critic is the policy of IQL.
       ppo: of PPO, which starts from the policy of IQL.
     """
 
@@ -111,7 +111,8 @@ class ComparisonOptions:
                 f"methods: got {list(self.methods)}, expected different ones of "
                 f"{', '.join(known_methods)}"
             )
-        needing = [name for name in (PLANNER, PPO) if name in self.methods]
+        users = (*([PLANNER] if self.planner.learns_advantage else []), PPO)
+        needing = [name for name in users if name in self.methods]
         if needing and "iql" not in self.methods:
             raise InputError(f"methods: {needing[0]} needs iql among them")
         if self.patients < 2:
@@ -270,12 +271,13 @@ def _train_all(
         )  # fmt: skip
     if PLANNER in others:
         done += 1
-        critic = of_iql(policies["iql"])  # type: ignore[arg-type]
         inputs = {
-            "model": shop.inputs["model"],
-            "critic": fingerprint("iql", options.of("iql")),
-            "clinician": fingerprint(CLINICIAN, options.clone),
-        }
+            "model": shop.inputs["model"], "clinician": fingerprint(CLINICIAN, options.clone),
+        }  # fmt: skip
+        critic = None
+        if options.planner.learns_advantage:
+            critic = of_iql(policies["iql"])  # type: ignore[arg-type]
+            inputs["critic"] = fingerprint("iql", options.of("iql"))
         policies[PLANNER] = shop.make(
             PLANNER, options.planner, inputs,
             lambda: make_planner(episodes, world_model, critic, clone, options.planner, report),

@@ -68,7 +68,7 @@ class PlannerOptions:
 
     Attributes:
       search: how it searches.
-      critic: trained first, unless given.
+      critic: trained first, unless given; only where an advantage is learned.
       clone: fitted first, unless given.
     """
 
@@ -134,14 +134,14 @@ def fit_clone(episodes: Episodes, config: CloneConfig, progress: Progress = sile
 def make_planner(
     episodes: Episodes,
     world_model: WorldModel,
-    critic: Policy,
+    critic: OfflinePolicy | None,
     clone: Policy,
     config: PlannerConfig,
     progress: Progress = silent,
 ) -> Trained:
-    """A planner whose advantage is learned from the training split."""
+    """A planner; its advantage, if it learns one, is of the training split."""
     progress("planner", 0.0)
-    return Trained(fit_planner(episodes, world_model, of_iql(critic), clone, config))
+    return Trained(fit_planner(episodes, world_model, critic, clone, config))
 
 
 def of_iql(policy: Policy) -> OfflinePolicy:
@@ -241,6 +241,9 @@ def train_policy(
     ):
         if given is not None and method not in users:
             raise InputError(f"{option}: only for method {' and '.join(users)}")
+    search = getattr(config, "search", None)
+    if critic is not None and isinstance(search, PlannerConfig) and not search.learns_advantage:
+        raise InputError(f"critic: search={search.search} of the planner uses none; leave it out")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)
@@ -266,7 +269,7 @@ def train_policy(
             trained = optimise(env, scaler, config, start, report)
         else:
             assert isinstance(config, PlannerOptions)
-            if start is None:
+            if start is None and config.search.learns_advantage:
                 settings = with_algorithm(config.critic, "iql")
                 start = of_iql(train_offline_policy(episodes, scaler, settings, report).policy)
             clone: Policy

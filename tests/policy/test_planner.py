@@ -25,12 +25,14 @@ from policy.simple import Constant, RandomPolicy
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
+from worldmodel.models import recurrent
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import init_world_model
 from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import history_from_observation, observe, start_history
+from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.stays import predict_next
 
 EPISODES = toy_episodes(60, 14)
@@ -56,6 +58,13 @@ def observation(stay):
     return jax.tree.map(lambda leaf: leaf[0], observation_at(stay, jnp.array([0]), STEP, past=12))
 
 
+def one_step(**settings):
+    """The search that scores predicted rows by an advantage."""
+    return PlannerConfig(
+        **{"search": "one-step", "horizon": 1, "samples": 0, "prior_weight": 0.5} | settings
+    )
+
+
 def made(config=None, clinician=None, **advantage) -> Planner:
     start = untrained_advantage(SCALER)
     keys = iter(jax.random.split(KEY, 3))
@@ -65,7 +74,7 @@ def made(config=None, clinician=None, **advantage) -> Planner:
     )
     filled |= {name: jnp.asarray(value) for name, value in advantage.items()}
     clinician = clinician or MLP.initial(KEY, SCALER, 4)
-    return Planner(WORLD, replace(start, **filled), clinician, config or PlannerConfig())
+    return Planner(WORLD, replace(start, **filled), clinician, config or one_step())
 
 
 def towards(action):
@@ -178,7 +187,7 @@ def by_hand(planner, stay, observation):
 
 
 def test_one_step_by_hand(stay, observation):
-    planner = made(PlannerConfig(prior_weight=0.7, risk=1.3, support=0.0))
+    planner = made(one_step(prior_weight=0.7, risk=1.3, support=0.0))
     want = by_hand(planner, stay, observation)
     np.testing.assert_allclose(planner.action_values(KEY, observation), want, rtol=1e-3, atol=5e-3)
     chosen = np.asarray(planner(KEY, observation))
@@ -187,14 +196,13 @@ def test_one_step_by_hand(stay, observation):
 
 def test_the_price_of_disagreement(stay, observation):
     bold, careful = (
-        made(PlannerConfig(risk=risk, support=0.0)).action_values(KEY, observation)
-        for risk in (0, 2.0)
+        made(one_step(risk=risk, support=0.0)).action_values(KEY, observation) for risk in (0, 2.0)
     )
     assert (np.asarray(bold - careful) > 0).all()
 
 
 def test_one_step_is_a_sequence_of_one(observation):
-    planner = made(PlannerConfig(risk=0.5, support=0.0))
+    planner = made(one_step(risk=0.5, support=0.0))
     sequences = jnp.arange(25)[:, None]
     got = play(planner, KEY, observation, sequences, 0)
     np.testing.assert_allclose(got, planner.action_values(KEY, observation), rtol=1e-3, atol=5e-3)
@@ -205,21 +213,18 @@ def test_a_rare_action_is_never_chosen(observation):
         def __call__(self, key, observation):
             return jnp.full(25, 1e-4).at[6].set(1 - 24e-4)
 
-    config = PlannerConfig(prior_weight=0.0)
+    config = one_step(prior_weight=0.0)
     free = made(replace(config, support=0.0), Timid(), **towards(24))
     bound = made(replace(config, support=0.01), Timid(), **towards(24))
     assert free(KEY, observation).argmax() == 24
     assert bound(KEY, observation).argmax() == 6
     # The penalty of leaving the prior does the same without a bound.
-    assert (
-        made(PlannerConfig(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax()
-        == 6
-    )
+    assert made(one_step(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax() == 6
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_what_the_clinician_rules_out_is_no_number_lost(observation, weight):
-    planner = made(PlannerConfig(prior_weight=weight), Constant(6), **towards(24))
+    planner = made(one_step(prior_weight=weight), Constant(6), **towards(24))
     assert np.isfinite(planner.action_values(KEY, observation)).all()
     assert planner(KEY, observation).argmax() == 6
 
@@ -237,7 +242,7 @@ def ask(planner, key, observation):
 @pytest.mark.parametrize(
     "config",
     [
-        PlannerConfig(prior_weight=0.0),
+        one_step(prior_weight=0.0),
         PlannerConfig(
             search="cross-entropy", horizon=2, candidates=64, elites=8, iterations=4,
             prior_weight=0.0,
@@ -269,10 +274,48 @@ def test_sequences_meet_the_same_noise_and_add_up(observation):
 
 
 def test_minus_one_is_what_the_clinician_would_do(observation):
-    planner = made(PlannerConfig(prior_weight=0.3))
+    planner = made(one_step(prior_weight=0.3))
     usual = int(planner.prior(observation).argmax())
     both = play(planner, KEY, observation, jnp.array([[-1], [usual]]), 0)
     assert float(both[0]) == pytest.approx(float(both[1]), abs=1e-5)
+
+
+# Rollouts of the clinician
+
+
+@pytest.fixture(scope="module")
+def stays_world():
+    model = ModelConfig(variant="recurrent", hidden=8, head=4)
+    return init_world_model(jax.random.key(6), SCALER, model, members=2, stay_steps=14)
+
+
+@pytest.mark.parametrize(("samples", "risk", "weight"), [(1, 0.0, 0.0), (3, 0.7, 0.4)])
+def test_rollouts_are_the_models_own_answer(samples, risk, weight, stays_world, observation):
+    config = PlannerConfig(horizon=3, samples=samples, risk=risk, prior_weight=weight, support=0.0)
+    planner = fit_planner(EPISODES, stays_world, None, RandomPolicy(), config)
+    values = planner.action_values(KEY, observation)
+    seen = history_from_observation(stays_world, observation)
+    plans = np.repeat(np.arange(25)[:, None], 3, axis=1)
+    found = rollout(stays_world, KEY, seen, plans, samples=2 * samples)
+    total = np.asarray(found.total_reward[0])
+    members = np.stack([total[:, 0::2].mean(1), total[:, 1::2].mean(1)])
+    wanted = members.mean(0) - risk * members.std(0) + weight * np.log(1 / 25)
+    np.testing.assert_allclose(values, wanted, atol=1e-4)
+    assert planner(KEY, observation).argmax() == values.argmax()
+
+
+def test_rollouts_prefer_what_a_world_rewards(stays_world, observation):
+    """A world in which the continuation after a vasopressor is good, and every other bad."""
+    member = jax.tree.map(lambda leaf: leaf, stays_world.outcome_model)
+    bias = member.later.bias[...]
+    member.later.bias[...] = bias.at[:, 0].set(4.0)  # death is likely
+    row = member.later_row.kernel[...]
+    known = recurrent.DRAWN_WIDTH + 2 + schema.NUM_STATIC
+    member.later_row.kernel[...] = row.at[:, known : known + 4, 0].set(-8.0)  # of the dose before
+    world = replace(stays_world, outcome_model=member)
+    config = PlannerConfig(horizon=2, support=0.0)
+    chosen = fit_planner(EPISODES, world, None, RandomPolicy(), config)(KEY, observation).argmax()
+    assert schema.action_levels(int(chosen))[0] == 4
 
 
 # Fitting and settings
@@ -282,24 +325,26 @@ def test_fitting_end_to_end():
     config = OfflineConfig(hidden=(8,), updates=20, batch_size=32, seeds=2, past=2)
     rows = transitions(EPISODES.of_split("train"), SCALER, past=2)
     critic = train_offline(rows, SCALER, config).policy
-    planner = fit_planner(EPISODES, WORLD, critic, RandomPolicy())
+    planner = fit_planner(EPISODES, WORLD, critic, RandomPolicy(), one_step())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(planner.advantage))
     assert np.abs(planner.advantage.doses).max() > 0
     probs = planner.action_probs(EPISODES)
     np.testing.assert_allclose(probs.sum(-1), 1.0, atol=1e-5)
     with pytest.raises(InputError, match="trained by cql has no value"):
         wrong = train_offline(rows, SCALER, replace(config, algorithm="cql")).policy
-        fit_planner(EPISODES, WORLD, wrong, RandomPolicy())
+        fit_planner(EPISODES, WORLD, wrong, RandomPolicy(), one_step())
     with pytest.raises(InputError, match="has no stays"):
         test_only = EPISODES.of_split("test")
-        fit_planner(test_only, WORLD, critic, RandomPolicy())
+        fit_planner(test_only, WORLD, critic, RandomPolicy(), one_step())
+    with pytest.raises(InputError, match="search=one-step needs a critic"):
+        fit_planner(EPISODES, WORLD, None, RandomPolicy(), one_step())
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"search": "beam"}, "search: got 'beam'"),
-        ({"horizon": 2}, "the one-step search has 1"),
+        ({"search": "one-step"}, "the one-step search has 1"),
         ({"search": "cross-entropy", "horizon": 0}, "horizon: got 0"),
         ({"elites": 40}, "at most the 32 candidates"),
         ({"search": "sequential-halving", "horizon": 2}, "there are 25 first actions"),
@@ -313,10 +358,9 @@ def test_bad_settings_are_named(settings, message):
 
 
 @pytest.mark.parametrize("search", ["one-step", "sequential-halving"])
-def test_a_recurrent_world_model_is_searched(search, observation, stay):
+def test_a_recurrent_world_model_is_searched(search, stays_world, observation, stay):
     """The one-step search reads the very means that the model predicts from the record."""
-    model = ModelConfig(variant="recurrent", hidden=8, head=4)
-    world = init_world_model(jax.random.key(6), SCALER, model, members=2, stay_steps=14)
+    world = stays_world
     horizon = 1 if search == "one-step" else 2
     planner = made(PlannerConfig(search=search, horizon=horizon, candidates=4, elites=2, samples=2))
     planner = replace(planner, world_model=world)

@@ -119,8 +119,11 @@ def test_a_clone_comes_with_its_calibration(clone):
 def test_a_planner_takes_what_it_is_given(run, cohort, model, iql, clone, tmp_path, monkeypatch):
     monkeypatch.setattr(policy_training, "train_offline_policy", lambda *_: pytest.fail("trained"))
     monkeypatch.setattr(policy_training, "fit_clone", lambda *_: pytest.fail("fitted"))
-    result = run("train", "--method", "planner", "--episodes", cohort, "--model", model,
-                 "--critic", iql, "--clinician", clone, "--out", tmp_path / "planner")  # fmt: skip
+    words = ("train", "--method", "planner", "--episodes", cohort, "--model", model,
+             "--critic", iql, "--clinician", clone, "--out", tmp_path / "planner")  # fmt: skip
+    assert "search=rollout of the planner uses none" in run(*words).err
+    one_step = ("--set", "search.search=one-step", "--set", "search.horizon=1")
+    result = run(*words, *one_step)
     assert result.status == 0, result.err
     assert load_policy(tmp_path / "planner").past == 12
 
@@ -287,7 +290,7 @@ def test_export_writes_transitions(run, cohort, tmp_path):
         (("--method", "iql", "--set", "updates=0"), ("updates: got 0",)),
         (("--method", "iql", "--set", "nope=0"), ("unknown setting 'nope'",)),
         (("--method", "clinician", "--set", "model=best"), ("behaviour model",)),
-        (("--method", "planner", "--model", "{model}", "--critic", "{clone}"),
+        (("--method", "ppo", "--model", "{model}", "--critic", "{clone}"),
          ("critic: expected a policy trained by", "iql")),
         (("--method", "iql", "--episodes", "none"), ("none: no such folder",)),
     ],
@@ -319,7 +322,11 @@ def test_bad_descriptions_are_refused(run, cohort, tmp_path, arguments, words):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--set", "methods=[planner]"), ("methods: planner needs iql",)),
+        (("--set", "methods=[ppo]"), ("methods: ppo needs iql",)),
+        (
+            ("--set", "methods=[planner]", "--set", "planner={search: one-step, horizon: 1}"),
+            ("methods: planner needs iql",),
+        ),
         (("--set", "methods=[best]"), ("methods: got ['best']",)),
         (("--set", "methods=iql"), ("expected a list",)),
         (("--set", "seed=0"), ("seed: 0 made the episodes too",)),
