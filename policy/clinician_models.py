@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 from sklearn.cluster import MiniBatchKMeans
 
 from policy.base import Policy
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.episodes import Episodes
 from worldmodel.models.gru import gates
 from worldmodel.observation import (

@@ -16,7 +16,6 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from policy.base import Policy
 from policy.offline.algorithms import OfflinePolicy
@@ -29,7 +28,7 @@ from policy.planner_advantage import (
     moderators,
     untrained_advantage,
 )
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

@@ -5,10 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from policy.base import decision_features, feature_width
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.observation import Observation, recent
 from worldmodel.scaling import Scaler
 

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx, struct
+from flax import nnx
 
 from policy.base import Policy, decision_features
 from policy.offline.algorithms import OfflinePolicy, Perceptron, pick
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.configuration import require
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError

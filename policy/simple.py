@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from policy.base import Policy
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import rules, sofa
 from worldmodel.observation import Observation
 from worldmodel.synthetic import maximum_treatment, no_treatment, random_policy, titration

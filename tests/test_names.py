@@ -66,6 +66,13 @@ def test_no_replaced_word(words, instead):
     assert not found, f"use {instead}:\n" + "\n".join(found)
 
 
+def test_no_dataclass_whose_class_jax_forgets():
+    pattern = re.compile(r"from flax import .*struct|flax\.struct|register_dataclass\(")
+    code = [path for path in FILES if path.suffix == ".py" and path.name != "struct.py"]
+    found = [str(path) for path in code if pattern.search((ROOT / path).read_text())]
+    assert not found, f"use worldmodel.struct: {found}"
+
+
 def test_no_replaced_module():
     found = [str(path) for path in FILES if path.suffix == ".py" and path.stem in MODULES]
     assert not found

@@ -10,9 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 
 MASK_SUFFIX = "_measured"

@@ -11,10 +11,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler

@@ -8,10 +8,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import read_json

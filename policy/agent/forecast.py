@@ -9,9 +9,8 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.envs.base import action_probability
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel

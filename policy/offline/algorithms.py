@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float
 
 from policy.base import Policy, decision_features
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.observation import Observation, recent

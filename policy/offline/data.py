@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from policy.base import decision_features
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

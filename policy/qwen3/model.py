@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, struct
+from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain
+from worldmodel import struct
 
 S = TypeVar("S")  # PyTrees of arrays
 T = TypeVar("T")

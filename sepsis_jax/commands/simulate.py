@@ -63,7 +63,7 @@ def simulate(
     json: Json = False,
 ) -> None:
     """Draw one patient's simulated futures under several plans: a fan chart and tables."""
-    from sepsis_jax.pipelines.simulation import OUTCOME_TITLES, simulate_patient
+    from sepsis_jax.pipelines.world_model import OUTCOME_TITLES, simulate_patient
     from worldmodel.episode_files import load_episodes_for
     from worldmodel.models.checkpoint import load_world_model
 

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical.reward import episode_rewards
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
 from sepsis_jax.ope import weights as w
 from sepsis_jax.ope.data import OPEData
+from worldmodel import struct
 from worldmodel.errors import InputError
 
 

@@ -22,7 +22,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 from scipy.optimize import nnls
 from scipy.stats import norm
@@ -32,6 +31,7 @@ from sepsis_jax.ope.data import OPEData
 from sepsis_jax.ope.estimators import Batch, Values, columns
 from sepsis_jax.ope.fqe import action_basis
 from sepsis_jax.ope.weights import LOG_LIMIT, previous, weigh
+from worldmodel import struct
 from worldmodel.errors import InputError
 
 METHODS = ("linear", "neural", "tabular")

@@ -15,8 +15,8 @@ from sepsis_jax.pipelines import world_model
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
 from sepsis_jax.pipelines.leakage import audit_episodes
-from sepsis_jax.pipelines.simulation import FEATURES, OUTCOME_TITLES, simulate_patient
 from sepsis_jax.pipelines.verdicts import check_rows, section, summary_line
+from sepsis_jax.pipelines.world_model import FEATURES, OUTCOME_TITLES, simulate_patient
 from sepsis_jax.report.figures import training_figure
 from sepsis_jax.report.html import (
     OUTCOME_COLUMNS,

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from policy.base import Policy
 from tests.toy import toy_episodes
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.observation import as_pytree, observation_at
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, struct
+from flax import nnx
 
 from policy.offline.algorithms import (
     ALGORITHMS,
@@ -28,7 +28,7 @@ from policy.ppo import (
     rows_of,
     train_ppo,
 )
-from worldmodel import SepsisEnv, schema
+from worldmodel import SepsisEnv, schema, struct
 from worldmodel.envs.base import first_timestep
 from worldmodel.errors import InputError
 from worldmodel.observation import NUM_STATE_FEATURES, Observation

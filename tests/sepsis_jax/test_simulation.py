@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from sepsis_jax.pipelines.simulation import outcome_table, trajectory_table
+from sepsis_jax.pipelines.world_model import outcome_table, trajectory_table
 from worldmodel.simulate.plans import Plan
 from worldmodel.simulate.rollout import Rollouts
 

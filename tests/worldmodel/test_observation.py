@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 from tests.toy import toy_episodes
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.observation import as_pytree, observation_at, observations

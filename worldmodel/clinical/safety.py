@@ -17,10 +17,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import rules, sofa
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

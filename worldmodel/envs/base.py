@@ -6,10 +6,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from worldmodel import keys, schema
+from worldmodel import keys, schema, struct
 from worldmodel.clinical import reward
 from worldmodel.observation import (
     INVALID_ACTION,

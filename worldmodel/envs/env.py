@@ -18,10 +18,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Int
 
-from worldmodel import keys, schema
+from worldmodel import keys, schema, struct
 from worldmodel.envs.base import Dynamics, Timestep
 from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
 from worldmodel.envs.learned import LearnedDynamics, learned_dynamics

@@ -15,10 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int
 
-from worldmodel import keys
+from worldmodel import keys, struct
 from worldmodel.envs.base import Timestep, first_timestep
 from worldmodel.errors import InputError
 

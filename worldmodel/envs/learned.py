@@ -16,10 +16,9 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Int
 
-from worldmodel import keys, schema
+from worldmodel import keys, schema, struct
 from worldmodel.clinical import reward
 from worldmodel.envs.base import (
     Timestep,

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from worldmodel import struct
 from worldmodel.envs.base import Timestep, action_probability
 from worldmodel.envs.learned import LearnedDynamics, LearnedState, choose
 from worldmodel.models.world_model import WorldModel

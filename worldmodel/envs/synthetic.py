@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Int
 
-from worldmodel import keys
+from worldmodel import keys, struct
 from worldmodel.clinical import reward
 from worldmodel.envs.base import Timestep, first_timestep, reward_terms
 from worldmodel.observation import PolicyFn

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Float, Int
 
+from worldmodel import struct
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import Saver

@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
 from worldmodel.imputation import hold_steps

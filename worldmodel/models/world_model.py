@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import (
     RECURRENT,

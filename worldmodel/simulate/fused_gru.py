@@ -26,9 +26,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import (
     LOG_SIGMA_RANGE,

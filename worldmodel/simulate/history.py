@@ -8,10 +8,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float, Int, Shaped
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import sofa
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError

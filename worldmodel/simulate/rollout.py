@@ -8,17 +8,17 @@ numbers), which removes noise from comparisons between plans.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
@@ -216,8 +216,8 @@ def rollout(
     if being_traced():
         return _rollout(*inputs, blocks, samples, config, past)
     program = _jitted(precision)
-    if program._cache_size() >= MAX_PROGRAMS:
-        program.clear_cache()
+    if program._cache_size() >= MAX_PROGRAMS:  # type: ignore[attr-defined]
+        program.clear_cache()  # type: ignore[attr-defined]
     result: Rollouts = program(*inputs, blocks, samples, config, past)
     result = _cut(result, horizon)
     if policy is not None:
@@ -249,9 +249,8 @@ def _cut(rollouts: Rollouts, horizon: int) -> Rollouts:
         return put
 
     leaves = {name: getattr(rollouts, name) for name in _BY_STEP}
-    # `replace` wants the type of each field.
-    kept: dict[str, Any] = {name: cut(leaf) for name, leaf in leaves.items() if leaf is not None}
-    return replace(rollouts, **kept)
+    kept = {name: cut(leaf) for name, leaf in leaves.items() if leaf is not None}
+    return replace(rollouts, **kept)  # type: ignore[arg-type]
 
 
 def check_mode(world_model: WorldModel, mode: str) -> None:
@@ -318,7 +317,7 @@ def _in_equal_parts(count: int, most: int) -> np.ndarray:
 
 
 @cache
-def _jitted(precision: str | None) -> Any:  # jax.jit's type has no methods of its cache
+def _jitted(precision: str | None) -> Callable[..., Rollouts]:
     return jax.jit(
         _rollout, static_argnums=(8, 9, 10), compiler_options=compiler_options(precision)
     )

@@ -7,10 +7,9 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Float
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import reward
 from worldmodel.clinical.reward import TERMINAL
 from worldmodel.simulate.unroll import Shape, Step

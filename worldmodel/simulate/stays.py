@@ -16,9 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.gru import gates

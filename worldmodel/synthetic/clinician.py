@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.observation import Observation
 
 _LEVELS = tuple(range(schema.NUM_LEVELS))

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from flax import struct
 
-from worldmodel import keys, scaling, schema
+from worldmodel import keys, scaling, schema, struct
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn

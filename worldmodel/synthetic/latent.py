@@ -15,8 +15,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
+from worldmodel import struct
 from worldmodel.synthetic.patients import LOG_SLOW, SLOW_NAMES, Noise, Traits
 
 # name: rate per step, stationary SD of the noise, then the change of the level at full

@@ -10,10 +10,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import ArrayLike
 
-from worldmodel import keys, schema
+from worldmodel import keys, schema, struct
 
 PROCESS_NAMES: tuple[str, ...] = (
     "pathogen", "inflammation", "tone", "volume", "heart", "lung", "brain", "carbon_dioxide",

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from worldmodel import struct
 from worldmodel.synthetic.latent import Latent, PhysiologyParams, advance_slow, start_slow
 from worldmodel.synthetic.patients import SLOW_NAMES, Noise, Traits
 

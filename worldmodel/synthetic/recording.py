@@ -9,9 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.imputation import hold_steps
 from worldmodel.synthetic.latent import Latent, PhysiologyParams, slow_values
 from worldmodel.synthetic.patients import Noise, Traits

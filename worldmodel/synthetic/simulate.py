@@ -13,9 +13,8 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from worldmodel import keys, schema
+from worldmodel import keys, schema, struct
 from worldmodel.errors import InputError
 from worldmodel.observation import PolicyFn, as_pytree
 from worldmodel.resources import usable_cores

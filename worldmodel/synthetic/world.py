@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.clinical import reward, sofa
 from worldmodel.observation import Observation, ObservationHistory
 from worldmodel.synthetic import clinician, physiology, recording

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, struct
+from flax import nnx
 
 from policy.offline.algorithms import (
     ALGORITHMS,
@@ -21,6 +21,7 @@ from policy.offline.algorithms import (
     wd3qne_loss,
     wd3qne_value,
 )
+from worldmodel import struct
 
 STATES, ACTIONS, ROWS = 9, 25, 40
 

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import struct
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
 from policy.agent.env_pool import EnvPool
@@ -20,7 +19,7 @@ from policy.simple import GuidelineRules, RandomPolicy
 from policy.testing.taught_qwen3 import TEMPLATES, tiny_runner
 from policy.train.data.packing import as_read, written
 from policy.train.episodes import demonstrate, neighbours
-from worldmodel import schema
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 
 DECISIONS, PATIENTS = 3, 8
