@@ -30,7 +30,7 @@ from worldmodel.scaling import Scaler
 
 
 class Policy:
-    """A PyTree (`worldmodel.struct.dataclass`) that is called as `policy(key, observation) -> [25]`.
+    """A PyTree (a `worldmodel.struct` dataclass), called as `policy(key, observation) -> [25]`.
 
     One call is for one patient; worlds and `action_probs` map it over patients. Whatever takes
     a policy takes a plain function of the same signature too.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,18 @@ def as_pytree(policy: PolicyFn) -> jax.tree_util.Partial:
         return policy
     if jax.tree_util.all_leaves([policy]):
         return jax.tree_util.Partial(policy)
-    return jax.tree_util.Partial(_call, policy)
+    return jax.tree_util.Partial(_caller(type(policy)), policy)  # type: ignore[arg-type]
+
+
+@cache
+def _caller(kind: type) -> Callable[..., jax.Array]:
+    """A function of its own for every class: JAX may confuse classes, but not functions."""
+    del kind
+
+    def call(policy: PolicyFn, key: jax.Array, observation: Observation) -> jax.Array:
+        return policy(key, observation)
+
+    return call
 
 
 INVALID_ACTION = -2  # stands for the draw from what is no distribution over the 25 actions
@@ -103,10 +115,6 @@ def refuse_invalid(bad: np.ndarray | jax.Array) -> None:
             "probabilities that sum to 1 (NaN, infinite or negative ones, or another sum); no "
             "action can be drawn from them"
         )
-
-
-def _call(policy: PolicyFn, key: jax.Array, observation: Observation) -> jax.Array:
-    return policy(key, observation)
 
 
 def recent(observation: Observation, past: int) -> Observation:
