@@ -41,7 +41,13 @@ from worldmodel.models.recurrent_training import held_rows
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.history import History, StayMemory
-from worldmodel.simulate.step import NextRow, StepOutputs, project, score_moved
+from worldmodel.simulate.step import (
+    NextRow,
+    StepOutputs,
+    mean_before_projection,
+    project,
+    score_moved,
+)
 
 FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
 _FEATURES = schema.NUM_FEATURES
@@ -405,13 +411,14 @@ def step_stay(
         action = _choose(propensity, action, noise[..., -1])
     chosen = jax.nn.one_hot(action, schema.NUM_ACTIONS)
     support = (propensity * chosen).sum(-1)
-    code = code_of(action)
+    code, scaler = code_of(action), world_model.scaler
     residual = code - jnp.matmul(propensity, jnp.asarray(CODES), precision="highest")
     prediction, risk_logits = _predict(kernel, read, state.obs, residual)
     with jax.named_scope("sampling"):
         values = _correlated(kernel, noise[..., :_FEATURES])
-        drawn = prediction.mu + jnp.exp(prediction.log_sigma) * values
-        drawn, moved = project(drawn, world_model.scaler)
+        sigma = jnp.exp(prediction.log_sigma)
+        drawn = mean_before_projection(prediction.mu, sigma, scaler) + sigma * values
+        drawn, moved = project(drawn, scaler)
         # A uniform number is below sigmoid(logit) where its own logit is below `logit`.
         chance = _logit_of_normal(noise[..., _FEATURES:-1])
         measured = chance[..., :_FEATURES] < prediction.measured_logit
@@ -440,7 +447,7 @@ def step_stay(
     )
     next_row = NextRow(
         obs=obs,
-        dynamic=world_model.scaler.denormalize(obs),
+        dynamic=scaler.denormalize(obs),
         ventilation=jax.nn.sigmoid(prediction.vent_logit),
         projected=moved,
     )

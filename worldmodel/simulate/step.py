@@ -162,6 +162,39 @@ def score_row(
 _SYSBP, _DIABP, _MEANBP = (schema.INDEX[name] for name in ("sysbp", "diabp", "meanbp"))
 
 
+_FAR = 3.0  # sigmas
+_SHARPNESS = 1.75  # of the softplus that stands for E[max(0, N(z, 1))], right to 0.011
+
+
+def mean_before_projection(
+    mu: Float[Array, "*b 39"], sigma: Float[Array, "*b 39"], scaler: Scaler
+) -> Float[Array, "*b 39"]:
+    """Means of normals that have the means `mu` once they are moved into the physiologic range.
+
+    At the edge of a range (FiO2 of 21%, SpO2 of 100%, no urine) noise moves a value one way only.
+    Without this, simulated values drift away from the edge, step by step.
+
+    Args:
+      mu: [..., 39] z-scores.
+      sigma: [..., 39] standard deviations, z-scores.
+      scaler: of these z-scores.
+
+    Returns:
+      [..., 39] z-scores; `mu` where the edge is three standard deviations away.
+    """
+    low = scaler.normalize(jnp.asarray(schema.LOW))
+    high = scaler.normalize(jnp.asarray(schema.HIGH))
+
+    def within(distance: jax.Array) -> jax.Array:
+        """The distance from the edge, in sigmas, at which a clipped normal has this mean one."""
+        distance = jnp.clip(distance, 0.03, _FAR)
+        return jnp.log(jnp.expm1(_SHARPNESS * distance)) / _SHARPNESS
+
+    above, below = (mu - low) / sigma, (high - mu) / sigma
+    mu = jnp.where(above < _FAR, low + sigma * within(above), mu)
+    return jnp.where(below < _FAR, high - sigma * within(below), mu)
+
+
 def project(
     obs: Float[Array, "*b 39"], scaler: Scaler
 ) -> tuple[Float[Array, "*b 39"], Int[Array, "*b"]]:

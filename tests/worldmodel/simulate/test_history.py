@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.errors import InputError
+from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import parse_plan
-from worldmodel.simulate.step import project
+from worldmodel.simulate.step import mean_before_projection, project
 
 MAP, SYS, DIA = (schema.INDEX[name] for name in ("meanbp", "sysbp", "diabp"))
 
@@ -211,3 +213,20 @@ def test_a_record_that_ends_early_is_named(stay):
         parsed("clinician", stay, step=length - 2)
     with pytest.raises(InputError, match=f"no step {length}"):
         parsed("clinician", stay, step=length)
+
+
+def test_noise_at_the_edge_of_a_range_keeps_its_mean(key):
+    scaler = Scaler(
+        mean=jnp.asarray(schema.LOW), std=jnp.asarray(schema.HIGH - schema.LOW),
+        static_mean=jnp.zeros(3), static_std=jnp.ones(3),
+    )  # fmt: skip
+    # z-scores of a range are 0 to 1, but for urine, a logarithm; blood pressures are ordered, too.
+    masked = enumerate(schema.MASKED_NAMES)
+    alone = [i for i, name in masked if not name.endswith("bp")]
+    sigma = jnp.full(39, 0.1)
+    for mu in (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 0.8, 0.9, 0.98):
+        mean = mean_before_projection(jnp.full(39, mu), sigma, scaler)
+        drawn, _ = project(mean + sigma * jax.random.normal(key, (20_000, 39)), scaler)
+        np.testing.assert_allclose(drawn[:, alone].mean(0), mu, atol=0.004)
+        if 0.3 < mu < 0.7:
+            np.testing.assert_array_equal(np.asarray(mean)[alone], np.float32(mu))
