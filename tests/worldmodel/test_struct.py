@@ -46,7 +46,7 @@ def test_built_in_policies_have_different_structures():
 
 
 def test_policies_of_users_are_told_apart():
-    """Written with `flax.struct` or by hand, their own structures may be equal."""
+    """Whatever they are written with, their own structures may be equal."""
     structures = []
     for _ in range(2):
 
