@@ -6,29 +6,32 @@ the process ends, however it ends, so that a run that was killed locks nobody ou
 
 from __future__ import annotations
 
+import fcntl
+import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from worldmodel.errors import InputError
-from worldmodel.files import check_replaceable, read_json, write_json
+from worldmodel.files import (
+    TEMPORARY_FILE,
+    TEMPORARY_FOLDER,
+    check_replaceable,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-import fcntl
-import os
-import re
-from contextlib import suppress
-
-from worldmodel.files import TEMPORARY_FILE, TEMPORARY_FOLDER
 
 # A JSON object: its values are of several types.
 JsonDict = dict[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -257,8 +257,17 @@ def _checks(
         yield (column, dose), partial(_check_doses, table, column, dose, source)
     yield ("behavior_prob",), partial(_check_probabilities, table, source)
     yield ("step", "stay_id"), partial(_check_steps, table, source)
+
+    @cache
+    def of_stays() -> np.ndarray:
+        """[rows] the first row of each row's stay."""
+        stays = table["stay_id"].to_numpy(np.int64)
+        _, first, stay = np.unique(stays, return_index=True, return_inverse=True)
+        found: np.ndarray = first[stay]
+        return found
+
     for column in _OF_STAYS:
-        yield (column, "stay_id"), partial(_check_constant, table, column, source)
+        yield (column, "stay_id"), partial(_check_constant, table, column, source, of_stays)
     if not shared_patients:
         yield ("subject_id", "split", "stay_id"), partial(_check_patients, table, source)
 
@@ -328,12 +337,11 @@ def _check_steps(table: pd.DataFrame, source: str) -> None:
         )
 
 
-def _check_constant(table: pd.DataFrame, column: str, source: str) -> None:
-    _, first, stay = np.unique(
-        table["stay_id"].to_numpy(np.int64), return_index=True, return_inverse=True
-    )
+def _check_constant(
+    table: pd.DataFrame, column: str, source: str, of_stays: Callable[[], np.ndarray]
+) -> None:
     values = table[column].to_numpy()
-    changed = values != values[first][stay]
+    changed = values != values[of_stays()]
     if changed.any():
         bad = int(table["stay_id"].iloc[np.argmax(changed)])
         raise InputError(f"{source}: column {column} changes within stay {bad}")

@@ -196,7 +196,7 @@ def fill_rows(
         urine = values[:, past + lead :, schema.URINE]
         steps = np.arange(lead, values.shape[1] - past)
         urine[np.isnan(urine) & (steps < length[:, None])] = 0
-    typical = TYPICAL.astype(np.float64)
+    typical = TYPICAL.copy()
     typical[schema.URINE] *= rules.step_hours / schema.STEP_HOURS
     medians = training_medians(values, train, typical)
     parts, totals = [], {"measured": 0, "held": 0, "filled": 0}

@@ -51,7 +51,10 @@ def train(
     ] = None,
     critic: Annotated[
         Path | None,
-        typer.Option("--critic", help="Policy of iql: the planner's critic, the start of ppo."),
+        typer.Option(
+            "--critic",
+            help="Policy of iql: the start of ppo, or the critic of a planner that needs one.",
+        ),
     ] = None,
     clinician: Annotated[
         Path | None, typer.Option("--clinician", help="Cloned clinician of the planner.")

@@ -174,13 +174,13 @@ def of_split(episodes: Episodes, split: str) -> tuple[Episodes, np.ndarray]:
     return episodes.select(chosen), chosen
 
 
-WRITERS = {"d3rlpy": write_d3rlpy, "minari": write_minari}
-
-
 def taken(episodes: Episodes) -> np.ndarray:
     """[N, T, 25] one-hot actions that were taken."""
     one_hot: np.ndarray = np.eye(schema.NUM_ACTIONS, dtype=np.float32)[np.asarray(episodes.action)]
     return one_hot
+
+
+WRITERS = {"d3rlpy": write_d3rlpy, "minari": write_minari}
 
 
 def export_transitions(

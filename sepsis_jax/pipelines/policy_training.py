@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
+import pandas as pd
 
 from policy.base import Policy
 from policy.checkpoint import MARKER, load_policy, save_policy
+from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
 from policy.offline.algorithms import NAMES as OFFLINE
+from policy.offline.algorithms import OfflineConfig, OfflinePolicy
+from policy.offline.data import transitions
+from policy.offline.training import train_offline
+from policy.planner import Planner, PlannerConfig, fit_planner
+from policy.ppo import PPOConfig, train_ppo
 from policy.registry import CLINICIAN, TRAINED
 from sepsis_jax.pipelines.episodes import of_split, taken
 from sepsis_jax.report.policies import (
@@ -26,25 +36,11 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.world_model import WorldModel
+from worldmodel.scaling import Scaler
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
-import hashlib
-import json
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
-
-import jax
-import pandas as pd
-
-from policy.clinician import BehaviorConfig, BehaviorFit, fit_behavior
-from policy.offline.algorithms import OfflineConfig, OfflinePolicy
-from policy.offline.data import transitions
-from policy.offline.training import train_offline
-from policy.planner import Planner, PlannerConfig, fit_planner
-from policy.ppo import PPOConfig, train_ppo
-from worldmodel.models.world_model import WorldModel
-from worldmodel.scaling import Scaler
 
 
 @dataclass(frozen=True)
@@ -241,9 +237,10 @@ def train_policy(
     ):
         if given is not None and method not in users:
             raise InputError(f"{option}: only for method {' and '.join(users)}")
-    search = getattr(config, "search", None)
-    if critic is not None and isinstance(search, PlannerConfig) and not search.learns_advantage:
-        raise InputError(f"critic: search={search.search} of the planner uses none; leave it out")
+    needs_none = isinstance(config, PlannerOptions) and not config.search.learns_advantage
+    if critic is not None and needs_none:
+        search = config.search.search
+        raise InputError(f"critic: search={search} of the planner uses none; leave it out")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
     progress("reading", 0.0)

@@ -162,6 +162,11 @@ def score_row(
 _SYSBP, _DIABP, _MEANBP = (schema.INDEX[name] for name in ("sysbp", "diabp", "meanbp"))
 
 
+def _range(scaler: Scaler) -> tuple[jax.Array, jax.Array]:
+    """[39] z-scores of the lowest and highest physiologic values."""
+    return scaler.normalize(jnp.asarray(schema.LOW)), scaler.normalize(jnp.asarray(schema.HIGH))
+
+
 _FAR = 3.0  # sigmas
 _SHARPNESS = 1.75  # of the softplus that stands for E[max(0, N(z, 1))], right to 0.011
 
@@ -182,8 +187,7 @@ def mean_before_projection(
     Returns:
       [..., 39] z-scores; `mu` where the edge is three standard deviations away.
     """
-    low = scaler.normalize(jnp.asarray(schema.LOW))
-    high = scaler.normalize(jnp.asarray(schema.HIGH))
+    low, high = _range(scaler)
 
     def within(distance: jax.Array) -> jax.Array:
         """The distance from the edge, in sigmas, at which a clipped normal has this mean one."""
@@ -207,8 +211,7 @@ def project(
     Returns:
       The projected z-scores and the number of entries that moved, [...] int32.
     """
-    low = scaler.normalize(jnp.asarray(schema.LOW))
-    high = scaler.normalize(jnp.asarray(schema.HIGH))
+    low, high = _range(scaler)
     projected = jnp.clip(obs, low, high)
     meanbp = projected[..., _MEANBP, None] * scaler.std[_MEANBP] + scaler.mean[_MEANBP]
     limit = (meanbp - scaler.mean) / scaler.std
