@@ -175,6 +175,9 @@ def _status(arguments: list[str]) -> int:
     except InputError as error:
         return _refuse(_with_flags(str(error)))
     except KeyboardInterrupt as interrupt:
+        for thread in threading.enumerate():
+            if isinstance(thread, threading.Timer):  # JAX's, if interrupted as it starts: 60 s
+                thread.cancel()
         hint = f"; {interrupt}" if str(interrupt) else ""
         errors.print(f"sepsis-jax: interrupted{hint}", soft_wrap=True)
         return 130

@@ -5,6 +5,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -182,6 +183,19 @@ def test_ctrl_c_is_one_line(hint, tmp_path, capsys, monkeypatch):
     assert result.status == 130
     assert result.err == f"sepsis-jax: interrupted{'; ' if hint else ''}{hint}\n"
     assert leftovers(tmp_path) == []
+
+
+def test_ctrl_c_waits_for_no_timer(tmp_path, capsys, monkeypatch):
+    timer = threading.Timer(3600, lambda: None)
+
+    def fail(*_, **__):
+        timer.start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sepsis_jax.pipelines.episodes.make_synthetic_cohort", fail)
+    assert call(capsys, "cohort", "synthetic", "--out", tmp_path / "out").status == 130
+    timer.join(timeout=30)
+    assert not timer.is_alive()
 
 
 def test_ctrl_c_of_a_terminal(heeded_ctrl_c, tmp_path):
