@@ -70,8 +70,9 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     )
     inputs = (jax.random.key(0), job.start, jnp.asarray(job.plans), tasks)
     progress("compiling", 0.0)
-    lowered = sharded_rollout.call.lower(job.world_model, None, *inputs)
-    compiled = lowered.compile()
+    # By shapes alone: a model that was loaded lies on one device, whatever the mesh.
+    shapes = jax.eval_shape(lambda *leaves: leaves, job.world_model, None, *inputs)
+    compiled = sharded_rollout.call.lower(*shapes).compile()
     call = _placed(compiled, job, inputs)
     progress("running", 0.6)
     untraced = _timed(call)

@@ -178,7 +178,7 @@ def _seen(episodes: Episodes) -> Float[np.ndarray, "N T D"]:
     indicators = np.eye(schema.NUM_LEVELS)[before][..., 1:].reshape(*pressure.shape, -1)
     columns = [
         np.ones_like(pressure), np.clip(68 - pressure, 0, 30) / 10,
-        np.clip(pressure - 68, 0, 30) / 10, np.clip(lactate - 2, 0, 6),
+        np.clip(pressure - 68, 0, 30) / 10, np.clip(lactate - 2, 0, 6), np.clip(lactate - 2, 0, 4),
         expit((66 - pressure) / 3), expit((120 - urine) / 40), expit((180 - oxygen) / 30),
         np.exp(-step / 4), step == 0,
         (before[..., 0] == 0) * np.clip(67 - pressure, 0, 15) / 10,
@@ -190,7 +190,7 @@ def _seen(episodes: Episodes) -> Float[np.ndarray, "N T D"]:
 
 _FOLDS = 5
 _PRIOR = 5.0  # rows that a state's counts shrink by
-_LAPSE = 0.002  # least probability of an action
+_LAPSE = 0.002  # least probability of an action, as the synthetic clinician has it
 
 
 def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T A"]:
@@ -204,14 +204,9 @@ def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T 
             state = drawn.state
             out[fold == f] = _counts(state[used], action[used], len(icu()[1]))[state[fold == f]]
             continue
-        inputs = drawn.inputs
-        heads = [
-            _logistic(inputs[used], level[used]) for level in np.divmod(action, schema.NUM_LEVELS)
-        ]
-        each = [_softmax(inputs[fold == f] @ theta) for theta in heads]
-        joint = each[0][..., :, None] * each[1][..., None, :]
-        joint = joint.reshape(*joint.shape[:-2], schema.NUM_ACTIONS)
-        out[fold == f] = (1 - schema.NUM_ACTIONS * _LAPSE) * joint + _LAPSE
+        out[fold == f] = joint_probabilities(
+            drawn.inputs[fold == f], *fit_levels(drawn.inputs[used], action[used])
+        )
     return out
 
 
@@ -233,24 +228,62 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return found
 
 
-def _logistic(
-    x: Float[np.ndarray, "M D"], level: Int[np.ndarray, " M"], *, ridge: float = 0.1, steps: int = 8
-) -> Float[np.ndarray, "D L"]:
-    """Coefficients of a multinomial logistic regression by Newton's method; level 0 has none."""
+def joint_probabilities(
+    x: Float[np.ndarray, "*M D"], *thetas: Float[np.ndarray, "D L"]
+) -> Float[np.ndarray, "*M A"]:
+    """Probabilities of joint actions from the coefficients of `fit_levels`, lapses included."""
+    vasopressor, fluid = (_softmax(x @ theta) for theta in thetas)
+    joint = vasopressor[..., :, None] * fluid[..., None, :]
+    joint = joint.reshape(*joint.shape[:-2], schema.NUM_ACTIONS)
+    found: np.ndarray = (1 - schema.NUM_ACTIONS * _LAPSE) * joint + _LAPSE
+    return found
+
+
+def fit_levels(
+    x: Float[np.ndarray, "M D"],
+    action: Int[np.ndarray, " M"],
+    *,
+    ridge: float = 0.1,
+    steps: int = 12,
+) -> list[Float[np.ndarray, "D L"]]:
+    """Coefficients of both drugs' multinomial logistic regressions, by likelihood.
+
+    An action is a lapse, drawn uniformly, with a known probability. Each round of
+    expectation-maximisation weighs rows by the probability that they are none, and makes one step
+    of Newton's method. Level 0 has no coefficients.
+    """
     x = x.astype(np.float64)
-    classes, width = schema.NUM_LEVELS, x.shape[1]
-    hit = np.eye(classes)[level]
-    theta = np.zeros((width, classes))
-    size = width * (classes - 1)
+    levels = np.divmod(action, schema.NUM_LEVELS)
+    thetas = [np.zeros((x.shape[1], schema.NUM_LEVELS)) for _ in levels]
     for _ in range(steps):
-        probs = _softmax(x @ theta)
-        slope = (x.T @ (hit - probs))[:, 1:] - ridge * theta[:, 1:]
-        hessian = np.empty((width, classes - 1, width, classes - 1))
-        for i in range(1, classes):
-            for j in range(i, classes):
-                spread = probs[:, i] * ((i == j) - probs[:, j])
-                block = x.T @ (x * spread[:, None])
-                hessian[:, i - 1, :, j - 1] = hessian[:, j - 1, :, i - 1] = block
-        flat = hessian.reshape(size, size) + ridge * np.eye(size)
-        theta[:, 1:] += np.linalg.solve(flat, slope.reshape(-1)).reshape(width, -1)
-    return theta
+        probs = [_softmax(x @ theta) for theta in thetas]
+        taken = [p[np.arange(len(x)), level] for p, level in zip(probs, levels, strict=True)]
+        meant = (1 - schema.NUM_ACTIONS * _LAPSE) * taken[0] * taken[1]
+        weight = meant / (meant + _LAPSE)
+        for theta, p, level in zip(thetas, probs, levels, strict=True):
+            theta[:, 1:] += _newton_step(x, level, p, weight, theta, ridge)
+    return thetas
+
+
+def _newton_step(
+    x: np.ndarray,
+    level: np.ndarray,
+    probs: np.ndarray,
+    weight: np.ndarray,
+    theta: np.ndarray,
+    ridge: float,
+) -> np.ndarray:
+    """[D, L - 1] step towards the maximum of the weighted, penalised likelihood."""
+    width, classes = x.shape[1], schema.NUM_LEVELS
+    size = width * (classes - 1)
+    residual = weight[:, None] * (np.eye(classes)[level] - probs)
+    slope = (x.T @ residual)[:, 1:] - ridge * theta[:, 1:]
+    hessian = np.empty((width, classes - 1, width, classes - 1))
+    for i in range(1, classes):
+        for j in range(i, classes):
+            spread = weight * probs[:, i] * ((i == j) - probs[:, j])
+            block = x.T @ (x * spread[:, None])
+            hessian[:, i - 1, :, j - 1] = hessian[:, j - 1, :, i - 1] = block
+    flat = hessian.reshape(size, size) + ridge * np.eye(size)
+    step: np.ndarray = np.linalg.solve(flat, slope.reshape(-1)).reshape(width, -1)
+    return step
