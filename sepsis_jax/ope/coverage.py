@@ -15,10 +15,23 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 
-from sepsis_jax.ope.coverage_worlds import Cell, Drawn, Truth, cross_fit, draw, icu
+from sepsis_jax.ope.coverage_worlds import (
+    Cell,
+    Drawn,
+    Truth,
+    cross_fit,
+    draw,
+    fitted_stays,
+    icu,
+)
 from sepsis_jax.ope.data import Inspected, inspect
 from sepsis_jax.ope.diagnostics import Limits, verdict
-from sepsis_jax.ope.estimated_clinician import ClinicianFit, from_slopes
+from sepsis_jax.ope.estimated_clinician import (
+    ClinicianFit,
+    from_slopes,
+    log_excess,
+    scores_of,
+)
 from sepsis_jax.ope.fqe import action_basis, fold_of, linear, tabular
 from sepsis_jax.ope.hidden_causes import negative_controls, strengths
 from sepsis_jax.ope.intervals import adaptive_t, standard_error
@@ -68,7 +81,7 @@ def judged(cell: Cell, drawn: Drawn, *, seed: int, limits: Limits | None = None)
             behavior_probs=jnp.asarray(rows),
             behavior_prob=jnp.asarray(np.where(alive, taken, 1.0)),
         )
-        clinician = ClinicianFit(cell.stays, shared=True)
+        clinician = ClinicianFit(fitted_stays(cell.stays), shared=True)
     found = inspect(data, drawn.probs)
     order = np.argsort(np.asarray(data.returns()), kind="stable")
     found = found._replace(steps=data.num_steps)
@@ -137,26 +150,29 @@ def _rows(
     step = np.where(alive, np.log(taken) - np.log(np.asarray(stays.behavior_prob)), 0.0)
     log_weight = step.cumsum(-1, dtype=np.float64)
     reward = np.asarray(stays.reward, np.float64)
+    inputs = drawn.data.features if clinician is None else drawn.inputs
+    features = None if inputs is None else np.asarray(inputs)[order] * alive[..., None]
+    scores = None
+    if clinician is not None:
+        scores = scores_of(found, order, features)
+        log_weight -= log_excess(scores, clinician)
     estimates = _estimates(reward, log_weight, *(x[:, order] for x in fitted))
     squares = np.log(np.maximum((probs**2 / behavior).sum(-1), 1e-30))
     expected = len(order) * np.exp(-np.median(np.where(alive, squares, 0.0).sum(-1), 1))
     rare = ((behavior < (limits or Limits()).support) & alive[..., None]) * np.maximum(
         probs - behavior, 0.0
     )
-    inputs = drawn.data.features if clinician is None else drawn.inputs
-    features = None if inputs is None else np.asarray(inputs)[order] * alive[..., None]
     final = log_weight[..., -1]
     controls = negative_controls(found, order, final, None if features is None else features[:, 0])
     influence, own = estimates.influence, estimates.influence
-    if clinician is not None and features is not None:
-        added = from_slopes(found, order, features, estimates.slope, clinician)
-        influence = influence + added.influence
+    if clinician is not None and scores is not None:
+        influence = influence + from_slopes(scores, estimates.slope, clinician).influence
     error, own_error = standard_error(influence), standard_error(own)
     returns = reward.sum(1)
     low, high = adaptive_t(estimates.value, influence)
-    less = estimates.value - returns.mean()
+    difference = estimates.value - returns.mean()
     centred = (returns - returns.mean())[:, None, None]
-    less_low, less_high = adaptive_t(less, influence - centred)
+    low_difference, high_difference = adaptive_t(difference, influence - centred)
     mean = np.exp(final).mean(1)
     ess = np.exp(final).sum(1) ** 2 / np.exp(2 * final).sum(1)
     spread = np.sqrt(np.maximum(len(order) / ess - 1, 0.0) / (len(order) - 1))
@@ -169,7 +185,8 @@ def _rows(
             name: array.reshape(-1)
             for name, array in (
                 ("estimate", estimates.value), ("se", error), ("low", low), ("high", high),
-                ("difference", less), ("difference_low", less_low), ("difference_high", less_high),
+                ("difference", difference), ("difference_low", low_difference),
+                ("difference_high", high_difference),
                 ("clinician_share", np.clip(1 - (own_error / error) ** 2, 0, 1)),
             )
         }

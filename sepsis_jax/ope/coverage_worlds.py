@@ -193,6 +193,11 @@ _PRIOR = 5.0  # rows that a state's counts shrink by
 _LAPSE = 0.002  # least probability of an action, as the synthetic clinician has it
 
 
+def fitted_stays(stays: int) -> int:
+    """How many of so many stays each fit of `cross_fit` sees."""
+    return stays - stays // _FOLDS
+
+
 def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T A"]:
     """[N, T, A] probabilities of each stay from a fit to the other folds."""
     alive, action = np.asarray(drawn.data.alive), np.asarray(drawn.data.action)
@@ -243,7 +248,7 @@ def fit_levels(
     x: Float[np.ndarray, "M D"],
     action: Int[np.ndarray, " M"],
     *,
-    ridge: float = 0.1,
+    ridge: float = 0.03,
     steps: int = 12,
 ) -> list[Float[np.ndarray, "D L"]]:
     """Coefficients of both drugs' multinomial logistic regressions, by likelihood.

@@ -1,17 +1,19 @@
-"""What an estimated clinician adds to the error of an estimate: an influence-function correction.
+"""What an estimated clinician does to an estimate: its bias and its error, corrected.
 
-Let log b(a | s) move by theta' (x(s) u(a)), x the state's features and u those of the dose. With
-z_t = x(s_t) (u(a_t) - E_b u) the score of a step, the log weight of step t moves by -theta' (z_0 +
-... + z_t), so every estimate V has a slope along theta. Probabilities that were fitted by
-likelihood to m stays err by I^-1 mean(sum_t z_t), I being the information of a stay, and V errs
-with them:
+Let log b(a | s) move by theta' (x(s) u(a)), x the state's features and u the levels of the doses.
+With z_t = x(s_t) (u(a_t) - E_b u) the score of a step, the log weight of step t moves by
+-theta' (z_0 + ... + z_t), so every estimate V has a slope along theta. Probabilities that were
+fitted by likelihood to m stays err by I^-1 mean(sum_t z_t), I being the information of a stay, and
+V errs with them:
 
     cross-fitted on the evaluated stays:  influence_i + slope' I^-1 sum_t z_it
     fitted to m other stays:              variance + slope' I^-1 slope / m
 
-The first lowers the error of weighted estimates where the model is right, as estimated propensities
-do (Hirano, Imbens & Ridder 2003). Errors of the clinician beyond these directions, and those of a
-model that is wrong, are not in it.
+The first line lowers the error of weighted estimates where the model is right, as estimated
+propensities do (Hirano, Imbens & Ridder 2003). Weights divide by what errs, so they are too large
+in the mean, most where the clinician's choice was rare: by exp(z' I^-1 z / 2 m), z being the score
+up to the step, as of log-normal numbers. `log_excess` is subtracted first. Errors of the clinician
+beyond these directions, and those of a model that is wrong, are not corrected.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from jaxtyping import Array, Float
 from policy.clinician import fit_behavior
 from sepsis_jax.ope.data import BLOCK, Inspected
 from sepsis_jax.ope.estimators import Batch, columns, evaluate_means
-from sepsis_jax.ope.fqe import action_basis
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -41,8 +42,8 @@ class ClinicianFit:
     """How the clinician's probabilities were estimated.
 
     Attributes:
-      stays: number of stays that they were fitted to.
-      shared: whether those are the evaluated stays, cross-fitted.
+      stays: number of stays that a fit has seen.
+      shared: whether those are among the evaluated stays, cross-fitted.
     """
 
     stays: int
@@ -94,23 +95,27 @@ class Correction(NamedTuple):
     variance: np.ndarray  # [K, E]
 
 
-def correct(
-    found: Inspected,
-    index: np.ndarray,
-    features: Float[np.ndarray, "N T D"] | None,
-    batch: Batch,
-    fit: ClinicianFit,
-    names: tuple[str, ...],
-) -> Correction:
-    """The correction of E estimators.
+class Scores(NamedTuple):
+    """How the log-likelihood of the recorded doses moves along P directions of the clinician."""
+
+    steps: np.ndarray  # [N, T, P], 0 after the end
+    information: np.ndarray  # [P, P] of a stay, with a small ridge
+
+    def moved(self) -> Float[np.ndarray, "N P"]:
+        """Of whole stays."""
+        total: np.ndarray = self.steps.sum(1, dtype=np.float64)
+        return total
+
+
+def scores_of(
+    found: Inspected, index: np.ndarray, features: Float[np.ndarray, "N T D"] | None
+) -> Scores:
+    """Scores of stays along products of the state's features and indicators of dose levels.
 
     Args:
       found: inspected input.
-      index: [N] numbers of the stays, in the order of the batch.
+      index: [N] numbers of the stays.
       features: [N, T, D] of the state, in the same order.
-      batch: weights and fitted ingredients.
-      fit: how the clinician was estimated.
-      names: estimators.
 
     Raises:
       InputError: no features, or only the probabilities of recorded actions.
@@ -120,42 +125,7 @@ def correct(
             "clinician fit: the error of an estimated clinician needs `features` and the "
             "probabilities of all actions, `behavior_probs`"
         )
-    slope = np.asarray(_slopes(batch, names), np.float64)
-    return from_slopes(found, index, features, slope, fit)
-
-
-def from_slopes(
-    found: Inspected,
-    index: np.ndarray,
-    features: Float[np.ndarray, "N T D"],
-    slope: Float[np.ndarray, "E K N T"],
-    fit: ClinicianFit,
-) -> Correction:
-    """The correction of estimates with slopes [E, K, N, T] along the log weights of every step."""
-    dose, information = _scores(found, index, features)
-    size = len(information)
-    # A ratio moves the log weights of its own step and of all later ones.
-    later = np.nan_to_num(slope)[..., ::-1].cumsum(-1)[..., ::-1]
-    rows = later.reshape(-1, later.shape[-2] * later.shape[-1])
-    score = np.einsum("ntd,ntj->ntdj", features, dose).reshape(rows.shape[1], size)
-    along = -(rows @ score)  # [E K, P]
-    ridge = _RIDGE * np.trace(information) / size + 1e-12
-    solved = np.linalg.solve(information + ridge * np.eye(size), along.T)  # [P, E K]
-    shape = slope.shape[:2]
-    if fit.shared:
-        each = score.reshape(len(index), -1, size).sum(1) @ solved
-        influence = np.swapaxes((each - each.mean(0)).reshape(len(index), *shape), 1, 2)
-        return Correction(influence, np.zeros(influence.shape[1:]))
-    variance = (along * solved.T).sum(-1).reshape(shape).T / fit.stays
-    return Correction(np.zeros((len(index), *variance.shape)), variance)
-
-
-def _scores(
-    found: Inspected, index: np.ndarray, features: np.ndarray
-) -> tuple[Float[np.ndarray, "N T J"], Float[np.ndarray, "P P"]]:
-    """Centred features of the recorded doses, 0 after the end, and the information of a stay."""
-    assert found.behavior is not None
-    basis = action_basis(found.behavior.given.shape[-1])[:, 1:]  # a constant is no direction
+    basis = _indicators(found.behavior.given.shape[-1])
     width, size = features.shape[-1], basis.shape[1]
     dose = np.empty((len(index), found.steps, size), np.float32)
     total = np.zeros((width, size, width, size))
@@ -173,7 +143,66 @@ def _scores(
                 spread = spread - mean[:, i] * mean[:, j]
                 total[:, i, :, j] += x.T @ (x * spread[:, None])
                 total[:, j, :, i] = total[:, i, :, j]
-    return dose, total.reshape(width * size, -1) / len(index)
+    information = total.reshape(width * size, -1) / len(index)
+    ridge = _RIDGE * np.trace(information) / len(information) + 1e-12
+    steps = np.einsum("ntd,ntj->ntdj", features, dose).reshape(*dose.shape[:2], -1)
+    return Scores(steps, information + ridge * np.eye(len(information)))
+
+
+def _indicators(actions: int) -> Float[np.ndarray, "A J"]:
+    """Indicators of both drugs' levels above 0, or of all actions but the first."""
+    if actions != schema.NUM_ACTIONS:
+        return np.eye(actions, dtype=np.float32)[:, 1:]
+    level = np.eye(schema.NUM_LEVELS, dtype=np.float32)[:, 1:]
+    drugs = np.divmod(np.arange(actions), schema.NUM_LEVELS)
+    return np.concatenate([level[each] for each in drugs], 1)
+
+
+def correct(scores: Scores, batch: Batch, fit: ClinicianFit, names: tuple[str, ...]) -> Correction:
+    """The correction of E estimators.
+
+    Args:
+      scores: of the stays of the batch, in its order.
+      batch: weights and fitted ingredients.
+      fit: how the clinician was estimated.
+      names: estimators.
+    """
+    return from_slopes(scores, np.asarray(_slopes(batch, names), np.float64), fit)
+
+
+def from_slopes(
+    scores: Scores, slope: Float[np.ndarray, "E K N T"], fit: ClinicianFit
+) -> Correction:
+    """The correction of estimates with slopes [E, K, N, T] along the log weights of every step."""
+    size = len(scores.information)
+    # A ratio moves the log weights of its own step and of all later ones.
+    later = np.nan_to_num(slope)[..., ::-1].cumsum(-1)[..., ::-1]
+    rows = later.reshape(-1, later.shape[-2] * later.shape[-1])
+    along = -(rows @ scores.steps.reshape(rows.shape[1], size))  # [E K, P]
+    solved = np.linalg.solve(scores.information, along.T)  # [P, E K]
+    shape, stays = slope.shape[:2], len(scores.steps)
+    if fit.shared:
+        each = scores.moved() @ solved
+        influence = np.swapaxes((each - each.mean(0)).reshape(stays, *shape), 1, 2)
+        return Correction(influence, np.zeros(influence.shape[1:]))
+    variance = (along * solved.T).sum(-1).reshape(shape).T / fit.stays
+    return Correction(np.zeros((stays, *variance.shape)), variance)
+
+
+def log_excess(scores: Scores, fit: ClinicianFit) -> Float[np.ndarray, "N T"]:
+    """[N, T] log of how much too large the weights are in the mean, as the estimate errs.
+
+    The log weight errs by theta' Z, Z the score up to the step. With normal errors of theta, fitted
+    to m stays, the mean of exp(theta' Z) is exp(Z' I^-1 Z / 2 m).
+
+    Args:
+      scores: of the stays.
+      fit: how the clinician was estimated.
+    """
+    half = np.linalg.cholesky(np.linalg.inv(scores.information)).astype(np.float32)
+    moved = np.cumsum(scores.steps, 1) @ half
+    excess: np.ndarray = np.minimum((moved.astype(np.float64) ** 2).sum(-1) / (2 * fit.stays), 20.0)
+    return excess
 
 
 @partial(jax.jit, static_argnames="names")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from sepsis_jax.ope import bootstrap, intervals
 from sepsis_jax.ope.data import BLOCK, Inspected, OPEData
@@ -222,6 +223,7 @@ def prepare(
     clip: Clip | None = None,
     shrinkage: Shrinkage | None = None,
     limits: Limits | None = None,
+    log_excess: Float[np.ndarray, "N T"] | None = None,
 ) -> tuple[Batch, Diagnostics]:
     """Weights of all policies and their diagnostics.
 
@@ -232,6 +234,8 @@ def prepare(
       clip: bounds of ratios.
       shrinkage: tuning that the batch carries.
       limits: of support.
+      log_excess: [N, T] what is subtracted from the log weights, from
+        `sepsis_jax.ope.estimated_clinician`; nothing by default.
 
     Returns:
       A batch without fitted ingredients.
@@ -247,6 +251,9 @@ def prepare(
         return part
 
     parts: _Stay = in_blocks(of_block, len(index), min(BLOCK, len(index)))
+    if log_excess is not None:
+        less = np.asarray(log_excess, np.float32)[:, None]
+        parts = parts._replace(log_weight=parts.log_weight - less)
     data = jax.tree.map(jnp.asarray, found.stays(index))
     found_batch: tuple[Batch, Diagnostics] = _gather(data, parts, gamma=gamma, shrinkage=shrinkage)
     return found_batch

@@ -12,7 +12,12 @@ from jaxtyping import Float
 
 from sepsis_jax.ope.data import InputPolicy, Inspected, OPEData, inspect
 from sepsis_jax.ope.diagnostics import Diagnostics, Limits, fqe_gap, verdict
-from sepsis_jax.ope.estimated_clinician import ClinicianFit, correct
+from sepsis_jax.ope.estimated_clinician import (
+    ClinicianFit,
+    correct,
+    log_excess,
+    scores_of,
+)
 from sepsis_jax.ope.estimation import estimate_all, prepare, with_bounds
 from sepsis_jax.ope.estimators import (
     ESTIMATORS,
@@ -72,8 +77,8 @@ def evaluate(
       limits: where trust ends.
       treated: counts of `check`, where it treated the data before, to be reported with the own.
       clinician: how the clinician's probabilities were estimated; None where they are known.
-        Intervals then contain the error of that estimate (`ope.estimated_clinician`), which needs
-        `data.features` and `data.behavior_probs`.
+        Weights are then freed of the mean error of that estimate, and intervals contain its
+        spread (`ope.estimated_clinician`), which needs `data.features` and `data.behavior_probs`.
 
     Returns:
       One row per policy and estimator: estimate, standard error (delta method), interval;
@@ -101,10 +106,14 @@ def evaluate(
         raise InputError("fitted: stays were dropped; fit on the data that `check` returns")
     order = _order(found.stays(found.kept))
     index = found.kept[order]
-    batch, diagnostics = prepare(
-        found, index, gamma=gamma, clip=clip, shrinkage=shrinkage, limits=limits
-    )
     features = _features(data, found, index)
+    scores = excess = None
+    if clinician is not None:
+        scores = scores_of(found, index, features)
+        excess = log_excess(scores, clinician)
+    batch, diagnostics = prepare(
+        found, index, gamma=gamma, clip=clip, shrinkage=shrinkage, limits=limits, log_excess=excess
+    )
     stays, names = len(order), list(target_probs)
     if fitted is not None:
         batch = fitted.select(order, found.steps).into(batch)
@@ -114,8 +123,8 @@ def evaluate(
     results = estimate_all(
         key, batch, chosen, n_bootstrap=n_bootstrap, interval=interval, alpha=alpha,
         tail_levels=tail_levels,
-        correct=None if clinician is None else partial(
-            correct, found, index, features, batch, clinician
+        correct=None if scores is None or clinician is None else partial(
+            correct, scores, batch, clinician
         ),
     )  # fmt: skip
     gap = None

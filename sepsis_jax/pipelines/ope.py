@@ -136,8 +136,10 @@ def _behavior(
         return _Behavior(fits[0].probs, fits, ClinicianFit(stays))
     own = jax.random.fold_in(key, 1)
     probs = cross_fit(own, episodes, behavior, options.behavior_folds)
+    folds = options.behavior_folds
+    stays = episodes.num_stays * (folds - 1) * 4 // (5 * folds)  # a fifth of the others calibrates
     shared = len(chosen) == episodes.num_stays
-    return _Behavior(probs, fits, ClinicianFit(episodes.num_stays, shared=shared))
+    return _Behavior(probs, fits, ClinicianFit(stays, shared=shared))
 
 
 def _policies(

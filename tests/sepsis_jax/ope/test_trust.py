@@ -17,10 +17,9 @@ from sepsis_jax.ope import ClinicianFit, Limits, OPEData, evaluate
 from sepsis_jax.ope import intervals as iv
 from sepsis_jax.ope.benchmark import sample
 from sepsis_jax.ope.data import inspect
-from sepsis_jax.ope.estimated_clinician import correct
+from sepsis_jax.ope.estimated_clinician import correct, log_excess, scores_of
 from sepsis_jax.ope.estimation import prepare
 from sepsis_jax.ope.estimators import ESTIMATORS, estimate
-from sepsis_jax.ope.fqe import action_basis
 from sepsis_jax.ope.hidden_causes import (
     BETTER,
     NEITHER,
@@ -209,8 +208,10 @@ def test_the_correction_is_the_slope_along_the_clinician():
     batch, _ = prepare(found, order)
     features = features[:, : found.steps]
     fit = ClinicianFit(200)
-    extra = correct(found, order, features, batch, fit, ("is", "wis")).variance[0]
-    basis = action_basis(25)[:, 1:]
+    scores = scores_of(found, order, features)
+    extra = correct(scores, batch, fit, ("is", "wis")).variance[0]
+    levels = np.stack(np.divmod(np.arange(25), 5), 1)
+    basis = (levels[:, :, None] == np.arange(1, 5)).reshape(25, 8).astype(np.float64)
     b = np.asarray(data.behavior_probs, np.float64)[:, : found.steps]
     alive = np.asarray(data.alive)[:, : found.steps]
     mean = b @ basis
@@ -248,6 +249,25 @@ def test_an_estimated_clinician_widens_or_narrows_the_interval():
         evaluate(drawn.data, probs, clinician=ClinicianFit(50), **options)
 
 
+def test_weights_are_freed_of_the_mean_error_of_the_clinician():
+    drawn, probs = normal_case(stays=150)
+    data = replace(drawn.data, features=jnp.ones((*drawn.data.reward.shape, 1)))
+    found = inspect(data, probs)
+    features = np.asarray(data.features)[:, : found.steps]
+    scores, fit = scores_of(found, np.arange(150), features), ClinicianFit(80)
+    rng = np.random.default_rng(0)
+    errors = rng.multivariate_normal(np.zeros(8), np.linalg.inv(scores.information) / 80, 20_000)
+    mean = np.exp(errors @ scores.steps.sum(1).T).mean(0)
+    excess = log_excess(scores, fit)
+    np.testing.assert_allclose(excess[:, -1], np.log(mean), rtol=0.1, atol=0.01)
+    assert (excess >= 0).all()
+    options = {"estimators": ["is"], **QUICK}
+    known = evaluate(data, probs, **options).iloc[0]
+    few = evaluate(data, probs, clinician=fit, **options).iloc[0]
+    many = evaluate(data, probs, clinician=ClinicianFit(10**9), **options).iloc[0]
+    assert few["mean_ratio"] < known["mean_ratio"] == pytest.approx(many["mean_ratio"], rel=1e-5)
+
+
 # --- coverage -------------------------------------------------------------------------------------
 
 needs_icu = pytest.mark.skipif(
@@ -268,6 +288,41 @@ def test_counts_of_coverage_ask_the_verdict_of_evaluate():
                    "expected_ess", "confounding", "habit", "mean_ratio_z"):  # fmt: skip
         assert rows[column].to_numpy() == pytest.approx(table[column].to_numpy(), rel=2e-3), column
     assert rows["reason"].tolist() == table["reason"].tolist()
+
+
+def test_counts_of_coverage_of_a_fitted_clinician_ask_evaluate_too():
+    from sepsis_jax.ope.coverage import judged
+    from sepsis_jax.ope.coverage_worlds import Cell, cross_fit, draw, fitted_stays
+
+    cell = Cell("synthetic", "fitted", 400)
+    drawn = draw(cell, 0, 1, (0.1,), seed=0)
+    rows = judged(cell, drawn, seed=0).query("estimator == 'wis'")
+    given = cross_fit(drawn, np.random.default_rng(0))
+    taken = np.take_along_axis(given, np.asarray(drawn.data.action)[..., None], -1)[..., 0]
+    taken = np.where(np.asarray(drawn.data.alive), taken, 1.0)
+    data = replace(drawn.data, behavior_probs=given, behavior_prob=taken, features=drawn.inputs)
+    fit = ClinicianFit(fitted_stays(400), shared=True)
+    assert fit.stays == 320
+    table = evaluate(data, drawn.probs, estimators=["wis"], clinician=fit, **QUICK)
+    for column in ("estimate", "se", "low", "high", "difference_low", "difference_high", "ess",
+                   "mean_ratio", "clinician_share"):  # fmt: skip
+        wanted = pytest.approx(table[column].to_numpy(), rel=5e-3, abs=5e-3)
+        assert rows[column].to_numpy() == wanted, column
+
+
+def test_the_fitted_clinician_comes_as_near_to_the_truth_as_its_size_allows():
+    from sepsis_jax.ope.coverage_worlds import Cell, draw, fit_levels, joint_probabilities
+
+    drawn = draw(Cell("synthetic", "fitted", 3000), 0, 1, (0.1,), seed=0)
+    alive, action = np.asarray(drawn.data.alive), np.asarray(drawn.data.action)
+    true = np.asarray(drawn.data.behavior_probs, np.float64)
+    kept, other = slice(0, 1500), slice(1500, None)
+    fitted = fit_levels(drawn.inputs[kept][alive[kept]], action[kept][alive[kept]])
+    found = joint_probabilities(drawn.inputs[other], *fitted)[alive[other]]
+    assert found.sum(-1) == pytest.approx(1, abs=1e-6)
+    divergence = (true[other][alive[other]] * np.log(true[other][alive[other]] / found)).sum(-1)
+    coefficients = 2 * 4 * drawn.inputs.shape[-1]
+    assert divergence.mean() < 1.3 * coefficients / (2 * alive[kept].sum())
 
 
 @pytest.mark.slow
