@@ -39,14 +39,8 @@ from worldmodel.observation import Observation, observation_at, recent
 from worldmodel.resources import in_blocks
 from worldmodel.simulate.history import History, history_from_observation, observe
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.stays import (
-    append_row,
-    encode_past,
-    memory_of,
-    pack_stays,
-    predict_next,
-    step_history,
-)
+from worldmodel.simulate.stay_unroll import append_row, predict_next, step_history
+from worldmodel.simulate.stays import encode_past, memory_of, pack_stays
 from worldmodel.simulate.step import follow
 
 _OUT = -1e9  # score of an action that is not supported

@@ -33,7 +33,7 @@ from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import history_from_observation, observe, start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.stays import predict_next
+from worldmodel.simulate.stay_unroll import predict_next
 
 EPISODES = toy_episodes(60, 14)
 SCALER = Scaler.fit(EPISODES, split=None)

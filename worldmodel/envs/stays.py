@@ -20,15 +20,14 @@ from worldmodel.envs.learned import LearnedDynamics, LearnedState, choose
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import branch_key, outcome_chances, policy_key, state_noise
+from worldmodel.simulate.stay_unroll import append_row, step_history
 from worldmodel.simulate.stays import (
     StayState,
     StayStep,
-    append_row,
     continuation_at,
     encode_past,
     memory_of,
     pack_stays,
-    step_history,
 )
 
 TreeT = TypeVar("TreeT")

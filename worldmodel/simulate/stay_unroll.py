@@ -1,12 +1,14 @@
-"""Branches of one member from the first treatment to the last row, for every variant.
+"""Branches of one member from the first treatment to the last row, and steps of histories.
 
-`unroll_branches` is `unroll` for models that read windows, and the loop over `step_stay` for the
-recurrent variant. What branches share is computed once there, too: before the first treatment
-all leaves have the axes [P, 1, 1].
+`unroll_branches` is of every variant: `unroll` for models that read windows, and the loop over
+`step_stay` for the recurrent one. What branches share is computed once there, too: before the first
+treatment all leaves have the axes [P, 1, 1]. Environments and searches need single steps of
+histories: `step_history`, `append_row`, `predict_next`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -14,11 +16,13 @@ import jax.numpy as jnp
 
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.models.world_model import WorldModel
+from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
 from worldmodel.simulate.stays import (
+    StayKernel,
     StayState,
+    StayStep,
     continuation_at,
     encode_past,
     memory_of,
@@ -26,6 +30,7 @@ from worldmodel.simulate.stays import (
     start_state,
     step_stay,
 )
+from worldmodel.simulate.step import StepOutputs, score_moved
 from worldmodel.simulate.unroll import (
     RolloutResult,
     RolloutSpec,
@@ -145,3 +150,82 @@ def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:
     stay, now = spread_state(carry.stay, carry.now, shape)
     stay = stay._replace(before=carry.stay.before, sums=carry.stay.sums)
     return _ScanCarry(stay, now, carry.folded)
+
+
+def append_row(
+    world_model: WorldModel, history: History, after: StayState, found: StayStep
+) -> tuple[History, StepOutputs]:
+    """Histories [B] with the row that a step drew, scored; the stays are taken to go on.
+
+    Args:
+      world_model: whose scaler and dose edges are used.
+      history: before the step.
+      after, found: results of `step_stay`.
+    """
+    row = found.row
+    history = history.choose(found.action)
+    moved = history.append(
+        row.obs,
+        row.dynamic[:, schema.URINE],
+        after.ventilated,
+        after.measured[:, : schema.NUM_MASKED],
+    )
+    memory = replace(
+        memory_of(history),
+        value=after.value,
+        age=after.age,
+        measured=after.measured,
+        before=after.before,
+        sums=after.sums,
+    )
+    drawn = row._replace(ventilation=after.ventilated.astype(jnp.float32))
+    scored, outputs = score_moved(world_model, history, moved, drawn, mode="corrected")
+    return replace(scored, memory=memory), outputs._replace(ventilation=row.ventilation)
+
+
+def step_history(
+    world_model: WorldModel,
+    kernel: StayKernel,
+    history: History,
+    hidden: jax.Array,
+    noise: jax.Array,
+) -> tuple[StayState, StayStep]:
+    """`step_stay` of histories [B] whose treatment is chosen.
+
+    Args:
+      world_model: of ensemble size 1.
+      kernel: its parameters, packed.
+      history: with its memory.
+      hidden: [B, H] from `encode_past`, or from the step before.
+      noise: [B, 80] as `step_stay` takes it.
+    """
+    return step_stay(
+        world_model,
+        kernel,
+        start_state(history, hidden),
+        history.static,
+        history.step,
+        history.action[:, -1],
+        noise,
+        follow=False,
+    )
+
+
+def predict_next(world_model: WorldModel, history: History) -> jax.Array:
+    """[E, B, 39] every member's mean of the next row, z-scores; treatments are chosen.
+
+    Of any variant; for the recurrent one it is that of values which are measured.
+    """
+    if not world_model.is_recurrent:
+        return world_model.transitions(*history.window(schema.STATE_WINDOW)).mu
+    quiet = jnp.zeros((history.step.shape[0], world_model.noise_width))
+
+    def of_member(models: Models) -> jax.Array:
+        member = world_model.with_models(models)
+        kernel = pack_stays(member)
+        hidden = encode_past(kernel, memory_of(history))
+        _, found = step_history(member, kernel, history, hidden, quiet)
+        return found.prediction.mu
+
+    result: jax.Array = jax.lax.map(of_member, (world_model.state_model, world_model.outcome_model))
+    return result

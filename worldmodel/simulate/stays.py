@@ -10,7 +10,6 @@ on, which has less variance. Values in a row are those of a patient who is still
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -38,15 +37,17 @@ from worldmodel.models.recurrent import (
     row_inputs,
 )
 from worldmodel.models.recurrent_training import held_rows
-from worldmodel.models.world_model import Models, WorldModel
+from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.history import History, StayMemory
 from worldmodel.simulate.step import (
+    WHOLE,
     NextRow,
-    StepOutputs,
+    draw_whole,
+    in_whole_steps,
+    logit_of_normal,
     mean_before_projection,
     project,
-    score_moved,
 )
 
 FOLLOW_CLINICIAN = -1  # in a plan: what the clinician would give, as the model knows them
@@ -303,85 +304,6 @@ def memory_of(history: History) -> StayMemory:
     return history.memory
 
 
-def append_row(
-    world_model: WorldModel, history: History, after: StayState, found: StayStep
-) -> tuple[History, StepOutputs]:
-    """Histories [B] with the row that a step drew, scored; the stays are taken to go on.
-
-    Args:
-      world_model: whose scaler and dose edges are used.
-      history: before the step.
-      after, found: results of `step_stay`.
-    """
-    row = found.row
-    history = history.choose(found.action)
-    moved = history.append(
-        row.obs,
-        row.dynamic[:, schema.URINE],
-        after.ventilated,
-        after.measured[:, : schema.NUM_MASKED],
-    )
-    memory = replace(
-        memory_of(history),
-        value=after.value,
-        age=after.age,
-        measured=after.measured,
-        before=after.before,
-        sums=after.sums,
-    )
-    drawn = row._replace(ventilation=after.ventilated.astype(jnp.float32))
-    scored, outputs = score_moved(world_model, history, moved, drawn, mode="corrected")
-    return replace(scored, memory=memory), outputs._replace(ventilation=row.ventilation)
-
-
-def step_history(
-    world_model: WorldModel,
-    kernel: StayKernel,
-    history: History,
-    hidden: jax.Array,
-    noise: jax.Array,
-) -> tuple[StayState, StayStep]:
-    """`step_stay` of histories [B] whose treatment is chosen.
-
-    Args:
-      world_model: of ensemble size 1.
-      kernel: its parameters, packed.
-      history: with its memory.
-      hidden: [B, H] from `encode_past`, or from the step before.
-      noise: [B, 80] as `step_stay` takes it.
-    """
-    return step_stay(
-        world_model,
-        kernel,
-        start_state(history, hidden),
-        history.static,
-        history.step,
-        history.action[:, -1],
-        noise,
-        follow=False,
-    )
-
-
-def predict_next(world_model: WorldModel, history: History) -> jax.Array:
-    """[E, B, 39] every member's mean of the next row, z-scores; treatments are chosen.
-
-    Of any variant; for the recurrent one it is that of values which are measured.
-    """
-    if not world_model.is_recurrent:
-        return world_model.transitions(*history.window(schema.STATE_WINDOW)).mu
-    quiet = jnp.zeros((history.step.shape[0], world_model.noise_width))
-
-    def of_member(models: Models) -> jax.Array:
-        member = world_model.with_models(models)
-        kernel = pack_stays(member)
-        hidden = encode_past(kernel, memory_of(history))
-        _, found = step_history(member, kernel, history, hidden, quiet)
-        return found.prediction.mu
-
-    result: jax.Array = jax.lax.map(of_member, (world_model.state_model, world_model.outcome_model))
-    return result
-
-
 def step_stay(
     world_model: WorldModel,
     kernel: StayKernel,
@@ -417,10 +339,12 @@ def step_stay(
     with jax.named_scope("sampling"):
         values = _correlated(kernel, noise[..., :_FEATURES])
         sigma = jnp.exp(prediction.log_sigma)
-        drawn = mean_before_projection(prediction.mu, sigma, scaler) + sigma * values
+        mean = mean_before_projection(prediction.mu, sigma, scaler)
+        whole = draw_whole(prediction.mu, mean, sigma, values, scaler)
+        drawn = (mean + sigma * values).at[..., WHOLE].set(whole)
         drawn, moved = project(drawn, scaler)
         # A uniform number is below sigmoid(logit) where its own logit is below `logit`.
-        chance = _logit_of_normal(noise[..., _FEATURES:-1])
+        chance = logit_of_normal(noise[..., _FEATURES:-1])
         measured = chance[..., :_FEATURES] < prediction.measured_logit
         ventilated = chance[..., _FEATURES] < prediction.vent_logit
         value = jnp.where(measured, drawn, state.value)
@@ -447,7 +371,7 @@ def step_stay(
     )
     next_row = NextRow(
         obs=obs,
-        dynamic=scaler.denormalize(obs),
+        dynamic=in_whole_steps(scaler.denormalize(obs)),
         ventilation=jax.nn.sigmoid(prediction.vent_logit),
         projected=moved,
     )
@@ -488,12 +412,3 @@ def _choose(propensity: jax.Array, action: jax.Array, normal: jax.Array) -> jax.
 
 def _correlated(kernel: StayKernel, normal: jax.Array) -> jax.Array:
     return jnp.matmul(normal, kernel.noise, precision="highest")
-
-
-def _logit_of_normal(normal: jax.Array) -> jax.Array:
-    """Logits of uniform numbers, from standard normals.
-
-    Bowling et al., J. Ind. Eng. Manag. 2:114 (2009): within 1.4e-4 of the exact probability, and
-    much cheaper than the normal distribution function.
-    """
-    return normal * (1.5976 + 0.07056 * jnp.square(normal))

@@ -13,7 +13,13 @@ from worldmodel.errors import InputError
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.plans import parse_plan
-from worldmodel.simulate.step import mean_before_projection, project
+from worldmodel.simulate.step import (
+    WHOLE,
+    draw_whole,
+    in_whole_steps,
+    mean_before_projection,
+    project,
+)
 
 MAP, SYS, DIA = (schema.INDEX[name] for name in ("meanbp", "sysbp", "diabp"))
 
@@ -230,3 +236,22 @@ def test_noise_at_the_edge_of_a_range_keeps_its_mean(key):
         np.testing.assert_allclose(drawn[:, alone].mean(0), mu, atol=0.004)
         if 0.3 < mu < 0.7:
             np.testing.assert_array_equal(np.asarray(mean)[alone], np.float32(mu))
+
+
+def test_parts_of_the_gcs_are_drawn_whole_with_the_predicted_mean_and_variance(key):
+    scaler = Scaler(
+        mean=jnp.full(39, 2.0), std=jnp.full(39, 1.5),
+        static_mean=jnp.zeros(3), static_std=jnp.ones(3),
+    )  # fmt: skip
+    assert [f.name for f in schema.FEATURES if f.integer] == list(schema.FEATURE_NAMES[WHOLE])
+    normal = jax.random.normal(key, (40_000, 39))
+    for points, sigma in ((2.5, 0.1), (3.1, 0.3), (2.9, 0.45), (2.3, 0.6), (3.5, 0.8)):
+        mu, spread = jnp.full(39, (points - 2.0) / 1.5), jnp.full(39, sigma / 1.5)
+        drawn = in_whole_steps(jnp.zeros((40_000, 39)).at[:, WHOLE].set(
+            draw_whole(mu, mu, spread, normal, scaler) * 1.5 + 2.0
+        ))[:, WHOLE]  # fmt: skip
+        np.testing.assert_array_equal(drawn, np.round(drawn))
+        np.testing.assert_allclose(drawn.mean(0), points, atol=0.02)
+        above = points % 1
+        wanted = above * (1 - above) if sigma < 0.5 else sigma**2
+        np.testing.assert_allclose(drawn.var(0), wanted, rtol=0.05, atol=0.01)

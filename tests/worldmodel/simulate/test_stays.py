@@ -28,11 +28,11 @@ from worldmodel.observation import observation_at
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import history_from_observation, start_history
 from worldmodel.simulate.rollout import rollout
+from worldmodel.simulate.stay_unroll import predict_next
 from worldmodel.simulate.stays import (
     FOLLOW_CLINICIAN,
     encode_past,
     pack_stays,
-    predict_next,
     start_state,
     step_stay,
 )
