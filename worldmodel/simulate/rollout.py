@@ -23,7 +23,7 @@ from worldmodel.clinical import reward
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.observation import INVALID_ACTION, PolicyFn, as_pytree, refuse_invalid
-from worldmodel.resources import being_traced, bucket, compiler_options, free_memory, require_memory
+from worldmodel.resources import being_traced, bucket, compiler_options, require_memory
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import drawn_noise, under_plans, under_policy
 from worldmodel.simulate.stay_unroll import unroll_branches
@@ -68,11 +68,8 @@ def require_rollouts(
 
 
 def _free_on_device() -> int | None:
-    """Bytes that the default device can still hold; None where it does not tell."""
-    device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        return free_memory()
-    found = device.memory_stats() or {}
+    """Bytes that the default device can still hold; None where it is the machine's memory."""
+    found = jax.local_devices()[0].memory_stats() or {}
     return found["bytes_limit"] - found.get("bytes_in_use", 0) if "bytes_limit" in found else None
 
 
