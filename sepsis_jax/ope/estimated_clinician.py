@@ -11,9 +11,10 @@ V errs with them:
 
 The first line lowers the error of weighted estimates where the model is right, as estimated
 propensities do (Hirano, Imbens & Ridder 2003). Weights divide by what errs, so they are too large
-in the mean, most where the clinician's choice was rare: by exp(z' I^-1 z / 2 m), z being the score
-up to the step, as of log-normal numbers. `log_excess` is subtracted first. Errors of the clinician
-beyond these directions, and those of a model that is wrong, are not corrected.
+in the mean, most where the clinician's choice was rare: by exp((z' I^-1 z + tr(I_0 + ... + I_t)
+I^-1) / 2 m), z being the score up to the step and I_t the information of one, to second order.
+`log_excess` is subtracted first. Errors of the clinician beyond these directions, and those of a
+model that is wrong, are not corrected.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ class Scores(NamedTuple):
 
     steps: np.ndarray  # [N, T, P], 0 after the end
     information: np.ndarray  # [P, P] of a stay, with a small ridge
+    curvature: np.ndarray  # [N, T] trace of a step's information times the inverse of a stay's
 
     def moved(self) -> Float[np.ndarray, "N P"]:
         """Of whole stays."""
@@ -127,26 +129,34 @@ def scores_of(
         )
     basis = _indicators(found.behavior.given.shape[-1])
     width, size = features.shape[-1], basis.shape[1]
+    pairs = [(i, j) for i in range(size) for j in range(i, size)]
     dose = np.empty((len(index), found.steps, size), np.float32)
-    total = np.zeros((width, size, width, size))
+    spread = np.empty((len(pairs), len(index) * found.steps), np.float32)  # covariances of doses
     for first in range(0, len(index), BLOCK):
         rows = slice(first, first + BLOCK)
         stays, probs = found.stays(index[rows]), found.behavior.of(index[rows], found.steps)
         on = np.asarray(stays.alive)[..., None]
         mean = probs @ basis
         dose[rows] = (basis[np.asarray(stays.action)] - mean) * on
-        x = (features[rows] * on).reshape(-1, width)
-        mean = mean.reshape(-1, size)
-        for i in range(size):
-            for j in range(i, size):
-                spread = probs.reshape(len(x), -1) @ (basis[:, i] * basis[:, j])
-                spread = spread - mean[:, i] * mean[:, j]
-                total[:, i, :, j] += x.T @ (x * spread[:, None])
-                total[:, j, :, i] = total[:, i, :, j]
+        flat = slice(first * found.steps, (first + len(probs)) * found.steps)
+        for place, (i, j) in enumerate(pairs):
+            product = probs @ (basis[:, i] * basis[:, j]) - mean[..., i] * mean[..., j]
+            spread[place, flat] = (product * on[..., 0]).reshape(-1)
+    x = features.reshape(-1, width)
+    total = np.zeros((width, size, width, size))
+    for place, (i, j) in enumerate(pairs):
+        total[:, i, :, j] = total[:, j, :, i] = x.T @ (x * spread[place][:, None])
     information = total.reshape(width * size, -1) / len(index)
-    ridge = _RIDGE * np.trace(information) / len(information) + 1e-12
+    information += (_RIDGE * np.trace(information) / len(information) + 1e-12) * np.eye(
+        len(information)
+    )
+    inverse = np.linalg.inv(information).reshape(total.shape)
+    curvature = np.zeros(len(x))
+    for place, (i, j) in enumerate(pairs):
+        both = 1 if i == j else 2
+        curvature += both * spread[place] * ((x @ inverse[:, i, :, j]) * x).sum(1)
     steps = np.einsum("ntd,ntj->ntdj", features, dose).reshape(*dose.shape[:2], -1)
-    return Scores(steps, information + ridge * np.eye(len(information)))
+    return Scores(steps, information, curvature.reshape(dose.shape[:2]))
 
 
 def _indicators(actions: int) -> Float[np.ndarray, "A J"]:
@@ -192,17 +202,17 @@ def from_slopes(
 def log_excess(scores: Scores, fit: ClinicianFit) -> Float[np.ndarray, "N T"]:
     """[N, T] log of how much too large the weights are in the mean, as the estimate errs.
 
-    The log weight errs by theta' Z, Z the score up to the step. With normal errors of theta, fitted
-    to m stays, the mean of exp(theta' Z) is exp(Z' I^-1 Z / 2 m).
+    With errors theta, normal with variance I^-1 / m, a step's log weight errs by -theta' z, whose
+    exponential has a mean above 1, and by half of theta' I_t theta, as probabilities sum to 1.
 
     Args:
       scores: of the stays.
       fit: how the clinician was estimated.
     """
     half = np.linalg.cholesky(np.linalg.inv(scores.information)).astype(np.float32)
-    moved = np.cumsum(scores.steps, 1) @ half
-    excess: np.ndarray = np.minimum((moved.astype(np.float64) ** 2).sum(-1) / (2 * fit.stays), 20.0)
-    return excess
+    moved = (np.cumsum(scores.steps, 1) @ half).astype(np.float64)
+    excess: np.ndarray = (moved**2).sum(-1) + scores.curvature.cumsum(1)
+    return np.minimum(excess / (2 * fit.stays), 20.0)
 
 
 @partial(jax.jit, static_argnames="names")
