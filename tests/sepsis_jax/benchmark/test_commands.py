@@ -1,6 +1,9 @@
 """`bench` and `profile` from end to end, small."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -85,6 +88,18 @@ def test_profile(small_model, tmp_path, capfd):
     assert table["share"].drop("idle").between(0, 1).all()
     assert table.loc[["idle"], "share"].item() < 1
     assert result.last_json["devices"] >= 1
+
+
+def test_profile_of_a_loaded_model_on_two_devices(small_model, tmp_path):
+    """A model that was loaded lies on the first device."""
+    words = ["profile", "--model", small_model, *TINY, "--out", tmp_path / "profile", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sepsis_jax", *map(str, words)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2", "JAX_PLATFORMS": "cpu"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["devices"] == 2
 
 
 @pytest.mark.parametrize(
