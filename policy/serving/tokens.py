@@ -15,6 +15,7 @@ Qwen3 and the Hermes models write replies with tool calls as:
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from worldmodel.errors import InputError
 _MARK = "\u2063assistant\u2063"  # placeholder of a reply, to find what a template appends after it
 _THINK, _THINK_END = "<think>", "</think>"
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_TAIL = 16  # tokens of a prompt that hold a beginning of a thought at its end
 
 
 class ReplyParts(NamedTuple):
@@ -43,21 +45,32 @@ class ReplyParts(NamedTuple):
     tool_calls: tuple[ToolCall, ...]
 
 
-def parse_reply(text: str, *, id_prefix: str = "call") -> ReplyParts:
+def parse_reply(text: str, *, id_prefix: str = "call", in_thought: bool = False) -> ReplyParts:
     """Takes a reply apart.
 
-    What stands between call marks but is no call becomes a `ToolCall` without a name, and so does
-    a call that was never closed: neither is dropped, and nothing is repaired.
+    Thoughts may stand anywhere; what is in one is no call, and neither are the pieces on its two
+    sides together. What stands between call marks but is no call becomes a `ToolCall` without a
+    name, and so does a call that was never closed: neither is dropped, and nothing is repaired.
+
+    Args:
+      text: of the reply.
+      id_prefix: of the ids of its calls.
+      in_thought: whether the prompt left a thought open.
     """
-    reasoning, text = _reasoning(text)
-    content, *blocks = text.split(_CALL)
+    thoughts, pieces = _thoughts(text, in_thought)
+    spoken: list[str] = []
     calls: list[ToolCall] = []
-    for block in blocks:
-        body, closed, after = block.partition(_CALL_END)
-        content += after
-        name, arguments = _call(body.strip()) if closed else ("", body)
-        calls.append(ToolCall(f"{id_prefix}-{len(calls)}", name, arguments))
-    return ReplyParts(content.strip(), reasoning, tuple(calls))
+    for piece in pieces:
+        content, *blocks = piece.split(_CALL)
+        for block in blocks:
+            body, closed, after = block.partition(_CALL_END)
+            content += after
+            name, arguments = _call(body.strip()) if closed else ("", body)
+            calls.append(ToolCall(f"{id_prefix}-{len(calls)}", name, arguments))
+        spoken.append(content.strip())
+    content = "\n\n".join(filter(None, spoken))
+    reasoning = "\n\n".join(filter(None, map(str.strip, thoughts)))
+    return ReplyParts(content, reasoning, tuple(calls))
 
 
 def write_call(name: str, arguments: str) -> str:
@@ -65,14 +78,23 @@ def write_call(name: str, arguments: str) -> str:
     return f'{_CALL}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{_CALL_END}'
 
 
-def _reasoning(text: str) -> tuple[str, str]:
-    """Reasoning, which may be cut off or opened by the prompt, and the rest."""
-    before, closed, after = text.partition(_THINK_END)
-    if closed:
-        return before.replace(_THINK, "", 1).strip(), after
-    if text.lstrip().startswith(_THINK):
-        return text.lstrip()[len(_THINK) :].strip(), ""
-    return "", text
+def _thoughts(text: str, in_thought: bool) -> tuple[list[str], list[str]]:
+    """Thoughts, which may be cut off, and what stands between them.
+
+    Everything before an end without a beginning is a thought: the model began it somewhere.
+    """
+    thoughts: list[str] = []
+    pieces: list[str] = []
+    for part in re.split(f"({_THINK}|{_THINK_END})", text):
+        if part == _THINK:
+            in_thought = True
+        elif part == _THINK_END:
+            if not in_thought:
+                thoughts, pieces = [*thoughts, *pieces], []
+            in_thought = False
+        else:
+            (thoughts if in_thought else pieces).append(part)
+    return thoughts, pieces
 
 
 def _call(body: str) -> tuple[str, str]:
@@ -206,7 +228,11 @@ class TokenConversation:
         self.ids = [*prompt, *drawn.token_ids]
         self._turns += 1
         text = self._backend.tokens.text(drawn.token_ids)
-        parts = parse_reply(text, id_prefix=f"call-{self._turns}")
+        parts = parse_reply(
+            text,
+            id_prefix=f"call-{self._turns}",
+            in_thought=self._backend.tokens.text(prompt[-_TAIL:]).rstrip().endswith(_THINK),
+        )
         reason = drawn.finish_reason
         return Reply(
             content=parts.content,

@@ -1,5 +1,6 @@
 """Calls are read exactly as the schemas say, or refused; nothing in between."""
 
+import contextlib
 import json
 import random
 import re
@@ -119,6 +120,34 @@ def test_replies_in_hermes_form():
     assert parse_reply(f"<think>{written}</think>no").tool_calls == ()
 
 
+CALL = write_call("prescription", prescription_arguments(24))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"Let me see.\n<think>\nWhat about {CALL}? Too much.\n</think>\nNo.",
+        f"<think>a</think> b <think>{CALL}</think> c",
+        f"<think>a</think> b <think>{CALL}",
+        f"{CALL}</think> c",
+        f"<think>a</think> {CALL} </think> c",
+        f"<think>a <think> b</think> {CALL}</think>",
+        f"{CALL[:40]}<think>no</think>{CALL[40:]}",
+        f"<think></think>{CALL[:40]}</think>{CALL[40:]}",
+    ],
+)
+def test_thoughts_anywhere_are_no_calls(text):
+    with contextlib.suppress(InvalidCallError):
+        assert not [read_call(call) for call in parse_reply(text).tool_calls]
+
+
+def test_a_thought_that_the_prompt_opened_hides_calls_until_it_ends():
+    assert parse_reply(CALL, in_thought=True).tool_calls == ()
+    parts = parse_reply(f"hm {CALL}</think>I treat. {CALL}", in_thought=True)
+    assert [read_call(call) for call in parts.tool_calls] == [Prescribe(24)]
+    assert parts.content == "I treat." and parts.reasoning == f"hm {CALL}"
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -196,25 +225,44 @@ def test_fuzzed_calls_never_treat():
     assert set(reasons) == reachable
 
 
+def written(action):
+    """A call but for the space between its marks and what is between them."""
+    call = write_call("prescription", prescription_arguments(action))
+    return re.compile(r"\s*".join(map(re.escape, call.split("\n"))))
+
+
+WRITTEN = {action: written(action) for action in range(25)}
+
+
+def strictly_read(text):
+    """Actions of whole prescriptions outside of thoughts, by another way of reading."""
+    text = text[text.rfind("</think>") + len("</think>") :] if unopened_end(text) else text
+    outside = re.sub("<think>.*?(</think>|$)", "\0", text, flags=re.DOTALL)
+    return {action for action, call in WRITTEN.items() if call.search(outside)}
+
+
+def unopened_end(text):
+    """Whether a thought ends that did not begin."""
+    within = False
+    for mark in re.findall("</?think>", text):
+        if mark == "</think>" and not within:
+            return True
+        within = mark == "<think>"
+    return False
+
+
 def test_fuzzed_replies_are_read_only_as_they_were_written():
-    """Calls within noise: only a call that is in the reply verbatim is obeyed."""
+    """Calls within noise and thoughts: only a call that is verbatim outside of them is obeyed."""
     rng = random.Random(1)
     obeyed = 0
-    for _ in range(20_000):
-        action = rng.randrange(25)
-        whole = write_call("prescription", prescription_arguments(action))
-        noise = [
-            "<tool_call>",
-            "</tool_call>",
-            "<think>",
-            "</think>",
-            "{",
-            "}",
-            '"',
-            "prescription",
+    noise = ["<tool_call>", "</tool_call>", "<think>", "</think>", "{", "}", '"', "prescription"]
+    for _ in range(100_000):
+        calls = [
+            write_call("prescription", prescription_arguments(rng.randrange(25)))
+            for _ in range(rng.choice([1, 1, 2]))
         ]
-        text = list(whole)
-        for _ in range(rng.randrange(3)):
+        text = list("well ".join(calls))
+        for _ in range(rng.randrange(4)):
             text.insert(rng.randrange(len(text) + 1), rng.choice(noise))
         text = "".join(text)
         for call in parse_reply(text).tool_calls:
@@ -223,9 +271,8 @@ def test_fuzzed_replies_are_read_only_as_they_were_written():
             except InvalidCallError:
                 continue
             obeyed += 1
-            assert asked == Prescribe(action)
-            assert re.search(re.escape(prescription_arguments(action)), text)
-    assert obeyed > 5_000
+            assert asked.action in strictly_read(text), text
+    assert obeyed > 25_000
 
 
 JSON = st.recursive(
