@@ -61,7 +61,8 @@ class Forecast:
     )  # [...] SD of the members' means, z-scores, mean over features
     support: (
         jax.Array | np.ndarray
-    )  # [...] probability of the action under the behaviour policy; NaN without one
+    )  # [...] probability of the action under the behaviour policy, else as a recurrent model knows
+    # the clinicians; NaN where neither is there
 
 
 class Forecaster:
@@ -72,7 +73,8 @@ class Forecaster:
       key: of the noise, which depends on patient, row and sample alone: equal requests have
         equal forecasts.
       config: settings.
-      behavior: behaviour policy of the clinicians, for `Forecast.support`.
+      behavior: behaviour policy of the clinicians, for `Forecast.support`; by default what a
+        recurrent model has learned of them.
 
     Raises:
       InputError: the number of samples does not fit the ensemble, or the behaviour policy looks
@@ -134,9 +136,12 @@ class Forecaster:
         if reference:
             values, scores = values[:, :, :1], jax.tree.map(lambda leaf: leaf[..., :1], scores)
         mean, (sofa, ventilation), _ = _averages(values, scores, scaler, members=1)
-        support = _support(
-            self._behavior, self._key, observations, plans[..., 0], past=self._behavior_past
-        )
+        if self._behavior is None and played.support is not None:
+            support = played.support[..., 0].mean(-1)
+        else:
+            support = _support(
+                self._behavior, self._key, observations, plans[..., 0], past=self._behavior_past
+            )
         low, high = _quantiles(np.asarray(values))
         found = Forecast(mean, low, high, sofa, ventilation, disagreement, support)
         result: Forecast = jax.device_get(found)

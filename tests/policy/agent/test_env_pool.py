@@ -12,6 +12,9 @@ from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.simple import GuidelineRules
 from worldmodel import schema
 from worldmodel.errors import InputError
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import history_from_observation
 from worldmodel.simulate.rollout import rollout
 from worldmodel.synthetic import patient_key
@@ -102,6 +105,17 @@ def test_support_is_the_clinicians_probability(env, world_model):
     found = forecaster(batch, np.arange(3), np.tile(np.arange(3), (3, 1)))
     want = [policy(jax.random.key(0), observation)[:3] for observation in observations]
     np.testing.assert_allclose(found.support, want)
+
+
+def test_support_is_what_a_recurrent_model_knows_of_the_clinicians(env):
+    config = ModelConfig(variant="recurrent", hidden=8, head=4)
+    model = init_world_model(jax.random.key(1), published_scaler(), config, members=2)
+    observations = [seen(env, patient)[1].observation for patient in range(2)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *observations)
+    forecaster = Forecaster(model, jax.random.key(0), ForecastConfig(samples=2))
+    found = forecaster(batch, np.arange(2), np.tile(np.arange(25), (2, 1)))
+    np.testing.assert_allclose(found.support.sum(1), 1, atol=1e-5)
+    assert (found.support > 0).all()
 
 
 def test_reference_mode_tells_one_noisy_future(env, world_model):

@@ -45,6 +45,8 @@ def test_simulations_tell_means_intervals_and_missing_support():
     assert f"lactate [mmol/L]: {lactate:.1f} ({lactate - 1:.1f} to {lactate + 1:.1f})" in text
     for name in FORECAST:
         assert text.count(f"- {name} ") == 2
+    assert text.count("- SOFA: 7.0 (mean)\n- Ventilated: 70%\n") == 2
+    assert text.count("differ by 0.07 standard deviations") == 2
     assert "(" not in Prompts("full", intervals=False).simulation(found).split("- lactate")[1][:20]
     unknown = options((0, 24), forecast(np.full(2, np.nan)))
     assert "Warning" not in Prompts("full").simulation(unknown)
