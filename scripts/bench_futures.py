@@ -60,6 +60,7 @@ def benchmark(
         asked = ("world-model", "effects", "--model", model, "--records", records, "--held", held)
         command(effects, "metrics.json", *asked, *fresh)
         metrics = json.loads((effects / "metrics.json").read_text())
+        metrics["fresh_patients"] = metrics.pop("patients")
         row = {"patients": size, "confounding": confounding, "seed": seed}
         row |= {"hours": held * STEP_HOURS} | _flat(metrics)
         timing = folder / "seconds.json"  # not there where the script was stopped after training
