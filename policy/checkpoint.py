@@ -43,7 +43,14 @@ from policy.simple import (
 from worldmodel import schema
 from worldmodel.configuration import from_mapping
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
+from worldmodel.files import (
+    atomic_folder,
+    load_arrays,
+    read_json,
+    require_folder,
+    save_arrays,
+    write_json,
+)
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.scaling import Scaler
 
@@ -98,8 +105,7 @@ def load_policy(path: str | Path) -> Policy:
       InputError: the folder is missing, is not a policy, or is damaged.
     """
     path = Path(path).absolute()
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; train one with `sepsis-jax policy train`")
+    require_folder(path, "train one with `sepsis-jax policy train`")
     file = path / MARKER
     manifest = read_json(file)
     found = manifest.get("kind") if isinstance(manifest, dict) else None

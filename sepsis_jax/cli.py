@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import _thread
 import os
+import re
+import signal
 import sys
 import threading
 from importlib.metadata import version
@@ -138,7 +140,7 @@ def _with_flags(message: str) -> str:
     """The message with the command line's own options."""
     for words, flagged in _FLAGS.items():
         message = message.replace(words, flagged)
-    return message
+    return re.sub(r"choose (\w+)='(\w+)'", r"choose --set \1=\2", message)
 
 
 # What failures of memory and of disks look like; libraries raise errors of many types for them.
@@ -147,9 +149,22 @@ _NO_SPACE = ("no space left", "disk quota exceeded", "file too large")
 
 
 def main() -> None:
-    """Entry point: bad input ends with one line and status 2, Ctrl-C with one and 130."""
+    """Entry point: bad input ends with one line and status 2, Ctrl-C with one and 130.
+
+    What `timeout` and schedulers send (SIGTERM) ends with 143 and leaves as little behind.
+    """
     sys.unraisablehook = _interrupt_again
+    signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_status(sys.argv[1:]))
+
+
+_terminated = threading.Event()
+
+
+def _terminate(*_: object) -> None:
+    """Ends the command as Ctrl-C does, without a word."""
+    _terminated.set()
+    raise KeyboardInterrupt
 
 
 def _interrupt_again(dropped: sys.UnraisableHookArgs) -> None:
@@ -178,6 +193,8 @@ def _status(arguments: list[str]) -> int:
         for thread in threading.enumerate():
             if isinstance(thread, threading.Timer):  # JAX's, if interrupted as it starts: 60 s
                 thread.cancel()
+        if _terminated.is_set():
+            return 128 + signal.SIGTERM
         hint = f"; {interrupt}" if str(interrupt) else ""
         errors.print(f"sepsis-jax: interrupted{hint}", soft_wrap=True)
         return 130

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -33,6 +33,32 @@ def require(config: object, expected: str, holds: Callable[[Any], bool], *names:
             raise InputError(f"{name}: got {value}, expected {expected}")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that comes twice, of which YAML would take the last."""
+
+    def construct_mapping(
+        self, node: yaml.MappingNode, deep: bool = False
+    ) -> dict[Hashable, object]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} comes twice", node.start_mark
+                )
+        found: dict[Hashable, object] = super().construct_mapping(node, deep=deep)
+        return found
+
+
+def read_yaml(text: str) -> object:
+    """What a text in YAML says; nothing but plain values, lists and mappings.
+
+    Raises:
+      yaml.YAMLError: it is not YAML, or a key comes twice.
+    """
+    result: object = yaml.load(text, _Loader)
+    return result
+
+
 def load_config(cls: type[T], path: str | Path) -> T:
     """An instance of a (nested) dataclass from a YAML file.
 
@@ -41,7 +67,7 @@ def load_config(cls: type[T], path: str | Path) -> T:
     """
     path = Path(path)
     try:
-        value = yaml.safe_load(path.read_text())
+        value = read_yaml(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; see configs/ for examples") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -160,7 +186,7 @@ def apply_overrides(config: T, overrides: Sequence[str], *, source: str) -> T:
         if not sign:
             raise InputError(f"{source}: {override!r} is not NAME=VALUE")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError:
             raise InputError(f"{source}: {override!r} is not readable YAML after the '='") from None
         _put(changes, config, path.split("."), value, source)

@@ -20,7 +20,7 @@ import pandas as pd
 from worldmodel import schema
 from worldmodel.episodes import COLUMNS, Episodes, from_table, table_problems, to_table
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, read_json, write_json
+from worldmodel.files import atomic_folder, read_json, require_folder, write_json
 from worldmodel.scaling import Scaler
 
 __all__ = [
@@ -93,10 +93,7 @@ def load_manifest(path: str | Path) -> dict[str, Any]:
       InputError: the folder or its manifest is missing, or has another schema version.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise InputError(
-            f"{path}: no such folder; make one with `sepsis-jax cohort synthetic --out {path}`"
-        )
+    require_folder(path, f"make one with `sepsis-jax cohort synthetic --out {path}`")
     manifest = read_json(path / "manifest.json")
     if not isinstance(manifest, dict):
         raise InputError(f"{path / 'manifest.json'}: not a manifest; rebuild the cohort")

@@ -5,11 +5,13 @@ Nothing is pickled.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +30,35 @@ TreeT = TypeVar("TreeT")
 # What ends the names of temporary folders and files, as regular expressions.
 TEMPORARY_FOLDER = "[a-z0-9_]{8}"
 TEMPORARY_FILE = r"\d+-tmp"
+
+
+def require_folder(path: Path, remedy: str) -> None:
+    """Refuses what is no folder.
+
+    Args:
+      path: that should be one.
+      remedy: how to get one.
+
+    Raises:
+      InputError: it is a file, or not there.
+    """
+    if path.is_file():
+        raise InputError(f"{path}: is a file; give its folder, {path.parent}")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such folder; {remedy}")
+
+
+def refuse_doubled_columns(path: Path) -> None:
+    """Refuses a CSV file whose header has a column twice, of which pandas renames one.
+
+    Raises:
+      InputError: it has; the message names the column.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file), [])
+    doubled = [name for name, count in Counter(header).items() if count > 1]
+    if doubled:
+        raise InputError(f"{path}: column {doubled[0]!r} comes twice")
 
 
 def check_replaceable(path: Path, marker: str | None) -> None:

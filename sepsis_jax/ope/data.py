@@ -200,7 +200,7 @@ def inspect(
 
     missing = alive & ~np.isfinite(host.reward)
     if missing.any() and input_policy.missing_reward == "error":
-        raise InputError(_where("reward", "NaN or infinite", missing, "missing_reward='drop'"))
+        raise FlawError("reward", "NaN or infinite", missing, "missing_reward='drop'")
     keep &= ~missing.any(1)
 
     full = None
@@ -210,7 +210,7 @@ def inspect(
     zero = behavior < np.finfo(np.float32).tiny  # what is smaller, JAX flushes to 0
     if zero.any() and input_policy.zero_behavior == "error":
         what = "0 for a recorded action, so no weight is defined"
-        raise InputError(_where("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'"))
+        raise FlawError("behavior_prob", what, zero, "zero_behavior='drop' or 'floor'")
     if host.behavior_probs is not None:
         full, mended = _inspect_rows("behavior_probs", host.behavior_probs, alive, input_policy)
         counts["rows_normalized"] += mended
@@ -305,7 +305,7 @@ def _check_shapes(data: OPEData) -> None:
         raise InputError(f"alive: {empty.sum()} of {shape[0]} stays have no step; need at least 2")
     gap = data.alive[:, 1:] & ~data.alive[:, :-1]
     if gap.any():
-        raise InputError(_where("alive", "True after an end", np.asarray(gap), None))
+        raise FlawError("alive", "True after an end", np.asarray(gap), None)
 
 
 def _in_unit(values: np.ndarray) -> np.ndarray:
@@ -315,7 +315,7 @@ def _in_unit(values: np.ndarray) -> np.ndarray:
 def _check_unit(name: str, outside: np.ndarray) -> None:
     """Refuses numbers [N, T] of values outside [0, 1] above 0."""
     if outside.any():
-        raise InputError(_where(name, "outside [0, 1] or NaN", outside, None))
+        raise FlawError(name, "outside [0, 1] or NaN", outside, None)
 
 
 def _inspect_rows(
@@ -333,7 +333,7 @@ def _inspect_rows(
     off = np.abs(total - 1) > SUM_TOLERANCE
     if off.any() and (input_policy.row_sums == "error" or (total <= 0).any()):
         what = f"not summing to 1 (but to {total[off][0]:.6g})"
-        raise InputError(_where(name, what, off, "row_sums='normalize'"))
+        raise FlawError(name, what, off, "row_sums='normalize'")
     mended = np.abs(total - 1) > ROUNDING
     return Rows(given, alive, bool(mended.any())), int(mended.sum())
 
@@ -346,10 +346,10 @@ def _whole_actions(action: np.ndarray, alive: np.ndarray) -> np.ndarray:
     if action.dtype.kind == "f":
         broken = ~np.isfinite(recorded) | (recorded != np.round(recorded))
         if broken.any():
-            raise InputError(_where("action", "not a whole number", broken, None))
+            raise FlawError("action", "not a whole number", broken, None)
     if (np.abs(recorded) > np.iinfo(np.int32).max).any():
         far = np.abs(recorded) > np.iinfo(np.int32).max
-        raise InputError(_where("action", "too large", far, None))
+        raise FlawError("action", "too large", far, None)
     return recorded.astype(np.int32)
 
 
@@ -361,7 +361,7 @@ def _taken_of(
     apart = known & (np.abs(given - behavior) > SUM_TOLERANCE * np.maximum(given, behavior) + 1e-6)
     if apart.any():
         what = "another probability of the recorded action than in behavior_probs"
-        raise InputError(_where("behavior_prob", what, apart, None))
+        raise FlawError("behavior_prob", what, apart, None)
     if not full.divide:
         return behavior
     return behavior / np.where(known, full.given.sum(-1), 1.0)
@@ -374,18 +374,32 @@ def _check_actions(action: np.ndarray, alive: np.ndarray, probs: Iterable[Rows])
     top = min(sizes, default=schema.NUM_ACTIONS)
     bad = alive & ((action < 0) | (action >= top))
     if bad.any():
-        raise InputError(_where("action", f"outside 0 to {top - 1}", bad, None))
+        raise FlawError("action", f"outside 0 to {top - 1}", bad, None)
 
 
-def _where(name: str, what: str, bad: np.ndarray, remedy: str | None) -> str:
-    first = tuple(int(i) for i in np.argwhere(bad)[0][:2])
-    text = f"{name}: {what} in {int(bad.sum())} places, first at (stay, step) {first}"
-    return f"{text}; mend the input, or choose {remedy}" if remedy else f"{text}; mend the input"
+class FlawError(InputError):
+    """Flaws of the input, the first of them at a step of a stay.
+
+    Args:
+      name, what: of the flawed input, and what is wrong.
+      bad: [N, T, ...] bool, where.
+      remedy: a setting that would treat it, if there is one.
+    """
+
+    def __init__(self, name: str, what: str, bad: np.ndarray, remedy: str | None = None):
+        self._stay, step = (int(i) for i in np.argwhere(bad)[0][:2])
+        self._before = f"{name}: {what} in {int(bad.sum())} places, first at step {step} of stay "
+        self._after = f"; mend the input, or choose {remedy}" if remedy else "; mend the input"
+        super().__init__(f"{self._before}number {self._stay}{self._after}")
+
+    def named(self, stay_id: np.ndarray) -> InputError:
+        """The same with the stay's own id, of all ids [N]."""
+        return InputError(f"{self._before}{stay_id[self._stay]}{self._after}")
 
 
 def _zero_after(features: np.ndarray, alive: np.ndarray) -> np.ndarray:
     features = np.where(alive[..., None], features, 0.0).astype(np.float32)
     if not np.isfinite(features).all():
         bad = ~np.isfinite(features).all(-1)
-        raise InputError(_where("features", "NaN or infinite", bad, None))
+        raise FlawError("features", "NaN or infinite", bad, None)
     return features

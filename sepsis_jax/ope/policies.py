@@ -14,6 +14,7 @@ from policy import registry
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
+from worldmodel.files import refuse_doubled_columns
 
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
 
@@ -117,6 +118,8 @@ def read_table(path: Path) -> pd.DataFrame:
     if path.suffix not in (".csv", ".parquet"):
         raise InputError(f"{path}: expected a .csv or .parquet file")
     try:
+        if path.suffix == ".csv":
+            refuse_doubled_columns(path)
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable table ({error})") from None

@@ -18,7 +18,7 @@ from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler, save_episodes
 from worldmodel.episodes import Episodes, to_table
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_file, check_replaceable, digest_file
+from worldmodel.files import atomic_file, check_replaceable, digest_file, refuse_doubled_columns
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.generate import require_patients
 
@@ -113,6 +113,8 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     _known_suffix(path)
     try:
+        if path.suffix == ".csv":
+            refuse_doubled_columns(path)
         return _READERS[path.suffix](path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: unreadable ({error}); write it again") from None

@@ -20,7 +20,7 @@ from policy.base import Policy
 from policy.registry import CLINICIAN
 from sepsis_jax import ope
 from sepsis_jax.ope import robustness
-from sepsis_jax.ope.data import clean, inspect
+from sepsis_jax.ope.data import FlawError, clean, inspect
 from sepsis_jax.ope.diagnostics import Limits
 from sepsis_jax.ope.intervals import mean_of
 from sepsis_jax.ope.policies import check_softening
@@ -171,7 +171,10 @@ def estimate_policies(
         row_sums=options.row_sums,
         missing_reward=options.missing_reward,
     )
-    found = inspect(data, probs, input_policy)
+    try:
+        found = inspect(data, probs, input_policy)
+    except FlawError as flaw:
+        raise flaw.named(np.asarray(episodes.stay_id)) from None
     data, checked = clean(data, found)
     episodes = episodes.select(found.kept)
     fitted = None

@@ -28,6 +28,7 @@ YAML = {
     "split": "split: 3\n",
     "hours": 'step_hours: "four"\n',
     "nested": "model: 3\n",
+    "doubled": "seed: 1\nseed: 2\n",
 }
 
 
@@ -49,6 +50,11 @@ def files(tmp_path_factory):
     (folder / "blank.csv").touch()
     (folder / "bytes.csv").write_bytes(bytes(range(256)))
     to_table(toy_episodes()).to_csv(folder / "own.csv", index=False)
+    header, *rows = (folder / "own.csv").read_text().splitlines()
+    doubled = [f"{header},stay_id", *(f"{row},1" for row in rows)]
+    (folder / "doubled.csv").write_text("\n".join(doubled))
+    columns = ["stay_id", "step", *(f"action_{i}" for i in range(25)), "action_3"]
+    (folder / "twice.csv").write_text(",".join(columns) + "\n")
     (folder / "zeros.parquet").write_bytes(bytes(100))
     (folder / "latin.yaml").write_bytes("seed: 3 # \xe9t\xe9\n".encode("latin-1"))
     (folder / "full").mkdir()
@@ -424,6 +430,14 @@ ope --episodes {cohort} --policy none --out {file}
 ope --episodes {cohort} --policy none --out {full}
 ope --episodes {cohort} --policy none --out {out} --behavior magic
 ope --episodes {cohort} --policy none --out {out} --behavior {missing}.csv
+ope --episodes {cohort} --policy none --out {out} --behavior {twice.csv}
+ope --episodes {cohort} --policy p={twice.csv} --out {out}
+ope --episodes {cohort} --policy none --config {doubled.yaml} --out {out}
+audit --episodes {cohort}/episodes.parquet --out {out}
+cohort table --table {doubled.csv} --out {out}
+cohort synthetic --out {out} --config {doubled.yaml}
+world-model train --episodes {cohort} --out {out} --config {doubled.yaml}
+simulate --model {recurrent}/manifest.json --episodes {cohort} --out {out}
 ope --episodes {cohort} --policy none --out {out} --behavior {table.csv}
 ope --episodes {cohort} --policy none --out {out} --model {missing}
 ope --episodes {cohort} --policy none --out {out} --model {cohort}

@@ -1,5 +1,6 @@
 """Where commands write: one run at a time, nothing left of killed ones, failures in one line."""
 
+import builtins
 import json
 import resource
 import signal
@@ -11,7 +12,7 @@ import time
 import pytest
 import typer
 
-from sepsis_jax import cli, console
+from sepsis_jax import __main__, cli, console
 from sepsis_jax.pipelines.audit import AuditConfig
 from sepsis_jax.runs import claimed, run_folder
 from tests.sepsis_jax.command_line import call, leftovers, refuse
@@ -198,16 +199,36 @@ def test_ctrl_c_waits_for_no_timer(tmp_path, capsys, monkeypatch):
     assert not timer.is_alive()
 
 
-def test_ctrl_c_of_a_terminal(heeded_ctrl_c, tmp_path):
+def test_ctrl_c_while_all_is_imported(monkeypatch, capsys):
+    imported = builtins.__import__
+
+    def fail(name, *arguments, **options):
+        if name == "sepsis_jax" and "cli" in (arguments[2] or ()):
+            raise KeyboardInterrupt
+        return imported(name, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert end.value.code == 130 and capsys.readouterr().err == "sepsis-jax: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [(signal.SIGINT, 130, "sepsis-jax: interrupted\n"), (signal.SIGTERM, 143, "")],
+)
+def test_ctrl_c_of_a_terminal_and_the_end_of_a_scheduler(
+    sent, status, said, heeded_ctrl_c, tmp_path
+):
     words = [sys.executable, "-m", "sepsis_jax", "cohort", "synthetic", "--patients", "200000",
              "--out", tmp_path / "out"]  # fmt: skip
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.lock").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "sepsis-jax: interrupted\n")
+    assert (process.returncode, err) == (status, said)
     assert leftovers(tmp_path) == []
 
 

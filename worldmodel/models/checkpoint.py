@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from worldmodel import schema
 from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, load_arrays, read_json, save_arrays, write_json
+from worldmodel.files import (
+    atomic_folder,
+    load_arrays,
+    read_json,
+    require_folder,
+    save_arrays,
+    write_json,
+)
 from worldmodel.models.clinical_model import ModelConfig, OutcomeModel, StateModel
 from worldmodel.models.recurrent import CompetingRisks, RecurrentStateModel
 from worldmodel.models.reference import is_reference_folder, load_reference
@@ -111,8 +118,7 @@ def load_world_model(path: str | Path) -> WorldModel:
       InputError: the folder is missing, is not a world model, or holds other shapes.
     """
     path = Path(path).absolute()
-    if not path.is_dir():
-        raise InputError(f"{path}: no such folder; train one with `sepsis-jax world-model train`")
+    require_folder(path, "train one with `sepsis-jax world-model train`")
     if is_reference_folder(path):
         return load_reference(path)
     file = path / "manifest.json"

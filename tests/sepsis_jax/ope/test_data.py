@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sepsis_jax.ope import InputPolicy, OPEData, check, evaluate, from_episodes, rewards
+from sepsis_jax.ope.data import FlawError
 from tests.sepsis_jax.ope.samples import random_case
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
@@ -39,7 +40,9 @@ def test_clean_input_passes_unchanged(case):
 def test_target_probabilities_outside_the_unit_interval(case, value):
     data, probs = case
     probs["policy 0"][0, 0, 3] = value
-    with pytest.raises(InputError, match=r"policy 'policy 0'.*outside \[0, 1\].*\(0, 0\)"):
+    with pytest.raises(
+        InputError, match=r"policy 'policy 0'.*outside \[0, 1\].*step 0 of stay number 0;"
+    ):
         check(data, probs)
 
 
@@ -73,7 +76,7 @@ def test_zero_behavior_probability_of_a_recorded_action(case):
 def test_missing_reward(case, value):
     data, probs = case
     data = changed(data, "reward", (3, 0), value)
-    with pytest.raises(InputError, match=r"reward.*\(3, 0\)"):
+    with pytest.raises(InputError, match=r"reward.*step 0 of stay number 3;"):
         check(data, probs)
     cleaned, _, counts = check(data, probs, InputPolicy(missing_reward="drop"))
     assert counts["stays_dropped"] == 1 and np.isfinite(cleaned.reward).all()
@@ -153,3 +156,11 @@ def test_rewards_of_episodes():
     unknown = replace(episodes, behavior_prob=jnp.full_like(episodes.behavior_prob, jnp.nan))
     with pytest.raises(InputError, match="estimate the clinician"):
         from_episodes(unknown)
+
+
+def test_flaws_are_told_with_the_id_of_the_stay(case):
+    data, probs = case
+    with pytest.raises(FlawError) as found:
+        check(changed(data, "reward", (3, 0), np.nan), probs)
+    ids = np.arange(100, 100 + data.num_stays)
+    assert "first at step 0 of stay 103;" in str(found.value.named(ids))
