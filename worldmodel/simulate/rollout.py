@@ -132,7 +132,7 @@ def rollout(
 
     There is one compiled program for each shape of the inputs, about 40 MB each. Horizons of the
     recurrent variant share one for up to 4, 8, 16, ... steps, of which no more are simulated than
-    asked for; those of the other variants, and those within a `jax.jit`, have one each. Beyond
+    asked for; those of the other variants, and those within a `jax.jit`, have one each. At
     `MAX_PROGRAMS` of one precision all of them are let go.
 
     Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
@@ -213,9 +213,9 @@ def rollout(
     if being_traced():
         return _rollout(*inputs, blocks, samples, config, past)
     program = _jitted(precision)
-    result: Rollouts = program(*inputs, blocks, samples, config, past)
-    if program._cache_size() > MAX_PROGRAMS:  # type: ignore[attr-defined]
+    if program._cache_size() >= MAX_PROGRAMS:  # type: ignore[attr-defined]
         program.clear_cache()  # type: ignore[attr-defined]
+    result: Rollouts = program(*inputs, blocks, samples, config, past)
     result = _cut(result, horizon)
     if policy is not None:
         refuse_invalid(np.asarray(result.action) == INVALID_ACTION)

@@ -85,7 +85,7 @@ def test_a_flaw_in_the_last_block_is_found(case):
     data, probs, _ = case
     flawed = {name: np.array(p) for name, p in probs.items()}
     flawed["policy 1"][STAYS - 1, 0, 3] = 2.0
-    with pytest.raises(InputError, match=rf"policy 1.*in 1 places.*\({STAYS - 1}, 0\)"):
+    with pytest.raises(InputError, match=f"policy 1.*in 1 places.*stay number {STAYS - 1};"):
         evaluate(data, flawed, key=jax.random.key(0), n_bootstrap=0, interval="delta")
 
 

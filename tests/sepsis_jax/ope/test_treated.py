@@ -75,7 +75,9 @@ def test_float_actions_are_whole_or_refused():
     for value in (3.7, np.nan, np.inf):
         flawed = action.copy()
         flawed[0, 1] = value
-        with pytest.raises(InputError, match=r"action: not a whole number .* \(0, 1\)"):
+        with pytest.raises(
+            InputError, match=r"action: not a whole number .* step 1 of stay number 0;"
+        ):
             check(with_action(data, flawed), probs)
     with pytest.raises(InputError, match="action: got bool"):
         check(with_action(data, action > 3), probs)
@@ -97,7 +99,9 @@ def test_fractions_in_the_keys_of_a_table_are_refused(tmp_path):
 def test_both_kinds_of_behavior_probabilities_must_agree():
     data, probs, _ = random_case(stays=12, steps=5, policies=1)
     flawed = replace(data, behavior_prob=data.behavior_prob.at[4, 0].multiply(0.9))
-    with pytest.raises(InputError, match=r"behavior_prob: another probability .* \(4, 0\)"):
+    with pytest.raises(
+        InputError, match=r"behavior_prob: another probability .* step 0 of stay number 4;"
+    ):
         check(flawed, probs)
 
 

@@ -348,17 +348,3 @@ def test_other_plans_of_equal_shape_compile_nothing(world, start):
     assert compiled._cache_size() == 1
     rollout(world, KEY, start, PLANS[:, :1], **settings)
     assert compiled._cache_size() == 2
-
-
-def test_programs_are_bounded_and_what_is_there_is_used(world, start, monkeypatch):
-    from worldmodel.simulate import rollout as module
-
-    compiled = module._jitted(None)
-    compiled.clear_cache()
-    monkeypatch.setattr(module, "MAX_PROGRAMS", 2)
-    settings = {"samples": 4, "features": schema.FEATURE_NAMES}
-    sizes = []
-    for count in (1, 2, 1, 2, 3, 1):
-        rollout(world, KEY, start, PLANS[:, :count], **settings)
-        sizes.append(compiled._cache_size())
-    assert sizes == [1, 2, 2, 2, 0, 1]
