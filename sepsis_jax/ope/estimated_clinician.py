@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from policy.clinician import fit_behavior
 from sepsis_jax.ope.data import BLOCK, Inspected
@@ -177,7 +177,15 @@ def correct(scores: Scores, batch: Batch, fit: ClinicianFit, names: tuple[str, .
       fit: how the clinician was estimated.
       names: estimators.
     """
-    return from_slopes(scores, np.asarray(_slopes(batch, names), np.float64), fit)
+    slope = np.asarray(_slopes(batch, names), np.float64)
+    slope[:, is_clinician(np.asarray(batch.log_weight))] = 0.0
+    return from_slopes(scores, slope, fit)
+
+
+def is_clinician(log_weight: Float[np.ndarray, "K N T"]) -> Bool[np.ndarray, " K"]:
+    """[K] which policies are the estimated clinician, whose weights are 1 however much it errs."""
+    own: np.ndarray = (np.abs(log_weight) < 1e-5).all((1, 2))
+    return own
 
 
 def from_slopes(

@@ -21,7 +21,7 @@ from sepsis_jax.ope.diagnostics import (
     summarize,
     unsupported_mass,
 )
-from sepsis_jax.ope.estimated_clinician import Correction
+from sepsis_jax.ope.estimated_clinician import Correction, is_clinician
 from sepsis_jax.ope.estimators import Batch, Shrinkage, evaluate_means, make_batch
 from sepsis_jax.ope.weights import Clip, drug_weights, linear, weigh
 from worldmodel import schema
@@ -234,8 +234,8 @@ def prepare(
       clip: bounds of ratios.
       shrinkage: tuning that the batch carries.
       limits: of support.
-      log_excess: [N, T] what is subtracted from the log weights, from
-        `sepsis_jax.ope.estimated_clinician`; nothing by default.
+      log_excess: [N, T] what is subtracted from the log weights of policies other than the
+        clinician, from `sepsis_jax.ope.estimated_clinician`; nothing by default.
 
     Returns:
       A batch without fitted ingredients.
@@ -252,7 +252,8 @@ def prepare(
 
     parts: _Stay = in_blocks(of_block, len(index), min(BLOCK, len(index)))
     if log_excess is not None:
-        less = np.asarray(log_excess, np.float32)[:, None]
+        errs = ~is_clinician(np.moveaxis(np.asarray(parts.log_weight), 1, 0))
+        less = np.asarray(log_excess, np.float32)[:, None] * errs[:, None]
         parts = parts._replace(log_weight=parts.log_weight - less)
     data = jax.tree.map(jnp.asarray, found.stays(index))
     found_batch: tuple[Batch, Diagnostics] = _gather(data, parts, gamma=gamma, shrinkage=shrinkage)

@@ -278,6 +278,21 @@ def test_weights_are_freed_of_the_mean_error_of_the_clinician():
     assert few["mean_ratio"] < known["mean_ratio"] == pytest.approx(many["mean_ratio"], rel=1e-5)
 
 
+def test_the_estimated_clinician_itself_is_worth_the_mean_return():
+    drawn, probs = normal_case(stays=300)
+    data = replace(drawn.data, features=jnp.ones((*drawn.data.reward.shape, 1)))
+    both = probs | {"same": np.asarray(data.behavior_probs)}
+    options = {"estimators": ["on_policy", "is", "wis"], **QUICK}
+    for fit in (ClinicianFit(50), ClinicianFit(300, shared=True)):
+        table = evaluate(data, both, clinician=fit, **options)
+        own = table[table["policy"] == "same"].set_index("estimator")
+        for column in ("estimate", "se", "low", "high"):
+            wanted = own.loc["on_policy", column]
+            assert own.loc[["is", "wis"], column].to_numpy() == pytest.approx(wanted, rel=1e-5)
+        assert own.loc["wis", "ess"] == pytest.approx(300)
+        assert (table.loc[table["policy"] != "same", "ess"] < 299).all()
+
+
 # --- coverage -------------------------------------------------------------------------------------
 
 needs_icu = pytest.mark.skipif(
