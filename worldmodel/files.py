@@ -24,6 +24,7 @@ from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
     import jax
+    import pandas as pd
 
 TreeT = TypeVar("TreeT")
 
@@ -48,17 +49,36 @@ def require_folder(path: Path, remedy: str) -> None:
         raise InputError(f"{path}: no such folder; {remedy}")
 
 
-def refuse_doubled_columns(path: Path) -> None:
-    """Refuses a CSV file whose header has a column twice, of which pandas renames one.
+def check_table_name(path: Path) -> None:
+    """Refuses a name that is neither of a CSV nor of a Parquet file."""
+    if path.suffix not in (".csv", ".parquet"):
+        raise InputError(f"{path}: neither .csv nor .parquet; give a file of either kind")
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """The rows of a CSV or Parquet file.
 
     Raises:
-      InputError: it has; the message names the column.
+      InputError: another kind of file, no such file, an unreadable one, or a column comes twice,
+        of which pandas would rename one.
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        header = next(csv.reader(file), [])
-    doubled = [name for name, count in Counter(header).items() if count > 1]
+    import pandas as pd
+
+    check_table_name(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        if path.suffix == ".parquet":
+            return pd.read_parquet(path)
+        table = pd.read_csv(path, low_memory=False)
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            header = Counter(next(csv.reader(file)))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: unreadable ({error}); write it again") from None
+    doubled = [name for name, count in header.items() if count > 1]
     if doubled:
         raise InputError(f"{path}: column {doubled[0]!r} comes twice")
+    return table
 
 
 def check_replaceable(path: Path, marker: str | None) -> None:

@@ -196,8 +196,8 @@ def check(
 ) -> None:
     """Name every problem of a table of one's own, with the settings of `cohort table`."""
     from sepsis_jax.cohort.own_table import own_cohort
-    from sepsis_jax.pipelines.episodes import read_table
     from worldmodel.errors import TableError
+    from worldmodel.files import read_table
 
     options = _own_options(unit, config, setting, None)
     rows, problems = read_table(table), []

@@ -14,7 +14,7 @@ from policy import registry
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import refuse_doubled_columns
+from worldmodel.files import read_table
 
 PROBABILITY_COLUMNS = tuple(f"action_{a}" for a in range(schema.NUM_ACTIONS))
 
@@ -105,24 +105,6 @@ def write_probabilities(
         table.to_csv(path, index=False)
     else:
         table.to_parquet(path, index=False)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV or Parquet table.
-
-    Raises:
-      InputError: no such file, another suffix, or unreadable.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path}: expected a .csv or .parquet file")
-    try:
-        if path.suffix == ".csv":
-            refuse_doubled_columns(path)
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable table ({error})") from None
 
 
 SOFTENINGS = ("none", "uniform", "clinician")

@@ -23,7 +23,7 @@ from policy.serving.tokens import TokenBackend
 from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
-from worldmodel.configuration import require
+from worldmodel.configuration import read_yaml, require
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.episode_files import load_episodes_for
 from worldmodel.episodes import Episodes
@@ -117,14 +117,12 @@ def endpoint(options: BackendOptions) -> Any:
 
 
 def _parameters(texts: tuple[str, ...]) -> JsonDict:
-    import yaml
-
     found = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
             raise InputError(f"extra: {text!r} is not NAME=VALUE")
-        found[name] = yaml.safe_load(value)
+        found[name] = read_yaml(value)
     return found
 
 

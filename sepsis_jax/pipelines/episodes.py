@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
-import pandas as pd
 
 from policy.offline.data import MINARI_DATA, check_d3rlpy_file, write_d3rlpy, write_minari
 from sepsis_jax.cohort.own_table import OwnCohort, OwnTableOptions, own_cohort
@@ -18,7 +16,13 @@ from worldmodel import schema
 from worldmodel.episode_files import EPISODES_FILE, load_episodes, load_scaler, save_episodes
 from worldmodel.episodes import Episodes, to_table
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_file, check_replaceable, digest_file, refuse_doubled_columns
+from worldmodel.files import (
+    atomic_file,
+    check_replaceable,
+    check_table_name,
+    digest_file,
+    read_table,
+)
 from worldmodel.synthetic import Params, generate
 from worldmodel.synthetic.generate import require_patients
 
@@ -81,21 +85,13 @@ def make_synthetic_cohort(
     return summary
 
 
-_READERS = {".parquet": pd.read_parquet, ".csv": partial(pd.read_csv, low_memory=False)}
-
-
-def _known_suffix(path: Path) -> None:
-    if path.suffix not in _READERS:
-        raise InputError(f"{path}: neither .parquet nor .csv; give a file of either kind")
-
-
 def write_template(out: Path) -> int:
     """Writes the table of ten synthetic patients, with every column; the number of its rows.
 
     Raises:
       InputError: neither .csv nor .parquet, or something is there already.
     """
-    _known_suffix(out)
+    check_table_name(out)
     if out.exists():
         raise InputError(f"{out}: exists; choose another name")
     table = to_table(generate(jax.random.key(0), TEMPLATE_PATIENTS, keep_latent=False)[0])
@@ -103,21 +99,6 @@ def write_template(out: Path) -> int:
         write = table.to_csv if out.suffix == ".csv" else table.to_parquet
         write(temporary, index=False)
     return len(table)
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """The rows of a .parquet or .csv file.
-
-    Raises:
-      InputError: another kind of file, or an unreadable one.
-    """
-    _known_suffix(path)
-    try:
-        if path.suffix == ".csv":
-            refuse_doubled_columns(path)
-        return _READERS[path.suffix](path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: unreadable ({error}); write it again") from None
 
 
 def make_own_cohort(

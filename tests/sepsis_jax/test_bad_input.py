@@ -435,7 +435,7 @@ ope --episodes {cohort} --policy p={twice.csv} --out {out}
 ope --episodes {cohort} --policy none --config {doubled.yaml} --out {out}
 audit --episodes {cohort}/episodes.parquet --out {out}
 cohort table --table {doubled.csv} --out {out}
-cohort synthetic --out {out} --config {doubled.yaml}
+cohort table --table {own.csv} --out {out} --config {doubled.yaml}
 world-model train --episodes {cohort} --out {out} --config {doubled.yaml}
 simulate --model {recurrent}/manifest.json --episodes {cohort} --out {out}
 ope --episodes {cohort} --policy none --out {out} --behavior {table.csv}

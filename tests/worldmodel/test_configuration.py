@@ -139,3 +139,12 @@ def test_bad_overrides_are_named(override, message):
 def test_other_mappings_than_dicts_are_refused():
     with pytest.raises(InputError, match="here: expected a mapping"):
         from_mapping(Outer, "name", source="here")
+
+
+def test_a_key_that_comes_twice_is_named(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("inner: {rate: 0.2, rate: 0.3}\n")
+    with pytest.raises(InputError, match="key 'rate' comes twice"):
+        load_config(Outer, file)
+    with pytest.raises(InputError, match="not readable YAML"):
+        apply_overrides(Outer(), ["inner={rate: 0.2, rate: 0.3}"], source="x")

@@ -12,6 +12,8 @@ from worldmodel.files import (
     digest,
     digest_file,
     read_json,
+    read_table,
+    require_folder,
     write_json,
 )
 
@@ -125,3 +127,33 @@ def test_digests_are_sha256_of_the_contents(tmp_path):
     # Contents count, not the layout in memory.
     grid = np.arange(6, dtype=np.int32).reshape(2, 3)
     assert digest([grid.T]) == digest([np.ascontiguousarray(grid.T)]) != digest([grid])
+
+
+def test_a_column_that_comes_twice_is_named(tmp_path):
+    file = tmp_path / "table.csv"
+    file.write_text("\ufeffa,b\n1,2\n")
+    assert read_table(file)[["a", "b"]].to_numpy().tolist() == [[1, 2]]
+    file.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(InputError, match=r"^\S+table\.csv: column 'a' comes twice$"):
+        read_table(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("none.csv", "no such file"), ("binary.csv", "unreadable"), ("a.txt", "neither .csv nor")],
+)
+def test_what_is_no_table_is_refused(name, words, tmp_path):
+    (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
+    with pytest.raises(InputError, match=words):
+        read_table(tmp_path / name)
+
+
+def test_a_file_where_a_folder_is_wanted(tmp_path):
+    file = tmp_path / "inner" / "file"
+    file.parent.mkdir()
+    file.touch()
+    require_folder(file.parent, "make one")
+    with pytest.raises(InputError, match=r"file: is a file; give its folder, \S+inner$"):
+        require_folder(file, "make one")
+    with pytest.raises(InputError, match="none: no such folder; make one"):
+        require_folder(tmp_path / "none", "make one")
