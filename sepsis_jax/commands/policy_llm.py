@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -303,7 +302,6 @@ def serve(
     server = VLLMServer(options, log=log, timeout_s=timeout)
     from_variable = bool(os.environ.get(KEY_VARIABLE))
     written = None
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if key_file is not None or not from_variable:
             written = _write_key(server.key, key_file)

@@ -241,9 +241,9 @@ def draw_whole(
     normal, spread = normal[..., WHOLE], sigma[..., WHOLE] * scale
     wide = jnp.sqrt(jnp.maximum(jnp.square(spread) - _ROUNDED, 0.0))
     rounded = jnp.round(mean[..., WHOLE] * scale + shift + wide * normal)
-    lower = jnp.floor(mu[..., WHOLE] * scale + shift)
-    above = mu[..., WHOLE] * scale + shift - lower
-    either = lower + (jax.nn.sigmoid(logit_of_normal(normal)) > 1.0 - above)
+    points = mu[..., WHOLE] * scale + shift
+    lower = jnp.floor(points)
+    either = lower + (jax.nn.sigmoid(logit_of_normal(normal)) > 1.0 - (points - lower))
     return (jnp.where(spread < 0.5, either, rounded) - shift) / scale
 
 
