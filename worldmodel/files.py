@@ -52,27 +52,27 @@ def require_folder(path: Path, remedy: str) -> None:
 def check_table_name(path: Path) -> None:
     """Refuses a name that is neither of a CSV nor of a Parquet file."""
     if path.suffix not in (".csv", ".parquet"):
-        raise InputError(f"{path}: neither .csv nor .parquet; give a file of either kind")
+        raise InputError(f"{path}: neither .parquet nor .csv; give a file of either kind")
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """The rows of a CSV or Parquet file.
 
     Raises:
-      InputError: another kind of file, no such file, an unreadable one, or a column comes twice,
-        of which pandas would rename one.
+      InputError: another kind of file, an unreadable one or none, or a column comes twice, of
+        which pandas would rename one.
     """
     import pandas as pd
 
     check_table_name(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     try:
         if path.suffix == ".parquet":
             return pd.read_parquet(path)
         table = pd.read_csv(path, low_memory=False)
         with path.open(newline="", encoding="utf-8-sig") as file:
             header = Counter(next(csv.reader(file)))
+    except FileNotFoundError:
+        raise InputError(f"{path}: unreadable (no such file); check its name") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: unreadable ({error}); write it again") from None
     doubled = [name for name, count in header.items() if count > 1]

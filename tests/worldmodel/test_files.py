@@ -140,7 +140,7 @@ def test_a_column_that_comes_twice_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("none.csv", "no such file"), ("binary.csv", "unreadable"), ("a.txt", "neither .csv nor")],
+    [("none.csv", "no such file"), ("binary.csv", "unreadable"), ("a.txt", "neither .parquet nor")],
 )
 def test_what_is_no_table_is_refused(name, words, tmp_path):
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)))
