@@ -166,7 +166,7 @@ def _rows(
     controls = negative_controls(found, order, final, None if features is None else features[:, 0])
     influence, own = estimates.influence, estimates.influence
     if clinician is not None and scores is not None:
-        influence = influence + from_slopes(scores, estimates.slope, clinician).influence
+        influence = from_slopes(scores, estimates.slope, clinician).of(influence)
     error, own_error = standard_error(influence), standard_error(own)
     returns = reward.sum(1)
     low, high = adaptive_t(estimates.value, influence)

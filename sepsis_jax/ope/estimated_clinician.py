@@ -10,9 +10,12 @@ V errs with them:
     fitted to m other stays:              variance + slope' I^-1 slope / m
 
 The first line lowers the error of weighted estimates where the model is right, as estimated
-propensities do (Hirano, Imbens & Ridder 2003). Weights divide by what errs, so they are too large
-in the mean, most where the clinician's choice was rare: by exp((z' I^-1 z + tr(I_0 + ... + I_t)
-I^-1) / 2 m), z being the score up to the step and I_t the information of one, to second order.
+propensities do (Hirano, Imbens & Ridder 2003). Its sum is what is left of the influences after P
+directions were fitted to them, and too small for that: it is divided by the root of 1 - h_i, h_i
+being the leverage of a stay's scores (HC2; MacKinnon & White 1985). Weights divide by what errs, so
+they are too large in the mean, most where the clinician's choice was rare: by exp((z' I^-1 z +
+tr(I_0 + ... + I_t) I^-1) / 2 m), z being the score up to the step and I_t the information of one,
+to second order.
 `log_excess` is subtracted first. Errors of the clinician beyond these directions, and those of a
 model that is wrong, are not corrected.
 """
@@ -36,6 +39,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 
 _RIDGE = 1e-3  # of the mean of the information's diagonal
+_MOST_LEVERAGE = 0.9
 
 
 @dataclass(frozen=True)
@@ -90,10 +94,16 @@ def cross_fit(
 
 
 class Correction(NamedTuple):
-    """What is added to influences and variances."""
+    """What becomes of influences and variances."""
 
-    influence: np.ndarray  # [N, K, E]
-    variance: np.ndarray  # [K, E]
+    added: np.ndarray  # [N, K, E] to influences
+    scale: np.ndarray  # [N, K, E] of the sums
+    variance: np.ndarray  # [K, E] added to variances
+
+    def of(self, influence: Float[np.ndarray, "N K E"]) -> Float[np.ndarray, "N K E"]:
+        """Influences with the error of the clinician in them."""
+        found: np.ndarray = (influence + self.added) * self.scale
+        return found
 
 
 class Scores(NamedTuple):
@@ -200,11 +210,17 @@ def from_slopes(
     solved = np.linalg.solve(scores.information, along.T)  # [P, E K]
     shape, stays = slope.shape[:2], len(scores.steps)
     if fit.shared:
-        each = scores.moved() @ solved
+        moved = scores.moved()
+        each = moved @ solved
         influence = np.swapaxes((each - each.mean(0)).reshape(stays, *shape), 1, 2)
-        return Correction(influence, np.zeros(influence.shape[1:]))
+        leverage = (moved * np.linalg.solve(scores.information, moved.T).T).sum(-1) / stays
+        scale = 1.0 / np.sqrt(1.0 - np.minimum(leverage, _MOST_LEVERAGE))
+        weighted = (slope != 0).any((2, 3)).T  # [K, E], not the clinician's mean
+        scale = np.where(weighted, scale[:, None, None], 1.0)
+        return Correction(influence, scale, np.zeros(influence.shape[1:]))
     variance = (along * solved.T).sum(-1).reshape(shape).T / fit.stays
-    return Correction(np.zeros((stays, *variance.shape)), variance)
+    nothing = np.zeros((stays, *variance.shape))
+    return Correction(nothing, nothing + 1.0, variance)
 
 
 def log_excess(scores: Scores, fit: ClinicianFit) -> Float[np.ndarray, "N T"]:

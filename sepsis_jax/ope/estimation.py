@@ -60,7 +60,7 @@ def estimate_all(
     own_error = intervals.standard_error(influence)
     if correct is not None:
         added = correct(used)
-        influence, extra = influence + added.influence, added.variance
+        influence, extra = added.of(influence), added.variance
     base = used.index("on_policy")
     resampled = tails = None
     tail = bootstrap.make_tail(batch, tail_levels) if tail_levels else None

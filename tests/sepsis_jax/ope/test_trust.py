@@ -17,7 +17,7 @@ from sepsis_jax.ope import ClinicianFit, Limits, OPEData, evaluate
 from sepsis_jax.ope import intervals as iv
 from sepsis_jax.ope.benchmark import sample
 from sepsis_jax.ope.data import inspect
-from sepsis_jax.ope.estimated_clinician import correct, log_excess, scores_of
+from sepsis_jax.ope.estimated_clinician import Scores, correct, from_slopes, log_excess, scores_of
 from sepsis_jax.ope.estimation import prepare
 from sepsis_jax.ope.estimators import ESTIMATORS, estimate
 from sepsis_jax.ope.hidden_causes import (
@@ -247,6 +247,24 @@ def test_an_estimated_clinician_widens_or_narrows_the_interval():
     assert same["se"] < known["se"]  # an estimated propensity helps where the model is right
     with pytest.raises(InputError, match="needs `features`"):
         evaluate(drawn.data, probs, clinician=ClinicianFit(50), **options)
+
+
+def test_influences_after_a_fit_are_as_large_as_those_of_new_stays():
+    """What is left of noise after P directions were fitted to it has the noise's variance."""
+    rng = np.random.default_rng(0)
+    stays, size = 120, 30
+    steps = rng.normal(size=(stays, 1, size)).astype(np.float32)
+    scores = Scores(steps, np.eye(size), np.zeros((stays, 1)))
+    noise = rng.normal(size=stays)
+    slope = (noise / stays)[None, None, :, None]  # of a weighted mean of the noise
+    found = from_slopes(scores, slope, ClinicianFit(stays, shared=True))
+    with_error = found.of(noise[:, None, None])[:, 0, 0]
+    plain = noise + found.added[:, 0, 0]
+    moved = scores.moved()
+    leverage = (moved**2).sum(1) / stays
+    np.testing.assert_allclose(with_error, plain / np.sqrt(1 - leverage))
+    none = from_slopes(scores, 0 * slope, ClinicianFit(stays, shared=True))
+    np.testing.assert_array_equal(none.of(noise[:, None, None])[:, 0, 0], noise)
 
 
 def test_weights_are_freed_of_the_mean_error_of_the_clinician():
