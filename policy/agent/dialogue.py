@@ -10,18 +10,18 @@ import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from policy.agent.env_pool import EnvPool
 from policy.agent.prompts import Chart, Prompts, options
 from policy.agent.tools import (
     REASONS,
-    SCHEMAS,
     ActionScorer,
     InvalidCallError,
     Prescribe,
     Simulate,
     read_call,
+    schemas,
 )
 from policy.serving.backend import (
     LENGTH,
@@ -78,6 +78,7 @@ class Turn:
     reply: Reply
     seed: int
     opens: bool = False  # true at the first turn of a conversation
+    refused: bool = False  # true where the reply, or a call in it, was answered with an error
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class Stay:
     closing: str = ""  # the answer to the last prescription
     invalid: Counter[str] = field(default_factory=Counter)  # by reason
     tool_calls: int = 0  # number of valid calls
+    can_simulate: bool = True  # whether there was a simulator
 
     @property
     def total_reward(self) -> float:
@@ -168,7 +170,7 @@ class _Dialogue:
     ):
         self.slot, self.backend, self.pool, self.prompts = slot, backend, pool, prompts
         self.config, self.seed, self.scorer = config, seed, scorer
-        self.stay = Stay(patient)
+        self.stay = Stay(patient, can_simulate=pool.can_simulate)
         self.chart = Chart.of(pool.initial(slot))
         self.simulations = self.invalid = 0  # at this decision
         self.done = False
@@ -193,7 +195,7 @@ class _Dialogue:
     def _open(self) -> Sequence[Message]:
         """Opens a conversation and returns its first messages."""
         can_simulate = self.pool.can_simulate
-        self.conversation = self.backend.open(SCHEMAS if can_simulate else SCHEMAS[1:])
+        self.conversation = self.backend.open(schemas(can_simulate))
         return self.prompts.first(self.chart, can_simulate=can_simulate)
 
     async def _ask(self, messages: Sequence[Message]) -> Reply:
@@ -284,6 +286,7 @@ class _Dialogue:
         )
 
     def _refuse(self, reason: str) -> str:
+        self.stay.turns[-1] = replace(self.stay.turns[-1], refused=True)
         self.stay.invalid[reason] += 1
         self.invalid += 1
         if self.invalid > self.config.max_invalid:

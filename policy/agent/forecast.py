@@ -35,10 +35,13 @@ class ForecastConfig:
       samples: futures per treatment, a multiple of the ensemble size; all treatments share
         their random numbers.
       mode: "corrected", or "reference": one noisy future per treatment, as SepsisAgent's tool.
+      shuffled: answer with the future of another treatment, drawn for each question: an agent that
+        listens to the simulator gets worse by it.
     """
 
     samples: int = 60
     mode: str = "corrected"
+    shuffled: bool = False
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -116,6 +119,8 @@ class Forecaster:
           actions: [B, K] int32 joint actions.
         """
         reference = self._config.mode == "reference"
+        if self._config.shuffled:
+            actions = _others(self._key, observations, patients, actions)
         plans = np.asarray(actions, np.int32)[..., None]
         played = rollout(
             self._world_model,
@@ -146,6 +151,22 @@ class Forecaster:
         found = Forecast(mean, low, high, sofa, ventilation, disagreement, support)
         result: Forecast = jax.device_get(found)
         return result
+
+
+def _others(
+    key: jax.Array, observations: Observation, patients: np.ndarray, actions: np.ndarray
+) -> np.ndarray:
+    """[B, K] an action other than each of [B, K], by patient and row."""
+    data = jax.device_get((jax.random.key_data(key), observations.step))
+    seeds = zip(np.asarray(patients).tolist(), np.asarray(data[1]).tolist(), strict=True)
+    shifts = [
+        np.random.default_rng([*data[0].ravel().tolist(), patient, step]).integers(
+            1, schema.NUM_ACTIONS, actions.shape[1]
+        )
+        for patient, step in seeds
+    ]
+    moved: np.ndarray = (np.asarray(actions) + np.array(shifts)) % schema.NUM_ACTIONS
+    return moved.astype(np.int32)
 
 
 def _quantiles(values: np.ndarray) -> list[np.ndarray]:

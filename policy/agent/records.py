@@ -48,6 +48,7 @@ class Record(TypedDict):
     decisions: list[dict[str, Any]]  # fields of several types; see `Decision`
     turns: list[dict[str, Any]]  # see `Turn`
     closing: str
+    can_simulate: NotRequired[bool]  # true where it is missing
     real: NotRequired[object]  # the recorded course
 
 
@@ -72,6 +73,7 @@ def to_record(stay: Stay, *, attempt: int = 0, **extra: object) -> Record:
         "decisions": [asdict(decision) for decision in stay.decisions],
         "turns": _turns(stay.turns),
         "closing": stay.closing,
+        "can_simulate": stay.can_simulate,
         **extra,
     }
     return cast("Record", record)
@@ -91,8 +93,8 @@ def from_record(record: Record) -> Stay:
             read = (*fields["prompt_ids"], *(fields["token_ids"] or ()))
         fields["tool_calls"] = tuple(ToolCall(**call) for call in fields["tool_calls"])
         reply = Reply(**fields)
-        opens = turn.get("opens", not turns)
-        turns.append(Turn(tuple(turn["messages"]), reply, turn["seed"], opens))
+        opens, refused = turn.get("opens", not turns), turn.get("refused", False)
+        turns.append(Turn(tuple(turn["messages"]), reply, turn["seed"], opens, refused))
     decisions = []
     for decision in record["decisions"]:
         values: dict[str, Any] = {
@@ -111,6 +113,7 @@ def from_record(record: Record) -> Stay:
         turns=turns,
         invalid=Counter(record["invalid"]),
         tool_calls=record["tool_calls"],
+        can_simulate=record.get("can_simulate", True),
     )
 
 
@@ -231,6 +234,7 @@ def _turns(turns: list[Turn]) -> list[dict[str, object]]:
             "reply": {**asdict(turn.reply), "prompt_ids": prompt, "restarts": restarts},
             "seed": turn.seed,
             "opens": turn.opens,
+            "refused": turn.refused,
         }
         for turn, (prompt, restarts) in zip(turns, newly_read(turns), strict=True)
     ]

@@ -11,43 +11,75 @@ from policy.agent.tools import (
     MAX_OPTIONS,
     PRESCRIPTION,
     SIMULATION,
+    InvalidCallError,
     prescription_arguments,
+    read_call,
     simulation_arguments,
 )
-from policy.serving.backend import TOOL_CALLS, Message, Reply, Sampling, ToolCall, as_message
+from policy.serving.backend import (
+    STOP,
+    TOOL_CALLS,
+    Message,
+    Reply,
+    Sampling,
+    ToolCall,
+    as_message,
+)
+from policy.serving.tokens import parse_reply, write_call
 from worldmodel import schema
 
 
-def simulating(choose: Callable[[int], tuple[int, ...]]) -> Script:
-    """A script for `ScriptedBackend`.
+def was_simulated(messages: Sequence[Message]) -> bool:
+    """Whether the last message answers a simulation."""
+    last = messages[-1]
+    return bool(last["role"] == "tool" and last["name"] == SIMULATION)
+
+
+def simulate(messages: Sequence[Message], actions: Sequence[int]) -> Reply:
+    """The reply to these messages that simulates one to three joint actions."""
+    return _calling(messages, SIMULATION, simulation_arguments(tuple(actions)))
+
+
+def prescribe(messages: Sequence[Message], action: int) -> Reply:
+    """The reply to these messages that prescribes a joint action."""
+    return _calling(messages, PRESCRIPTION, prescription_arguments(action))
+
+
+def damaged(reply: Reply, draw: np.random.Generator) -> Reply:
+    """A reply from which a piece was cut out, so that it asks for nothing that can be done.
 
     Args:
-      choose: by the seed of a reply, the one to three joint actions to simulate; the first of
-        them is prescribed.
+      reply: with one call.
+      draw: of the piece.
     """
-
-    def script(messages: Sequence[Message], seed: int) -> Reply:
-        name = f"call-{len(messages)}"
-        last = messages[-1]
-        if last["role"] == "tool" and last["name"] == SIMULATION:
-            called = messages[-2]["tool_calls"][0]["function"]["arguments"]
-            levels = json.loads(json.loads(called)["actions"][0])
-            action = schema.action_index(*levels)
-            call = ToolCall(name, PRESCRIPTION, prescription_arguments(action))
-        else:
-            call = ToolCall(name, SIMULATION, simulation_arguments(choose(seed)))
-        return Reply(content="", tool_calls=(call,), finish_reason=TOOL_CALLS)
-
-    return script
+    (call,) = reply.tool_calls
+    text = write_call(call.name, call.arguments)
+    while True:
+        start, stop = sorted(draw.integers(0, len(text) + 1, 2).tolist())
+        parts = parse_reply(text[:start] + text[stop:], id_prefix=call.id)
+        try:
+            found = [read_call(one) for one in parts.tool_calls]
+        except InvalidCallError:
+            found = []
+        if not found:
+            reason = TOOL_CALLS if parts.tool_calls else STOP
+            return Reply(parts.content, parts.tool_calls, reason)
 
 
-def _drawn(seed: int) -> tuple[int, ...]:
+def _calling(messages: Sequence[Message], tool: str, arguments: str) -> Reply:
+    call = ToolCall(f"call-{len(messages)}", tool, arguments)
+    return Reply(content="", tool_calls=(call,), finish_reason=TOOL_CALLS)
+
+
+def simulate_and_prescribe(messages: Sequence[Message], seed: int) -> Reply:
+    """A script: simulates three actions drawn uniformly by the seed, and prescribes the first."""
+    if was_simulated(messages):
+        called = messages[-2]["tool_calls"][0]["function"]["arguments"]
+        levels = json.loads(json.loads(called)["actions"][0])
+        return prescribe(messages, schema.action_index(*levels))
     draw = np.random.default_rng(seed)
-    return tuple(draw.choice(schema.NUM_ACTIONS, MAX_OPTIONS, replace=False).tolist())
-
-
-simulate_and_prescribe = simulating(_drawn)
-"""Simulates three actions drawn uniformly by the seed, and prescribes the first."""
+    actions = draw.choice(schema.NUM_ACTIONS, MAX_OPTIONS, replace=False)
+    return simulate(messages, actions.tolist())
 
 
 Script = Callable[[Sequence[Message], int], Reply]

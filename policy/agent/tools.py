@@ -64,6 +64,12 @@ SCHEMAS: tuple[Mapping[str, object], ...] = (
 )
 """Both tools in OpenAI's form."""
 
+
+def schemas(can_simulate: bool) -> Sequence[Mapping[str, object]]:
+    """The tools of a dialogue with or without a simulator."""
+    return SCHEMAS if can_simulate else SCHEMAS[1:]
+
+
 REASONS: dict[str, str] = {
     "malformed": "the call is not a JSON object with a name and arguments",
     "unknown_tool": "there is no such tool; the tools are simulation and prescription",

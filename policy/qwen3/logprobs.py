@@ -20,6 +20,7 @@ class TokenLogprobs(NamedTuple):
 
     logprob: Float[Array, "B T"]  # float32
     entropy: Float[Array, "B T"]  # float32, nats
+    choices: Float[Array, "B T C"] | None = None  # float32, of C tokens, where they are wanted
 
 
 def token_logprobs(
@@ -29,6 +30,7 @@ def token_logprobs(
     positions: Int[Array | np.ndarray, "B T"] | None = None,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
     temperature: float | jax.Array = 1.0,
+    choices: tuple[int, ...] = (),
     remat: str = "none",
     chunk: int | None = None,
 ) -> TokenLogprobs:
@@ -38,22 +40,27 @@ def token_logprobs(
       ids: [B, T] int.
       positions, segments, remat: as for `Qwen3.hidden`.
       temperature: logits are divided by it; positive.
+      choices: ids of C tokens, whose log-probabilities are wanted in the place of every token.
       chunk: as for `chunked_logprobs`.
 
     Returns:
-      [B, T] each; 0 for the first token of a segment, which nothing predicts, and for padding.
+      [B, T] each, `choices` [B, T, C]; 0 for the first token of a segment, which nothing
+      predicts, and for padding.
     """
     hidden = model.hidden(ids, positions=positions, segments=segments, remat=remat)
     found = chunked_logprobs(
-        hidden[:, :-1], model.head(), ids[:, 1:], temperature=temperature, chunk=chunk
-    )
+        hidden[:, :-1], model.head(), ids[:, 1:],
+        temperature=temperature, choices=choices, chunk=chunk,
+    )  # fmt: skip
     if segments is None:
         segments = jnp.ones_like(ids)
     predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
-    result: TokenLogprobs = jax.tree.map(
-        lambda x: jnp.pad(jnp.where(predicted, x, 0.0), ((0, 0), (1, 0))),
-        found,
-    )
+
+    def after_the_first(x: jax.Array) -> jax.Array:
+        keep = predicted.reshape(predicted.shape + (1,) * (x.ndim - 2))
+        return jnp.pad(jnp.where(keep, x, 0.0), ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))
+
+    result: TokenLogprobs = jax.tree.map(after_the_first, found)
     return result
 
 
@@ -63,6 +70,7 @@ def chunked_logprobs(
     targets: Int[Array | np.ndarray, "B T"],
     *,
     temperature: float | jax.Array = 1.0,
+    choices: tuple[int, ...] = (),
     chunk: int | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of targets, and entropies, from final hidden states.
@@ -72,18 +80,21 @@ def chunked_logprobs(
       head: [D, V] output projection.
       targets: [B, T] int token ids.
       temperature: logits are divided by it; positive.
+      choices: as for `token_logprobs`.
       chunk: columns whose logits [B, chunk, V] are in memory at once; as many as `LOGITS_AT_ONCE`
         allows if not given. Rows are never mixed, so a batch split over devices stays so.
 
     Returns:
-      [B, T] each, float32.
+      [B, T] each, `choices` [B, T, C], float32.
     """
     batch, vocab = hidden.shape[0], head.shape[1]
 
     def one(part: tuple[jax.Array, jax.Array]) -> TokenLogprobs:
         logprobs = jax.nn.log_softmax(project(part[0], head) / temperature)  # [B, chunk, V]
         logprob = jnp.take_along_axis(logprobs, part[1][..., None], axis=-1)[..., 0]
-        return TokenLogprobs(logprob, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1))
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        of_choices = logprobs[..., list(choices)] if choices else None
+        return TokenLogprobs(logprob, entropy, of_choices)
 
     result: TokenLogprobs = map_chunks(
         one, (hidden, jnp.asarray(targets)), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))

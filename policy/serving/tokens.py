@@ -75,7 +75,12 @@ def parse_reply(text: str, *, id_prefix: str = "call", in_thought: bool = False)
 
 def write_call(name: str, arguments: str) -> str:
     """The text of a call; `arguments` is a JSON object."""
-    return f'{_CALL}\n{{"name": {json.dumps(name)}, "arguments": {arguments}}}\n{_CALL_END}'
+    return mark_call(f'{{"name": {json.dumps(name)}, "arguments": {arguments}}}')
+
+
+def mark_call(body: str) -> str:
+    """A text between the marks of a call, whatever it is."""
+    return f"{_CALL}\n{body}\n{_CALL_END}"
 
 
 def _thoughts(text: str, in_thought: bool) -> tuple[list[str], list[str]]:

@@ -17,7 +17,6 @@ from jax.typing import DTypeLike
 from policy.agent.dialogue import Stay
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
-from policy.agent.tools import SCHEMAS
 from policy.qwen3.model import Qwen3
 from policy.qwen3.weights import load, save_hf
 from policy.serving.tokens import ChatTokens
@@ -110,7 +109,7 @@ def make_trainable(
     """
     with tempfile.TemporaryDirectory() as folder:
         any_tokens = ChatTokens.load(make_tiny(folder, brief=True))
-        dialogues = [one for stay in stays for one in written(stay, any_tokens, SCHEMAS)]
+        dialogues = [one for stay in stays for one in written(stay, any_tokens)]
         dialogues += [as_dialogue(question, any_tokens) for question in questions]
         texts = [any_tokens.text([*one.ids.tolist(), any_tokens.end_id]) for one in dialogues]
     return make_tiny(path, texts=texts, brief=True, **asdict(options))
@@ -163,7 +162,7 @@ def taught_tiny(
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)
-        dialogues = [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
+        dialogues = [one for stay in stays for one in written(stay, tokens)]
         model = load(untaught)
         for phase in phases:
             model = _taught(model, dialogues, phase, seed, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,10 +14,10 @@ from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat, treat_
 from policy.agent.env_pool import CAPACITY, EnvBatch, EnvPool, StateScorer, reset_batch
 from policy.agent.forecast import Forecaster
 from policy.agent.prompts import Prompts
-from policy.agent.scripted import Script, ScriptedBackend, simulating
+from policy.agent.scripted import Script, ScriptedBackend, damaged, prescribe, simulate
 from policy.agent.tools import MAX_OPTIONS
 from policy.agent.transcript import g1, g2
-from policy.serving.backend import Backend, Lockstep
+from policy.serving.backend import Backend, Lockstep, Message, Reply
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.envs.env import EnvState, SepsisEnv
@@ -39,23 +39,71 @@ def probabilities(policy: PolicyFn, key: jax.Array) -> StateScorer:
     )
 
 
-def following(pool: EnvPool, slot: int) -> Script:
-    """The script of a patient whose pool has a state scorer of `probabilities`.
+@dataclass(frozen=True)
+class DemonstrationConfig:
+    """How demonstrations are held.
 
-    Simulates an action drawn from them, by the seed of the reply, with two of its neighbours,
-    and prescribes it.
+    Attributes:
+      second_round: share of decisions in which options around another action are simulated first.
+      without_simulator: share of patients who are treated without it, so that the model also knows
+        how to.
+      errors: share of replies before which a damaged one is shown, at most one per decision, with
+        the error that answers it; it is not learned (`policy.train.data.packing.written`), how to
+        go on after it is.
     """
 
-    def choose(seed: int) -> tuple[int, ...]:
-        values = pool.values(slot)
-        assert values is not None
-        draw = np.random.default_rng(seed)
-        shares = np.asarray(values, np.float64)
-        action = int(draw.choice(schema.NUM_ACTIONS, p=shares / shares.sum()))
-        near = draw.permutation(neighbours(action))
-        return (action, *near[: MAX_OPTIONS - 1].tolist())
+    second_round: float = 0.1
+    without_simulator: float = 0.1
+    errors: float = 0.05
 
-    return simulating(choose)
+    def __post_init__(self) -> None:
+        names = ("second_round", "without_simulator", "errors")
+        require(self, "within [0, 1)", lambda x: 0 <= x < 1, *names)
+
+
+def following(pool: EnvPool, slot: int, config: DemonstrationConfig) -> Script:
+    """The script of a patient whose pool has a state scorer of `probabilities`.
+
+    Prescribes an action drawn from them, by the seed of the reply, after simulating it beside two
+    others, in an order that does not depend on the choice: where an action stands tells nothing of
+    what is prescribed, and a model that learns from this has to look at the answers.
+
+    Args:
+      pool, slot: of the patient.
+      config: settings.
+    """
+    waiting: list[Callable[[Sequence[Message]], Reply]] = []  # replies of the decision under way
+    erred = False  # in this decision
+
+    def script(messages: Sequence[Message], seed: int) -> Reply:
+        nonlocal erred
+        draw = np.random.default_rng(seed)
+        if not waiting:
+            erred = False
+            values = pool.values(slot)
+            assert values is not None
+            shares = np.asarray(values, np.float64)
+            chosen = int(draw.choice(schema.NUM_ACTIONS, p=shares / shares.sum()))
+            rounds = [_around(chosen, draw)] if pool.can_simulate else []
+            if rounds and draw.random() < config.second_round:
+                rounds.insert(0, _around(int(draw.choice(neighbours(chosen))), draw))
+            waiting.extend(partial(simulate, actions=options) for options in rounds)
+            waiting.append(partial(prescribe, action=chosen))
+        reply = waiting[0](messages)
+        if not erred and draw.random() < config.errors:
+            erred = True
+            return damaged(reply, draw)
+        del waiting[0]
+        return reply
+
+    return script
+
+
+def _around(action: int, draw: np.random.Generator) -> list[int]:
+    """An action and two of its neighbours in any order."""
+    near = draw.permutation(neighbours(action))[: MAX_OPTIONS - 1]
+    found: list[int] = draw.permutation([action, *near]).tolist()
+    return found
 
 
 def neighbours(action: int) -> list[int]:
@@ -82,6 +130,7 @@ def demonstrate(
     config: DialogueConfig | None = None,
     *,
     seed: int,
+    how: DemonstrationConfig | None = None,
     capacity: int = CAPACITY,
 ) -> list[Stay]:
     """Lets a policy treat all patients of a batch, written out as dialogues.
@@ -90,6 +139,7 @@ def demonstrate(
       policy: such as `GuidelineRules()` or a planner.
       env, batch, forecaster, capacity: as for `policy.agent.env_pool.EnvPool`.
       prompts, config, seed: as for `policy.agent.dialogue.treat`.
+      how: settings of the demonstration.
 
     Returns:
       The stays in the order of the batch, all completed.
@@ -100,7 +150,9 @@ def demonstrate(
     state_scorer = probabilities(policy, jax.random.key(seed))
     pool = EnvPool(env, batch, forecaster, capacity=capacity, state_scorer=state_scorer)
     try:
-        stays = asyncio.run(_demonstrate(pool, batch, prompts, config, seed=seed))
+        stays = asyncio.run(
+            _demonstrate(pool, batch, prompts, config, seed=seed, how=how or DemonstrationConfig())
+        )
     finally:
         pool.close()
     for stay in stays:
@@ -116,9 +168,10 @@ async def _demonstrate(
     config: DialogueConfig | None,
     *,
     seed: int,
+    how: DemonstrationConfig,
 ) -> list[Stay]:
     async def stay(slot: int, patient: int) -> Stay:
-        backend = ScriptedBackend(following(pool, slot))
+        backend = ScriptedBackend(following(pool, slot, how))
         return await treat(
             slot, patient, backend, pool, prompts, config or DialogueConfig(), seed=seed
         )
@@ -198,13 +251,25 @@ class EpisodeRunner:
         numbers = np.asarray(patients, np.int32)
         return reset_batch(self.env, patient_keys(jax.random.key(self.seed), numbers), numbers)
 
-    def demonstrate(self, policy: PolicyFn, patients: Sequence[int] | np.ndarray) -> list[Stay]:
+    def demonstrate(
+        self,
+        policy: PolicyFn,
+        patients: Sequence[int] | np.ndarray,
+        how: DemonstrationConfig | None = None,
+    ) -> list[Stay]:
         """Stays under a policy, as `policy.train.episodes.demonstrate`."""
-        return demonstrate(
-            policy, self.env, self.reset_batch(patients), self.forecaster, self.prompts,
-            self.dialogue,
-            seed=self.seed, capacity=self.concurrency,
-        )  # fmt: skip
+        how = how or DemonstrationConfig()
+        alone = 0 if self.forecaster is None else round(how.without_simulator * len(patients))
+        parts = ((patients[alone:], self.forecaster), (patients[:alone], None))
+        return [
+            stay
+            for some, forecaster in parts
+            if len(some)
+            for stay in demonstrate(
+                policy, self.env, self.reset_batch(some), forecaster, self.prompts, self.dialogue,
+                seed=self.seed, how=how, capacity=self.concurrency,
+            )
+        ]  # fmt: skip
 
     async def treat(
         self,

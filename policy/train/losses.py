@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
@@ -29,13 +29,24 @@ class Summed(NamedTuple):
 
 
 def cross_entropy(
-    model: Qwen3, rows: Rows, *, remat: str = "none", chunk: int | None = None
+    model: Qwen3,
+    rows: Rows,
+    *,
+    levels: tuple[int, ...] = (),
+    decision_weight: float = 1.0,
+    remat: str = "none",
+    chunk: int | None = None,
 ) -> Summed:
     """Negative log-likelihood, in nats, of the tokens to learn.
+
+    Where rows say which probabilities are wanted of a token that decides, its loss is the
+    cross-entropy to these.
 
     Args:
       model: the model.
       rows: [R, L]. The first token of a dialogue has no prediction and is left out.
+      levels: [5] ids of the levels, needed for rows with wanted probabilities.
+      decision_weight: of a token that decides; every other one has 1.
       remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
         in memory as a whole.
     """
@@ -44,13 +55,41 @@ def cross_entropy(
         rows.ids,
         positions=rows.positions,
         segments=rows.segments,
+        choices=levels,
         remat=remat,
         chunk=chunk,
     )
-    learned = rows.mask & (rows.positions > 0)
-    total = -jnp.sum(jnp.where(learned, found.logprob, 0.0))
-    entropy = jnp.sum(jnp.where(learned, found.entropy, 0.0))
-    return Summed(total, jnp.sum(learned, dtype=jnp.float32), {"entropy": entropy})
+    learned = jnp.asarray(rows.mask & (rows.positions > 0))
+    loss, weight = -found.logprob, jnp.ones(())
+    decides = jnp.zeros_like(learned)
+    if rows.wanted is not None and found.choices is not None:
+        decides = learned & decisive(rows.wanted)
+        loss = jnp.where(decides, to_wanted(found.choices, rows.wanted), loss)
+        weight = jnp.where(decides, decision_weight, 1.0)
+    divisor = jnp.sum(jnp.where(learned, weight, 0.0))
+
+    def summed(x: jax.Array, where: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(where, weight * x, 0.0))
+
+    metrics = {"entropy": summed(found.entropy, learned)}
+    if rows.wanted is not None:  # the two add up to the loss
+        metrics |= {
+            "decision_loss": summed(loss, decides),
+            "format_loss": summed(loss, learned & ~decides),
+        }
+    return Summed(summed(loss, learned), divisor, metrics)
+
+
+def decisive(wanted: Float[Array | np.ndarray, "R L 5"]) -> Bool[Array, "R L"]:
+    """Whether probabilities are wanted of a token."""
+    return jnp.any(jnp.asarray(wanted) != 0, axis=-1)
+
+
+def to_wanted(
+    logprobs: Float[Array, "R L 5"], wanted: Float[Array | np.ndarray, "R L 5"]
+) -> Float[Array, "R L"]:
+    """Cross-entropy, in nats, of the levels' log-probabilities to those wanted."""
+    return -jnp.sum(jnp.where(jnp.asarray(wanted) > 0, wanted * logprobs, 0.0), axis=-1)
 
 
 LOG_RATIO_LIMIT = 20.0
@@ -145,6 +184,7 @@ class RolloutRows(NamedTuple):
     )  # float32, under the trainer's weights at the start of the update
     reference: jax.Array | np.ndarray  # float32, under the reference model; unused where beta is 0
     advantage: jax.Array | np.ndarray  # float32
+    wanted: jax.Array | np.ndarray | None = None  # [..., R, L, 5] float32, as in `Rows`
 
 
 @dataclass(frozen=True)
@@ -179,6 +219,8 @@ class Objective:
       correction_level: q of a "token", of a whole "sequence" (the product over its tokens), or
         its "geometric" mean.
       correction_low, correction_cap: bounds of q.
+      decision_weight: of a token that decides, where the rows say which probabilities of the levels
+        are wanted: its loss is this times the cross-entropy to them, in place of the above.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -207,12 +249,13 @@ class Objective:
     correction_level: str = "token"
     correction_low: float = 0.5
     correction_cap: float = 2.0
+    decision_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in _KNOWN.items():
             require(self, f"one of {', '.join(known)}", known.__contains__, name)
         require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "epsilon_low")
-        names = ("epsilon_high", "beta", "entropy_coef", "correction_low")
+        names = ("epsilon_high", "beta", "entropy_coef", "correction_low", "decision_weight")
         require(self, "0 or more", lambda x: x >= 0, *names)
         require(self, "at least 1", lambda n: n >= 1, "constant_length")
         require(self, "at least 1 (no mismatch)", lambda x: x >= 1, "correction_cap")
@@ -253,6 +296,7 @@ def policy_loss(
     objective: Objective,
     *,
     temperature: float = 1.0,
+    levels: tuple[int, ...] = (),
     remat: str = "none",
     chunk: int | None = None,
 ) -> Summed:
@@ -263,6 +307,7 @@ def policy_loss(
       rows: [R, L].
       objective: settings.
       temperature: at which the rows were sampled.
+      levels: as for `cross_entropy`.
       remat, chunk: as for `qwen3.logprobs.token_logprobs`; [R, L, V] is never
         in memory as a whole.
     """
@@ -272,10 +317,11 @@ def policy_loss(
         positions=rows.positions,
         segments=rows.segments,
         temperature=temperature,
+        choices=levels,
         remat=remat,
         chunk=chunk,
     )
-    return surrogate_loss(found.logprob, found.entropy, rows, objective)
+    return surrogate_loss(found.logprob, found.entropy, rows, objective, found.choices)
 
 
 def surrogate_loss(
@@ -283,6 +329,7 @@ def surrogate_loss(
     entropy: Float[Array, "R L"],
     rows: RolloutRows,
     objective: Objective,
+    choices: Float[Array, "R L 5"] | None = None,
 ) -> Summed:
     """The policy-gradient loss from log-probabilities and entropies, which it is differentiable in.
 
@@ -292,6 +339,7 @@ def surrogate_loss(
       entropy: [R, L] nats.
       rows: [R, L].
       objective: settings.
+      choices: [R, L, 5] log-probabilities of the levels, for rows with wanted probabilities.
 
     Returns:
       The sum and what to divide it by: the number of tokens or, for "sequence" and "constant", of
@@ -338,6 +386,12 @@ def surrogate_loss(
         loss = loss + objective.beta * (ratio * kl if objective.use_bias_correction_kl else kl)
     if objective.entropy_coef:
         loss = loss - objective.entropy_coef * own(entropy)
+    if rows.wanted is not None and choices is not None:
+        decides = learned & decisive(rows.wanted)
+        apart = to_wanted(choices, rows.wanted)
+        loss = jnp.where(decides, objective.decision_weight * apart, loss)
+        metrics["decision_loss"] = jnp.where(decides, loss, 0.0)
+        metrics["format_loss"] = jnp.where(decides, 0.0, loss)
 
     share = learned.astype(jnp.float32)
     if objective.normalization != "token":

@@ -12,8 +12,10 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple, overload
 
@@ -24,26 +26,37 @@ from jaxtyping import Int
 
 import policy
 import worldmodel
-from policy.agent.dialogue import Stay
+from policy.agent.dialogue import Decision, Stay
 from policy.agent.records import newly_read
+from policy.agent.tools import schemas
 from policy.serving.backend import Reply
-from policy.serving.tokens import ChatTokens, write_call
+from policy.serving.tokens import ChatTokens, mark_call, write_call
+from policy.train.data.decisions import DecisionTokens, level_targets
+from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, digest_file
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One dialogue, or a part of it, of T tokens."""
+    """One dialogue, or a part of it, of T tokens, of which D decide."""
 
     ids: np.ndarray  # [T] int32
     own: np.ndarray  # [T] bool, sampled by the model
+    decides: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [D] indices
+    wanted: np.ndarray = field(  # [D, 5] float32, probabilities of the levels
+        default_factory=partial(np.zeros, (0, schema.NUM_LEVELS), np.float32)
+    )
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> Dialogue:
-        return Dialogue(self.ids[part], self.own[part])
+        start, stop, _ = part.indices(len(self))
+        inside = (self.decides >= start) & (self.decides < stop)
+        return Dialogue(
+            self.ids[part], self.own[part], self.decides[inside] - start, self.wanted[inside]
+        )
 
     def ends(self) -> Int[np.ndarray, " turns"]:
         """[turns] where a turn is over: the index after each reply's last token."""
@@ -57,39 +70,79 @@ class Rows(NamedTuple):
     positions: jax.Array | np.ndarray  # int32, counted within a dialogue
     segments: jax.Array | np.ndarray  # int32, one number per dialogue in a row; 0 marks padding
     mask: jax.Array | np.ndarray  # bool, tokens to learn
+    wanted: jax.Array | np.ndarray | None = None  # [..., R, L, 5] float32, probabilities of the
+    # levels where a token decides, 0 elsewhere; None where no decision has any
 
 
 def written(
-    stay: Stay, tokens: ChatTokens, tools: Sequence[Mapping[str, object]]
+    stay: Stay,
+    tokens: ChatTokens,
+    decisions: DecisionTokens | None = None,
 ) -> list[Dialogue]:
     """Training sequences of a stay, tokenised for another model.
 
     Args:
       stay: of any demonstrator; the ids of its replies are not used.
       tokens: of the model that is to learn.
-      tools: that the stay was opened with.
+      decisions: of the model's tokens, if prescriptions are to be learned by the probabilities
+        that the demonstrator gave all actions (`Decision.values`).
 
     Returns:
-      One dialogue per conversation.
+      One dialogue per conversation. Replies that were refused are read and not learned, so that a
+      model learns how to go on after an error.
 
     Raises:
-      InputError: there is no turn, or a reply holds what was no call.
+      InputError: there is no turn.
     """
     if not stay.turns:
         raise InputError(f"stay {stay.patient}: no turn to learn from")
-    found: list[list[tuple[Sequence[int], bool]]] = []
-    for turn in stay.turns:
+    wanted, tools = wanted_by_turn(stay, decisions), schemas(stay.can_simulate)
+    found: list[list[_Part]] = []
+    for number, turn in enumerate(stay.turns):
         begins = turn.opens or not found
         if begins:
             found.append([])
         prompt = (tokens.first if begins else tokens.more)(turn.messages, tools)
         reply_ids = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
-        found[-1] += [(prompt, False), (reply_ids, True)]
-    return [_joined(parts) for parts in found]
+        found[-1] += [_Part(prompt), _Part(reply_ids, not turn.refused, wanted.get(number))]
+    return [_joined(parts, decisions) for parts in found]
 
 
-def as_read(stay: Stay) -> list[Dialogue]:
+class Wanted(NamedTuple):
+    """A prescription as it was written, and what is wanted in its place."""
+
+    action: int  # joint action 0-24
+    probabilities: Sequence[float] | np.ndarray  # [25] of all actions
+
+
+def wanted_by_turn(
+    stay: Stay,
+    decisions: DecisionTokens | None,
+    target: Callable[[Decision], Sequence[float] | np.ndarray | None] = attrgetter("values"),
+) -> dict[int, Wanted]:
+    """What is wanted of the prescriptions of a stay, by the index of their turn.
+
+    Args:
+      stay: its decisions.
+      decisions: of the model's tokens; nothing is wanted without.
+      target: wanted probabilities [25] of a decision, or None; by default `Decision.values`.
+    """
+    if decisions is None:
+        return {}
+    found = {one.turn: (one.action, target(one)) for one in stay.decisions}
+    return {turn: Wanted(a, wanted) for turn, (a, wanted) in found.items() if wanted is not None}
+
+
+def as_read(
+    stay: Stay,
+    decisions: DecisionTokens | None = None,
+    wanted: Mapping[int, Wanted] | None = None,
+) -> list[Dialogue]:
     """Training sequences of a stay, with the ids that its model read and sampled.
+
+    Args:
+      stay: with the ids of its replies.
+      decisions, wanted: of the model's tokens, and what is wanted of its prescriptions.
 
     Returns:
       One dialogue; a new one wherever a prompt did not begin with all earlier ids.
@@ -97,26 +150,25 @@ def as_read(stay: Stay) -> list[Dialogue]:
     Raises:
       InputError: a reply came without ids.
     """
-    found: list[list[tuple[Sequence[int], bool]]] = []
-    for turn, (prompt, restarts) in zip(stay.turns, newly_read(stay.turns), strict=True):
+    wanted = wanted or {}
+    found: list[list[_Part]] = []
+    read = zip(stay.turns, newly_read(stay.turns), strict=True)
+    for number, (turn, (prompt, restarts)) in enumerate(read):
         if prompt is None or turn.reply.token_ids is None:
             raise InputError(f"stay {stay.patient}: a reply came without its token ids")
         if restarts or not found:
             found.append([])
-        found[-1] += [(prompt, False), (turn.reply.token_ids, True)]
-    return [_joined(parts) for parts in found]
+        found[-1] += [_Part(prompt), _Part(turn.reply.token_ids, True, wanted.get(number))]
+    return [_joined(parts, decisions) for parts in found]
 
 
 def reply_text(reply: Reply) -> str:
-    """A reply in the form that `parse_reply` takes apart.
-
-    Raises:
-      InputError: it holds a call without a name, which cannot be written down again.
-    """
-    if not all(call.name for call in reply.tool_calls):
-        raise InputError("reply: holds what was no call; learn from replies that were valid")
+    """A reply in the form that `parse_reply` takes apart; what was no call stays none."""
     thought = f"<think>\n{reply.reasoning}\n</think>\n\n" if reply.reasoning else ""
-    calls = [write_call(call.name, call.arguments) for call in reply.tool_calls]
+    calls = [
+        write_call(call.name, call.arguments) if call.name else mark_call(call.arguments)
+        for call in reply.tool_calls
+    ]
     return thought + "\n".join([*([reply.content] if reply.content else []), *calls])
 
 
@@ -159,13 +211,25 @@ def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
       InputError: there is no dialogue, or one is too long.
     """
     places = layout([len(dialogue) for dialogue in dialogues], length, seed=seed)
-    rows = 1 + max(place.row for place in places)
-    packed = Rows(*(np.zeros((rows, length), kind) for kind in (*[np.int32] * 3, bool)))
+    shape = (1 + max(place.row for place in places), length)
+    ids, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    mask = np.zeros(shape, bool)
     for dialogue, place in zip(dialogues, places, strict=True):
         here = (place.row, slice(place.start, place.start + len(dialogue)))
-        values = (dialogue.ids, np.arange(len(dialogue)), place.number, dialogue.own)
-        for leaf, value in zip(packed, values, strict=True):
-            leaf[here] = value
+        ids[here], positions[here] = dialogue.ids, np.arange(len(dialogue))
+        segments[here], mask[here] = place.number, dialogue.own
+    return Rows(ids, positions, segments, mask, place_wanted(dialogues, places, shape))
+
+
+def place_wanted(
+    dialogues: Sequence[Dialogue], places: Sequence[Place], shape: tuple[int, int]
+) -> np.ndarray | None:
+    """[R, L, 5] wanted probabilities of packed dialogues; None if they have none."""
+    if not any(len(dialogue.decides) for dialogue in dialogues):
+        return None
+    packed = np.zeros((*shape, schema.NUM_LEVELS), np.float32)
+    for dialogue, place in zip(dialogues, places, strict=True):
+        packed[place.row, place.start + dialogue.decides] = dialogue.wanted
     return packed
 
 
@@ -227,20 +291,39 @@ def batches(rows: Rows, size: int, *, seed: int) -> Iterator[Rows]:
         while len(waiting) < size:
             waiting = np.append(waiting, draw.permutation(len(rows.ids)))
         now, waiting = waiting[:size], waiting[size:]
-        yield Rows(*(leaf[now] for leaf in rows))
+        yield jax.tree.map(itemgetter(now), rows)
 
 
-def _joined(parts: Sequence[tuple[Sequence[int], bool]]) -> Dialogue:
-    own = [np.full(len(ids), spoken) for ids, spoken in parts]
+class _Part(NamedTuple):
+    ids: Sequence[int]
+    own: bool = False
+    wanted: Wanted | None = None
+
+
+def _joined(parts: Sequence[_Part], decisions: DecisionTokens | None) -> Dialogue:
+    decides: list[int] = []
+    wanted: list[np.ndarray] = []
+    start = 0
+    for part in parts:
+        if decisions is not None and part.wanted is not None:
+            places = decisions.places_in(part.ids, part.wanted.action)
+            if places is not None:
+                decides += [start + place for place in places]
+                wanted += [*level_targets(part.wanted.probabilities, part.wanted.action)]
+        start += len(part.ids)
     return Dialogue(
-        np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts]), np.concatenate(own)
+        np.concatenate([np.asarray(part.ids, np.int32) for part in parts]),
+        np.concatenate([np.full(len(part.ids), part.own) for part in parts]),
+        np.array(decides, np.int32),
+        np.array(wanted, np.float32).reshape(-1, schema.NUM_LEVELS),
     )
 
 
 BATCH = 1024
 """Dialogues per record batch, and so in memory while a file is written."""
 
-_SCHEMA = pa.schema([("ids", pa.large_list(pa.int32())), ("own", pa.large_list(pa.uint8()))])
+_COLUMNS = {"ids": pa.int32(), "own": pa.uint8(), "decides": pa.int32(), "wanted": pa.float32()}
+_SCHEMA = pa.schema([(name, pa.large_list(kind)) for name, kind in _COLUMNS.items()])
 _KEY = b"sepsis-jax dialogues"
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "special_tokens*", "added_tokens*")
 
@@ -317,8 +400,8 @@ class CachedDialogues(Sequence[Dialogue]):
             raise InputError(f"{path}: not readable ({error}); delete it") from None
         if found is None or (key is not None and found.decode() != key):
             raise InputError(f"{path}: made from something else than its name says; delete it")
-        self._ids, self._own = ([batch.column(c) for batch in batches] for c in (0, 1))
-        ends = [column.offsets.to_numpy() for column in self._ids]
+        self._columns = [[batch.column(name) for batch in batches] for name in _COLUMNS]
+        ends = [column.offsets.to_numpy() for column in self._columns[0]]
         self.lengths: np.ndarray = np.concatenate([np.diff(one) for one in ends])  # [N] tokens
 
     def __len__(self) -> int:
@@ -336,10 +419,10 @@ class CachedDialogues(Sequence[Dialogue]):
         if not 0 <= place < len(self):
             raise IndexError(index)
         batch, row = divmod(place, BATCH)
-        ids, own = (
-            column[batch].slice(row, 1).flatten().to_numpy() for column in (self._ids, self._own)
+        ids, own, decides, wanted = (
+            column[batch].slice(row, 1).flatten().to_numpy() for column in self._columns
         )
-        return Dialogue(ids, own.view(bool))
+        return Dialogue(ids, own.view(bool), decides, wanted.reshape(-1, schema.NUM_LEVELS))
 
 
 def _write(path: Path, dialogues: Iterable[Dialogue], key: str) -> None:
@@ -348,16 +431,19 @@ def _write(path: Path, dialogues: Iterable[Dialogue], key: str) -> None:
     written = 0
     with atomic_file(path) as temporary, pa.ipc.new_file(temporary, schema) as writer:
         while part := list(islice(waiting, BATCH)):
-            ends = np.cumsum([0, *map(len, part)], dtype=np.int64)
-            leaves = (
-                np.concatenate([one.ids for one in part]).astype(np.int32),
-                np.concatenate([one.own for one in part]).astype(np.uint8),
-            )
-            columns = [pa.LargeListArray.from_arrays(ends, leaf) for leaf in leaves]
+            columns = [
+                _column([np.ravel(getattr(one, name)) for one in part], kind)
+                for name, kind in _COLUMNS.items()
+            ]
             writer.write_batch(pa.record_batch(columns, schema=schema))
             written += len(part)
         if not written:
             raise InputError(f"{path}: there is no dialogue to write")
+
+
+def _column(values: Sequence[np.ndarray], kind: pa.DataType) -> pa.LargeListArray:
+    ends = np.cumsum([0, *map(len, values)], dtype=np.int64)
+    return pa.LargeListArray.from_arrays(ends, pa.array(np.concatenate(values)).cast(kind))
 
 
 def _code() -> str:

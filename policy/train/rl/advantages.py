@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -312,6 +312,23 @@ def breaks_rules(decisions: Sequence[Decision]) -> Bool[np.ndarray, " D"]:
     g1 = g1_untreated_hypoperfusion(meanbp, column("lactate"), vasopressor, fluid)
     g2 = g2_unneeded_escalation(meanbp, vasopressor, before, column("step"))
     return np.asarray(g1 | g2)
+
+
+def softmax_target(
+    decision: Decision, config: AdvantageConfig, *, temperature: float
+) -> Float[np.ndarray, " 25"]:
+    """[25] probabilities in proportion to exp((advantage + penalty) / temperature).
+
+    Args:
+      decision: with the advantages of all actions in `values`.
+      config: with the penalty of a broken rule.
+      temperature: in units of reward.
+    """
+    every = [replace(decision, action=action) for action in range(schema.NUM_ACTIONS)]
+    values = np.asarray(decision.values, np.float64) + config.violation * breaks_rules(every)
+    weights = np.exp((values - values.max()) / temperature)
+    result: np.ndarray = weights / weights.sum()
+    return result
 
 
 def _of_failure(stay: Stay, config: AdvantageConfig) -> list[float]:

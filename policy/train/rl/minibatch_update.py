@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 
 import jax
 import numpy as np
@@ -13,7 +14,8 @@ from flax import nnx
 from policy.agent.dialogue import Stay
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
-from policy.train.data.packing import Dialogue, as_read, layout
+from policy.train.data.decisions import DecisionTokens
+from policy.train.data.packing import Dialogue, Wanted, as_read, layout, place_wanted
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch
 
@@ -38,12 +40,18 @@ def decision_of_turns(stay: Stay) -> np.ndarray:
     return np.searchsorted(ends, np.arange(len(stay.turns)))
 
 
-def trajectories(stay: Stay, advantages: Sequence[float] | np.ndarray) -> list[Trajectory]:
+def trajectories(
+    stay: Stay,
+    advantages: Sequence[float] | np.ndarray,
+    decisions: DecisionTokens | None = None,
+    wanted: Mapping[int, Wanted] | None = None,
+) -> list[Trajectory]:
     """The conversations of a stay with the advantages of its decisions.
 
     Args:
       stay: with ids and log-probabilities of its replies.
       advantages: [decisions], and one more for turns after the last decision.
+      decisions, wanted: as for `policy.train.data.packing.as_read`.
 
     Raises:
       InputError: a reply came without its ids.
@@ -51,7 +59,7 @@ def trajectories(stay: Stay, advantages: Sequence[float] | np.ndarray) -> list[T
     of_turns = np.append(advantages, 0.0)[decision_of_turns(stay)]
     turns = list(zip(stay.turns, of_turns.tolist(), strict=True))
     found = []
-    for dialogue in as_read(stay):
+    for dialogue in as_read(stay, decisions, wanted):
         sampler_logprobs = np.zeros(len(dialogue), np.float32)
         advantage = np.zeros(len(dialogue), np.float32)
         for end in dialogue.ends().tolist():
@@ -75,18 +83,19 @@ def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) 
     """
     places = layout([len(member) for member in members], length, seed=seed)
     shape = (1 + max(place.row for place in places), length)
-    rows = RolloutRows(
-        *(np.zeros(shape, kind) for kind in (*[np.int32] * 3, bool, *[np.float32] * 4))
-    )
+    ids, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    mask = np.zeros(shape, bool)
+    sampler_logprobs, reference, advantage = (np.zeros(shape, np.float32) for _ in range(3))
     for member, place in zip(members, places, strict=True):
         here = (place.row, slice(place.start, place.start + len(member)))
-        rows.ids[here] = member.dialogue.ids
-        rows.positions[here] = np.arange(len(member))
-        rows.segments[here] = place.number
-        rows.mask[here] = member.dialogue.own
-        rows.sampler_logprobs[here] = rows.old_logprobs[here] = member.sampler_logprobs
-        rows.advantage[here] = member.advantage
-    return rows
+        ids[here], positions[here] = member.dialogue.ids, np.arange(len(member))
+        segments[here], mask[here] = place.number, member.dialogue.own
+        sampler_logprobs[here], advantage[here] = member.sampler_logprobs, member.advantage
+    wanted = place_wanted([member.dialogue for member in members], places, shape)
+    return RolloutRows(
+        ids, positions, segments, mask, sampler_logprobs, sampler_logprobs.copy(), reference,
+        advantage, wanted,
+    )  # fmt: skip
 
 
 class MinibatchUpdate:
@@ -160,9 +169,10 @@ class MinibatchUpdate:
     def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
+        read = (batches.ids, batches.positions, batches.segments)
         temperature = self._temperature
         found = [
-            np.asarray(_logprobs(graphdef, state, *(leaf[i] for leaf in batches[:3]), temperature))
+            np.asarray(_logprobs(graphdef, state, *(leaf[i] for leaf in read), temperature))
             for i in range(len(batches.ids))
         ]
         return np.concatenate(found)[: len(rows.ids)]
@@ -187,18 +197,19 @@ def _parts(rows: RolloutRows, count: int, *, seed: int) -> list[RolloutRows]:
     """At most `count` parts of about equally many rows, in an order drawn by the seed."""
     order = np.random.default_rng(seed).permutation(len(rows.ids))
     parts = np.array_split(order, min(count, len(order)))
-    return [RolloutRows(*(leaf[part] for leaf in rows)) for part in parts]
+    return [jax.tree.map(itemgetter(part), rows) for part in parts]
 
 
 def _micro_batches(rows: RolloutRows, size: int) -> RolloutRows:
     """[A, size, L], filled up with empty rows; A is one of few numbers, so are the programs."""
     count = _rounded(-(-len(rows.ids) // size)) * size
-    return RolloutRows(
-        *(
-            np.pad(leaf, ((0, count - len(leaf)), (0, 0))).reshape(-1, size, leaf.shape[1])
-            for leaf in rows
-        )
-    )
+
+    def batched(leaf: np.ndarray) -> np.ndarray:
+        pad = [(0, count - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)]
+        return np.pad(leaf, pad).reshape(-1, size, *leaf.shape[1:])
+
+    result: RolloutRows = jax.tree.map(batched, rows)
+    return result
 
 
 def _rounded(count: int) -> int:

@@ -29,15 +29,26 @@ from policy.serving.backend import Backend, Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
+from policy.train.data.decisions import DecisionTokens
+from policy.train.data.packing import wanted_by_turn
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.optimizer import Loss
 from policy.train.losses import PRESETS, Objective, policy_loss
-from policy.train.rl.advantages import EPISODE, STEP, AdvantageConfig, assign_advantages
+from policy.train.rl.advantages import (
+    COUNTERFACTUAL,
+    EPISODE,
+    STEP,
+    AdvantageConfig,
+    assign_advantages,
+    softmax_target,
+)
 from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
+
+SAMPLED, ALL = DECISION_LOSSES = ("sampled", "all")
 
 
 class Publisher(Protocol):
@@ -141,6 +152,12 @@ class AgenticConfig:
       remat: as for `qwen3.logprobs.token_logprobs`.
       advantages: kind of advantages, and penalties.
       objective: the loss.
+      decision_loss: how the two tokens of a prescription that decide are learned. "sampled": like
+        all others, from the advantage of the action that was drawn. "all": from the advantages of
+        all 25 actions, towards probabilities in proportion to exp(advantage /
+        decision_temperature) (AggreVaTe, 1406.5979, with soft targets); counterfactual
+        advantages alone.
+      decision_temperature: in units of reward.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -160,8 +177,18 @@ class AgenticConfig:
     remat: str = "none"
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: Objective = PRESETS["DAPO"]
+    decision_loss: str = SAMPLED
+    decision_temperature: float = 0.5
 
     def __post_init__(self) -> None:
+        require(self, f"one of {', '.join(DECISION_LOSSES)}", DECISION_LOSSES.__contains__,
+                "decision_loss")  # fmt: skip
+        require(self, "above 0", lambda x: x > 0, "decision_temperature")
+        if self.decision_loss == ALL and self.advantages.kind != COUNTERFACTUAL:
+            raise InputError(
+                f"decision_loss: got {ALL}, but advantages of kind {self.advantages.kind!r} are "
+                f"of the drawn actions alone; choose {SAMPLED}, or kind {COUNTERFACTUAL}"
+            )
         counts = (
             "iterations",
             "patients",
@@ -179,15 +206,22 @@ class AgenticConfig:
             )
 
 
-def agentic_loss(config: AgenticConfig, temperature: float) -> Loss:
+def agentic_loss(
+    config: AgenticConfig, temperature: float, decisions: DecisionTokens | None = None
+) -> Loss:
     """The loss that the learner of an `AgenticTrainer` has to be made with."""
-    return _policy_loss(config.objective, temperature, config.remat)
+    levels = () if decisions is None else decisions.levels
+    return _policy_loss(config.objective, temperature, levels, config.remat)
 
 
 @lru_cache(maxsize=8)
-def _policy_loss(objective: Objective, temperature: float, remat: str) -> Loss:
+def _policy_loss(
+    objective: Objective, temperature: float, levels: tuple[int, ...], remat: str
+) -> Loss:
     """The same function for equal settings, so that learners need not compile it again."""
-    return partial(policy_loss, objective=objective, temperature=temperature, remat=remat)
+    return partial(
+        policy_loss, objective=objective, temperature=temperature, levels=levels, remat=remat
+    )
 
 
 class AgenticTrainer:
@@ -203,6 +237,7 @@ class AgenticTrainer:
       config: settings.
       reference: model of the KL term; needed if beta is not 0.
       state_scorer: computes the action values of counterfactual advantages.
+      decisions: of the model's tokens; needed for the decision loss of all actions.
       lockstep: as for `EpisodeRunner.treat`; makes runs with the embedded generator reproducible.
       dtype: of published weights.
 
@@ -220,6 +255,7 @@ class AgenticTrainer:
         *,
         reference: Qwen3 | None = None,
         state_scorer: StateScorer | None = None,
+        decisions: DecisionTokens | None = None,
         lockstep: Lockstep | None = None,
         dtype: DTypeLike = "float32",
     ):
@@ -229,11 +265,17 @@ class AgenticTrainer:
                 f"sampling: got top_p {sampling.top_p} and temperature {sampling.temperature}; "
                 "reinforcement learning needs top_p 1 and a temperature above 0"
             )
+        if config.decision_loss == ALL and decisions is None:
+            raise InputError("decision_loss: all needs the model's decision tokens")
         if config.objective.beta and reference is None:
             raise InputError("objective: beta needs a reference model")
         self.learner, self.runner, self.config = learner, runner, config
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
         self._state_scorer, self._dtype = state_scorer, dtype
+        self._decisions = decisions if config.decision_loss == ALL else None
+        self._target = partial(
+            softmax_target, config=config.advantages, temperature=config.decision_temperature
+        )
         self._updates = MinibatchUpdate(
             learner,
             num_minibatches=config.num_minibatches,
@@ -369,7 +411,12 @@ class AgenticTrainer:
                 used, advantages.of_decisions, advantages.kept, strict=True
             )
             if kept
-            for one in trajectories(stay, advantage)
+            for one in trajectories(
+                stay,
+                advantage,
+                self._decisions,
+                wanted_by_turn(stay, self._decisions, self._target),
+            )
         ]
         fitting = [one for one in members if len(one) <= config.row_length]
         figures = {

@@ -112,6 +112,27 @@ def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
     return dict(zip(names, found, strict=True))
 
 
+def value_of(returns: np.ndarray) -> dict[str, float]:
+    """`stays`, `value`, `low` and `high` of total rewards [N], with a 95% interval."""
+    found = mean_of(returns)
+    return {"stays": len(returns), "value": found.value, "low": found.low, "high": found.high}
+
+
+def against(name: str, returns: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """Paired difference from another policy on the same patients, with a 95% interval.
+
+    Args:
+      name: of the other policy.
+      returns, other: [N] total rewards.
+
+    Returns:
+      `less_NAME`, `less_NAME_low` and `less_NAME_high`.
+    """
+    found = mean_of(returns - other)
+    values = (found.value, found.low, found.high)
+    return {f"less_{name}{end}": x for end, x in zip(("", "_low", "_high"), values, strict=True)}
+
+
 def _adherence(broken: np.ndarray, prescriptions: np.ndarray) -> tuple[float, np.ndarray]:
     """Share of prescriptions that keep to the rules, and its influences [N]; NaN without any."""
     if not prescriptions.any():

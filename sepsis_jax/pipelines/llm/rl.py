@@ -13,12 +13,14 @@ from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
+from policy.train.data.decisions import DecisionTokens
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.metrics import MetricsLog
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.rl.advantages import COUNTERFACTUAL
 from policy.train.rl.counterfactual import counterfactual
 from policy.train.rl.trainer import (
+    ALL,
     AdapterPublisher,
     AgenticConfig,
     AgenticTrainer,
@@ -61,7 +63,7 @@ class RLOptions:
       publish: what is sent to a vLLM server: "weights", with adapters merged, or "adapters", if
         the server was started with their rank.
       continuation: policy that acts after each of the 25 actions, for counterfactual advantages:
-        guideline, clinician, or the folder of a policy.
+        guideline, titration, clinician, planner, or the folder of a policy.
       samples: futures per action.
       horizon: steps after the action; to the end of the stay if not given.
       smooth: as for `policy.train.rl.counterfactual.counterfactual`.
@@ -160,8 +162,11 @@ async def _run(
     trainable = TrainableModel.load(llm, options.model, seed=options.seed)
     steps = config.iterations * config.num_minibatches
     temperature = options.runner.dialogue.sampling.temperature
+    decisions = None
+    if config.decision_loss == ALL:
+        decisions = DecisionTokens.of(ChatTokens.load(llm))
     learner = trainable.learner(
-        agentic_loss(config, temperature),
+        agentic_loss(config, temperature, decisions),
         replace(
             options.learner, max_steps=steps, warmup_steps=min(options.learner.warmup_steps, steps)
         ),
@@ -170,7 +175,7 @@ async def _run(
     if config.advantages.kind == COUNTERFACTUAL:
         state_scorer = counterfactual(
             runner.env,
-            open_policy(options.continuation, episodes),
+            open_policy(options.continuation, episodes, model),
             samples=options.samples,
             horizon=options.horizon,
             smooth=options.smooth,
@@ -178,8 +183,8 @@ async def _run(
     served = _Served(backend, trainable, out, options)
     trainer = AgenticTrainer(
         learner, runner, served.backend, served.publisher, config,
-        reference=trainable.model, state_scorer=state_scorer, lockstep=served.lockstep,
-        dtype=trainable.dtype,
+        reference=trainable.model, state_scorer=state_scorer, decisions=decisions,
+        lockstep=served.lockstep, dtype=trainable.dtype,
     )  # fmt: skip
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     trainer.resume(checkpoints)

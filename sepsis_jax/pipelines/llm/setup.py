@@ -19,6 +19,7 @@ from policy.agent.dialogue import DECISION, DialogueConfig
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.base import Policy
+from policy.planner import PlannerConfig
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
@@ -26,6 +27,7 @@ from policy.qwen3.sharding import make_mesh
 from policy.qwen3.weights import load, save_hf
 from policy.serving.backend import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
+from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import Dialogue, batches, cut, pack
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
@@ -34,7 +36,7 @@ from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import MetricsLog, Report, Throughput, flops_per_token, peak_flops
 from policy.train.loop.optimizer import LearnerConfig, Loss
 from policy.train.losses import cross_entropy
-from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone
+from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone, make_planner
 from sepsis_jax.runs import JsonDict, Progress
 from worldmodel import keys
 from worldmodel.configuration import require
@@ -146,6 +148,8 @@ class SupervisedOptions:
       micro_batch_size: rows per micro-batch.
       model: types, sharding and adapters of the model.
       learner: optimizer and training loop.
+      decision_weight: of the two tokens of a prescription that decide, where the demonstrator's
+        probabilities are known; every other token has 1.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -156,9 +160,11 @@ class SupervisedOptions:
     micro_batch_size: int = 8
     model: ModelOptions = field(default_factory=ModelOptions)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    decision_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "row_length", "micro_batch_size")
+        require(self, "above 0", lambda x: x > 0, "decision_weight")
 
 
 def learn(
@@ -170,6 +176,7 @@ def learn(
     request: JsonDict,
     seed: int,
     progress: Progress,
+    decisions: DecisionTokens | None = None,
 ) -> list[Report]:
     """Trains a model on sequences and writes `out/model`, `out/metrics` and `out/checkpoints`.
 
@@ -179,7 +186,13 @@ def learn(
       InputError: as `Learner.run`, `Checkpoints` and `cut`.
     """
     trainable = TrainableModel.load(llm, options.model, seed=seed)
-    learner = trainable.learner(partial(cross_entropy, remat=options.model.remat), options.learner)
+    loss = partial(
+        cross_entropy,
+        levels=() if decisions is None else decisions.levels,
+        decision_weight=options.decision_weight,
+        remat=options.model.remat,
+    )
+    learner = trainable.learner(loss, options.learner)
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     learner.resume(checkpoints)
     parts = [part for one in dialogues for part in cut(one, options.row_length)]
@@ -310,15 +323,20 @@ def evaluation_runner(runner: EpisodeRunner, options: RunnerOptions, *, seed: in
     return replace(runner, env=env, seed=seed)
 
 
-def open_policy(name: str, episodes: Path | None = None) -> Policy:
-    """A simple policy such as guideline, a clone of the clinician, or the policy of a folder.
+PLANNER = "planner"
+
+
+def open_policy(name: str, episodes: Path | None = None, model: Path | None = None) -> Policy:
+    """A simple policy such as guideline, a clone of the clinician, a planner, or of a folder.
 
     Args:
-      name: of a simple policy; "clinician", which is cloned from the episodes first; or a folder.
+      name: of a simple policy; "clinician", which is cloned from the episodes first; "planner",
+        which searches the world model with that clone; or a folder.
       episodes: recorded stays.
+      model: world model of a planner.
 
     Raises:
-      InputError: none of these, or the clinician's records are missing.
+      InputError: none of these, or the clinician's records or the planner's model are missing.
     """
 
     def clone() -> Policy:
@@ -328,4 +346,11 @@ def open_policy(name: str, episodes: Path | None = None) -> Policy:
             )
         return fit_clone(load_episodes(episodes), CloneConfig()).policy
 
+    if name == PLANNER:
+        if model is None or episodes is None:
+            raise InputError("planner: needs a world model to search, and recorded stays")
+        clinician = clone()
+        return make_planner(
+            load_episodes(episodes), load_world_model(model), None, clinician, PlannerConfig()
+        ).policy
     return registry.open_policy(name, clinician=clone)

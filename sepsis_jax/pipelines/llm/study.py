@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from policy.qwen3.config import load_config
 from policy.qwen3.weights import load
+from policy.registry import CLINICIAN
 from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.testing.taught_qwen3 import TinyOptions, make_trainable
@@ -23,25 +24,39 @@ from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
 from sepsis_jax.pipelines.demo import default_config
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
-from sepsis_jax.pipelines.llm.evaluation import OF_STAYS, Evaluation, evaluate, gains
+from sepsis_jax.pipelines.llm.evaluation import (
+    OF_STAYS,
+    Evaluation,
+    against,
+    evaluate,
+    gains,
+    value_of,
+)
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
 from sepsis_jax.pipelines.llm.setup import (
     METRICS,
     MODEL,
+    PLANNER,
     evaluation_runner,
     open_generator,
     open_policy,
     open_runner,
 )
 from sepsis_jax.pipelines.llm.supervised import BCOptions, SFTOptions, run_bc, run_sft
+from sepsis_jax.pipelines.policy_values import TrueWorld
 from sepsis_jax.report.figures import reward_figure
 from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
+from worldmodel.configuration import require
 from worldmodel.episode_files import EPISODES_FILE, load_episodes
-from worldmodel.files import write_json
+from worldmodel.errors import InputError
+from worldmodel.files import read_json, write_json
 from worldmodel.models.checkpoint import PARAMS, load_world_model
 
+T = TypeVar("T")
+
 KIND = "sepsis-jax language model, all stages"
-TABLE, CURVES = "stages.csv", "curves.png"
+TABLE, CURVES, COMPARATORS = "stages.csv", "curves.png", "comparators.json"
+SHUFFLED, NO_SIMULATOR = "shuffled", "none"
 _KEPT = ("episodes", "world_model", "start", "sft")  # what a study that fails leaves
 
 
@@ -53,15 +68,27 @@ class EvaluationOptions:
       patients: number of held-out synthetic patients that the model treats.
       seed: of these patients.
       questions: about the test split, answered without the simulator.
+      comparators: policies that treat the same patients under the same random numbers:
+        "clinician", the true one of the synthetic world, or as for `open_policy`.
+      without: how the last stage is also evaluated: "shuffled", the simulator answers with the
+        futures of other treatments, and "none", there is no simulator.
     """
 
     patients: int = 512
     seed: int = 2_000_000
+    comparators: tuple[str, ...] = ("clinician", "guideline", "titration", PLANNER)
+    without: tuple[str, ...] = (SHUFFLED, NO_SIMULATOR)
     questions: QuestionConfig = field(
         default_factory=lambda: QuestionConfig(
             kinds=("mortality", "vasopressor"), count=500, balanced=False
         )
     )
+
+    def __post_init__(self) -> None:
+        require(self, "at least 1", lambda n: n >= 1, "patients")
+        for one in self.without:
+            if one not in (SHUFFLED, NO_SIMULATOR):
+                raise InputError(f"without: got {one!r}, expected {SHUFFLED} or {NO_SIMULATOR}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +102,8 @@ class StudyOptions:
       baselines: other kinds of advantages, compared with that of `rl` at equal numbers of stays.
       baseline_num_generations: stays of each patient for the baselines.
       evaluation: settings of the evaluation.
+      seed: added to every other seed: another cohort, world model, language model, data and
+        patients.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -91,6 +120,23 @@ class StudyOptions:
     baselines: tuple[str, ...] = ()
     baseline_num_generations: int = 8
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    seed: int = 0
+
+    def seeded(self) -> StudyOptions:
+        """The settings with `seed` added to those of all parts."""
+
+        def moved(part: T, name: str = "seed", **more: object) -> T:
+            return replace(part, **{name: getattr(part, name) + self.seed}, **more)  # type: ignore[type-var]
+
+        rl = moved(self.rl, runner=moved(self.rl.runner))
+        return replace(
+            self,
+            tiny=moved(self.tiny),
+            sft=moved(self.sft),
+            bc=moved(self.bc, runner=moved(self.bc.runner)),
+            rl=moved(rl, "eval_seed"),
+            evaluation=moved(self.evaluation),
+        )
 
 
 def run_study(
@@ -132,7 +178,7 @@ def run_study(
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
     with run_folder(out, KIND, request, resume=resume, keeps=_KEPT):
-        return _run_stages(out, options, llm, model, episodes, progress)
+        return _run_stages(out, options.seeded(), llm, model, episodes, progress)
 
 
 def _run_stages(
@@ -181,27 +227,54 @@ def _run_stages(
     for kind in options.baselines:
         name = f"rl_{kind}"
         runs[name] = (out / name, rl(replace(main, kind=kind), options.baseline_num_generations))
-    rows = []
+    comparators = _comparators(out, options, model, episodes, progress)
+    rows: list[JsonDict] = [{"stage": name, **value_of(one)} for name, one in comparators.items()]
     evaluations: dict[str, dict[str, np.ndarray]] = {}
+
+    def add(name: str, folder: Path, before: str, simulator: str = "") -> None:
+        found = _evaluate_stage(folder, name, options, model, episodes, progress, simulator)
+        own = {one: np.array(found.pop(one)) for one in OF_STAYS}
+        evaluations[name] = own
+        row = {"stage": name, **found}
+        if before in evaluations:
+            row |= gains(evaluations[before], own)
+        for other, returns in comparators.items():
+            row |= against(other, own["returns"], returns)
+        rows.append(row)
+        pd.DataFrame(rows).to_csv(out / TABLE, index=False)
+
     for name, (folder, run) in runs.items():
         if not (folder / MODEL / "config.json").exists():
             run(folder)
-        found = _evaluate_stage(folder, name, options, model, episodes, progress)
-        before = evaluations.get("sft" if name == "bc" else "bc")
-        evaluations[name] = {one: np.array(found.pop(one)) for one in OF_STAYS}
-        rows.append(
-            {"stage": name, **found, **(gains(before, evaluations[name]) if before else {})}
-        )
-        table = pd.DataFrame(rows)
-        table.to_csv(out / TABLE, index=False)
+        add(name, folder, "sft" if name == "bc" else "bc")
+    for simulator in options.evaluation.without:
+        add(f"rl, simulator {simulator}", out / "rl", "rl", simulator)
+    table = pd.DataFrame(rows)
     courses = {
         name: pd.DataFrame(_lines(folder / METRICS / "metrics.jsonl"))
         for name, (folder, _) in runs.items()
         if name.startswith("rl")
     }
-    before = next(row["value"] for row in rows if row["stage"] == "bc")
+    before = float(table.loc[table["stage"] == "bc", "value"].iloc[0])
     reward_figure(courses, before, out / CURVES)
     return table
+
+
+def _comparators(
+    out: Path, options: StudyOptions, model: Path, episodes: Path, progress: Progress
+) -> dict[str, np.ndarray]:
+    """[N] true total reward of each patient by comparator, saved in `out`."""
+    file = out / COMPARATORS
+    found: dict[str, list[float]] = read_json(file) if file.exists() else {}
+    config = options.evaluation
+    world = TrueWorld(config.patients, config.seed, confounding=0.0)
+    for name in config.comparators:
+        if name not in found:
+            progress(f"comparator {name}", 0.0)
+            policy = None if name == CLINICIAN else open_policy(name, episodes, model)
+            found[name] = world.outcome(policy).total.tolist()
+            write_json(file, found)
+    return {name: np.array(found[name]) for name in config.comparators}
 
 
 def _evaluate_stage(
@@ -211,13 +284,19 @@ def _evaluate_stage(
     model: Path,
     episodes: Path,
     progress: Progress,
+    simulator: str,
 ) -> JsonDict:
     """Evaluation of a stage, saved in its folder."""
-    file = folder / "evaluation.json"
+    file = folder / f"evaluation{f'_{simulator}' if simulator else ''}.json"
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
-        runner = open_runner(options.rl.runner, model, episodes)
-        evaluator = evaluation_runner(runner, options.rl.runner, seed=options.evaluation.seed)
+        settings = options.rl.runner
+        if simulator == SHUFFLED:
+            settings = replace(settings, forecast=replace(settings.forecast, shuffled=True))
+        runner = open_runner(settings, model, episodes)
+        evaluator = evaluation_runner(runner, settings, seed=options.evaluation.seed)
+        if simulator == NO_SIMULATOR:
+            evaluator = replace(evaluator, forecaster=None)
         questions = ask(
             load_episodes(episodes).of_split("test"),
             options.evaluation.questions,
@@ -256,7 +335,9 @@ def _evaluate_stage(
 
 def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
     if not (folder / EPISODES_FILE).exists():
-        make_synthetic_cohort(folder, patients=options.patients, progress=progress)
+        make_synthetic_cohort(
+            folder, patients=options.patients, seed=options.seed, progress=progress
+        )
     return folder
 
 
@@ -266,7 +347,7 @@ def _world_model(folder: Path, episodes: Path, options: StudyOptions, progress: 
         def tell(name: str, epoch: int, epochs: int, metrics: object) -> None:
             progress(f"world model, {name}, epoch {epoch} of {epochs}", epoch / epochs)
 
-        config = default_config(load_episodes(episodes).num_stays, seed=0)
+        config = default_config(load_episodes(episodes).num_stays, seed=options.seed)
         world_model_training.train(episodes, folder, config, progress=tell)
     return folder
 
@@ -277,7 +358,8 @@ def _tiny(
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
         runner = open_runner(options.bc.runner, model, episodes)
-        stays = runner.demonstrate(open_policy(options.bc.demonstrator, episodes), range(32))
+        demonstrator = open_policy(options.bc.demonstrator, episodes, model)
+        stays = runner.demonstrate(demonstrator, range(32), options.bc.demonstration)
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))
         make_trainable(folder, options.tiny, stays, ask(recorded, few, seed=0))

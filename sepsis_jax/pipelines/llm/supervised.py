@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 
 from policy.agent.records import RECORDS_FILE, from_record, last_attempts
-from policy.agent.tools import SCHEMAS
 from policy.qwen3.config import load_config
 from policy.serving.tokens import ChatTokens
+from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import Dialogue, cached, written
 from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
-from policy.train.episodes import RejectionConfig, accepted
+from policy.train.episodes import DemonstrationConfig, RejectionConfig, accepted
 from policy.train.loop.metrics import Report
 from sepsis_jax.pipelines.llm.setup import (
     KEPT,
@@ -113,9 +113,10 @@ class BCOptions:
     """Stage II.
 
     Attributes:
-      demonstrator: policy that is imitated: guideline, clinician (cloned from the episodes),
-        random, or the folder of a policy, such as a planner.
+      demonstrator: policy that is imitated: guideline, titration, clinician (cloned from the
+        episodes), planner (that searches the world model), random, or the folder of a policy.
       patients: number of patients that the demonstrator treats.
+      demonstration: how the demonstrator's dialogues are held.
       runner: environment and dialogue settings of the demonstrations.
       rejection: bounds that recorded stays must keep to be learned from.
       replay: questions of stage I that are mixed with the dialogues, so that they are not
@@ -131,6 +132,7 @@ class BCOptions:
 
     demonstrator: str = "guideline"
     patients: int = 256
+    demonstration: DemonstrationConfig = field(default_factory=DemonstrationConfig)
     runner: RunnerOptions = field(default_factory=RunnerOptions)
     rejection: RejectionConfig = field(default_factory=RejectionConfig)
     replay: QuestionConfig = field(default_factory=QuestionConfig)
@@ -185,18 +187,21 @@ def run_bc(
     }
     with run_folder(out, BC_KIND, request, resume=resume, keeps=KEPT):
         progress("dialogues", 0.0)
+        tokens = ChatTokens.load(llm)
+        decisions = DecisionTokens.of(tokens) if records is None else None
 
         def make() -> list[Dialogue]:
-            tokens = ChatTokens.load(llm)
             if records is not None:
                 found = last_attempts(records / RECORDS_FILE).values()
                 stays = accepted([from_record(record) for record in found], options.rejection)
             else:
                 assert model is not None
                 runner = open_runner(options.runner, model, episodes)
-                demonstrator = open_policy(options.demonstrator, episodes)
-                stays = runner.demonstrate(demonstrator, np.arange(options.patients))
-            return [one for stay in stays for one in written(stay, tokens, SCHEMAS)]
+                demonstrator = open_policy(options.demonstrator, episodes, model)
+                stays = runner.demonstrate(
+                    demonstrator, np.arange(options.patients), options.demonstration
+                )
+            return [one for stay in stays for one in written(stay, tokens, decisions)]
 
         source = records / RECORDS_FILE if records is not None else None
         dialogues = list(
@@ -214,5 +219,5 @@ def run_bc(
             )
         return learn(
             out, llm, dialogues, options.training,
-            request=request, seed=options.seed, progress=progress,
+            request=request, seed=options.seed, progress=progress, decisions=decisions,
         )  # fmt: skip

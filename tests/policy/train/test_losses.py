@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from policy import qwen3
-from policy.agent.tools import SCHEMAS
 from policy.qwen3.model import logits
 from policy.train.data.packing import Dialogue, Rows, pack, written
 from policy.train.losses import cross_entropy
@@ -41,7 +40,7 @@ def test_a_first_token_counts_for_nothing(model):
 
 
 def test_packed_dialogues_do_not_see_each_other(model, tokens):
-    members = [one for n in (1, 2) for one in written(stay_of(n, n), tokens, SCHEMAS)]
+    members = [one for n in (1, 2) for one in written(stay_of(n, n), tokens)]
     length = sum(map(len, members))
     together = summed_up(model, pack(members, length, seed=0))
     alone = [summed_up(model, pack([one], length, seed=0)) for one in members]
@@ -66,7 +65,7 @@ def test_beside_transformers(untaught, model, tokens):
     torch = pytest.importorskip("torch")
     from transformers import Qwen3ForCausalLM
 
-    (found,) = written(stay_of(2, 3), tokens, SCHEMAS)
+    (found,) = written(stay_of(2, 3), tokens)
     reference = Qwen3ForCausalLM.from_pretrained(str(untaught), dtype=torch.float32)
     ids = torch.tensor(found.ids.tolist())[None]
     labels = torch.where(torch.tensor(found.own.tolist())[None], ids, -100)

@@ -11,7 +11,7 @@ import pytest
 from policy.agent.dialogue import COMPLETED, DialogueConfig, treat_all
 from policy.agent.env_pool import EnvPool
 from policy.agent.prompts import Prompts
-from policy.agent.tools import SCHEMAS, Prescribe, Simulate, read_call
+from policy.agent.tools import Prescribe, Simulate, read_call
 from policy.serving.backend import Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
@@ -158,9 +158,9 @@ def test_conversations_of_a_decision_begin_with_the_chart(runner, tokens):
         assert [d.action for d in one.decisions] == [d.action for d in other.decisions]
         assert [turn.opens for turn in one.turns] == [True, False] * len(one.decisions)
         assert [turn.opens for turn in other.turns] == [True] + [False] * (len(one.turns) - 1)
-        conversations = written(one, tokens, SCHEMAS)
+        conversations = written(one, tokens)
         assert len(conversations) == len(one.decisions)
-        assert len(written(other, tokens, SCHEMAS)) == 1
+        assert len(written(other, tokens)) == 1
         (first,) = one.turns[2].messages if len(one.turns) > 2 else one.turns[0].messages
         assert first["role"] == "user" and "Charlson" in first["content"]
         assert f"t {len(one.turns) > 2:d} MAP" in first["content"]
