@@ -46,6 +46,11 @@ from worldmodel.simulate.step import follow
 _OUT = -1e9  # score of an action that is not supported
 
 
+def is_supported(values: jax.Array) -> jax.Array:
+    """[25] bool, of `Planner.action_values`."""
+    return values > _OUT / 2
+
+
 @struct.dataclass
 class Planner(Policy):
     """Searches the world model before every prescription."""

@@ -24,7 +24,7 @@ from policy.simple import GuidelineRules
 from policy.testing.tiny_qwen3 import make_tiny
 from policy.train.data.packing import Dialogue, batches, cut, pack, written
 from policy.train.data.qa_sampling import Question, as_dialogue
-from policy.train.episodes import EpisodeRunner
+from policy.train.episodes import DemonstrationConfig, EpisodeRunner
 from policy.train.loop.learner import Learner, cast
 from policy.train.loop.metrics import Report
 from policy.train.loop.optimizer import LearnerConfig
@@ -65,6 +65,9 @@ WHOLE_STAYS = (
     TrainingPhase(length=6592, rows=1, updates=4, learning_rate=1e-3),
 )
 """Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
+
+PLAIN = DemonstrationConfig(second_round=0.0, without_simulator=0.0, errors=0.0)
+"""Every decision simulates once and prescribes."""
 
 # whole and real numbers, as the arguments of `make_tiny`
 _SIZE: dict[str, Any] = {
@@ -158,7 +161,8 @@ def taught_tiny(
     Raises:
       InputError: as `save_hf`, or a phase's rows are too short for the dialogue.
     """
-    stays = tiny_runner(seed=seed).demonstrate(demonstrator or GuidelineRules(), range(patients))
+    runner, policy = tiny_runner(seed=seed), demonstrator or GuidelineRules()
+    stays = runner.demonstrate(policy, range(patients), PLAIN)
     with tempfile.TemporaryDirectory() as folder:
         untaught = make_tiny(Path(folder) / "untaught", seed=seed, **(_SIZE | size))
         tokens = ChatTokens.load(untaught)

@@ -42,7 +42,8 @@ rl:
   eval_patients: 4
 baselines: [episode]
 baseline_num_generations: 2
-evaluation: {patients: 4, questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
+evaluation: {patients: 4, comparators: [clinician, titration],
+  questions: {kinds: [mortality, vasopressor], count: 12, charts: compact}}
 """
 
 
@@ -68,13 +69,17 @@ def test_all_stages(inputs, tmp_path, capsys):
     given = ("--model", inputs / "model", "--episodes", inputs / "episodes")
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
     table = pd.read_csv(out / "stages.csv")
-    assert table.stage.tolist() == ["sft", "bc", "rl", "rl_episode"]
-    assert (table.stays == 4).all() and table.mortality_auroc.between(0, 1).all()
+    stages = ["sft", "bc", "rl", "rl_episode"]
+    without = ["rl, simulator shuffled", "rl, simulator none"]
+    assert table.stage.tolist() == ["clinician", "titration", *stages, *without]
+    assert (table.stays == 4).all() and table.mortality_auroc[2:].between(0, 1).all()
     values = table.set_index("stage").value
-    np.testing.assert_allclose(
-        table.gain[1:], values[1:].to_numpy() - values[["sft", "bc", "bc"]].to_numpy(), atol=1e-9
-    )
-    for stage in table.stage:
+    before = values[["sft", "bc", "bc", "rl", "rl"]].to_numpy()
+    np.testing.assert_allclose(table.gain[3:], values[3:].to_numpy() - before, atol=1e-9)
+    for name in ("clinician", "titration"):
+        less = table.set_index("stage")[f"less_{name}"]
+        np.testing.assert_allclose(less[2:], values[2:] - values[name], atol=1e-9)
+    for stage in stages:
         assert (out / stage / "model" / "config.json").exists()
     weights = [load_file(out / stage / "model" / "model.safetensors") for stage in ("sft", "bc")]
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])

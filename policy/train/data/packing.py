@@ -28,10 +28,9 @@ import policy
 import worldmodel
 from policy.agent.dialogue import Decision, Stay
 from policy.agent.records import newly_read
-from policy.agent.tools import schemas
+from policy.agent.tools import DecisionTokens, level_targets, schemas
 from policy.serving.backend import Reply
 from policy.serving.tokens import ChatTokens, mark_call, write_call
-from policy.train.data.decisions import DecisionTokens, level_targets
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_file, digest_file

@@ -10,6 +10,10 @@ By the performance difference lemma (Kakade & Langford 2002) the sum of A over t
 is the gain of the model over p, and improving on A improves on p as in rollout algorithms
 (Bertsekas 2013). The estimate depends neither on the random numbers of the real episode nor on the
 model's later decisions, which are the main sources of variance of whole returns.
+
+`planned` takes Q from a planner instead: each action is held for some steps in the world model, the
+clinician goes on, and what is still to come then is learned, not sampled. It needs a tenth of the
+simulated steps, has less noise, and knows of the patient what the chart says, not the true state.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from policy.agent.env_pool import StateScorer
+from policy.planner import Planner, is_supported
 from worldmodel import schema
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.keys import COUNTERFACTUAL
-from worldmodel.observation import PolicyFn, as_pytree, draw_action, recent
+from worldmodel.observation import Observation, PolicyFn, as_pytree, draw_action, recent
 
 
 def counterfactual(
@@ -59,6 +64,33 @@ def counterfactual(
         _advantages, env, as_pytree(policy),
         past=past, samples=samples, horizon=steps, smooth=smooth,
     )  # fmt: skip
+
+
+def planned(planner: Planner) -> StateScorer:
+    """A state scorer: advantages [25] over the clinician, by a planner's search.
+
+    Actions that the planner does not support have the least advantage of those that it does.
+
+    Args:
+      planner: of a world model; the environment's observations have as many past rows as it needs.
+    """
+    return partial(_planned, planner)
+
+
+@jax.jit
+def _planned(planner: Planner, states: EnvState) -> jax.Array:
+    """[B, 25]; 0 where the episode is over."""
+
+    def of_patient(key: jax.Array, observation: Observation) -> jax.Array:
+        prior = planner.prior(observation)
+        values = planner.action_values(key, observation)
+        known = is_supported(values)
+        values = jnp.where(known, values, jnp.min(values, where=known, initial=jnp.inf))
+        return values - prior @ values
+
+    keys = jax.vmap(_keys, (0, None))(states, 1)[:, 0]
+    gain = jax.vmap(of_patient)(keys, recent(states.last.observation, planner.past))
+    return jnp.where(states.last.done[:, None], 0.0, gain)
 
 
 def smoothing() -> np.ndarray:

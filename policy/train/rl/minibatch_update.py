@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 
 from policy.agent.dialogue import Stay
+from policy.agent.tools import DecisionTokens
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
-from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import Dialogue, Wanted, as_read, layout, place_wanted
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch

@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from policy.agent.dialogue import NO_BACKEND, Stay
 from policy.agent.env_pool import StateScorer
+from policy.agent.tools import DecisionTokens
 from policy.qwen3.lora import merge_adapters, save_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.weights import save_hf
@@ -29,7 +30,6 @@ from policy.serving.backend import Backend, Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
-from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import wanted_by_turn
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints

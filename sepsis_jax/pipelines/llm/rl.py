@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import ClassVar
 
 from policy.agent.dialogue import Stay
+from policy.agent.tools import DecisionTokens
+from policy.planner import Planner
 from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.control import WeightControl
-from policy.train.data.decisions import DecisionTokens
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.metrics import MetricsLog
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.rl.advantages import COUNTERFACTUAL
-from policy.train.rl.counterfactual import counterfactual
+from policy.train.rl.counterfactual import counterfactual, planned
 from policy.train.rl.trainer import (
     ALL,
     AdapterPublisher,
@@ -63,8 +64,9 @@ class RLOptions:
       publish: what is sent to a vLLM server: "weights", with adapters merged, or "adapters", if
         the server was started with their rank.
       continuation: policy that acts after each of the 25 actions, for counterfactual advantages:
-        guideline, titration, clinician, planner, or the folder of a policy.
-      samples: futures per action.
+        guideline, titration, clinician, or the folder of a policy; or planner, whose search of
+        the world model then gives the advantages (`policy.train.rl.counterfactual.planned`).
+      samples: futures per action; of a planner, per action and member of the world model.
       horizon: steps after the action; to the end of the stay if not given.
       smooth: as for `policy.train.rl.counterfactual.counterfactual`.
       eval_steps: iterations between two evaluations on held-out patients of the synthetic
@@ -173,13 +175,19 @@ async def _run(
     )
     state_scorer = None
     if config.advantages.kind == COUNTERFACTUAL:
-        state_scorer = counterfactual(
-            runner.env,
-            open_policy(options.continuation, episodes, model),
-            samples=options.samples,
-            horizon=options.horizon,
-            smooth=options.smooth,
-        )
+        policy = open_policy(options.continuation, episodes, model)
+        if isinstance(policy, Planner):
+            state_scorer = planned(
+                replace(policy, config=replace(policy.config, samples=options.samples))
+            )
+        else:
+            state_scorer = counterfactual(
+                runner.env,
+                policy,
+                samples=options.samples,
+                horizon=options.horizon,
+                smooth=options.smooth,
+            )
     served = _Served(backend, trainable, out, options)
     trainer = AgenticTrainer(
         learner, runner, served.backend, served.publisher, config,

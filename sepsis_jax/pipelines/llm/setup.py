@@ -18,6 +18,7 @@ from policy import registry
 from policy.agent.dialogue import DECISION, DialogueConfig
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
+from policy.agent.tools import DecisionTokens
 from policy.base import Policy
 from policy.planner import PlannerConfig
 from policy.qwen3.config import load_stop_ids
@@ -27,7 +28,6 @@ from policy.qwen3.sharding import make_mesh
 from policy.qwen3.weights import load, save_hf
 from policy.serving.backend import Lockstep
 from policy.serving.embedded import EmbeddedGenerator
-from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import Dialogue, batches, cut, pack
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints

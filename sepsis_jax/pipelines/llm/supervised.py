@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 
 from policy.agent.records import RECORDS_FILE, from_record, last_attempts
+from policy.agent.tools import DecisionTokens
 from policy.qwen3.config import load_config
 from policy.serving.tokens import ChatTokens
-from policy.train.data.decisions import DecisionTokens
 from policy.train.data.packing import Dialogue, cached, written
 from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
 from policy.train.episodes import DemonstrationConfig, RejectionConfig, accepted

@@ -9,10 +9,9 @@ import pytest
 
 from policy import qwen3
 from policy.agent.dialogue import Decision
-from policy.agent.tools import PRESCRIPTION, prescription_arguments
+from policy.agent.tools import PRESCRIPTION, DecisionTokens, level_targets, prescription_arguments
 from policy.qwen3.logprobs import token_logprobs
 from policy.serving.tokens import write_call
-from policy.train.data.decisions import DecisionTokens, level_targets
 from policy.train.data.packing import Dialogue, Rows, as_read, cut, pack, wanted_by_turn, written
 from policy.train.losses import Objective, RolloutRows, cross_entropy, policy_loss
 from policy.train.rl.advantages import AdvantageConfig, softmax_target

@@ -16,9 +16,9 @@ from policy.serving.backend import Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.testing.taught_qwen3 import TEMPLATES, tiny_runner
+from policy.testing.taught_qwen3 import PLAIN, TEMPLATES, tiny_runner
 from policy.train.data.packing import as_read, written
-from policy.train.episodes import demonstrate, neighbours
+from policy.train.episodes import DemonstrationConfig, demonstrate, neighbours
 from worldmodel import schema, struct
 from worldmodel.errors import InputError
 
@@ -74,7 +74,7 @@ def test_taught_replies_are_valid_calls(runner, taught):
 
 def test_a_demonstrator_follows_its_policy(runner):
     policy = GuidelineRules()
-    stays = runner.replace(seed=1).demonstrate(policy, range(PATIENTS))
+    stays = runner.replace(seed=1).demonstrate(policy, range(PATIENTS), PLAIN)
     batch = runner.replace(seed=1).reset_batch(range(PATIENTS))
     observations = batch.states.last.observation
     first = jax.vmap(policy, (None, 0))(jax.random.key(0), observations).argmax(-1)
@@ -84,9 +84,40 @@ def test_a_demonstrator_follows_its_policy(runner):
         calls = [read_call(turn.reply.tool_calls[0]) for turn in stay.turns]
         for asked, given in zip(calls[::2], calls[1::2], strict=True):
             assert isinstance(asked, Simulate) and isinstance(given, Prescribe)
-            assert asked.actions[0] == given.action
             assert len(set(asked.actions)) == 3
-            assert set(asked.actions[1:]) <= set(neighbours(given.action))
+            assert set(asked.actions) - set(neighbours(given.action)) == {given.action}
+
+
+def test_the_place_of_an_option_does_not_tell_the_choice(runner):
+    stays = runner.replace(seed=2).demonstrate(RandomPolicy(), range(32), PLAIN)
+    places = np.zeros(3)
+    for stay in stays:
+        calls = [read_call(turn.reply.tool_calls[0]) for turn in stay.turns]
+        for asked, given in zip(calls[::2], calls[1::2], strict=True):
+            places[asked.actions.index(given.action)] += 1
+    count = places.sum()
+    assert count > 80 and (np.abs(places / count - 1 / 3) < 4 * np.sqrt(2 / 9 / count)).all()
+
+
+def test_demonstrations_err_go_on_and_do_without_the_simulator(runner):
+    """None of it changes what the policy does."""
+    how = DemonstrationConfig(second_round=0.5, without_simulator=0.25, errors=0.3)
+    plain, stays = (
+        runner.replace(seed=1).demonstrate(GuidelineRules(), range(PATIENTS), how)
+        for how in (PLAIN, how)
+    )
+    assert [stay.can_simulate for stay in stays] == [True] * 6 + [False] * 2
+    by_patient = {stay.patient: stay for stay in stays}
+    assert sum(sum(stay.invalid.values()) for stay in stays) >= 5
+    rounds = [d.simulations for stay in stays[:6] for d in stay.decisions]
+    assert {*rounds} == {1, 2}
+    for one in plain:
+        stay = by_patient[one.patient]
+        assert [d.action for d in stay.decisions] == [d.action for d in one.decisions]
+        assert max(d.invalid for d in stay.decisions) <= 1
+        assert sum(turn.refused for turn in stay.turns) == sum(stay.invalid.values())
+        if not stay.can_simulate:
+            assert not any(d.simulations for d in stay.decisions)
 
 
 def test_later_decisions_follow_the_newest_view(runner):
@@ -151,6 +182,7 @@ def test_conversations_of_a_decision_begin_with_the_chart(runner, tokens):
             Prompts(TEMPLATES),
             DialogueConfig(memory=memory),
             seed=1,
+            how=PLAIN,
         )
         for memory in ("decision", "stay")
     )
