@@ -11,11 +11,12 @@ V errs with them:
 
 The first line lowers the error of weighted estimates where the model is right, as estimated
 propensities do (Hirano, Imbens & Ridder 2003). Its sum is what is left of the influences after P
-directions were fitted to them, and too small for that: it is divided by the root of 1 - h_i, h_i
-being the leverage of a stay's scores (HC2; MacKinnon & White 1985). Weights divide by what errs, so
-they are too large in the mean, most where the clinician's choice was rare: by exp((z' I^-1 z +
-tr(I_0 + ... + I_t) I^-1) / 2 m), z being the score up to the step and I_t the information of one,
-to second order.
+directions were fitted to them, and too small for that: it is divided by the root of 1 - h, h being
+the mean leverage of the scores of n stays, about P / n (HC1; MacKinnon & White 1985; those of
+single stays, HC2, are so unequal that intervals of 725 stays cover 0.99). Weights divide by what
+errs, so they are too large in the mean, most where the clinician's choice was rare: by
+exp((z' I^-1 z + tr(I_0 + ... + I_t) I^-1) / 2 m), z being the score up to the step and I_t the
+information of one, to second order.
 `log_excess` is subtracted first. Errors of the clinician beyond these directions, and those of a
 model that is wrong, are not corrected.
 """
@@ -97,7 +98,7 @@ class Correction(NamedTuple):
     """What becomes of influences and variances."""
 
     added: np.ndarray  # [N, K, E] to influences
-    scale: np.ndarray  # [N, K, E] of the sums
+    scale: np.ndarray  # [K, E] of the sums
     variance: np.ndarray  # [K, E] added to variances
 
     def of(self, influence: Float[np.ndarray, "N K E"]) -> Float[np.ndarray, "N K E"]:
@@ -214,13 +215,11 @@ def from_slopes(
         each = moved @ solved
         influence = np.swapaxes((each - each.mean(0)).reshape(stays, *shape), 1, 2)
         leverage = (moved * np.linalg.solve(scores.information, moved.T).T).sum(-1) / stays
-        scale = 1.0 / np.sqrt(1.0 - np.minimum(leverage, _MOST_LEVERAGE))
         weighted = (slope != 0).any((2, 3)).T  # [K, E], not the clinician's mean
-        scale = np.where(weighted, scale[:, None, None], 1.0)
-        return Correction(influence, scale, np.zeros(influence.shape[1:]))
+        wider = 1.0 / np.sqrt(1.0 - min(float(leverage.mean()), _MOST_LEVERAGE))
+        return Correction(influence, np.where(weighted, wider, 1.0), np.zeros(influence.shape[1:]))
     variance = (along * solved.T).sum(-1).reshape(shape).T / fit.stays
-    nothing = np.zeros((stays, *variance.shape))
-    return Correction(nothing, nothing + 1.0, variance)
+    return Correction(np.zeros((stays, *variance.shape)), np.ones(variance.shape), variance)
 
 
 def log_excess(scores: Scores, fit: ClinicianFit) -> Float[np.ndarray, "N T"]:

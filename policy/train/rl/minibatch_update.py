@@ -48,6 +48,10 @@ def trajectories(
 ) -> list[Trajectory]:
     """The conversations of a stay with the advantages of its decisions.
 
+    Where probabilities are wanted of the tokens that decide, the other tokens need no advantage:
+    those of accepted replies get 1, of refused ones 0. Their gradient is then that of the
+    probability of a reply that is accepted, without the noise of what it led to.
+
     Args:
       stay: with ids and log-probabilities of its replies.
       advantages: [decisions], and one more for turns after the last decision.
@@ -57,6 +61,8 @@ def trajectories(
       InputError: a reply came without its ids.
     """
     of_turns = np.append(advantages, 0.0)[decision_of_turns(stay)]
+    if decisions is not None:
+        of_turns = np.array([0.0 if turn.refused else 1.0 for turn in stay.turns])
     turns = list(zip(stay.turns, of_turns.tolist(), strict=True))
     found = []
     for dialogue in as_read(stay, decisions, wanted):

@@ -155,8 +155,8 @@ class AgenticConfig:
       decision_loss: how the two tokens of a prescription that decide are learned. "sampled": like
         all others, from the advantage of the action that was drawn. "all": from the advantages of
         all 25 actions, towards probabilities in proportion to exp(advantage /
-        decision_temperature) (AggreVaTe, 1406.5979, with soft targets); counterfactual
-        advantages alone.
+        decision_temperature) (AggreVaTe, 1406.5979, with soft targets), and the other tokens
+        towards replies that are accepted; counterfactual advantages alone.
       decision_temperature: in units of reward.
     """
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,10 +16,13 @@ CONFIG = QuestionConfig()
 
 def some(count, seed=0):
     draw = np.random.default_rng(seed)
-    lengths = draw.integers(1, 9, count)
-    return [
-        Dialogue(draw.integers(0, 500, n).astype(np.int32), draw.random(n) < 0.5) for n in lengths
-    ]
+    found = []
+    for length in draw.integers(1, 9, count):
+        ids, own = draw.integers(0, 500, length).astype(np.int32), draw.random(length) < 0.5
+        decides = np.flatnonzero(own)[:2].astype(np.int32)
+        wanted = draw.dirichlet(np.ones(5), len(decides)).astype(np.float32).reshape(-1, 5)
+        found.append(Dialogue(ids, own, decides, wanted))
+    return found
 
 
 @pytest.fixture
@@ -53,6 +57,8 @@ def assert_equal(found, dialogues):
         assert (one.ids.dtype, one.own.dtype) == (np.int32, np.bool_)
         assert one.ids.tolist() == other.ids.tolist()
         assert one.own.tolist() == other.own.tolist()
+        assert one.decides.tolist() == other.decides.tolist()
+        np.testing.assert_array_equal(one.wanted, other.wanted)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])
@@ -67,7 +73,7 @@ def test_what_was_written_is_read(made, monkeypatch, count):
     with pytest.raises(IndexError):
         found[count]
     one, other = pack(found, 64, seed=1), pack(dialogues, 64, seed=1)
-    assert all((a == b).all() for a, b in zip(one, other, strict=True))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_it_is_mapped_and_cannot_be_changed(made):
