@@ -162,7 +162,7 @@ def values(
         table, metrics = compare_with_truth(
             model, out, policy, world, samples=samples, records=records, progress=progress
         )
-    columns = ["policy", "true", "simulated", "error", "spread"]
+    columns = ["policy", "true", "simulated", "error", "spread", "supported"]
     columns += [f"{name}_estimate" for name in ESTIMATORS if f"{name}_estimate" in table]
     rows = [tuple(row.values()) for row in plain_rows(table[columns])]
     print_table("Total reward per stay", columns, rows)
@@ -170,8 +170,16 @@ def values(
         f"largest error {metrics['largest_error']:.2f}; order "
         f"{'right' if metrics['right_order'] else 'wrong'} (ties aside); written to {out}"
     )
+    if (table["supported"] < _MOSTLY).any():
+        console.print(
+            f"supported below {_MOSTLY:g}: clinicians hardly ever give there what the policy "
+            "gives, so the model extrapolates; read such a simulated value as a guess"
+        )
     if json:
         print_json(metrics)
+
+
+_MOSTLY = 0.9  # share of decisions
 
 
 def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:

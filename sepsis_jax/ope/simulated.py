@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from worldmodel.episodes import Episodes
@@ -21,6 +22,8 @@ from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 
+SUPPORTED = 0.01  # least probability, under the clinician, of a supported treatment
+
 
 class SimulatedValue(NamedTuple):
     """Value of a policy in the world model."""
@@ -29,6 +32,8 @@ class SimulatedValue(NamedTuple):
     se: float  # over patients
     members: np.ndarray  # [E] value in each ensemble member
     total: np.ndarray  # [N] mean total reward per patient, for paired comparisons
+    supported: float = float("nan")  # share of decisions that clinicians take at least 1% of the
+    # time, as a recurrent model knows them; elsewhere it extrapolates
 
     @property
     def spread(self) -> float:
@@ -79,16 +84,25 @@ def simulated_value(
     if policy is not None:
         plan = policy
 
-    def simulate(rows: np.ndarray) -> jax.Array:
+    def simulate(rows: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
         start = start_history(world_model, episodes.select(rows), 0)
         futures = rollout(
             world_model, key, start, plan, horizon=horizon, samples=samples, features=()
         )
-        return futures.total_reward[:, 0]
+        total = futures.total_reward[:, 0]
+        if futures.support is None or futures.alive is None:
+            return total, jnp.full(len(total), jnp.nan), jnp.ones(len(total))
+        alive = futures.alive[:, 0]
+        known = jnp.where(futures.support[:, 0] >= SUPPORTED, alive, 0.0)
+        return total, known.sum((1, 2)), alive.sum((1, 2))
 
     count = episodes.num_stays
-    total = in_blocks(simulate, count, min(block, count)).astype(np.float64)  # [N, S]
+    total, known, decisions = in_blocks(simulate, count, min(block, count))  # [N, S], [N], [N]
+    total = total.astype(np.float64)
     by_patient = total.mean(1)
     members = total.reshape(len(total), -1, world_model.num_members).mean((0, 1))
     error = by_patient.std(ddof=1) / np.sqrt(len(by_patient)) if len(by_patient) > 1 else np.nan
-    return SimulatedValue(float(by_patient.mean()), float(error), members, by_patient)
+    return SimulatedValue(
+        float(by_patient.mean()), float(error), members, by_patient,
+        supported=float(known.sum() / decisions.sum()),
+    )  # fmt: skip

@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from sepsis_jax.ope.simulated import SUPPORTED
 from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation
 from sepsis_jax.report.figures import effects_figure
 from sepsis_jax.runs import Progress, provenance, silent
@@ -45,7 +46,6 @@ MARKER = "futures.csv"
 VALUES = ("meanbp", "lactate", "output_4hourly")
 SHOCK = 60.0  # mmHg: patients with a lower MAP are reported apart
 LARGE_ERROR = 0.1  # of mortality
-SUPPORTED = 0.01  # least support of a supported plan
 _BLOCK = 128  # patients per call
 _SAME = np.arange(schema.NUM_ACTIONS)
 

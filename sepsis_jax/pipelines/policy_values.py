@@ -323,7 +323,8 @@ def truth_table(
 
     Returns:
       Columns policy, true, true_low, true_high, simulated, simulated_low, simulated_high (95%
-      intervals over patients), error, spread (SD of the members).
+      intervals over patients), error, spread (SD of the members), supported (share of simulated
+      decisions that clinicians take at least 1% of the time).
     """
     starts, _ = generate(
         jax.random.key(world.seed), world.patients, keep_latent=False, params=world.params()
@@ -352,6 +353,7 @@ def truth_table(
                 "simulated_high": simulated.high,
                 "error": simulated.value - true.value,
                 "spread": found.spread,
+                "supported": found.supported,
             }
         )
     return pd.DataFrame(rows)

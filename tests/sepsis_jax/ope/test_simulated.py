@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from sepsis_jax.ope.simulated import simulated_value, whole_stay
+from policy.simple import RandomPolicy
+from sepsis_jax.ope.simulated import SUPPORTED, simulated_value, whole_stay
 from tests.toy import toy_episodes
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
@@ -49,7 +50,11 @@ def test_stays_of_the_recurrent_variant_are_simulated_to_their_end():
     futures = rollout(world, key, start_history(world, episodes, 0), plan, samples=4)
     assert np.asarray(futures.alive)[..., -1].max() == 0
     np.testing.assert_allclose(found.total, np.asarray(futures.total_reward)[:, 0].mean(-1), 1e-5)
+    share = np.asarray(futures.alive)[:, 0]
+    known = (np.asarray(futures.support)[:, 0] >= SUPPORTED) * share
+    assert 0 < found.supported == pytest.approx(known.sum() / share.sum(), rel=1e-5)
     windows = init_world_model(jax.random.key(4), scaler, CONFIG)
+    assert np.isnan(simulated_value(windows, key, episodes, RandomPolicy(), samples=1).supported)
     assert whole_stay(world, episodes) == 5
     assert whole_stay(windows, episodes) == round(float(np.mean(episodes.length))) - 1
     with pytest.raises(InputError, match="only the recurrent variant knows the clinician"):
