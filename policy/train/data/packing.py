@@ -38,13 +38,15 @@ from worldmodel.files import atomic_file, digest_file
 
 @dataclass(frozen=True)
 class Dialogue:
-    """One dialogue, or a part of it, of T tokens, of which D decide."""
+    """One dialogue, or a part of it, of T tokens, with D decisions that can be judged."""
 
     ids: np.ndarray  # [T] int32
     own: np.ndarray  # [T] bool, sampled by the model
-    decides: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int32))  # [D] indices
-    wanted: np.ndarray = field(  # [D, 5] float32, probabilities of the levels
-        default_factory=partial(np.zeros, (0, schema.NUM_LEVELS), np.float32)
+    decides: np.ndarray = field(  # [D, 3] int32, where the levels of the vasopressor and of the
+        default_factory=partial(np.zeros, (0, 3), np.int32)  # fluid stand, and the joint action
+    )
+    judged: np.ndarray = field(  # [D, 25] float32 of all actions: wanted probabilities, or
+        default_factory=partial(np.zeros, (0, schema.NUM_ACTIONS), np.float32)  # advantages
     )
 
     def __len__(self) -> int:
@@ -52,10 +54,9 @@ class Dialogue:
 
     def __getitem__(self, part: slice) -> Dialogue:
         start, stop, _ = part.indices(len(self))
-        inside = (self.decides >= start) & (self.decides < stop)
-        return Dialogue(
-            self.ids[part], self.own[part], self.decides[inside] - start, self.wanted[inside]
-        )
+        inside = (self.decides[:, 0] >= start) & (self.decides[:, 1] < stop)
+        decides = self.decides[inside] - np.array([start, start, 0], np.int32)
+        return Dialogue(self.ids[part], self.own[part], decides, self.judged[inside])
 
     def ends(self) -> Int[np.ndarray, " turns"]:
         """[turns] where a turn is over: the index after each reply's last token."""
@@ -95,7 +96,7 @@ def written(
     """
     if not stay.turns:
         raise InputError(f"stay {stay.patient}: no turn to learn from")
-    wanted, tools = wanted_by_turn(stay, decisions), schemas(stay.can_simulate)
+    judged, tools = judged_by_turn(stay), schemas(stay.can_simulate)
     found: list[list[_Part]] = []
     for number, turn in enumerate(stay.turns):
         begins = turn.opens or not found
@@ -103,45 +104,41 @@ def written(
             found.append([])
         prompt = (tokens.first if begins else tokens.more)(turn.messages, tools)
         reply_ids = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
-        found[-1] += [_Part(prompt), _Part(reply_ids, not turn.refused, wanted.get(number))]
+        found[-1] += [_Part(prompt), _Part(reply_ids, not turn.refused, judged.get(number))]
     return [_joined(parts, decisions) for parts in found]
 
 
-class Wanted(NamedTuple):
-    """A prescription as it was written, and what is wanted in its place."""
+class Judged(NamedTuple):
+    """A prescription as it was written, and what is said of all actions in its place."""
 
     action: int  # joint action 0-24
-    probabilities: Sequence[float] | np.ndarray  # [25] of all actions
+    values: Sequence[float] | np.ndarray  # [25]
 
 
-def wanted_by_turn(
+def judged_by_turn(
     stay: Stay,
-    decisions: DecisionTokens | None,
-    target: Callable[[Decision], Sequence[float] | np.ndarray | None] = attrgetter("values"),
-) -> dict[int, Wanted]:
-    """What is wanted of the prescriptions of a stay, by the index of their turn.
+    judge: Callable[[Decision], Sequence[float] | np.ndarray | None] = attrgetter("values"),
+) -> dict[int, Judged]:
+    """What is said of all actions at the prescriptions of a stay, by the index of their turn.
 
     Args:
       stay: its decisions.
-      decisions: of the model's tokens; nothing is wanted without.
-      target: wanted probabilities [25] of a decision, or None; by default `Decision.values`.
+      judge: values [25] of a decision, or None; by default `Decision.values`.
     """
-    if decisions is None:
-        return {}
-    found = {one.turn: (one.action, target(one)) for one in stay.decisions}
-    return {turn: Wanted(a, wanted) for turn, (a, wanted) in found.items() if wanted is not None}
+    found = {one.turn: (one.action, judge(one)) for one in stay.decisions}
+    return {turn: Judged(a, values) for turn, (a, values) in found.items() if values is not None}
 
 
 def as_read(
     stay: Stay,
     decisions: DecisionTokens | None = None,
-    wanted: Mapping[int, Wanted] | None = None,
+    judged: Mapping[int, Judged] | None = None,
 ) -> list[Dialogue]:
     """Training sequences of a stay, with the ids that its model read and sampled.
 
     Args:
       stay: with the ids of its replies.
-      decisions, wanted: of the model's tokens, and what is wanted of its prescriptions.
+      decisions, judged: of the model's tokens, and what is said of its prescriptions.
 
     Returns:
       One dialogue; a new one wherever a prompt did not begin with all earlier ids.
@@ -149,7 +146,7 @@ def as_read(
     Raises:
       InputError: a reply came without ids.
     """
-    wanted = wanted or {}
+    judged = judged or {}
     found: list[list[_Part]] = []
     read = zip(stay.turns, newly_read(stay.turns), strict=True)
     for number, (turn, (prompt, restarts)) in enumerate(read):
@@ -157,7 +154,7 @@ def as_read(
             raise InputError(f"stay {stay.patient}: a reply came without its token ids")
         if restarts or not found:
             found.append([])
-        found[-1] += [_Part(prompt), _Part(turn.reply.token_ids, True, wanted.get(number))]
+        found[-1] += [_Part(prompt), _Part(turn.reply.token_ids, True, judged.get(number))]
     return [_joined(parts, decisions) for parts in found]
 
 
@@ -223,12 +220,16 @@ def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
 def place_wanted(
     dialogues: Sequence[Dialogue], places: Sequence[Place], shape: tuple[int, int]
 ) -> np.ndarray | None:
-    """[R, L, 5] wanted probabilities of packed dialogues; None if they have none."""
+    """[R, L, 5] wanted probabilities of the levels in packed dialogues; None if they have none."""
     if not any(len(dialogue.decides) for dialogue in dialogues):
         return None
     packed = np.zeros((*shape, schema.NUM_LEVELS), np.float32)
     for dialogue, place in zip(dialogues, places, strict=True):
-        packed[place.row, place.start + dialogue.decides] = dialogue.wanted
+        for (first, second, action), values in zip(
+            dialogue.decides.tolist(), dialogue.judged, strict=True
+        ):
+            at = [place.start + first, place.start + second]
+            packed[place.row, at] = level_targets(values, action)
     return packed
 
 
@@ -296,32 +297,32 @@ def batches(rows: Rows, size: int, *, seed: int) -> Iterator[Rows]:
 class _Part(NamedTuple):
     ids: Sequence[int]
     own: bool = False
-    wanted: Wanted | None = None
+    judged: Judged | None = None
 
 
 def _joined(parts: Sequence[_Part], decisions: DecisionTokens | None) -> Dialogue:
-    decides: list[int] = []
-    wanted: list[np.ndarray] = []
+    decides: list[tuple[int, int, int]] = []
+    judged: list[Sequence[float] | np.ndarray] = []
     start = 0
     for part in parts:
-        if decisions is not None and part.wanted is not None:
-            places = decisions.places_in(part.ids, part.wanted.action)
+        if decisions is not None and part.judged is not None:
+            places = decisions.places_in(part.ids, part.judged.action)
             if places is not None:
-                decides += [start + place for place in places]
-                wanted += [*level_targets(part.wanted.probabilities, part.wanted.action)]
+                decides.append((start + places[0], start + places[1], part.judged.action))
+                judged.append(part.judged.values)
         start += len(part.ids)
     return Dialogue(
         np.concatenate([np.asarray(part.ids, np.int32) for part in parts]),
         np.concatenate([np.full(len(part.ids), part.own) for part in parts]),
-        np.array(decides, np.int32),
-        np.array(wanted, np.float32).reshape(-1, schema.NUM_LEVELS),
+        np.array(decides, np.int32).reshape(-1, 3),
+        np.array(judged, np.float32).reshape(-1, schema.NUM_ACTIONS),
     )
 
 
 BATCH = 1024
 """Dialogues per record batch, and so in memory while a file is written."""
 
-_COLUMNS = {"ids": pa.int32(), "own": pa.uint8(), "decides": pa.int32(), "wanted": pa.float32()}
+_COLUMNS = {"ids": pa.int32(), "own": pa.uint8(), "decides": pa.int32(), "judged": pa.float32()}
 _SCHEMA = pa.schema([(name, pa.large_list(kind)) for name, kind in _COLUMNS.items()])
 _KEY = b"sepsis-jax dialogues"
 _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "*.jinja", "special_tokens*", "added_tokens*")
@@ -418,10 +419,12 @@ class CachedDialogues(Sequence[Dialogue]):
         if not 0 <= place < len(self):
             raise IndexError(index)
         batch, row = divmod(place, BATCH)
-        ids, own, decides, wanted = (
+        ids, own, decides, judged = (
             column[batch].slice(row, 1).flatten().to_numpy() for column in self._columns
         )
-        return Dialogue(ids, own.view(bool), decides, wanted.reshape(-1, schema.NUM_LEVELS))
+        return Dialogue(
+            ids, own.view(bool), decides.reshape(-1, 3), judged.reshape(-1, schema.NUM_ACTIONS)
+        )
 
 
 def _write(path: Path, dialogues: Iterable[Dialogue], key: str) -> None:

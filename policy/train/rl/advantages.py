@@ -314,21 +314,16 @@ def breaks_rules(decisions: Sequence[Decision]) -> Bool[np.ndarray, " D"]:
     return np.asarray(g1 | g2)
 
 
-def softmax_target(
-    decision: Decision, config: AdvantageConfig, *, temperature: float
-) -> Float[np.ndarray, " 25"]:
-    """[25] probabilities in proportion to exp((advantage + penalty) / temperature).
+def of_all_actions(decision: Decision, config: AdvantageConfig) -> Float[np.ndarray, " 25"]:
+    """[25] advantages of a decision's actions with the penalty of a broken rule.
 
     Args:
       decision: with the advantages of all actions in `values`.
-      config: with the penalty of a broken rule.
-      temperature: in units of reward.
+      config: with the penalty.
     """
     every = [replace(decision, action=action) for action in range(schema.NUM_ACTIONS)]
-    values = np.asarray(decision.values, np.float64) + config.violation * breaks_rules(every)
-    weights = np.exp((values - values.max()) / temperature)
-    result: np.ndarray = weights / weights.sum()
-    return result
+    found: np.ndarray = np.asarray(decision.values) + config.violation * breaks_rules(every)
+    return found
 
 
 def _of_failure(stay: Stay, config: AdvantageConfig) -> list[float]:

@@ -6,18 +6,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import Float
 
 from policy.agent.dialogue import Stay
 from policy.agent.tools import DecisionTokens
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
-from policy.train.data.packing import Dialogue, Wanted, as_read, layout, place_wanted
+from policy.train.data.packing import Dialogue, Judged, Place, as_read, layout
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch
+from worldmodel import schema
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,18 @@ def trajectories(
     stay: Stay,
     advantages: Sequence[float] | np.ndarray,
     decisions: DecisionTokens | None = None,
-    wanted: Mapping[int, Wanted] | None = None,
+    judged: Mapping[int, Judged] | None = None,
 ) -> list[Trajectory]:
     """The conversations of a stay with the advantages of its decisions.
 
-    Where probabilities are wanted of the tokens that decide, the other tokens need no advantage:
+    Where all actions are judged at a decision, the tokens that do not decide need no advantage:
     those of accepted replies get 1, of refused ones 0. Their gradient is then that of the
     probability of a reply that is accepted, without the noise of what it led to.
 
     Args:
       stay: with ids and log-probabilities of its replies.
       advantages: [decisions], and one more for turns after the last decision.
-      decisions, wanted: as for `policy.train.data.packing.as_read`.
+      decisions, judged: as for `policy.train.data.packing.as_read`.
 
     Raises:
       InputError: a reply came without its ids.
@@ -65,7 +68,7 @@ def trajectories(
         of_turns = np.array([0.0 if turn.refused else 1.0 for turn in stay.turns])
     turns = list(zip(stay.turns, of_turns.tolist(), strict=True))
     found = []
-    for dialogue in as_read(stay, decisions, wanted):
+    for dialogue in as_read(stay, decisions, judged):
         sampler_logprobs = np.zeros(len(dialogue), np.float32)
         advantage = np.zeros(len(dialogue), np.float32)
         for end in dialogue.ends().tolist():
@@ -77,7 +80,65 @@ def trajectories(
     return found
 
 
-def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) -> RolloutRows:
+class JudgedDecisions(NamedTuple):
+    """The M decisions of packed rows of which all actions are judged."""
+
+    row: np.ndarray  # [M] int
+    vasopressor: np.ndarray  # [M] int, column of the level
+    fluid: np.ndarray  # [M] int, column of the level
+    action: np.ndarray  # [M] int, joint action as written
+    advantage: np.ndarray  # [M, 25] of all actions
+
+    @classmethod
+    def of(cls, members: Sequence[Trajectory], places: Sequence[Place]) -> JudgedDecisions:
+        """From trajectories and where they lie."""
+        row = np.repeat([p.row for p in places], [len(m.dialogue.decides) for m in members])
+        at = np.concatenate(
+            [
+                member.dialogue.decides + np.array([place.start, place.start, 0], np.int32)
+                for member, place in zip(members, places, strict=True)
+            ]
+        )
+        advantage = np.concatenate([member.dialogue.judged for member in members])
+        return cls(row, at[:, 0], at[:, 1], at[:, 2], advantage)
+
+    def wanted(
+        self, logprobs: Float[np.ndarray, "R L 5"], temperature: float
+    ) -> Float[np.ndarray, "R L 5"]:
+        """Wanted probabilities of the levels: the present ones times exp(advantage / temperature).
+
+        To first order its cross-entropy has the gradient of the expected advantage over all
+        actions. The fluid that would go with another vasopressor is taken to be distributed as
+        with the one that was written, the only one that the model was asked about.
+
+        Args:
+          logprobs: of the levels at present.
+          temperature: in units of the advantage.
+        """
+        size = schema.NUM_LEVELS
+        advantage = self.advantage.reshape(-1, size, size) / temperature
+        at = [logprobs[self.row, column] for column in (self.vasopressor, self.fluid)]
+        of_fluid = _softmax(at[1])
+        written = schema.action_levels(self.action)[0]
+        gains = (
+            (advantage * of_fluid[:, None]).sum(-1),
+            advantage[np.arange(len(advantage)), written],
+        )
+        found = np.zeros(logprobs.shape, np.float32)
+        for column, present, gain in zip((self.vasopressor, self.fluid), at, gains, strict=True):
+            found[self.row, column] = _softmax(present + gain)
+        return found
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    result: np.ndarray = weights / weights.sum(-1, keepdims=True)
+    return result
+
+
+def pack_trajectories(
+    members: Sequence[Trajectory], length: int, *, seed: int
+) -> tuple[RolloutRows, JudgedDecisions]:
     """Rows [R, length]; until computed, `old_logprobs` is `sampler_logprobs`, `reference` zero.
 
     Args:
@@ -97,11 +158,11 @@ def pack_trajectories(members: Sequence[Trajectory], length: int, *, seed: int) 
         ids[here], positions[here] = member.dialogue.ids, np.arange(len(member))
         segments[here], mask[here] = place.number, member.dialogue.own
         sampler_logprobs[here], advantage[here] = member.sampler_logprobs, member.advantage
-    wanted = place_wanted([member.dialogue for member in members], places, shape)
-    return RolloutRows(
+    rows = RolloutRows(
         ids, positions, segments, mask, sampler_logprobs, sampler_logprobs.copy(), reference,
-        advantage, wanted,
+        advantage,
     )  # fmt: skip
+    return rows, JudgedDecisions.of(members, places)
 
 
 class MinibatchUpdate:
@@ -114,6 +175,8 @@ class MinibatchUpdate:
       micro_batch_size: rows per micro-batch.
       temperature: of the sampler.
       reference: model of the KL term; None where beta is 0.
+      decisions: of the model's tokens, if decisions are learned from all actions.
+      decision_temperature: as for `JudgedDecisions.wanted`.
     """
 
     def __init__(
@@ -125,7 +188,11 @@ class MinibatchUpdate:
         micro_batch_size: int,
         temperature: float,
         reference: Qwen3 | None = None,
+        decisions: DecisionTokens | None = None,
+        decision_temperature: float = 1.0,
     ):
+        self._levels = () if decisions is None else decisions.levels
+        self._decision_temperature = decision_temperature
         self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
         self._row_length, self._micro_batch_size = row_length, micro_batch_size
         self._temperature = temperature
@@ -145,10 +212,13 @@ class MinibatchUpdate:
           InputError: the loss or a log-probability is not finite.
         """
         learner = self._learner
-        rows = pack_trajectories(members, self._row_length, seed=seed)
-        rows = rows._replace(old_logprobs=self._logprobs_of(learner.model(), rows))
+        rows, judged = pack_trajectories(members, self._row_length, seed=seed)
+        old, choices = self._logprobs_of(learner.model(), rows)
+        rows = rows._replace(old_logprobs=old)
+        if choices is not None:
+            rows = rows._replace(wanted=judged.wanted(choices, self._decision_temperature))
         if self._reference is not None:
-            rows = rows._replace(reference=self._logprobs_of(self._reference, rows))
+            rows = rows._replace(reference=self._logprobs_of(self._reference, rows)[0])
         figures = {
             f"mismatch_{name}": value
             for name, value in mismatch(rows.sampler_logprobs, rows.old_logprobs, rows.mask).items()
@@ -172,19 +242,23 @@ class MinibatchUpdate:
             "read_tokens": float(np.count_nonzero(rows.segments)),
         }
 
-    def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> np.ndarray:
+    def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> tuple[np.ndarray, np.ndarray | None]:
+        """[R, L] of the tokens, and [R, L, 5] of the levels where decisions are judged."""
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
         read = (batches.ids, batches.positions, batches.segments)
-        temperature = self._temperature
+        settings = (self._temperature, self._levels)
         found = [
-            np.asarray(_logprobs(graphdef, state, *(leaf[i] for leaf in read), temperature))
+            jax.device_get(_logprobs(graphdef, state, *(leaf[i] for leaf in read), *settings))
             for i in range(len(batches.ids))
         ]
-        return np.concatenate(found)[: len(rows.ids)]
+        logprobs, choices = jax.tree.map(
+            lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *found
+        )
+        return logprobs, choices
 
 
-@partial(jax.jit, static_argnums=(0, 5))
+@partial(jax.jit, static_argnums=(0, 5, 6))
 def _logprobs(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
@@ -192,11 +266,13 @@ def _logprobs(
     positions: jax.Array,
     segments: jax.Array,
     temperature: float,
-) -> jax.Array:
+    levels: tuple[int, ...],
+) -> tuple[jax.Array, jax.Array | None]:
     model = nnx.merge(graphdef, state)
-    return token_logprobs(
-        model, ids, positions=positions, segments=segments, temperature=temperature
-    ).logprob
+    found = token_logprobs(
+        model, ids, positions=positions, segments=segments, temperature=temperature, choices=levels
+    )
+    return found.logprob, found.choices
 
 
 def _parts(rows: RolloutRows, count: int, *, seed: int) -> list[RolloutRows]:

@@ -30,7 +30,7 @@ from policy.serving.backend import Backend, Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
-from policy.train.data.packing import wanted_by_turn
+from policy.train.data.packing import judged_by_turn
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
@@ -42,7 +42,7 @@ from policy.train.rl.advantages import (
     STEP,
     AdvantageConfig,
     assign_advantages,
-    softmax_target,
+    of_all_actions,
 )
 from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
 from worldmodel.configuration import require
@@ -154,10 +154,10 @@ class AgenticConfig:
       objective: the loss.
       decision_loss: how the two tokens of a prescription that decide are learned. "sampled": like
         all others, from the advantage of the action that was drawn. "all": from the advantages of
-        all 25 actions, towards probabilities in proportion to exp(advantage /
-        decision_temperature) (AggreVaTe, 1406.5979, with soft targets), and the other tokens
-        towards replies that are accepted; counterfactual advantages alone.
-      decision_temperature: in units of reward.
+        all 25 actions, towards the present probabilities times exp(advantage /
+        decision_temperature) (mirror descent, as MPO, 1806.06920), and the other tokens towards
+        replies that are accepted; counterfactual advantages alone.
+      decision_temperature: in units of reward; the smaller, the larger the step.
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -178,7 +178,7 @@ class AgenticConfig:
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     objective: Objective = PRESETS["DAPO"]
     decision_loss: str = SAMPLED
-    decision_temperature: float = 0.5
+    decision_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         require(self, f"one of {', '.join(DECISION_LOSSES)}", DECISION_LOSSES.__contains__,
@@ -273,9 +273,6 @@ class AgenticTrainer:
         self._backend, self._publisher, self._lockstep = backend, publisher, lockstep
         self._state_scorer, self._dtype = state_scorer, dtype
         self._decisions = decisions if config.decision_loss == ALL else None
-        self._target = partial(
-            softmax_target, config=config.advantages, temperature=config.decision_temperature
-        )
         self._updates = MinibatchUpdate(
             learner,
             num_minibatches=config.num_minibatches,
@@ -283,6 +280,8 @@ class AgenticTrainer:
             micro_batch_size=config.micro_batch_size,
             temperature=sampling.temperature,
             reference=reference if config.objective.beta else None,
+            decisions=self._decisions,
+            decision_temperature=config.decision_temperature,
         )
         self.iteration = 0  # number of batches learned from
         self._weights: dict[int, Qwen3] = {
@@ -415,7 +414,9 @@ class AgenticTrainer:
                 stay,
                 advantage,
                 self._decisions,
-                wanted_by_turn(stay, self._decisions, self._target),
+                judged_by_turn(stay, partial(of_all_actions, config=config.advantages))
+                if self._decisions is not None
+                else None,
             )
         ]
         fitting = [one for one in members if len(one) <= config.row_length]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from policy.agent.forecast import ForecastConfig, Forecaster
-from policy.simple import GuidelineRules
-from worldmodel import schema
+from policy.simple import GuidelineRules, RandomPolicy
+from worldmodel import schema, struct
 from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -116,6 +116,29 @@ def test_support_is_what_a_recurrent_model_knows_of_the_clinicians(env):
     found = forecaster(batch, np.arange(2), np.tile(np.arange(25), (2, 1)))
     np.testing.assert_allclose(found.support.sum(1), 1, atol=1e-5)
     assert (found.support > 0).all()
+
+
+@struct.dataclass
+class Ramp(RandomPolicy):
+    """Every action has a probability of its own."""
+
+    def __call__(self, key, observation):
+        return jnp.arange(1.0, 26.0) / 325.0
+
+
+def test_a_shuffled_simulator_answers_for_other_treatments(env, world_model):
+    """Which, is drawn by patient and row: the same whenever it is asked."""
+    observations = [seen(env, patient)[1].observation for patient in range(3)]
+    batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *observations)
+    patients, every = np.arange(3), np.tile(np.arange(25), (3, 1))
+    config = ForecastConfig(samples=2, shuffled=True)
+    wrong = Forecaster(world_model, jax.random.key(0), config, behavior=Ramp())
+    found = wrong(batch, patients, every)
+    answered = np.rint(325 * found.support).astype(int) - 1
+    assert not (answered == every).any() and len(np.unique(answered)) > 15
+    right = Forecaster(world_model, jax.random.key(0), ForecastConfig(samples=2))
+    np.testing.assert_allclose(found.sofa, right(batch, patients, answered).sofa, atol=1e-5)
+    np.testing.assert_array_equal(found.support, wrong(batch, patients, every).support)
 
 
 def test_reference_mode_tells_one_noisy_future(env, world_model):

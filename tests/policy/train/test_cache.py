@@ -19,9 +19,10 @@ def some(count, seed=0):
     found = []
     for length in draw.integers(1, 9, count):
         ids, own = draw.integers(0, 500, length).astype(np.int32), draw.random(length) < 0.5
-        decides = np.flatnonzero(own)[:2].astype(np.int32)
-        wanted = draw.dirichlet(np.ones(5), len(decides)).astype(np.float32).reshape(-1, 5)
-        found.append(Dialogue(ids, own, decides, wanted))
+        judged = int(own.sum() > 1)
+        decides = np.array([[*np.flatnonzero(own)[:2], 7]] * judged, np.int32).reshape(-1, 3)
+        values = draw.dirichlet(np.ones(25), judged).astype(np.float32).reshape(-1, 25)
+        found.append(Dialogue(ids, own, decides, values))
     return found
 
 
@@ -58,7 +59,7 @@ def assert_equal(found, dialogues):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.own.tolist() == other.own.tolist()
         assert one.decides.tolist() == other.decides.tolist()
-        np.testing.assert_array_equal(one.wanted, other.wanted)
+        np.testing.assert_array_equal(one.judged, other.judged)
 
 
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 30])

@@ -1,18 +1,26 @@
 """Advantages of all actions beside futures that are played one by one."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from policy.agent.env_pool import reset_batch
+from policy.planner import Planner, PlannerConfig, fit_planner
 from policy.simple import GuidelineRules, RandomPolicy
-from policy.train.rl.counterfactual import counterfactual, smoothing
+from policy.train.rl.counterfactual import counterfactual, planned, smoothing
+from tests.toy import toy_episodes
+from worldmodel import struct
 from worldmodel.envs.env import SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.keys import COUNTERFACTUAL
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
 from worldmodel.observation import draw_action
-from worldmodel.synthetic import patient_keys
+from worldmodel.scaling import published_scaler
+from worldmodel.synthetic import Config, patient_keys
 
 STEPS, PATIENTS, SAMPLES = 3, 3, 2
 
@@ -113,6 +121,39 @@ def test_futures_are_not_the_real_one(env, states):
 def test_sizes():
     with pytest.raises(InputError, match="at least 1"):
         counterfactual(SepsisEnv.synthetic(), RandomPolicy(), samples=0)
+
+
+def test_a_planner_tells_advantages_over_the_clinician(states):
+    """Those of its own search in each patient; what it does not support is the least of them."""
+    shape = ModelConfig(variant="recurrent", hidden=8, head=4)
+    world = init_world_model(jax.random.key(6), published_scaler(), shape, members=2)
+    env = SepsisEnv.synthetic(config=Config(past=Planner.past), max_steps=STEPS)
+    patients = np.arange(PATIENTS, dtype=np.int32)
+    keys = patient_keys(jax.random.key(5), patients)
+    seen = jax.tree.map(lambda leaf: leaf[:PATIENTS], reset_batch(env, keys, patients).states)
+    config = PlannerConfig(support=0.5)
+    planner = fit_planner(toy_episodes(4, 5), world, None, Tilted(), config)
+    found = np.asarray(planned(planner)(seen))
+    prior = np.asarray(Tilted()(None, None))
+    np.testing.assert_allclose(found @ prior, 0.0, atol=1e-4)
+    assert (found[:, 20:] == found.min(1, keepdims=True)).all()  # a hundredth of the likeliest
+    for patient in range(PATIENTS):
+        state = jax.tree.map(lambda leaf, at=patient: leaf[at], seen)
+        own = jax.random.fold_in(state.dynamics.key, COUNTERFACTUAL)
+        observation = state.last.observation
+        values = planner.action_values(jax.random.fold_in(own, 0), observation)[:20]
+        np.testing.assert_allclose(np.diff(found[patient, :20]), np.diff(values), atol=1e-3)
+    over = replace(seen, last=replace(seen.last, terminated=jnp.ones(PATIENTS, bool)))
+    assert not np.asarray(planned(planner)(over)).any()
+
+
+@struct.dataclass
+class Tilted(RandomPolicy):
+    """Hardly ever the highest vasopressor level."""
+
+    def __call__(self, key, observation):
+        weights = jnp.where(jnp.arange(25) < 20, 1.0, 0.01)
+        return weights / weights.sum()
 
 
 def test_smoothing_keeps_surfaces_of_degree_two_and_a_fourth_of_the_noise():

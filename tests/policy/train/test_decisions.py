@@ -12,9 +12,10 @@ from policy.agent.dialogue import Decision
 from policy.agent.tools import PRESCRIPTION, DecisionTokens, level_targets, prescription_arguments
 from policy.qwen3.logprobs import token_logprobs
 from policy.serving.tokens import write_call
-from policy.train.data.packing import Dialogue, Rows, as_read, cut, pack, wanted_by_turn, written
+from policy.train.data.packing import Dialogue, Rows, as_read, cut, judged_by_turn, pack, written
 from policy.train.losses import Objective, RolloutRows, cross_entropy, policy_loss
-from policy.train.rl.advantages import AdvantageConfig, softmax_target
+from policy.train.rl.advantages import AdvantageConfig, of_all_actions
+from policy.train.rl.minibatch_update import JudgedDecisions
 from tests.policy.train.conftest import stay_of
 from tests.policy.train.test_packing import replayed
 from worldmodel import schema
@@ -88,18 +89,23 @@ def test_targets_are_a_marginal_and_a_conditional():
 def test_a_dialogue_says_where_it_decides(tokens, decisions):
     stay = judged(stay_of(1, 3), np.random.default_rng(0))
     (found,) = written(stay, tokens, decisions)
-    assert len(found.decides) == 6 and found.own[found.decides].all()
-    levels = [decisions.levels.index(token) for token in found.ids[found.decides]]
-    assert levels == [1, 0, 1, 1, 1, 2]
-    for number, one in enumerate(stay.decisions):
-        expected = level_targets(one.values, one.action)
-        np.testing.assert_array_equal(found.wanted[2 * number : 2 * number + 2], expected)
+    assert len(found.decides) == 3 and found.own[found.decides[:, :2]].all()
+    for one, (*places, action), values in zip(
+        stay.decisions, found.decides.tolist(), found.judged, strict=True
+    ):
+        levels = [decisions.levels.index(found.ids[place]) for place in places]
+        assert schema.action_index(*levels) == action == one.action
+        np.testing.assert_array_equal(values, np.float32(one.values))
     first, *rest = cut(found, int(found.ends()[3]), rest=True)
-    assert len(first.decides) == 4 and sum(len(part.decides) for part in rest) == 2
     (part,) = rest
-    assert part.ids[part.decides].tolist() == found.ids[found.decides[4:]].tolist()
+    assert (len(first.decides), len(part.decides)) == (2, 1)
+    assert part.ids[part.decides[0, :2]].tolist() == found.ids[found.decides[2, :2]].tolist()
     rows = pack([first, part], 2 * len(found), seed=0)
     assert (rows.wanted.any(-1).sum(), rows.mask[rows.wanted.any(-1)].all()) == (6, True)
+    expected = [level_targets(np.float32(one.values), one.action) for one in stay.decisions]
+    np.testing.assert_array_equal(
+        np.sort(rows.wanted[rows.wanted.any(-1)], 0), np.sort(np.concatenate(expected), 0)
+    )
     assert {*rows.ids[rows.wanted.any(-1)].tolist()} <= set(decisions.levels)
     assert pack(written(stay, tokens), 2 * len(found), seed=0).wanted is None
 
@@ -123,7 +129,8 @@ def sequence(tokens, decisions, wanted, action):
     places = np.array(decisions.places_in(reply, action)) + len(prompt)
     own = np.r_[np.zeros(len(prompt), bool), np.ones(len(reply), bool)]
     ids = np.array([*prompt, *reply], np.int32)
-    return Dialogue(ids, own, places.astype(np.int32), level_targets(wanted, action))
+    decides = np.array([[*places, action]], np.int32)
+    return Dialogue(ids, own, decides, np.float32(wanted)[None])
 
 
 def test_the_loss_is_the_mean_over_what_might_have_been_written(model, tokens, decisions):
@@ -136,17 +143,15 @@ def test_the_loss_is_the_mean_over_what_might_have_been_written(model, tokens, d
         format_part + float(found.metrics["decision_loss"]), rel=1e-5
     )
     share = wanted.reshape(5, 5).sum(1)
-    place = soft.decides[0]
+    first, second, _ = soft.decides[0].tolist()
     expected = 0.0
     for level in range(5):
         ids = sequence(tokens, decisions, wanted, schema.action_index(level, 0)).ids
-        expected -= share[level] * float(token_logprobs(model, ids[None]).logprob[0, place])
+        expected -= share[level] * float(token_logprobs(model, ids[None]).logprob[0, first])
     conditional = wanted.reshape(5, 5)[2] / wanted.reshape(5, 5)[2].sum()
     for level in range(5):
         ids = sequence(tokens, decisions, wanted, schema.action_index(2, level)).ids
-        expected -= conditional[level] * float(
-            token_logprobs(model, ids[None]).logprob[0, soft.decides[1]]
-        )
+        expected -= conditional[level] * float(token_logprobs(model, ids[None]).logprob[0, second])
     assert float(found.metrics["decision_loss"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -176,10 +181,9 @@ def test_decisions_of_sampled_rows_follow_the_wishes_and_nothing_else(model, tok
     )  # fmt: skip
     objective = Objective(decision_weight=2.0)
     found = policy_loss(model, rows, objective, temperature=0.7, levels=decisions.levels)
-    choices = token_logprobs(model, packed.ids, temperature=0.7, choices=decisions.levels).choices[
-        0, one.decides
-    ]
-    apart = -float(jnp.sum(one.wanted * choices))
+    scored = token_logprobs(model, packed.ids, temperature=0.7, choices=decisions.levels)
+    at = one.decides[0, :2]
+    apart = -float(jnp.sum(level_targets(wanted, 7) * scored.choices[0, at]))
     others = 3.0 * (packed.mask.sum() - 2)  # ratios are 1, so each loses its advantage
     assert float(found.total) == pytest.approx(2.0 * apart - others, rel=1e-4)
     assert float(found.metrics["decision_loss"]) == pytest.approx(2.0 * apart, rel=1e-4)
@@ -189,24 +193,47 @@ def test_decisions_of_sampled_rows_follow_the_wishes_and_nothing_else(model, tok
         return policy_loss(model, moved, objective, temperature=0.7, levels=decisions.levels).total
 
     slope = jax.grad(loss)(rows.advantage)
-    assert (np.asarray(slope)[0, one.decides] == 0).all()
+    assert (np.asarray(slope)[0, at] == 0).all()
 
 
-def test_wishes_are_in_proportion_to_advantages_with_the_rules_in_them():
+def test_a_broken_rule_costs_every_action_that_breaks_it():
     values = np.random.default_rng(3).normal(size=25)
     config = AdvantageConfig(violation=-0.8)
     # Hypoperfused and untreated breaks G1; every vasopressor may be started.
     low = decision(1, 0, tuple(values), meanbp=50.0, lactate=4.0)
-    weights = np.exp((values - 0.8 * (np.arange(25) == 0)) / 0.5)
     np.testing.assert_allclose(
-        softmax_target(low, config, temperature=0.5), weights / weights.sum(), rtol=1e-6
+        of_all_actions(low, config), values - 0.8 * (np.arange(25) == 0), rtol=1e-6
     )
+
+
+def test_wanted_is_a_step_of_the_expected_advantage():
+    """The gradient of the cross-entropy is that of the mean advantage over all 25 actions."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(2, 5))  # of the vasopressor; of the fluid, whatever goes with it
+    advantage, action = rng.normal(size=25), schema.action_index(3, 1)
+    decided = JudgedDecisions(*(np.array([x]) for x in (0, 1, 4, action)), advantage[None])
+    logprobs = np.zeros((1, 6, 5))
+    logprobs[0, [1, 4]] = np.asarray(jax.nn.log_softmax(logits))
+
+    def mean_advantage(logits):
+        first, second = jax.nn.softmax(logits)
+        table = jnp.asarray(advantage).reshape(5, 5)
+        return first @ table @ jax.lax.stop_gradient(second) + table[3] @ second
+
+    slope = np.asarray(jax.grad(mean_advantage)(jnp.asarray(logits)))
+    hot = 1e3
+    wanted = decided.wanted(logprobs, hot)
+    assert not wanted[0, [0, 2, 3, 5]].any()
+    moved = wanted[0, [1, 4]] - np.exp(logprobs[0, [1, 4]])  # minus the gradient by the logits
+    np.testing.assert_allclose(hot * moved, slope, atol=2e-3)
+    cold = decided.wanted(logprobs, 1e-3)[0, 4]
+    assert cold.argmax() == advantage.reshape(5, 5)[3].argmax() and cold.max() > 0.99
 
 
 def test_sampled_replies_carry_wishes_too(tokens, decisions):
     stay = judged(stay_of(2, 2), np.random.default_rng(4))
     again, _ = replayed(stay, tokens)
-    (read,) = as_read(again, decisions, wanted_by_turn(again, decisions))
+    (read,) = as_read(again, decisions, judged_by_turn(again))
     (expected,) = written(stay, tokens, decisions)
     assert read.decides.tolist() == expected.decides.tolist()
-    np.testing.assert_array_equal(read.wanted, expected.wanted)
+    np.testing.assert_array_equal(read.judged, expected.judged)

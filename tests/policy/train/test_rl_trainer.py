@@ -4,11 +4,13 @@ import asyncio
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from policy.agent.dialogue import DialogueConfig
+from policy.agent.tools import DecisionTokens
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.weights import load
 from policy.serving.backend import BackendError, Lockstep, Sampling
@@ -16,13 +18,18 @@ from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.simple import GuidelineRules
 from policy.testing.taught_qwen3 import tiny_runner
+from policy.train.data.packing import judged_by_turn
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.losses import Objective
 from policy.train.rl.advantages import AdvantageConfig
 from policy.train.rl.counterfactual import counterfactual
+from policy.train.rl.minibatch_update import trajectories
 from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, EmbeddedPublisher, agentic_loss
+from tests.policy.train.conftest import stay_of
+from tests.policy.train.test_decisions import judged
+from tests.policy.train.test_packing import replayed
 from worldmodel.errors import InputError
 
 PATIENTS, DECISIONS, ROWS = 4, 2, 4
@@ -50,6 +57,8 @@ class Loop:
             model, stop_ids=load_stop_ids(folder), min_batch=ROWS, max_batch=ROWS, lockstep=lockstep
         )
         num_generations = 1 if kind == "counterfactual" else 2
+        tokens = ChatTokens.load(folder)
+        decisions = DecisionTokens.of(tokens) if "decision_loss" in settings else None
         objective = Objective(beta=0.1) if reference else Objective()
         config = AgenticConfig(
             patients=PATIENTS // num_generations, num_generations=num_generations,
@@ -58,14 +67,15 @@ class Loop:
         )  # fmt: skip
         learner = Learner(
             model,
-            agentic_loss(config, 1.0),
+            agentic_loss(config, 1.0, decisions),
             LearnerConfig(max_steps=20, warmup_steps=0, learning_rate=1e-3),
         )
         state_scorer = counterfactual(runner.env, GuidelineRules(), samples=1)
         self.trainer = AgenticTrainer(
-            learner, runner, TokenBackend(self.generator, ChatTokens.load(folder)),
+            learner, runner, TokenBackend(self.generator, tokens),
             EmbeddedPublisher(self.generator), config, reference=model if reference else None,
             state_scorer=state_scorer if kind == "counterfactual" else None, lockstep=lockstep,
+            decisions=decisions,
         )  # fmt: skip
         self.reports = []
 
@@ -129,6 +139,33 @@ def test_advantages_of_groups_and_a_reference(runner, taught, kind):
     assert all(np.isfinite(leaf).all() for leaf in moved)
 
 
+def test_decisions_are_learned_from_all_actions(runner, taught):
+    """Where one action is far better than all others, it becomes the likeliest."""
+    folder, _ = taught
+    best = 7
+    loop = Loop(runner, folder, decision_loss="all", iterations=6)
+    loop.trainer._state_scorer = lambda states: jnp.tile(
+        5.0 * (jnp.arange(25) == best), (len(states.taken), 1)
+    )
+    loop.run()
+    figures = [report[1] for report in loop.reports]
+    assert all(np.isfinite(one["decision_loss"]) and one["decision_loss"] > 0 for one in figures)
+    assert figures[-1]["counterfactual_gain"] > figures[0]["counterfactual_gain"] + 0.5
+
+
+def test_accepted_replies_have_an_advantage_of_one_beside_wanted_decisions(taught):
+    tokens = ChatTokens.load(taught[0])
+    stay, _ = replayed(judged(stay_of(2, 2), np.random.default_rng(4)), tokens)
+    stay.turns[2] = replace(stay.turns[2], refused=True)
+    decisions = DecisionTokens.of(tokens)
+    (plain,) = trajectories(stay, [3.0, -2.0])
+    (found,) = trajectories(stay, [3.0, -2.0], decisions, judged_by_turn(stay))
+    assert {*plain.advantage[plain.dialogue.own].tolist()} == {3.0, -2.0}
+    ends = found.dialogue.ends()
+    assert found.advantage[ends - 1].tolist() == [1.0, 1.0, 0.0, 1.0]
+    assert len(found.dialogue.decides) == 2 and not len(plain.dialogue.decides)
+
+
 def test_a_lost_server_stops_the_run_and_the_last_checkpoint_is_good(runner, taught, tmp_path):
     folder, _ = taught
     loop = Loop(runner, folder, iterations=4)
@@ -154,6 +191,10 @@ def test_what_does_not_fit_is_refused(runner, taught):
     folder, _ = taught
     with pytest.raises(InputError, match="at least 2"):
         AgenticConfig(advantages=AdvantageConfig(kind="episode"), num_generations=1)
+    with pytest.raises(InputError, match="of the drawn actions alone"):
+        AgenticConfig(
+            advantages=AdvantageConfig(kind="step"), num_generations=2, decision_loss="all"
+        )
     nucleus = DialogueConfig(sampling=Sampling(top_p=0.9))
     with pytest.raises(InputError, match="top_p 1"):
         Loop(replace(runner, dialogue=nucleus), folder)
