@@ -72,12 +72,14 @@ class EvaluationOptions:
         "clinician", the true one of the synthetic world, or as for `open_policy`.
       without: how the last stage is also evaluated: "shuffled", the simulator answers with the
         futures of other treatments, and "none", there is no simulator.
+      without_patients: number of patients for these, the first ones.
     """
 
     patients: int = 512
     seed: int = 2_000_000
     comparators: tuple[str, ...] = ("clinician", "guideline", "titration", PLANNER)
     without: tuple[str, ...] = (SHUFFLED, NO_SIMULATOR)
+    without_patients: int = 512
     questions: QuestionConfig = field(
         default_factory=lambda: QuestionConfig(
             kinds=("mortality", "vasopressor"), count=500, balanced=False
@@ -85,7 +87,7 @@ class EvaluationOptions:
     )
 
     def __post_init__(self) -> None:
-        require(self, "at least 1", lambda n: n >= 1, "patients")
+        require(self, "at least 1", lambda n: n >= 1, "patients", "without_patients")
         for one in self.without:
             if one not in (SHUFFLED, NO_SIMULATOR):
                 raise InputError(f"without: got {one!r}, expected {SHUFFLED} or {NO_SIMULATOR}")
@@ -236,10 +238,11 @@ def _run_stages(
         own = {one: np.array(found.pop(one)) for one in OF_STAYS}
         evaluations[name] = own
         row = {"stage": name, **found}
+        count = len(own["returns"])
         if before in evaluations:
-            row |= gains(evaluations[before], own)
+            row |= gains({key: x[:count] for key, x in evaluations[before].items()}, own)
         for other, returns in comparators.items():
-            row |= against(other, own["returns"], returns)
+            row |= against(other, own["returns"], returns[:count])
         rows.append(row)
         pd.DataFrame(rows).to_csv(out / TABLE, index=False)
 
@@ -290,7 +293,9 @@ def _evaluate_stage(
     file = folder / f"evaluation{f'_{simulator}' if simulator else ''}.json"
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
-        settings = options.rl.runner
+        settings, patients = options.rl.runner, options.evaluation.patients
+        if simulator:
+            patients = min(patients, options.evaluation.without_patients)
         if simulator == SHUFFLED:
             settings = replace(settings, forecast=replace(settings.forecast, shuffled=True))
         runner = open_runner(settings, model, episodes)
@@ -310,9 +315,7 @@ def _evaluate_stage(
         backend = TokenBackend(generator, tokens)
 
         async def run() -> tuple[Evaluation, list[np.ndarray]]:
-            treated = await evaluate(
-                evaluator, backend, options.evaluation.patients, lockstep=lockstep
-            )
+            treated = await evaluate(evaluator, backend, patients, lockstep=lockstep)
             answers = await answer(generator, tokens, questions)
             await backend.close()
             return treated, answers
