@@ -11,12 +11,11 @@ V errs with them:
 
 The first line lowers the error of weighted estimates where the model is right, as estimated
 propensities do (Hirano, Imbens & Ridder 2003). Its sum is what is left of the influences after P
-directions were fitted to them, and too small for that: it is divided by the root of 1 - h, h being
-the mean leverage of the scores of n stays, about P / n (HC1; MacKinnon & White 1985; those of
-single stays, HC2, are so unequal that intervals of 725 stays cover 0.99). Weights divide by what
-errs, so they are too large in the mean, most where the clinician's choice was rare: by
-exp((z' I^-1 z + tr(I_0 + ... + I_t) I^-1) / 2 m), z being the score up to the step and I_t the
-information of one, to second order.
+directions were fitted to them, and too small for that: it is divided by the root of 1 - P / n, n
+being the number of stays (HC1; MacKinnon & White 1985; the leverages of single stays, HC2, are so
+unequal that intervals of 725 stays cover 0.99). Weights divide by what errs, so they are too large
+in the mean, most where the clinician's choice was rare: by exp((z' I^-1 z + tr(I_0 + ... + I_t)
+I^-1) / 2 m), z being the score up to the step and I_t the information of one, to second order.
 `log_excess` is subtracted first. Errors of the clinician beyond these directions, and those of a
 model that is wrong, are not corrected.
 """
@@ -211,12 +210,10 @@ def from_slopes(
     solved = np.linalg.solve(scores.information, along.T)  # [P, E K]
     shape, stays = slope.shape[:2], len(scores.steps)
     if fit.shared:
-        moved = scores.moved()
-        each = moved @ solved
+        each = scores.moved() @ solved
         influence = np.swapaxes((each - each.mean(0)).reshape(stays, *shape), 1, 2)
-        leverage = (moved * np.linalg.solve(scores.information, moved.T).T).sum(-1) / stays
         weighted = (slope != 0).any((2, 3)).T  # [K, E], not the clinician's mean
-        wider = 1.0 / np.sqrt(1.0 - min(float(leverage.mean()), _MOST_LEVERAGE))
+        wider = 1.0 / np.sqrt(1.0 - min(size / stays, _MOST_LEVERAGE))
         return Correction(influence, np.where(weighted, wider, 1.0), np.zeros(influence.shape[1:]))
     variance = (along * solved.T).sum(-1).reshape(shape).T / fit.stays
     return Correction(np.zeros((stays, *variance.shape)), np.ones(variance.shape), variance)
