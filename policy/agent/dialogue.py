@@ -27,6 +27,7 @@ from policy.serving.backend import (
     LENGTH,
     Backend,
     BackendError,
+    ContextError,
     Conversation,
     Message,
     Reply,
@@ -38,7 +39,7 @@ from worldmodel.envs.base import Timestep
 
 COMPLETED, FAILED = "completed", "failed"
 RELEASE, DEATH, CUT_OFF = "release", "death", "cut off"
-TOO_MANY_INVALID, NO_BACKEND = "too_many_invalid", "backend"
+TOO_MANY_INVALID, TOO_LONG, NO_BACKEND = "too_many_invalid", "too_long", "backend"
 STAY, DECISION = MEMORIES = ("stay", "decision")
 
 _OUTCOMES = {
@@ -107,7 +108,7 @@ class Stay:
 
     patient: int
     status: str = FAILED  # COMPLETED or FAILED
-    failure: str | None = None  # TOO_MANY_INVALID or NO_BACKEND
+    failure: str | None = None  # TOO_MANY_INVALID, TOO_LONG or NO_BACKEND
     detail: str | None = None  # of the failure
     outcome: str | None = None  # RELEASE, DEATH or CUT_OFF; None of a failed stay
     mortality: float | None = None  # probability; 0 or 1 where it is a fact
@@ -187,7 +188,9 @@ class _Dialogue:
                 messages = await self._answer(reply)
             self.stay.status = COMPLETED
         except BackendError as error:
-            self.stay.failure, self.stay.detail = NO_BACKEND, str(error)
+            too_long = isinstance(error, ContextError)
+            self.stay.failure = TOO_LONG if too_long else NO_BACKEND
+            self.stay.detail = str(error)
         except _FailedError as failure:
             self.stay.failure, self.stay.detail = failure.reason, str(failure)
         return self.stay
@@ -211,12 +214,16 @@ class _Dialogue:
         if not reply.tool_calls:
             reason = "truncated" if reply.finish_reason == LENGTH else "no_call"
             return [{"role": "user", "content": self._refuse(reason)}]
-        answers = await asyncio.gather(
-            *(self._answer_call(call, reply) for call in reply.tool_calls)
-        )
+        try:
+            async with asyncio.TaskGroup() as group:  # one that fails cancels the others
+                asked = [
+                    group.create_task(self._answer_call(call, reply)) for call in reply.tool_calls
+                ]
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         return [
-            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": answer}
-            for call, answer in zip(reply.tool_calls, answers, strict=True)
+            {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": task.result()}
+            for call, task in zip(reply.tool_calls, asked, strict=True)
         ]
 
     async def _answer_call(self, call: ToolCall, reply: Reply) -> str:

@@ -24,6 +24,10 @@ class BackendError(Exception):
     """Raised when a model cannot be reached after all retries; nothing was generated."""
 
 
+class ContextError(BackendError):
+    """Raised when a dialogue has grown longer than the model's context; it cannot go on."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Settings of sampling."""

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from policy.serving.backend import BackendError
+from policy.serving.backend import BackendError, ContextError
 from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
@@ -200,7 +201,8 @@ class Client:
             if status >= 500 or status in _TRY_AGAIN:
                 after = _seconds(error.response.headers.get("retry-after"))
                 raise _FaultError(what, away=status in _AWAY, after_s=after) from None
-            raise BackendError(f"{self.endpoint.root}{path}: {self._clean(what)}") from None
+            kind = ContextError if _is_too_long(status, error.response.text) else BackendError
+            raise kind(f"{self.endpoint.root}{path}: {self._clean(what)}") from None
 
     def _connect(self) -> openai.AsyncOpenAI:
         import openai
@@ -217,6 +219,16 @@ class Client:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
+
+
+_TOO_LONG = re.compile(
+    r"context_length_exceeded|maximum (context|model) length|max_model_len|context window", re.I
+)
+
+
+def _is_too_long(status: int, text: str) -> bool:
+    """Whether a refusal says that the prompt does not fit, in the words of vLLM or OpenAI."""
+    return status in (400, 413, 422) and _TOO_LONG.search(text) is not None
 
 
 def _read(text: str, read: Callable[[object], T]) -> T:

@@ -24,6 +24,7 @@ from policy.serving.backend import (
     BackendError,
     Batcher,
     Completion,
+    ContextError,
     Lockstep,
     Sampling,
 )
@@ -115,8 +116,12 @@ class EmbeddedGenerator:
         """Draws tokens until one of the stop tokens or the limit.
 
         Raises:
-          BackendError: the prompt does not fit the model, or the device failed.
+          ContextError: the prompt leaves no room in the model's positions.
+          BackendError: the device failed.
         """
+        context = self._weights.model.config.max_position_embeddings
+        if len(prompt_ids) >= context:
+            raise ContextError(f"a prompt of {len(prompt_ids)} tokens, of a context of {context}")
         draw = Draw(
             prompt_ids=tuple(prompt_ids),
             seed=seed,

@@ -15,6 +15,7 @@ from sepsis_jax.console import (
     Out,
     Setting,
     console,
+    errors,
     phases,
     print_json,
     print_table,
@@ -142,6 +143,9 @@ def run(
     console.print(f"{out / 'records.jsonl'}, summary.json.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), **found})
+    if not found["completed"]:
+        errors.print(f"sepsis-jax: every stay failed; {goes_on}", soft_wrap=True)
+        raise typer.Exit(2)
 
 
 @app.command(

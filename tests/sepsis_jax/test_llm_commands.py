@@ -13,7 +13,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
+from sepsis_jax.pipelines.llm.setup import ModelOptions
 from tests.sepsis_jax.command_line import call, finish, refuse
+from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -135,6 +137,13 @@ def test_bad_requests_end_with_one_line(inputs, taught, tmp_path, capsys):
     ):
         refuse(call(capsys, *rl(inputs, folder, tmp_path / str(number), *more)), word)
     refuse(call(capsys, "policy", "bc", "--llm", folder, "--out", tmp_path / "c"), "records")
+
+
+def test_devices_that_cannot_be_shared_out_are_refused(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    for options in (ModelOptions(fsdp=16), ModelOptions(fsdp=3), ModelOptions(tensor=8)):
+        with pytest.raises(InputError, match="does not divide 4 devices"):
+            options.mesh()
 
 
 def test_recorded_stays_replace_demonstrations(inputs, taught, tmp_path, capsys):

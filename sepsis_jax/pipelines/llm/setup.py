@@ -79,11 +79,20 @@ class ModelOptions:
         require(self, "above 0", lambda x: x > 0, "lora_alpha")
 
     def mesh(self) -> Mesh | None:
-        """Mesh of all devices; None if there is only one."""
+        """Mesh of all devices; None if there is only one.
+
+        Raises:
+          InputError: the devices cannot be shared out like that.
+        """
         count = jax.device_count()
         if count == 1:
             return None
-        fsdp = self.fsdp or count // self.tensor
+        fsdp = self.fsdp or max(count // self.tensor, 1)
+        if count % (fsdp * self.tensor):
+            raise InputError(
+                f"model: fsdp {fsdp} x tensor {self.tensor} does not divide {count} devices; set "
+                "model.fsdp=0 to share the parameters out over all of them"
+            )
         return make_mesh(data=count // (fsdp * self.tensor), fsdp=fsdp, tensor=self.tensor)
 
 

@@ -11,6 +11,7 @@ from policy.agent.dialogue import (
     CUT_OFF,
     FAILED,
     NO_BACKEND,
+    TOO_LONG,
     TOO_MANY_INVALID,
     DialogueConfig,
     treat,
@@ -19,7 +20,15 @@ from policy.agent.dialogue import (
 from policy.agent.prompts import Prompts
 from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
 from policy.agent.tools import prescription_arguments, simulation_arguments
-from policy.serving.backend import LENGTH, TOOL_CALLS, BackendError, Reply, ToolCall
+from policy.serving.backend import (
+    LENGTH,
+    TOOL_CALLS,
+    BackendError,
+    ContextError,
+    Reply,
+    ToolCall,
+)
+from policy.train.rl.advantages import AdvantageConfig, rewards
 from tests.policy.agent.conftest import STEPS
 
 PATIENT = 2
@@ -138,6 +147,21 @@ def test_a_model_that_cannot_be_reached_fails_the_stay(make_ward):
     stay, _ = holds(make_ward, [prescribes(1), BackendError("gone")])
     assert (stay.status, stay.failure, stay.detail) == (FAILED, NO_BACKEND, "gone")
     assert len(stay.decisions) == 1
+
+
+def test_a_dialogue_that_outgrows_the_context_is_the_models_failure(make_ward):
+    """It is not left out as a lost server's is: it costs what a failure costs."""
+    stay, _ = holds(make_ward, [prescribes(1), ContextError("9,000 tokens")])
+    assert (stay.status, stay.failure, stay.detail) == (FAILED, TOO_LONG, "9,000 tokens")
+    price = AdvantageConfig(failure=-7.0)
+    assert rewards(stay, price).tolist() == pytest.approx([stay.decisions[0].reward, -7.0])
+
+
+def test_a_call_that_ends_the_stay_cancels_those_beside_it(make_ward):
+    config = DialogueConfig(max_invalid=0)
+    reply = says(*simulates(3).tool_calls, call("simulation", "{}", 1))
+    stay, _ = holds(make_ward, [reply], config=config)
+    assert stay.failure == TOO_MANY_INVALID and stay.tool_calls == 0
 
 
 def test_without_a_world_model_there_is_no_simulation(make_ward):

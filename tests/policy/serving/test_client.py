@@ -8,7 +8,14 @@ import time
 
 import pytest
 
-from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Sampling
+from policy.serving.backend import (
+    LENGTH,
+    STOP,
+    TOOL_CALLS,
+    BackendError,
+    ContextError,
+    Sampling,
+)
 from policy.serving.client import Client, Endpoint, member
 from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
 from tests.policy.serving.fake import FakeServer, free_port, send, slow, truncated
@@ -207,6 +214,23 @@ def test_what_cannot_be_mended_is_asked_once(status):
         with pytest.raises(BackendError, match=f"status {status}"):
             say(server.url)
         assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "This model's maximum context length is 4096 tokens, you asked for 5000",
+        "prompt is longer than the maximum model length of 4096 (max_model_len)",
+    ],
+)
+def test_a_prompt_beyond_the_context_is_told_apart(said):
+    refusal = (400, {"error": {"message": said}})
+    with FakeServer(refusal) as server, pytest.raises(ContextError, match="status 400"):
+        say(server.url)
+    with FakeServer((400, {"error": "another"})) as server:
+        with pytest.raises(BackendError) as caught:
+            say(server.url)
+        assert not isinstance(caught.value, ContextError)
 
 
 def test_a_filter_is_an_error():

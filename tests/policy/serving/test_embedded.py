@@ -12,7 +12,7 @@ from flax import nnx
 from policy import qwen3
 from policy.qwen3 import sampler
 from policy.serving import embedded
-from policy.serving.backend import LENGTH, STOP, BackendError, Sampling
+from policy.serving.backend import LENGTH, STOP, BackendError, ContextError, Sampling
 from policy.serving.embedded import EmbeddedGenerator
 from policy.testing.tiny_qwen3 import make_tiny
 
@@ -128,6 +128,13 @@ def test_a_bad_request_fails_alone_and_says_why(model):
     good, bad, also_good = asyncio.run(run())
     assert good.token_ids and also_good.token_ids
     assert isinstance(bad, BackendError) and "token ids must be" in str(bad)
+
+
+def test_a_prompt_beyond_the_positions_is_told_apart(model):
+    generator = embedded_generator(model, stop_ids=[2])
+    longest = model.config.max_position_embeddings
+    with pytest.raises(ContextError, match=f"context of {longest}"):
+        asyncio.run(generator.generate([5] * longest, sampling=SAMPLING, seed=0))
 
 
 def test_a_cancelled_request_does_not_trouble_the_others(model, calls):

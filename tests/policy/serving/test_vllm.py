@@ -18,7 +18,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from policy.serving.backend import LENGTH, STOP, TOOL_CALLS, BackendError, Sampling
+from policy.serving.backend import (
+    LENGTH,
+    STOP,
+    TOOL_CALLS,
+    BackendError,
+    ContextError,
+    Sampling,
+)
 from policy.serving.client import Endpoint
 from policy.serving.openai import ChatOptions, OpenAIBackend
 from policy.serving.tokens import ChatTokens
@@ -254,7 +261,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_at_once(served):
         finally:
             await generator.close()
 
-    with pytest.raises(BackendError, match="status 400"):
+    with pytest.raises(ContextError, match="status 400"):
         asyncio.run(draw())
 
 
