@@ -88,6 +88,9 @@ def test_all_stages(inputs, tmp_path, capsys):
     first, second, _ = lines(out / "rl")
     assert "held_out_value" in second and "held_out_value" not in first
     assert first["mismatch_max"] < 1e-4 and first["played_stays"] == 4
+    speeds = [json.loads(x) for x in (out / "rl/metrics/timing.jsonl").read_text().splitlines()]
+    assert len(speeds) == 3 and all(one["sampled_per_s"] > 0 for one in speeds)
+    assert "read_per_s" not in speeds[0] and speeds[1]["read_per_s"] > 0
     assert (out / "curves.png").stat().st_size > 10_000
     before = (out / "stages.csv").read_bytes()
     again = ("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -284,6 +285,7 @@ class AgenticTrainer:
             decision_temperature=config.decision_temperature,
         )
         self.iteration = 0  # number of batches learned from
+        self.timing: dict[str, float] = {}  # seconds of the last batch, beside its figures
         self._weights: dict[int, Qwen3] = {
             0: self._copy()
         }  # by version, those that may still be needed
@@ -306,7 +308,7 @@ class AgenticTrainer:
           InputError: the loss is not finite, the model server failed, or a checkpoint cannot be
             written; the last checkpoint is good.
         """
-        sampled: asyncio.Queue[tuple[int, list[Stay]]] = asyncio.Queue()
+        sampled: asyncio.Queue[tuple[int, list[Stay], float]] = asyncio.Queue()
         changed = asyncio.Condition()
 
         async def sample() -> None:
@@ -318,13 +320,22 @@ class AgenticTrainer:
                 for old in [known for known in self._weights if known < oldest]:
                     del self._weights[old]
                 await self._publisher.publish(self._weights[version], str(version))
-                await sampled.put((version, await self._sample(number)))
+                began = time.perf_counter()
+                stays = await self._sample(number)
+                await sampled.put((version, stays, time.perf_counter() - began))
 
         async def learn() -> None:
             for number in range(self.iteration, self.config.iterations):
-                version, stays = await sampled.get()
+                version, stays, seconds = await sampled.get()
                 self._require_served(stays, number)
+                began = time.perf_counter()
                 figures = await asyncio.to_thread(self._learn, number, stays)
+                drawn = sum(len(turn.reply.token_ids or ()) for s in stays for turn in s.turns)
+                self.timing = {
+                    "sample_seconds": seconds,
+                    "sampled_per_s": drawn / seconds,
+                    "learn_seconds": time.perf_counter() - began,
+                }
                 figures["staleness"] = float(number - version)
                 self.iteration = number + 1
                 await report(self.iteration, figures, stays)

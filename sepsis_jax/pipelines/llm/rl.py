@@ -197,6 +197,7 @@ async def _run(
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     trainer.resume(checkpoints)
     evaluator = evaluation_runner(runner, options.runner, seed=options.eval_seed)
+    throughput = trainable.throughput(config.row_length)
     last: dict[str, float] = {}
 
     async def report(number: int, figures: dict[str, float], stays: Sequence[Stay]) -> None:
@@ -208,7 +209,10 @@ async def _run(
                 evaluator, served.backend, options.eval_patients, lockstep=served.lockstep
             )
             last |= {f"held_out_{name}": x for name, x in held_out.figures().items()}
-        log.write(number, last)
+        timing = trainer.timing | throughput.update(
+            figures.get("read_tokens", 0.0), trainer.timing["learn_seconds"]
+        )
+        log.write(number, last, timing)
         what = f"iteration {number} of {config.iterations}, mean reward {found.value:.2f}"
         progress(what, number / config.iterations)
 
