@@ -271,13 +271,13 @@ def level_targets(
       action: that was written, 0-24.
 
     Returns:
-      [2, 5] float32: of the vasopressor's level, and of the fluid's given that vasopressor.
+      [2, 5] float32: of the vasopressor's level, and of the fluid's given that vasopressor, or
+      whatever the vasopressor where the one that was written is never wanted.
     """
     table = np.asarray(probabilities, np.float64).reshape(schema.NUM_LEVELS, schema.NUM_LEVELS)
     vasopressor = int(schema.action_levels(action)[0])
-    row = table[vasopressor]
-    total = row.sum()
-    fluid = row / total if total > 0 else np.full(schema.NUM_LEVELS, 1.0 / schema.NUM_LEVELS)
+    row = table[vasopressor] if table[vasopressor].sum() > 0 else table.sum(0)
+    fluid = row / row.sum()
     return np.stack([table.sum(1) / table.sum(), fluid]).astype(np.float32)
 
 

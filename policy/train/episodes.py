@@ -47,6 +47,11 @@ class DemonstrationConfig:
       second_round: share of decisions in which options around another action are simulated first.
       without_simulator: share of patients who are treated without it, so that the model also knows
         how to.
+      exploration: share of decisions in which any action is prescribed instead of the chosen one.
+        It is not learned: decisions are learned by wanted probabilities, the demonstrator's. A
+        patient whose last treatment is not what the demonstrator would have given shows what it
+        depends on (noise injection, Laskey et al. 2017, arXiv 1703.09327); else a clone may learn
+        to repeat the last treatment, and never begin one.
       errors: share of replies before which a damaged one is shown, at most one per decision, with
         the error that answers it; it is not learned (`policy.train.data.packing.written`), how to
         go on after it is.
@@ -54,19 +59,20 @@ class DemonstrationConfig:
 
     second_round: float = 0.1
     without_simulator: float = 0.1
+    exploration: float = 0.2
     errors: float = 0.05
 
     def __post_init__(self) -> None:
-        names = ("second_round", "without_simulator", "errors")
+        names = ("second_round", "without_simulator", "exploration", "errors")
         require(self, "within [0, 1)", lambda x: 0 <= x < 1, *names)
 
 
 def following(pool: EnvPool, slot: int, config: DemonstrationConfig) -> Script:
     """The script of a patient whose pool has a state scorer of `probabilities`.
 
-    Prescribes an action drawn from them, by the seed of the reply, after simulating it beside two
-    others, in an order that does not depend on the choice: where an action stands tells nothing of
-    what is prescribed, and a model that learns from this has to look at the answers.
+    Chooses an action from them, by the seed of the reply, and prescribes it after simulating it
+    beside two others, in an order that does not depend on the choice: where an action stands tells
+    nothing of what is prescribed, and a model that learns from this has to look at the answers.
 
     Args:
       pool, slot: of the patient.
@@ -88,7 +94,10 @@ def following(pool: EnvPool, slot: int, config: DemonstrationConfig) -> Script:
             if rounds and draw.random() < config.second_round:
                 rounds.insert(0, _around(int(draw.choice(neighbours(chosen))), draw))
             waiting.extend(partial(simulate, actions=options) for options in rounds)
-            waiting.append(partial(prescribe, action=chosen))
+            given = chosen
+            if draw.random() < config.exploration:
+                given = int(draw.integers(schema.NUM_ACTIONS))
+            waiting.append(partial(prescribe, action=given))
         reply = waiting[0](messages)
         if not erred and draw.random() < config.errors:
             erred = True

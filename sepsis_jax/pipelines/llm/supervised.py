@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -188,7 +189,10 @@ def run_bc(
     with run_folder(out, BC_KIND, request, resume=resume, keeps=KEPT):
         progress("dialogues", 0.0)
         tokens = ChatTokens.load(llm)
-        decisions = DecisionTokens.of(tokens) if records is None else None
+        decisions, how = None, replace(options.demonstration, exploration=0.0)
+        if records is None:
+            with suppress(InputError):  # a tokenizer without a token for each level
+                decisions, how = DecisionTokens.of(tokens), options.demonstration
 
         def make() -> list[Dialogue]:
             if records is not None:
@@ -198,9 +202,7 @@ def run_bc(
                 assert model is not None
                 runner = open_runner(options.runner, model, episodes)
                 demonstrator = open_policy(options.demonstrator, episodes, model)
-                stays = runner.demonstrate(
-                    demonstrator, np.arange(options.patients), options.demonstration
-                )
+                stays = runner.demonstrate(demonstrator, np.arange(options.patients), how)
             return [one for stay in stays for one in written(stay, tokens, decisions)]
 
         source = records / RECORDS_FILE if records is not None else None

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +102,7 @@ def test_the_place_of_an_option_does_not_tell_the_choice(runner):
 
 def test_demonstrations_err_go_on_and_do_without_the_simulator(runner):
     """None of it changes what the policy does."""
-    how = DemonstrationConfig(second_round=0.5, without_simulator=0.25, errors=0.3)
+    how = DemonstrationConfig(second_round=0.5, without_simulator=0.25, exploration=0.0, errors=0.3)
     plain, stays = (
         runner.replace(seed=1).demonstrate(GuidelineRules(), range(PATIENTS), how)
         for how in (PLAIN, how)
@@ -118,6 +119,20 @@ def test_demonstrations_err_go_on_and_do_without_the_simulator(runner):
         assert sum(turn.refused for turn in stay.turns) == sum(stay.invalid.values())
         if not stay.can_simulate:
             assert not any(d.simulations for d in stay.decisions)
+
+
+def test_exploration_changes_what_is_given_and_not_what_is_wanted(runner):
+    how = replace(PLAIN, exploration=0.5)
+    policy = GuidelineRules()
+    stays = runner.replace(seed=2).demonstrate(policy, range(32), how)
+    decisions = [decision for stay in stays for decision in stay.decisions]
+    wanted = np.array([np.argmax(decision.values) for decision in decisions])
+    given = np.array([decision.action for decision in decisions])
+    assert abs((given != wanted).mean() - 0.5 * 24 / 25) < 4 * np.sqrt(0.25 / len(given))
+    for stay in stays:
+        for number, decision in enumerate(stay.decisions):
+            simulated = read_call(stay.turns[2 * number].reply.tool_calls[0])
+            assert int(np.argmax(decision.values)) in simulated.actions
 
 
 def test_later_decisions_follow_the_newest_view(runner):
