@@ -137,7 +137,7 @@ def test_exploration_changes_what_is_given_and_not_what_is_wanted(runner):
 
 def test_later_decisions_follow_the_newest_view(runner):
     """Where MAP was low under the rules, the vasopressor went up one level at the next row."""
-    stays = runner.replace(seed=1).demonstrate(GuidelineRules(), range(PATIENTS))
+    stays = runner.replace(seed=1).demonstrate(GuidelineRules(), range(PATIENTS), PLAIN)
     for stay in stays:
         for decision in stay.decisions[1:]:
             raised = decision.action // schema.NUM_LEVELS - decision.previous_vasopressor
@@ -174,7 +174,7 @@ class Backwards(GuidelineRules):
 
 
 def test_a_demonstrator_may_look_back(runner):
-    for stay in runner.replace(seed=1).demonstrate(Backwards(), range(PATIENTS)):
+    for stay in runner.replace(seed=1).demonstrate(Backwards(), range(PATIENTS), PLAIN):
         assert [decision.action for decision in stay.decisions] == [7, 0, 7][: len(stay.decisions)]
 
 
