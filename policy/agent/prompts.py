@@ -161,11 +161,6 @@ class Chart:
         return float(self.dynamic[-1][schema.INDEX[name]])
 
     @property
-    def oxygenation(self) -> float:
-        """PaO2 / FiO2 of the newest row, mmHg."""
-        return 100.0 * self.number("pao2") / self.number("fio2")
-
-    @property
     def given(self) -> Treatment:
         """The treatment before the newest row; none at admission."""
         return self.treatments[-1] if self.treatments else Treatment(0, 0)

@@ -103,6 +103,7 @@ class Client:
         self._slots = asyncio.Semaphore(endpoint.concurrency)
         self._openai: openai.AsyncOpenAI | None = None
         self._troubled = False
+        self._answered = 0.0  # when a request was last answered
 
     async def post(
         self,
@@ -153,10 +154,13 @@ class Client:
         faults = failures = 0
         away_since: float | None = None
         while True:
+            began = 0.0
             try:
                 async with self._slots:
+                    began = time.monotonic()
                     text = await self._once(method, path, body, query)
                 found = _read(text, read) if read else None
+                self._answered = time.monotonic()
                 if self._troubled:
                     self._troubled = False
                     _LOG.info("%s answers again", endpoint.root)
@@ -172,9 +176,11 @@ class Client:
                     raise BackendError(f"{what} (after {faults} tries)") from None
                 wait = min(endpoint.longest_wait_s, endpoint.first_wait_s * 2 ** min(faults - 1, 9))
                 wait = max(fault.after_s, wait * random.uniform(0.5, 1.0))
-                # One warning for a server that is gone, not one per waiting request.
-                level = logging.DEBUG if self._troubled else logging.WARNING
-                self._troubled = True
+                # One warning for a server that is gone, not one per waiting request, and none for
+                # a request that was sent before another was answered.
+                late = began < self._answered
+                level = logging.DEBUG if self._troubled or late else logging.WARNING
+                self._troubled |= not late
                 _LOG.log(level, "%s; another try in %.1f s", what, wait)
                 await asyncio.sleep(wait)
 

@@ -127,7 +127,7 @@ def test_every_sampled_token_gets_the_advantage_of_its_decision():
     assert second.advantage.tolist() == [0, 0, -2.0, -2.0] * 2
     assert last.advantage.tolist() == [0, 0, -15.0, -15.0]
 
-    rows = pack_trajectories([first, second, last], 13, seed=1)
+    rows, _ = pack_trajectories([first, second, last], 13, seed=1)
     assert rows.ids.shape == (2, 13)
     assert rows.advantage[rows.mask].sum() == 4 * 0.5 - 4 * 2.0 - 2 * 15.0
     np.testing.assert_array_equal(rows.old_logprobs, rows.sampler_logprobs)

@@ -9,7 +9,7 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3.model import logits
-from policy.train.data.packing import Dialogue, Rows, pack, written
+from policy.train.data.packing import Dialogue, pack, written
 from policy.train.losses import cross_entropy
 from tests.policy.train.conftest import stay_of
 
@@ -71,6 +71,6 @@ def test_beside_transformers(untaught, model, tokens):
     labels = torch.where(torch.tensor(found.own.tolist())[None], ids, -100)
     with torch.no_grad():
         expected = float(reference(input_ids=ids, labels=labels).loss)
-    rows = Rows(*(jnp.asarray(leaf) for leaf in pack([found], len(found) + 7, seed=0)))
+    rows = jax.tree.map(jnp.asarray, pack([found], len(found) + 7, seed=0))
     chunked = jax.jit(partial(cross_entropy, chunk=64))(model, rows)
     assert abs(float(chunked.total / chunked.weight) - expected) < 1e-5

@@ -271,6 +271,7 @@ def packed(leaf, extra=0):
 def packed_rows(rows):
     floats = {"sampler_logprobs", "old_logprobs", "reference", "advantage"}
     leaves = rows._replace(segments=rows.segments * np.array([[1], [2], [3]], np.int32))._asdict()
+    del leaves["wanted"]  # of no decision
     return RolloutRows(**{n: packed(x, np.nan if n in floats else 0) for n, x in leaves.items()})
 
 

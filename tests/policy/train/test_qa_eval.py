@@ -12,7 +12,7 @@ from policy.qwen3.logprobs import token_logprobs
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.tokens import ChatTokens
 from policy.testing.tiny_qwen3 import make_tiny
-from policy.train.data.packing import Dialogue, Rows, batches, pack
+from policy.train.data.packing import Dialogue, batches, pack
 from policy.train.data.qa_sampling import OPTIONS, Question, QuestionConfig, as_dialogue, ask
 from policy.train.loop.learner import Learner
 from policy.train.loop.optimizer import LearnerConfig
@@ -51,7 +51,7 @@ def test_probabilities_are_those_of_the_replies(untaught, tokens):
         said = ([*tokens.encode(option), tokens.end_id] for option in q.options)
         replies += [Dialogue(*_marked(prompt, ids)) for ids in said]
     rows = [pack([one], max(map(len, replies)), seed=0) for one in replies]
-    rows = Rows(*(np.concatenate(leaves) for leaves in zip(*rows, strict=True)))
+    rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), *rows)
     each = jax.jit(token_logprobs)(
         model, rows.ids, positions=rows.positions, segments=rows.segments
     ).logprob
