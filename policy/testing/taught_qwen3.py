@@ -66,7 +66,9 @@ WHOLE_STAYS = (
 )
 """Towards stays of twenty decisions, which they do not reach reliably; twice as long."""
 
-PLAIN = DemonstrationConfig(second_round=0.0, without_simulator=0.0, exploration=0.0, errors=0.0)
+PLAIN = DemonstrationConfig(
+    shuffle=False, second_round=0.0, without_simulator=0.0, exploration=0.0, errors=0.0
+)
 """Every decision simulates once and prescribes what was chosen."""
 
 # whole and real numbers, as the arguments of `make_tiny`

@@ -44,6 +44,8 @@ class DemonstrationConfig:
     """How demonstrations are held.
 
     Attributes:
+      shuffle: put the options in an order that does not depend on the choice; otherwise it stands
+        first, which is enough to learn the form of the dialogue from.
       second_round: share of decisions in which options around another action are simulated first.
       without_simulator: share of patients who are treated without it, so that the model also knows
         how to.
@@ -57,6 +59,7 @@ class DemonstrationConfig:
         go on after it is.
     """
 
+    shuffle: bool = True
     second_round: float = 0.1
     without_simulator: float = 0.1
     exploration: float = 0.2
@@ -90,9 +93,10 @@ def following(pool: EnvPool, slot: int, config: DemonstrationConfig) -> Script:
             assert values is not None
             shares = np.asarray(values, np.float64)
             chosen = int(draw.choice(schema.NUM_ACTIONS, p=shares / shares.sum()))
-            rounds = [_around(chosen, draw)] if pool.can_simulate else []
+            around = partial(_around, draw=draw, shuffle=config.shuffle)
+            rounds = [around(chosen)] if pool.can_simulate else []
             if rounds and draw.random() < config.second_round:
-                rounds.insert(0, _around(int(draw.choice(neighbours(chosen))), draw))
+                rounds.insert(0, around(int(draw.choice(neighbours(chosen)))))
             waiting.extend(partial(simulate, actions=options) for options in rounds)
             given = chosen
             if draw.random() < config.exploration:
@@ -108,10 +112,10 @@ def following(pool: EnvPool, slot: int, config: DemonstrationConfig) -> Script:
     return script
 
 
-def _around(action: int, draw: np.random.Generator) -> list[int]:
-    """An action and two of its neighbours in any order."""
-    near = draw.permutation(neighbours(action))[: MAX_OPTIONS - 1]
-    found: list[int] = draw.permutation([action, *near]).tolist()
+def _around(action: int, draw: np.random.Generator, *, shuffle: bool) -> list[int]:
+    """An action and two of its neighbours, in any order or the action first."""
+    near: list[int] = draw.permutation(neighbours(action))[: MAX_OPTIONS - 1].tolist()
+    found: list[int] = draw.permutation([action, *near]).tolist() if shuffle else [action, *near]
     return found
 
 

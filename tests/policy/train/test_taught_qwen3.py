@@ -90,7 +90,8 @@ def test_a_demonstrator_follows_its_policy(runner):
 
 
 def test_the_place_of_an_option_does_not_tell_the_choice(runner):
-    stays = runner.replace(seed=2).demonstrate(RandomPolicy(), range(32), PLAIN)
+    how = replace(PLAIN, shuffle=True)
+    stays = runner.replace(seed=2).demonstrate(RandomPolicy(), range(32), how)
     places = np.zeros(3)
     for stay in stays:
         calls = [read_call(turn.reply.tool_calls[0]) for turn in stay.turns]
