@@ -26,6 +26,7 @@ class Summed(NamedTuple):
     total: Float[Array, ""]  # float32, sum over tokens
     weight: Float[Array, ""]  # float32, divisor of the sum over a whole batch
     metrics: dict[str, jax.Array]  # [] float32 each, sums with the same divisor
+    tokens: Float[Array, ""] | None = None  # float32, learned ones; None where it is the weight
 
 
 def cross_entropy(
@@ -67,6 +68,7 @@ def cross_entropy(
         loss = jnp.where(decides, to_wanted(found.choices, rows.wanted), loss)
         weight = jnp.where(decides, decision_weight, 1.0)
     divisor = jnp.sum(jnp.where(learned, weight, 0.0))
+    tokens = jnp.sum(learned, dtype=jnp.float32)
 
     def summed(x: jax.Array, where: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(where, weight * x, 0.0))
@@ -77,7 +79,7 @@ def cross_entropy(
             "decision_loss": summed(loss, decides),
             "format_loss": summed(loss, learned & ~decides),
         }
-    return Summed(summed(loss, learned), divisor, metrics)
+    return Summed(summed(loss, learned), divisor, metrics, tokens)
 
 
 def decisive(wanted: Float[Array | np.ndarray, "R L 5"]) -> Bool[Array, "R L"]:

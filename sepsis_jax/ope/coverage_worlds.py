@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import expit
+from scipy.special import expit, softmax
 
 from policy.base import action_probs
 from sepsis_jax.ope.benchmark import mixed, sample
@@ -227,17 +227,11 @@ def _counts(
     return found
 
 
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    odds = np.exp(logits - logits.max(-1, keepdims=True))
-    found: np.ndarray = odds / odds.sum(-1, keepdims=True)
-    return found
-
-
 def joint_probabilities(
     x: Float[np.ndarray, "*M D"], *thetas: Float[np.ndarray, "D L"]
 ) -> Float[np.ndarray, "*M A"]:
     """Probabilities of joint actions from the coefficients of `fit_levels`, lapses included."""
-    vasopressor, fluid = (_softmax(x @ theta) for theta in thetas)
+    vasopressor, fluid = (softmax(x @ theta, axis=-1) for theta in thetas)
     joint = vasopressor[..., :, None] * fluid[..., None, :]
     joint = joint.reshape(*joint.shape[:-2], schema.NUM_ACTIONS)
     found: np.ndarray = (1 - schema.NUM_ACTIONS * _LAPSE) * joint + _LAPSE
@@ -261,7 +255,7 @@ def fit_levels(
     levels = np.divmod(action, schema.NUM_LEVELS)
     thetas = [np.zeros((x.shape[1], schema.NUM_LEVELS)) for _ in levels]
     for _ in range(steps):
-        probs = [_softmax(x @ theta) for theta in thetas]
+        probs = [softmax(x @ theta, axis=-1) for theta in thetas]
         taken = [p[np.arange(len(x)), level] for p, level in zip(probs, levels, strict=True)]
         meant = (1 - schema.NUM_ACTIONS * _LAPSE) * taken[0] * taken[1]
         weight = meant / (meant + _LAPSE)

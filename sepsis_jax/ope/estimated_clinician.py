@@ -39,7 +39,7 @@ from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 
 _RIDGE = 1e-3  # of the mean of the information's diagonal
-_MOST_LEVERAGE = 0.9
+_MOST_LEVERAGE = 0.9  # of P / n, so that few stays widen intervals and do not break them
 
 
 @dataclass(frozen=True)

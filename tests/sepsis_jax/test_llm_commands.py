@@ -13,7 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
-from sepsis_jax.pipelines.llm.setup import ModelOptions
+from sepsis_jax.pipelines.llm.setup import ModelOptions, open_policy
+from sepsis_jax.pipelines.llm.study import StudyOptions
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import save_world_model
@@ -147,6 +148,26 @@ def test_devices_that_cannot_be_shared_out_are_refused(monkeypatch):
     for options in (ModelOptions(fsdp=16), ModelOptions(fsdp=3), ModelOptions(tensor=8)):
         with pytest.raises(InputError, match="does not divide 4 devices"):
             options.mesh()
+
+
+def test_a_seed_moves_every_seed():
+    before, after = StudyOptions(), StudyOptions(seed=7).seeded()
+
+    def seeds(options):
+        return {
+            "tiny": options.tiny.seed, "sft": options.sft.seed, "bc": options.bc.seed,
+            "bc.runner": options.bc.runner.seed, "rl": options.rl.seed,
+            "rl.runner": options.rl.runner.seed, "rl.eval": options.rl.eval_seed,
+            "evaluation": options.evaluation.seed,
+        }  # fmt: skip
+
+    assert seeds(after) == {name: seed + 7 for name, seed in seeds(before).items()}
+
+
+def test_a_planner_by_name_needs_a_world_model_and_records(inputs):
+    for given in ({}, {"episodes": inputs / "episodes"}, {"model": inputs / "model"}):
+        with pytest.raises(InputError, match="needs a world model to search, and recorded stays"):
+            open_policy("planner", **given)
 
 
 def test_recorded_stays_replace_demonstrations(inputs, taught, tmp_path, capsys):

@@ -207,6 +207,18 @@ def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
       InputError: there is no dialogue, or one is too long.
     """
     places = layout([len(dialogue) for dialogue in dialogues], length, seed=seed)
+    rows = lay_out(dialogues, places, length)
+    return rows._replace(wanted=_wanted(dialogues, places, rows.mask.shape))
+
+
+def lay_out(dialogues: Sequence[Dialogue], places: Sequence[Place], length: int) -> Rows:
+    """Rows [R, length] of dialogues in their places, of which no probabilities are wanted.
+
+    Args:
+      dialogues: of at most `length` tokens each.
+      places: of `layout`.
+      length: tokens per row.
+    """
     shape = (1 + max(place.row for place in places), length)
     ids, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
     mask = np.zeros(shape, bool)
@@ -214,11 +226,11 @@ def pack(dialogues: Sequence[Dialogue], length: int, *, seed: int) -> Rows:
         here = (place.row, slice(place.start, place.start + len(dialogue)))
         ids[here], positions[here] = dialogue.ids, np.arange(len(dialogue))
         segments[here], mask[here] = place.number, dialogue.own
-    return Rows(ids, positions, segments, mask, place_wanted(dialogues, places, shape))
+    return Rows(ids, positions, segments, mask)
 
 
-def place_wanted(
-    dialogues: Sequence[Dialogue], places: Sequence[Place], shape: tuple[int, int]
+def _wanted(
+    dialogues: Sequence[Dialogue], places: Sequence[Place], shape: tuple[int, ...]
 ) -> np.ndarray | None:
     """[R, L, 5] wanted probabilities of the levels in packed dialogues; None if they have none."""
     if not any(len(dialogue.decides) for dialogue in dialogues):

@@ -187,8 +187,9 @@ class Learner:
         for number, (loss, norm) in enumerate(found, step - len(found) + 1):
             require_finite(number, loss, norm)
         losses, norms = zip(*found, strict=True)
-        tokens = float(sum(loss.weight for loss in losses))
-        share = 1.0 / max(tokens, 1.0)
+        weight = float(sum(loss.weight for loss in losses))
+        tokens = float(sum(loss.weight if loss.tokens is None else loss.tokens for loss in losses))
+        share = 1.0 / max(weight, 1.0)
         seconds = time.perf_counter() - began
         return Report(
             step=step,

@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
+from scipy.special import softmax
 
 from policy.agent.dialogue import Stay
 from policy.agent.tools import DecisionTokens
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
-from policy.train.data.packing import Dialogue, Judged, Place, as_read, layout
+from policy.train.data.packing import Dialogue, Judged, Place, as_read, lay_out, layout
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch
 from worldmodel import schema
@@ -118,7 +119,7 @@ class JudgedDecisions(NamedTuple):
         size = schema.NUM_LEVELS
         advantage = self.advantage.reshape(-1, size, size) / temperature
         at = [logprobs[self.row, column] for column in (self.vasopressor, self.fluid)]
-        of_fluid = _softmax(at[1])
+        of_fluid = softmax(at[1], axis=-1)
         written = schema.action_levels(self.action)[0]
         gains = (
             (advantage * of_fluid[:, None]).sum(-1),
@@ -126,14 +127,8 @@ class JudgedDecisions(NamedTuple):
         )
         found = np.zeros(logprobs.shape, np.float32)
         for column, present, gain in zip((self.vasopressor, self.fluid), at, gains, strict=True):
-            found[self.row, column] = _softmax(present + gain)
+            found[self.row, column] = softmax(present + gain, axis=-1)
         return found
-
-
-def _softmax(x: np.ndarray) -> np.ndarray:
-    weights = np.exp(x - x.max(-1, keepdims=True))
-    result: np.ndarray = weights / weights.sum(-1, keepdims=True)
-    return result
 
 
 def pack_trajectories(
@@ -149,18 +144,15 @@ def pack_trajectories(
       InputError: as `policy.train.data.packing.pack`.
     """
     places = layout([len(member) for member in members], length, seed=seed)
-    shape = (1 + max(place.row for place in places), length)
-    ids, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    mask = np.zeros(shape, bool)
+    laid = lay_out([member.dialogue for member in members], places, length)
+    shape = laid.mask.shape
     sampler_logprobs, reference, advantage = (np.zeros(shape, np.float32) for _ in range(3))
     for member, place in zip(members, places, strict=True):
         here = (place.row, slice(place.start, place.start + len(member)))
-        ids[here], positions[here] = member.dialogue.ids, np.arange(len(member))
-        segments[here], mask[here] = place.number, member.dialogue.own
         sampler_logprobs[here], advantage[here] = member.sampler_logprobs, member.advantage
     rows = RolloutRows(
-        ids, positions, segments, mask, sampler_logprobs, sampler_logprobs.copy(), reference,
-        advantage,
+        laid.ids, laid.positions, laid.segments, laid.mask, sampler_logprobs,
+        sampler_logprobs.copy(), reference, advantage,
     )  # fmt: skip
     return rows, JudgedDecisions.of(members, places)
 
@@ -213,12 +205,12 @@ class MinibatchUpdate:
         """
         learner = self._learner
         rows, judged = pack_trajectories(members, self._row_length, seed=seed)
-        old, choices = self._logprobs_of(learner.model(), rows)
+        old, choices = self._logprobs_of(learner.model(), rows, self._levels)
         rows = rows._replace(old_logprobs=old)
         if choices is not None:
             rows = rows._replace(wanted=judged.wanted(choices, self._decision_temperature))
         if self._reference is not None:
-            rows = rows._replace(reference=self._logprobs_of(self._reference, rows)[0])
+            rows = rows._replace(reference=self._logprobs_of(self._reference, rows, ())[0])
         figures = {
             f"mismatch_{name}": value
             for name, value in mismatch(rows.sampler_logprobs, rows.old_logprobs, rows.mask).items()
@@ -242,12 +234,14 @@ class MinibatchUpdate:
             "read_tokens": float(np.count_nonzero(rows.segments)),
         }
 
-    def _logprobs_of(self, model: Qwen3, rows: RolloutRows) -> tuple[np.ndarray, np.ndarray | None]:
-        """[R, L] of the tokens, and [R, L, 5] of the levels where decisions are judged."""
+    def _logprobs_of(
+        self, model: Qwen3, rows: RolloutRows, levels: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """[R, L] of the tokens, and [R, L, 5] of the levels in their places, if any are given."""
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
         read = (batches.ids, batches.positions, batches.segments)
-        settings = (self._temperature, self._levels)
+        settings = (self._temperature, levels)
         found = [
             jax.device_get(_logprobs(graphdef, state, *(leaf[i] for leaf in read), *settings))
             for i in range(len(batches.ids))

@@ -31,7 +31,7 @@ from policy.serving.backend import Backend, Lockstep
 from policy.serving.embedded import EmbeddedGenerator
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
-from policy.train.data.packing import judged_by_turn
+from policy.train.data.packing import Judged, judged_by_turn
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.learner import Learner, cast
@@ -410,6 +410,12 @@ class AgenticTrainer:
                 f"stays ({lost[0].detail}); start it again and resume the run"
             )
 
+    def _judged(self, stay: Stay) -> dict[int, Judged] | None:
+        """The advantages of all actions by turn, if decisions are learned from them."""
+        if self._decisions is None:
+            return None
+        return judged_by_turn(stay, partial(of_all_actions, config=self.config.advantages))
+
     def _learn(self, number: int, stays: Sequence[Stay]) -> dict[str, float]:
         """Computes advantages of a batch and makes its updates."""
         config = self.config
@@ -421,14 +427,7 @@ class AgenticTrainer:
                 used, advantages.of_decisions, advantages.kept, strict=True
             )
             if kept
-            for one in trajectories(
-                stay,
-                advantage,
-                self._decisions,
-                judged_by_turn(stay, partial(of_all_actions, config=config.advantages))
-                if self._decisions is not None
-                else None,
-            )
+            for one in trajectories(stay, advantage, self._decisions, self._judged(stay))
         ]
         fitting = [one for one in members if len(one) <= config.row_length]
         figures = {

@@ -102,14 +102,12 @@ def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
     Returns:
       `gain`, `gain_low`, `gain_high`, and as much of `adherence_gain`, in percentage points.
     """
-    value = mean_of(after["returns"] - before["returns"])
     (base, of_base), (new, of_new) = (
         _adherence(one["broken"], one["prescriptions"]) for one in (before, after)
     )
     adherence = _percent((new - base, of_new - of_base))
-    names = [f"{of}{end}" for of in ("gain", "adherence_gain") for end in ("", "_low", "_high")]
-    found = (value.value, value.low, value.high, *adherence)
-    return dict(zip(names, found, strict=True))
+    gain = interval("gain", after["returns"] - before["returns"])
+    return gain | dict(zip(_ends("adherence_gain"), adherence, strict=True))
 
 
 def value_of(returns: np.ndarray) -> dict[str, float]:
@@ -118,19 +116,14 @@ def value_of(returns: np.ndarray) -> dict[str, float]:
     return {"stays": len(returns), "value": found.value, "low": found.low, "high": found.high}
 
 
-def against(name: str, returns: np.ndarray, other: np.ndarray) -> dict[str, float]:
-    """Paired difference from another policy on the same patients, with a 95% interval.
+def interval(name: str, values: np.ndarray) -> dict[str, float]:
+    """`NAME`, `NAME_low` and `NAME_high`: the mean of values [N] with its 95% interval."""
+    found = mean_of(values)
+    return dict(zip(_ends(name), (found.value, found.low, found.high), strict=True))
 
-    Args:
-      name: of the other policy.
-      returns, other: [N] total rewards.
 
-    Returns:
-      `less_NAME`, `less_NAME_low` and `less_NAME_high`.
-    """
-    found = mean_of(returns - other)
-    values = (found.value, found.low, found.high)
-    return {f"less_{name}{end}": x for end, x in zip(("", "_low", "_high"), values, strict=True)}
+def _ends(name: str) -> tuple[str, str, str]:
+    return name, f"{name}_low", f"{name}_high"
 
 
 def _adherence(broken: np.ndarray, prescriptions: np.ndarray) -> tuple[float, np.ndarray]:

@@ -164,9 +164,8 @@ async def _run(
     trainable = TrainableModel.load(llm, options.model, seed=options.seed)
     steps = config.iterations * config.num_minibatches
     temperature = options.runner.dialogue.sampling.temperature
-    decisions = None
-    if config.decision_loss == ALL:
-        decisions = DecisionTokens.of(ChatTokens.load(llm))
+    tokens = ChatTokens.load(llm)
+    decisions = DecisionTokens.of(tokens) if config.decision_loss == ALL else None
     learner = trainable.learner(
         agentic_loss(config, temperature, decisions),
         replace(
@@ -188,7 +187,7 @@ async def _run(
                 horizon=options.horizon,
                 smooth=options.smooth,
             )
-    served = _Served(backend, trainable, out, options)
+    served = _Served(backend, trainable, tokens, out, options)
     trainer = AgenticTrainer(
         learner, runner, served.backend, served.publisher, config,
         reference=trainable.model, state_scorer=state_scorer, decisions=decisions,
@@ -230,9 +229,13 @@ class _Served:
     """The generator, and the publisher that sends it new weights."""
 
     def __init__(
-        self, backend: BackendOptions, trainable: TrainableModel, out: Path, options: RLOptions
+        self,
+        backend: BackendOptions,
+        trainable: TrainableModel,
+        tokens: ChatTokens,
+        out: Path,
+        options: RLOptions,
     ):
-        tokens = ChatTokens.load(trainable.folder)
         self.lockstep: Lockstep | None = None
         self._control: WeightControl | None = None
         self.publisher: Publisher

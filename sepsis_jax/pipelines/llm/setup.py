@@ -347,6 +347,13 @@ def open_policy(name: str, episodes: Path | None = None, model: Path | None = No
     Raises:
       InputError: none of these, or the clinician's records or the planner's model are missing.
     """
+    if name == PLANNER:
+        if model is None or episodes is None:
+            raise InputError("planner: needs a world model to search, and recorded stays")
+        world_model = load_world_model(model)
+        recorded = load_episodes_for(world_model, episodes)
+        clinician = fit_clone(recorded, CloneConfig()).policy
+        return make_planner(recorded, world_model, None, clinician, PlannerConfig()).policy
 
     def clone() -> Policy:
         if episodes is None:
@@ -355,11 +362,4 @@ def open_policy(name: str, episodes: Path | None = None, model: Path | None = No
             )
         return fit_clone(load_episodes(episodes), CloneConfig()).policy
 
-    if name == PLANNER:
-        if model is None or episodes is None:
-            raise InputError("planner: needs a world model to search, and recorded stays")
-        clinician = clone()
-        return make_planner(
-            load_episodes(episodes), load_world_model(model), None, clinician, PlannerConfig()
-        ).policy
     return registry.open_policy(name, clinician=clone)

@@ -18,7 +18,7 @@ from policy.registry import CLINICIAN
 from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.testing.taught_qwen3 import TinyOptions, make_trainable
-from policy.train.data.qa_sampling import QuestionConfig, ask
+from policy.train.data.qa_sampling import Question, QuestionConfig, ask
 from policy.train.loop.qa_eval import answer, grade
 from policy.train.rl.advantages import AdvantageConfig
 from sepsis_jax.pipelines import world_model as world_model_training
@@ -27,9 +27,9 @@ from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.llm.evaluation import (
     OF_STAYS,
     Evaluation,
-    against,
     evaluate,
     gains,
+    interval,
     value_of,
 )
 from sepsis_jax.pipelines.llm.rl import RLOptions, run_rl
@@ -77,7 +77,7 @@ class EvaluationOptions:
 
     patients: int = 512
     seed: int = 2_000_000
-    comparators: tuple[str, ...] = ("clinician", "guideline", "titration", PLANNER)
+    comparators: tuple[str, ...] = (CLINICIAN, "guideline", "titration", PLANNER)
     without: tuple[str, ...] = (SHUFFLED, NO_SIMULATOR)
     without_patients: int = 512
     questions: QuestionConfig = field(
@@ -242,7 +242,7 @@ def _run_stages(
         if before in evaluations:
             row |= gains({key: x[:count] for key, x in evaluations[before].items()}, own)
         for other, returns in comparators.items():
-            row |= against(other, own["returns"], returns[:count])
+            row |= interval(f"less_{other}", own["returns"] - returns[:count])
         rows.append(row)
         pd.DataFrame(rows).to_csv(out / TABLE, index=False)
 
@@ -289,8 +289,13 @@ def _evaluate_stage(
     progress: Progress,
     simulator: str,
 ) -> JsonDict:
-    """Evaluation of a stage, saved in its folder."""
-    file = folder / f"evaluation{f'_{simulator}' if simulator else ''}.json"
+    """Evaluation of a stage, saved in its folder.
+
+    Questions are answered without a simulator, so once: with another one, or none, the answers are
+    those of the evaluation before.
+    """
+    plain = folder / "evaluation.json"
+    file = folder / f"evaluation_{simulator}.json" if simulator else plain
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
         settings, patients = options.rl.runner, options.evaluation.patients
@@ -302,11 +307,11 @@ def _evaluate_stage(
         evaluator = evaluation_runner(runner, settings, seed=options.evaluation.seed)
         if simulator == NO_SIMULATOR:
             evaluator = replace(evaluator, forecaster=None)
-        questions = ask(
-            load_episodes(episodes).of_split("test"),
-            options.evaluation.questions,
-            seed=options.evaluation.seed,
-        )
+        questions: list[Question] = []
+        if not simulator:
+            recorded = load_episodes(episodes).of_split("test")
+            config = options.evaluation
+            questions = ask(recorded, config.questions, seed=config.seed)
         lockstep = Lockstep()
         generator = open_generator(
             load(folder / MODEL), folder / MODEL, options.rl.runner, lockstep
@@ -323,17 +328,27 @@ def _evaluate_stage(
         treated, answers = asyncio.run(run())
         found: JsonDict = treated.figures()
         found |= {name: getattr(treated, name).tolist() for name in OF_STAYS}
-        for kind, of_kind in grade(questions, answers).items():
-            for metric in ("auroc", "auprc"):
-                estimate = getattr(of_kind, metric)
-                found |= {
-                    f"{kind}_{metric}": estimate.value,
-                    f"{kind}_{metric}_low": estimate.low,
-                    f"{kind}_{metric}_high": estimate.high,
-                }
+        if simulator:
+            found = read_json(plain) | found
+        else:
+            found |= _grades(questions, answers)
         write_json(file, {key: None if x != x else x for key, x in found.items()})
     result: JsonDict = json.loads(file.read_text())
     return result
+
+
+def _grades(questions: Sequence[Question], answers: Sequence[np.ndarray]) -> JsonDict:
+    """AUROC and AUPRC by kind of question, with 95% intervals."""
+    found: JsonDict = {}
+    for kind, of_kind in grade(questions, answers).items():
+        for metric in ("auroc", "auprc"):
+            estimate = getattr(of_kind, metric)
+            found |= {
+                f"{kind}_{metric}": estimate.value,
+                f"{kind}_{metric}_low": estimate.low,
+                f"{kind}_{metric}_high": estimate.high,
+            }
+    return found
 
 
 def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:

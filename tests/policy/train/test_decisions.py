@@ -167,6 +167,7 @@ def test_certain_wishes_are_the_usual_loss(model, tokens, decisions):
     extra = 4.0 * float(found.metrics["decision_loss"])
     assert float(heavy.total) == pytest.approx(float(found.total) + extra, rel=1e-5)
     assert float(heavy.weight) == rows.mask.sum() + 8.0
+    assert float(heavy.tokens) == rows.mask.sum()
 
 
 def test_decisions_of_sampled_rows_follow_the_wishes_and_nothing_else(model, tokens, decisions):
