@@ -73,12 +73,18 @@ def test_all_stages(inputs, tmp_path, capsys):
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
     table = pd.read_csv(out / "stages.csv")
     stages = ["sft", "bc", "rl", "rl_episode"]
-    without = ["rl, simulator shuffled", "rl, simulator none"]
-    assert table.stage.tolist() == ["clinician", "titration", *stages, *without]
+    rows = [
+        f"{stage}{x}" for stage in stages for x in ("", ", simulator shuffled", ", simulator none")
+    ]
+    assert table.stage.tolist() == ["clinician", "titration", *rows]
     assert (table.stays == 4).all() and table.mortality_auroc[2:].between(0, 1).all()
     values = table.set_index("stage").value
-    before = values[["sft", "bc", "bc", "rl", "rl"]].to_numpy()
-    np.testing.assert_allclose(table.gain[3:], values[3:].to_numpy() - before, atol=1e-9)
+    begins_with = {"sft": None, "bc": "sft", "rl": "bc", "rl_episode": "bc"}
+    for row in rows:
+        before = row.split(",")[0] if "," in row else begins_with[row]
+        expected = np.nan if before is None else values[row] - values[before]
+        gain = table.set_index("stage").gain[row]
+        np.testing.assert_allclose(gain, expected, atol=1e-9)
     for name in ("clinician", "titration"):
         less = table.set_index("stage")[f"less_{name}"]
         np.testing.assert_allclose(less[2:], values[2:] - values[name], atol=1e-9)

@@ -104,21 +104,28 @@ class JudgedDecisions(NamedTuple):
         return cls(row, at[:, 0], at[:, 1], at[:, 2], advantage)
 
     def wanted(
-        self, logprobs: Float[np.ndarray, "R L 5"], temperature: float
+        self,
+        logprobs: Float[np.ndarray, "R L 5"],
+        temperature: float,
+        prior_weight: float = 1.0,
     ) -> Float[np.ndarray, "R L 5"]:
-        """Wanted probabilities of the levels: the present ones times exp(advantage / temperature).
+        """Wanted probabilities of the levels: present ** weight * exp(advantage / temperature).
 
-        To first order its cross-entropy has the gradient of the expected advantage over all
-        actions. The fluid that would go with another vasopressor is taken to be distributed as
-        with the one that was written, the only one that the model was asked about.
+        With a prior weight of 1 the cross-entropy to them has, to first order, the gradient of the
+        expected advantage over all actions (mirror descent). Below 1 the present probabilities are
+        flattened first (mirror descent with an entropy bonus: Vieillard et al. 2020, 2007.14430),
+        so that a model that was sure of something else is not held back by it. The fluid that would
+        go with another vasopressor is taken to be distributed as with the one that was written, the
+        only one that the model was asked about.
 
         Args:
           logprobs: of the levels at present.
           temperature: in units of the advantage.
+          prior_weight: within [0, 1].
         """
         size = schema.NUM_LEVELS
         advantage = self.advantage.reshape(-1, size, size) / temperature
-        at = [logprobs[self.row, column] for column in (self.vasopressor, self.fluid)]
+        at = [prior_weight * logprobs[self.row, x] for x in (self.vasopressor, self.fluid)]
         of_fluid = softmax(at[1], axis=-1)
         written = schema.action_levels(self.action)[0]
         gains = (
@@ -168,7 +175,7 @@ class MinibatchUpdate:
       temperature: of the sampler.
       reference: model of the KL term; None where beta is 0.
       decisions: of the model's tokens, if decisions are learned from all actions.
-      decision_temperature: as for `JudgedDecisions.wanted`.
+      decision_temperature, decision_prior_weight: as for `JudgedDecisions.wanted`.
     """
 
     def __init__(
@@ -182,9 +189,10 @@ class MinibatchUpdate:
         reference: Qwen3 | None = None,
         decisions: DecisionTokens | None = None,
         decision_temperature: float = 1.0,
+        decision_prior_weight: float = 1.0,
     ):
         self._levels = () if decisions is None else decisions.levels
-        self._decision_temperature = decision_temperature
+        self._target = (decision_temperature, decision_prior_weight)
         self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
         self._row_length, self._micro_batch_size = row_length, micro_batch_size
         self._temperature = temperature
@@ -208,7 +216,7 @@ class MinibatchUpdate:
         old, choices = self._logprobs_of(learner.model(), rows, self._levels)
         rows = rows._replace(old_logprobs=old)
         if choices is not None:
-            rows = rows._replace(wanted=judged.wanted(choices, self._decision_temperature))
+            rows = rows._replace(wanted=judged.wanted(choices, *self._target))
         if self._reference is not None:
             rows = rows._replace(reference=self._logprobs_of(self._reference, rows, ())[0])
         figures = {

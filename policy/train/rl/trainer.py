@@ -159,6 +159,8 @@ class AgenticConfig:
         decision_temperature) (mirror descent, as MPO, 1806.06920), and the other tokens towards
         replies that are accepted; counterfactual advantages alone.
       decision_temperature: in units of reward; the smaller, the larger the step.
+      decision_prior_weight: exponent of the present probabilities in that, within [0, 1]; 0 learns
+        softmax(advantage / decision_temperature) on the model's own states (AggreVaTe, 1406.5979).
     """
 
     RENAMED: ClassVar[dict[str, str]] = {
@@ -180,11 +182,13 @@ class AgenticConfig:
     objective: Objective = PRESETS["DAPO"]
     decision_loss: str = SAMPLED
     decision_temperature: float = 1.0
+    decision_prior_weight: float = 1.0
 
     def __post_init__(self) -> None:
         require(self, f"one of {', '.join(DECISION_LOSSES)}", DECISION_LOSSES.__contains__,
                 "decision_loss")  # fmt: skip
         require(self, "above 0", lambda x: x > 0, "decision_temperature")
+        require(self, "within [0, 1]", lambda x: 0 <= x <= 1, "decision_prior_weight")
         if self.decision_loss == ALL and self.advantages.kind != COUNTERFACTUAL:
             raise InputError(
                 f"decision_loss: got {ALL}, but advantages of kind {self.advantages.kind!r} are "
@@ -283,6 +287,7 @@ class AgenticTrainer:
             reference=reference if config.objective.beta else None,
             decisions=self._decisions,
             decision_temperature=config.decision_temperature,
+            decision_prior_weight=config.decision_prior_weight,
         )
         self.iteration = 0  # number of batches learned from
         self.timing: dict[str, float] = {}  # seconds of the last batch, beside its figures

@@ -70,9 +70,12 @@ class EvaluationOptions:
       questions: about the test split, answered without the simulator.
       comparators: policies that treat the same patients under the same random numbers:
         "clinician", the true one of the synthetic world, or as for `open_policy`.
-      without: how the last stage is also evaluated: "shuffled", the simulator answers with the
+      temperature: at which the evaluated model speaks; that of `rl` if not given. Learning needs
+        samples of the whole distribution, treatment does not.
+      without: how every stage is also evaluated: "shuffled", the simulator answers with the
         futures of other treatments, and "none", there is no simulator.
-      without_patients: number of patients for these, the first ones.
+      without_patients: number of patients for these and for the first stage, which has not learned
+        to treat: the first ones.
     """
 
     patients: int = 512
@@ -80,6 +83,7 @@ class EvaluationOptions:
     comparators: tuple[str, ...] = (CLINICIAN, "guideline", "titration", PLANNER)
     without: tuple[str, ...] = (SHUFFLED, NO_SIMULATOR)
     without_patients: int = 512
+    temperature: float | None = None
     questions: QuestionConfig = field(
         default_factory=lambda: QuestionConfig(
             kinds=("mortality", "vasopressor"), count=500, balanced=False
@@ -88,6 +92,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "patients", "without_patients")
+        if self.temperature is not None:
+            require(self, "0 or more", lambda x: x >= 0, "temperature")
         for one in self.without:
             if one not in (SHUFFLED, NO_SIMULATOR):
                 raise InputError(f"without: got {one!r}, expected {SHUFFLED} or {NO_SIMULATOR}")
@@ -240,7 +246,9 @@ def _run_stages(
         row = {"stage": name, **found}
         count = len(own["returns"])
         if before in evaluations:
-            row |= gains({key: x[:count] for key, x in evaluations[before].items()}, own)
+            earlier = evaluations[before]
+            both = slice(min(count, len(earlier["returns"])))
+            row |= gains(*({key: x[both] for key, x in one.items()} for one in (earlier, own)))
         for other, returns in comparators.items():
             row |= interval(f"less_{other}", own["returns"] - returns[:count])
         rows.append(row)
@@ -250,8 +258,8 @@ def _run_stages(
         if not (folder / MODEL / "config.json").exists():
             run(folder)
         add(name, folder, "sft" if name == "bc" else "bc")
-    for simulator in options.evaluation.without:
-        add(f"rl, simulator {simulator}", out / "rl", "rl", simulator)
+        for simulator in options.evaluation.without:
+            add(f"{name}, simulator {simulator}", folder, name, simulator)
     table = pd.DataFrame(rows)
     courses = {
         name: pd.DataFrame(_lines(folder / METRICS / "metrics.jsonl"))
@@ -299,8 +307,13 @@ def _evaluate_stage(
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
         settings, patients = options.rl.runner, options.evaluation.patients
-        if simulator:
+        if simulator or name == "sft":
             patients = min(patients, options.evaluation.without_patients)
+        if options.evaluation.temperature is not None:
+            sampling = replace(
+                settings.dialogue.sampling, temperature=options.evaluation.temperature
+            )
+            settings = replace(settings, dialogue=replace(settings.dialogue, sampling=sampling))
         if simulator == SHUFFLED:
             settings = replace(settings, forecast=replace(settings.forecast, shuffled=True))
         runner = open_runner(settings, model, episodes)

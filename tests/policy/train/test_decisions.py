@@ -16,6 +16,7 @@ from policy.train.data.packing import Dialogue, Rows, as_read, cut, judged_by_tu
 from policy.train.losses import Objective, RolloutRows, cross_entropy, policy_loss
 from policy.train.rl.advantages import AdvantageConfig, of_all_actions
 from policy.train.rl.minibatch_update import JudgedDecisions
+from policy.train.rl.trainer import AgenticConfig
 from tests.policy.train.conftest import stay_of
 from tests.policy.train.test_packing import replayed
 from worldmodel import schema
@@ -229,6 +230,28 @@ def test_wanted_is_a_step_of_the_expected_advantage():
     np.testing.assert_allclose(hot * moved, slope, atol=2e-3)
     cold = decided.wanted(logprobs, 1e-3)[0, 4]
     assert cold.argmax() == advantage.reshape(5, 5)[3].argmax() and cold.max() > 0.99
+
+
+def test_with_a_lower_prior_weight_a_sure_model_is_held_back_less():
+    """Repeated to the end, the target is softmax(advantage / ((1 - w) temperature))."""
+    rng = np.random.default_rng(6)
+    advantage, action, weight, temperature = rng.normal(size=25), 12, 0.75, 2.0
+    decided = JudgedDecisions(*(np.array([x]) for x in (0, 1, 2, action)), advantage[None])
+    probabilities = np.full((1, 3, 5), 1e-9)
+    probabilities[..., 4] = 1.0 - 4e-9  # sure of the highest levels
+    for _ in range(100):
+        probabilities = np.where(
+            decided.wanted(np.log(probabilities), temperature, weight).any(-1, keepdims=True),
+            decided.wanted(np.log(probabilities), temperature, weight),
+            0.2,
+        )
+    of_fluid = advantage.reshape(5, 5)[action // 5] / ((1 - weight) * temperature)
+    np.testing.assert_allclose(probabilities[0, 2], np.asarray(jax.nn.softmax(of_fluid)), rtol=1e-4)
+    regardless = decided.wanted(np.log(np.full((1, 3, 5), 0.2)), temperature, 0.0)
+    other = decided.wanted(rng.normal(size=(1, 3, 5)), temperature, 0.0)
+    np.testing.assert_allclose(regardless[0, 2], other[0, 2], rtol=1e-5)
+    with pytest.raises(InputError, match="decision_prior_weight"):
+        AgenticConfig(decision_prior_weight=1.5)
 
 
 def test_sampled_replies_carry_wishes_too(tokens, decisions):
