@@ -72,8 +72,11 @@ Functions you may call, one JSON object per line:
 """
 """ChatML with tools as JSON in the system turn, calls and replies between tags."""
 
-_WHOLE_TOOL = "tool | tojson"
-_BRIEF_TOOL = "tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')'"
+BRIEF_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "tool | tojson",
+    "tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')'",
+)
+"""The same with tools by name and parameters alone."""
 
 
 def make_tiny(
@@ -173,9 +176,7 @@ def save_tokenizer(
             "bos_token": None,
             "eos_token": end_of_turn,
             "pad_token": end_of_text,
-            "chat_template": CHAT_TEMPLATE.replace(_WHOLE_TOOL, _BRIEF_TOOL)
-            if brief
-            else CHAT_TEMPLATE,
+            "chat_template": BRIEF_CHAT_TEMPLATE if brief else CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 32768,
         },
