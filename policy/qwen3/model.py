@@ -75,7 +75,8 @@ class Linear(nnx.Module):
     ):
         draw = jax.random.normal(rngs.params(), (n_in, n_out), dtype)
         self.kernel = nnx.Param(config.initializer_range * draw)
-        self.bias: Any = nnx.data(nnx.Param(jnp.zeros(n_out, dtype)) if use_bias else None)
+        zeros = nnx.Param(jnp.zeros(n_out, dtype)) if use_bias else None
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(zeros)
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
     def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
@@ -111,11 +112,9 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, outer)
         self.v_proj = linear(config.hidden_size, outer)
         self.o_proj = linear(inner, config.hidden_size)
-        self.q_norm: Any = nnx.data(None)
-        self.k_norm: Any = nnx.data(None)
-        if config.qk_norm:
-            self.q_norm = RMSNorm(config, config.head_dim, dtype=dtype)
-            self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
+        norm = partial(RMSNorm, config, config.head_dim, dtype=dtype)
+        self.q_norm: RMSNorm | None = nnx.data(norm() if config.qk_norm else None)
+        self.k_norm: RMSNorm | None = nnx.data(norm() if config.qk_norm else None)
 
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
@@ -128,7 +127,7 @@ class Attention(nnx.Module):
             return constrain(y, "batch", "length", "heads", None)
 
         q, k = heads(self.q_proj(x)), heads(self.k_proj(x))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         context, memory = attend(rotate(q, angles), rotate(k, angles), heads(self.v_proj(x)))
         return self.o_proj(context.reshape(batch, length, -1)), memory
