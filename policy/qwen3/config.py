@@ -10,6 +10,9 @@ from typing import Any
 from worldmodel.errors import InputError
 from worldmodel.files import read_json
 
+# JSON of a Hugging Face folder, checked field by field
+Values = Mapping[str, Any]
+
 ARCHITECTURES = {"qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 """What can be read, by `model_type`."""
 
@@ -46,8 +49,7 @@ class RopeScaling:
     original_max_position_embeddings: int | None = None
 
     @classmethod
-    # JSON of a Hugging Face folder
-    def from_hf(cls, values: Mapping[str, Any], *, source: str) -> RopeScaling:
+    def from_hf(cls, values: Values, *, source: str) -> RopeScaling:
         """The scaling in a `rope_scaling` or `rope_parameters` of another kind than "default".
 
         Raises:
@@ -126,8 +128,7 @@ class Qwen3Config:
             raise InputError(f"head_dim: got {self.head_dim}, expected an even number")
 
     @classmethod
-    # JSON of a Hugging Face folder, checked field by field
-    def from_hf(cls, values: Mapping[str, Any], *, source: str) -> Qwen3Config:
+    def from_hf(cls, values: Values, *, source: str) -> Qwen3Config:
         """The configuration in the contents of a config.json.
 
         Args:
@@ -234,7 +235,7 @@ def load_stop_ids(folder: str | Path) -> tuple[int, ...]:
     raise InputError(f"{folder}: no eos_token_id in generation_config.json or config.json")
 
 
-def _rope(parts: Sequence[Mapping[str, Any]], source: str) -> dict[str, float | RopeScaling]:
+def _rope(parts: Sequence[Values], source: str) -> dict[str, float | RopeScaling]:
     """`rope_theta` and `rope_scaling`, each where some part of a file has it."""
     thetas: set[float] = set()
     scalings: set[RopeScaling] = set()
@@ -252,11 +253,11 @@ def _rope(parts: Sequence[Mapping[str, Any]], source: str) -> dict[str, float | 
     return figures
 
 
-def _rope_kind(part: Mapping[str, Any]) -> object:
+def _rope_kind(part: Values) -> object:
     return part.get("rope_type", part.get("type", "default"))
 
 
-def _heads(values: Mapping[str, Any]) -> dict[str, int]:
+def _heads(values: Values) -> dict[str, int]:
     """What Llama's files leave out: by default there are no groups, and heads share the width."""
     width, heads = values.get("hidden_size"), values.get("num_attention_heads")
     if type(width) is not int or type(heads) is not int or heads < 1:

@@ -1,4 +1,4 @@
-"""Tiny random Qwen3 and Llama folders with a tokenizer of their own: for tests and demos, without a network.
+"""Tiny random Qwen3 and Llama folders with tokenizers: for tests and demos, without a network.
 
 What they say means nothing; everything that handles a real model handles them alike.
 """

@@ -154,9 +154,9 @@ def test_adapters_and_gradients(scaled, tmp_path):
 
     flat = dict(nnx.to_flat_state(jax.jit(jax.grad(loss))(state)))
     # A bias of all keys alike shifts every score of a query, which its softmax does not see.
-    assert {
-        key for key, leaf in flat.items() if float(jnp.abs(leaf[...]).max()) < 1e-4
-    } <= {("layers", "self_attn", "k_proj", "bias")}
+    assert {key for key, leaf in flat.items() if float(jnp.abs(leaf[...]).max()) < 1e-4} <= {
+        ("layers", "self_attn", "k_proj", "bias")
+    }
 
 
 @pytest.mark.parametrize(

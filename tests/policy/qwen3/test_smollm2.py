@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct: a real pretrained model through the decoder, the sampler and vLLM.
 
-    make smollm2-folder && SMOLLM2=runs/smollm2/start pytest -m slow tests/policy/qwen3/test_smollm2.py
+make smollm2-folder && SMOLLM2=runs/smollm2/start pytest -m slow tests/policy/qwen3/test_smollm2.py
 """
 
 import asyncio
@@ -87,9 +87,7 @@ def test_logits_are_those_of_transformers(model, prompts):
     with torch.no_grad():
         expected = reference(torch.tensor([prompts[0]])).logits.numpy()
     found = nnx.jit(qwen3.logits)(model, np.array([prompts[0]]))
-    np.testing.assert_allclose(
-        jax.nn.log_softmax(found), jax.nn.log_softmax(expected), atol=CLOSE
-    )
+    np.testing.assert_allclose(jax.nn.log_softmax(found), jax.nn.log_softmax(expected), atol=CLOSE)
 
 
 class TestServed:
