@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 SERVING ?= .venv-serving
+SMOLLM2 ?= runs/smollm2/start
 # Half of pip's time went into compiling to bytecode what is never imported; Python compiles what
 # it imports, and keeps it, unless this variable forbids that.
 PIP_QUIET = -qq --disable-pip-version-check
@@ -13,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE =
 # Whole files stay on one worker, the longest (tests/durations.txt) begin first.
 PYTEST = $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow check lint durations format docs serving clean
+.PHONY: help demo test test-slow check lint durations format docs serving smollm2 smollm2-folder clean
 
 help:
 	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
@@ -24,6 +25,7 @@ help:
 	@echo "make format     format the code"
 	@echo "make docs       the documentation site, in site/"
 	@echo "make serving    the environment in which vLLM serves language models (see docs/serving.md)"
+	@echo "make smollm2    a small pretrained model through all stages of training (see docs/training.md)"
 	@echo "make clean      remove the environments, the site and all results of the demo"
 
 demo: $(VENV)/.installed
@@ -80,6 +82,20 @@ $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
 $(VENV)/.installed-docs: $(VENV)/.installed
 	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[docs]'
 	@touch $@
+
+# A real pretrained model of 135 million parameters: its folder, made once and with a network, then
+# the checks that need it, then all stages of training; half an hour on two quiet cores.
+smollm2: smollm2-folder
+	SMOLLM2=$(abspath $(SMOLLM2)) $(BIN)/pytest -q -m slow tests/policy/qwen3/test_smollm2.py
+	$(BIN)/sepsis-jax policy stages --config configs/train_smollm2_cpu.yaml --llm $(SMOLLM2) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(EPISODES),--episodes $(EPISODES)) \
+		--out $(dir $(SMOLLM2))stages
+
+smollm2-folder: $(SMOLLM2)/config.json
+
+$(SMOLLM2)/config.json: | $(VENV)/.installed-test
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[gguf]'
+	$(BIN)/python scripts/get_smollm2.py --brief-tools --out $(SMOLLM2)
 
 serving: $(SERVING)/.installed
 

@@ -32,7 +32,7 @@ def test_right_shapes_pass_as_arrays_numpy_arrays_and_tracers(unit_scaler):
         lambda: encode_action(jnp.zeros(3)),
         lambda: exact(small_mdp(), np.ones(25), horizon=2),
         lambda: cumulate(jnp.zeros((2, 3, 4)), jnp.ones((3, 5), bool)),
-        lambda: rotary(jnp.zeros(4, int), 8, 1e4),
+        lambda: rotary(jnp.zeros(4, int), np.ones(4, np.float32)),
         lambda: jax.jit(rules.sirs_score)(jnp.zeros((2, 38))),
     ],
 )

@@ -1,4 +1,4 @@
-"""Qwen3 in Flax NNX."""
+"""Qwen3 and Llama in Flax NNX."""
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.model import Qwen3, logits

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) on the projections of a Qwen3, in PEFT's files."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a decoder's projections, in PEFT's files."""
 
 from __future__ import annotations
 

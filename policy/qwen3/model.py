@@ -1,8 +1,8 @@
-"""Qwen3 in Flax NNX: one scan over stacked layers, for packed training and cached decoding.
+"""Qwen3 and Llama in Flax NNX: one scan over stacked layers, for packed training and decoding.
 
 Modules and parameters are named as in the Hugging Face checkpoints; kernels are [in, out]. The
-architecture is that of the Qwen3 technical report (arXiv 2505.09388): pre-norm, grouped-query
-attention with RMS-normed queries and keys, rotary positions, SwiGLU.
+architecture is that of Llama (arXiv 2407.21783): pre-norm, grouped-query attention, rotary
+positions, SwiGLU; Qwen3 (arXiv 2505.09388) normalises queries and keys of each head as well.
 
 Rotary positions, and attention over packed sequences, grouped queries and caches.
 """
@@ -61,18 +61,28 @@ class Cache:
 
 
 class Linear(nnx.Module):
-    """x @ kernel, plus a low-rank adapter where one is attached."""
+    """x @ kernel, plus a bias and a low-rank adapter where there are such."""
 
     def __init__(
-        self, config: Qwen3Config, n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+        self,
+        config: Qwen3Config,
+        n_in: int,
+        n_out: int,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
     ):
         draw = jax.random.normal(rngs.params(), (n_in, n_out), dtype)
         self.kernel = nnx.Param(config.initializer_range * draw)
+        zeros = nnx.Param(jnp.zeros(n_out, dtype)) if use_bias else None
+        self.bias: nnx.Param[jax.Array] | None = nnx.data(zeros)
         self.adapter: Any = nnx.data(None)  # a policy.qwen3.lora.Adapter
 
     def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
-        """[..., O] product with the kernel, plus the adapter if there is one."""
+        """[..., O] product with the kernel, plus bias and adapter if there are any."""
         y = x @ self.kernel[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
 
@@ -94,7 +104,7 @@ class Attention(nnx.Module):
     """Grouped-query attention; what is attended to is the caller's."""
 
     def __init__(self, config: Qwen3Config, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(Linear, config, dtype=dtype, rngs=rngs)
+        linear = partial(Linear, config, dtype=dtype, rngs=rngs, use_bias=config.attention_bias)
         inner = config.num_attention_heads * config.head_dim
         outer = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
@@ -102,8 +112,9 @@ class Attention(nnx.Module):
         self.k_proj = linear(config.hidden_size, outer)
         self.v_proj = linear(config.hidden_size, outer)
         self.o_proj = linear(inner, config.hidden_size)
-        self.q_norm = RMSNorm(config, config.head_dim, dtype=dtype)
-        self.k_norm = RMSNorm(config, config.head_dim, dtype=dtype)
+        norm = partial(RMSNorm, config, config.head_dim, dtype=dtype)
+        self.q_norm: RMSNorm | None = nnx.data(norm() if config.qk_norm else None)
+        self.k_norm: RMSNorm | None = nnx.data(norm() if config.qk_norm else None)
 
     def __call__(
         self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
@@ -115,9 +126,10 @@ class Attention(nnx.Module):
             y = y.reshape(batch, length, -1, self.head_dim)
             return constrain(y, "batch", "length", "heads", None)
 
-        q = rotate(self.q_norm(heads(self.q_proj(x))), angles)
-        k = rotate(self.k_norm(heads(self.k_proj(x))), angles)
-        context, memory = attend(q, k, heads(self.v_proj(x)))
+        q, k = heads(self.q_proj(x)), heads(self.k_proj(x))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        context, memory = attend(rotate(q, angles), rotate(k, angles), heads(self.v_proj(x)))
         return self.o_proj(context.reshape(batch, length, -1)), memory
 
 
@@ -168,7 +180,7 @@ class Embedding(nnx.Module):
 
 
 class Qwen3(nnx.Module):
-    """A dense Qwen3; parameters of `layers` carry a leading axis of layers.
+    """A dense Qwen3 or Llama; parameters of `layers` carry a leading axis of layers.
 
     Args:
       config: its figures.
@@ -238,7 +250,7 @@ class Qwen3(nnx.Module):
         def over_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             return attend(q, k, v, tokens, tokens, block=query_block), None
 
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
 
         def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
@@ -267,7 +279,7 @@ class Qwen3(nnx.Module):
         queries = Tokens(positions, jnp.zeros_like(positions))
         slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (ids.shape[0], cache.k.shape[2]))
         keys = Tokens(slots, jnp.zeros_like(slots))
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
 
         def one(carry: tuple[jax.Array, Cache], layer: Any) -> tuple[tuple[jax.Array, Cache], None]:
@@ -337,12 +349,28 @@ class Tokens(NamedTuple):
     shared: jax.Array | None = None  # [B, T] bool: keys that later positions of any segment see
 
 
+def frequencies(config: Qwen3Config) -> Float[np.ndarray, " half"]:
+    """[head_dim / 2] float32 angles per position of the rotary embedding, scaled or not."""
+    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    plain = 1.0 / np.float32(config.rope_theta) ** exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return plain
+    if scaling.rope_type == "linear":
+        return plain / np.float32(scaling.factor)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    assert low is not None and high is not None and context is not None  # of llama3
+    turns = context * plain / (2 * np.pi)  # within the original context
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+
+
 def rotary(
-    position: Int[Array, "B T"], head_dim: int, theta: float
+    position: Int[Array, "B T"], frequency: Float[np.ndarray, " half"]
 ) -> tuple[Float[Array, "B T 1 half"], Float[Array, "B T 1 half"]]:
     """Cosine and sine [B, T, 1, head_dim / 2] float32 of the rotary embedding's angles."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = position[..., None, None].astype(jnp.float32) * (1.0 / theta**exponent)
+    angle = position[..., None, None].astype(jnp.float32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 

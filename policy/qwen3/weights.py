@@ -1,4 +1,4 @@
-"""Qwen3's weights from and to Hugging Face folders of safetensors, without torch."""
+"""Weights of a Qwen3 or Llama from and to Hugging Face folders of safetensors, without torch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load(
     param_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> Qwen3:
-    """A Qwen3 from a Hugging Face folder (config.json, one or several safetensors files).
+    """A Qwen3 or Llama from a Hugging Face folder (config.json, one or several safetensors files).
 
     Args:
       path: the folder.
@@ -197,7 +197,8 @@ def _filenames(folder: Path) -> list[str]:
 def _hf_name(key: Key, layer: int | None = None) -> str:
     module = ".".join(key[1:-1])
     if layer is not None:
-        return f"model.layers.{layer}.{module}.weight"
+        kind = "bias" if key[-1] == "bias" else "weight"
+        return f"model.layers.{layer}.{module}.{kind}"
     return "lm_head.weight" if key[0] == "lm_head" else f"model.{key[0]}.weight"
 
 

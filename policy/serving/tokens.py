@@ -10,6 +10,9 @@ Qwen3 and the Hermes models write replies with tool calls as:
     <tool_call>
     {"name": "prescription", "arguments": {"vasopressor": 1, "iv_fluid": 2}}
     </tool_call>
+
+A chat template that ignores tools, such as SmolLM2's, is given them as Qwen3's template would say
+them: in the system message, with the answers of tools in user messages.
 """
 
 from __future__ import annotations
@@ -34,6 +37,23 @@ from worldmodel.errors import InputError
 _MARK = "\u2063assistant\u2063"  # placeholder of a reply, to find what a template appends after it
 _THINK, _THINK_END = "<think>", "</think>"
 _CALL, _CALL_END = "<tool_call>", "</tool_call>"
+_TOOLS = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>",
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments "
+    f"within {_CALL}{_CALL_END} XML tags:\n{_CALL}\n"
+    f'{{"name": <function-name>, "arguments": <args-json-object>}}\n{_CALL_END}',
+)  # what Qwen3's chat template says before and after the schemas
+_ANY_TOOL: tuple[Mapping[str, object], ...] = (
+    {
+        "type": "function",
+        "function": {
+            "name": "any",
+            "description": "Any.",
+            "parameters": {"type": "object", "properties": {}, "required": []},
+        },
+    },
+)  # to see whether a template says anything of tools
 _TAIL = 16  # tokens of a prompt that hold a beginning of a thought at its end
 
 
@@ -125,6 +145,39 @@ def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
+def tools_as_text(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, object]]
+) -> list[Message]:
+    """Messages that say what Qwen3's chat template makes of tools, for one that ignores them.
+
+    Args:
+      messages: as for a template that knows tools.
+      tools: their schemas; with none the system message stays as it is.
+
+    Returns:
+      A system message with the schemas, before or in the one that was given, and the answers of
+      tools that follow one another as one user message.
+    """
+    found: list[Message] = []
+    answers: list[str] = []
+    for message in [*messages, None]:
+        if message is not None and message["role"] == "tool":
+            answers.append(f"<tool_response>\n{message['content']}\n</tool_response>")
+            continue
+        if answers:
+            found.append({"role": "user", "content": "\n".join(answers)})
+            answers = []
+        if message is not None:
+            found.append(message)
+    if not tools:
+        return found
+    schemas = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
+    text = schemas.join(_TOOLS)
+    if found and found[0]["role"] == "system":
+        text = f"{found.pop(0)['content']}\n\n{text}"
+    return [{"role": "system", "content": text}, *found]
+
+
 class ChatTokens:
     """Messages as tokens, by the chat template of a tokenizer.
 
@@ -141,6 +194,8 @@ class ChatTokens:
             raise InputError("tokenizer: has no chat template; give a folder of a chat model")
         self._tokenizer = tokenizer
         self.end_id: int = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
+        user = [{"role": "user", "content": "."}]
+        self._knows_tools = self._template(user, _ANY_TOOL) != self._template(user, [])
 
     @classmethod
     def load(cls, path: str | Path) -> ChatTokens:
@@ -184,6 +239,11 @@ class ChatTokens:
         return self._encode(text)
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> str:
+        if self._knows_tools:
+            return self._template(messages, tools)
+        return self._template(tools_as_text(messages, tools), [])
+
+    def _template(self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]) -> str:
         result: str = self._tokenizer.apply_chat_template(
             [dict(message) for message in messages],
             tools=[dict(tool) for tool in tools] or None,

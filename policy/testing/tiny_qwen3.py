@@ -1,6 +1,6 @@
-"""Tiny random Qwen3 folders with a tokenizer of their own: for tests and demos, without a network.
+"""Tiny random Qwen3 and Llama folders with tokenizers: for tests and demos, without a network.
 
-What they say means nothing; everything that handles a real Qwen3 handles them alike.
+What they say means nothing; everything that handles a real model handles them alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from policy.qwen3.config import Qwen3Config
+from policy.qwen3.config import Qwen3Config, RopeScaling
 from policy.qwen3.model import Qwen3
 from policy.qwen3.weights import save_hf
 from worldmodel.files import write_json
@@ -72,8 +72,11 @@ Functions you may call, one JSON object per line:
 """
 """ChatML with tools as JSON in the system turn, calls and replies between tags."""
 
-_WHOLE_TOOL = "tool | tojson"
-_BRIEF_TOOL = "tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')'"
+BRIEF_CHAT_TEMPLATE = CHAT_TEMPLATE.replace(
+    "tool | tojson",
+    "tool.function.name + '(' + tool.function.parameters.properties | join(', ') + ')'",
+)
+"""The same with tools by name and parameters alone."""
 
 
 def make_tiny(
@@ -91,8 +94,11 @@ def make_tiny(
     dtype: DTypeLike = "float32",
     texts: Iterable[str] | None = None,
     brief: bool = False,
+    model_type: str = "qwen3",
+    rope_scaling: RopeScaling | None = None,
+    attention_bias: bool = False,
 ) -> Path:
-    """Writes a random Qwen3 as a Hugging Face folder, with tokenizer and chat template.
+    """Writes a random Qwen3 or Llama as a Hugging Face folder, with tokenizer and chat template.
 
     Args:
       path: folder to make; an older model there is replaced.
@@ -108,6 +114,7 @@ def make_tiny(
         short; if not given, the tokenizer learns words from generated text, as real ones do.
       brief: the chat template shows tools by name and parameters, not by their whole schemas,
         which would be most of a short context.
+      model_type, rope_scaling, attention_bias: as in `Qwen3Config`.
     """
     config = Qwen3Config(
         vocab_size=vocab,
@@ -123,6 +130,9 @@ def make_tiny(
         initializer_range=initializer_range,
         bos_token_id=0,
         eos_token_id=2,
+        model_type=model_type,
+        rope_scaling=rope_scaling,
+        attention_bias=attention_bias,
     )
     graphdef, state = nnx.split(
         nnx.eval_shape(lambda: Qwen3(config, param_dtype=dtype, rngs=nnx.Rngs(0)))
@@ -173,9 +183,7 @@ def save_tokenizer(
             "bos_token": None,
             "eos_token": end_of_turn,
             "pad_token": end_of_text,
-            "chat_template": CHAT_TEMPLATE.replace(_WHOLE_TOOL, _BRIEF_TOOL)
-            if brief
-            else CHAT_TEMPLATE,
+            "chat_template": BRIEF_CHAT_TEMPLATE if brief else CHAT_TEMPLATE,
             "clean_up_tokenization_spaces": False,
             "model_max_length": 32768,
         },

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
 ]
-LLM = Annotated[Path, typer.Option("--llm", help="Hugging Face folder of the Qwen3 to train.")]
+LLM = Annotated[
+    Path, typer.Option("--llm", help="Hugging Face folder of the Qwen3 or Llama to train.")
+]
 WorldModel = Annotated[Path, typer.Option("--model", help="World model that answers simulations.")]
 SomeEpisodes = Annotated[
     Path | None,
@@ -155,7 +157,8 @@ def stages(
     llm: Annotated[
         Path | None,
         typer.Option(
-            "--llm", help="Hugging Face folder of a Qwen3; a tiny random one if not given."
+            "--llm",
+            help="Hugging Face folder of a Qwen3 or Llama; a tiny random Qwen3 if not given.",
         ),
     ] = None,
     model: Annotated[

@@ -56,11 +56,15 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class TrueWorld:
-    """Fresh synthetic patients, the same for every policy, with the same random numbers."""
+    """Fresh synthetic patients, the same for every policy, with the same random numbers.
+
+    `max_steps` leaves out of the total reward what comes after so many steps.
+    """
 
     patients: int
     seed: int
     confounding: float
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         require(self, "at least 2", lambda count: count >= 2, "patients")
@@ -80,7 +84,7 @@ class TrueWorld:
             block=patients_per_call(policy),
         )  # fmt: skip
         return Outcome(
-            total=np.asarray(truth.reward, np.float64).sum(1),
+            total=np.asarray(truth.reward, np.float64)[:, : self.max_steps].sum(1),
             died=np.asarray(episodes.died_90d),
             length=float(np.mean(episodes.length)),
             rates=simulated_rates(episodes, schema.STEP_HOURS),

@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file
 
+from policy.qwen3.config import RopeScaling, load_config
+from policy.testing.tiny_qwen3 import make_tiny
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.llm.setup import ModelOptions, open_policy
 from sepsis_jax.pipelines.llm.study import StudyOptions
@@ -104,6 +106,30 @@ def test_all_stages(inputs, tmp_path, capsys):
     refuse(call(capsys, *again), "--resume")
     finish(*again, "--resume")
     assert (out / "stages.csv").read_bytes() == before
+
+
+def test_a_given_llama_is_evaluated_before_it_is_trained(inputs, tmp_path):
+    """With and without a simulator; comparators are cut off where its stays are."""
+    out = tmp_path / "stages"
+    start = make_tiny(
+        tmp_path / "llama", model_type="llama", rope_scaling=RopeScaling("linear", 2.0), vocab=680
+    )
+    given = ("--model", inputs / "model", "--episodes", inputs / "episodes", "--llm", start)
+    finish(
+        "policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out,
+        "--set", "baselines=[]", "--set", "evaluation.without=[none]",
+        "--set", "evaluation.without_stages=[start, bc]", "--set", "rl.agentic.iterations=1",
+        "--set", "rl.eval_steps=0", "--set", "sft.training.model.lora_rank=2",
+    )  # fmt: skip
+    table = pd.read_csv(out / "stages.csv").set_index("stage")
+    expected = ["start", "start, simulator none", "sft", "bc", "bc, simulator none", "rl"]
+    assert table.index.tolist() == ["clinician", "titration", *expected]
+    assert table.loc["sft", "gain"] == pytest.approx(table.value["sft"] - table.value["start"])
+    assert np.isnan(table.loc["start", "gain"])
+    # Two steps have neither an outcome nor its 15 points.
+    assert table.value[["clinician", "titration"]].abs().max() < 8
+    saved = load_config(out / "rl" / "model")
+    assert (saved.model_type, saved.rope_scaling) == ("llama", RopeScaling("linear", 2.0))
 
 
 def rl(inputs, folder, out, *more):

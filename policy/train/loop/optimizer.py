@@ -192,8 +192,9 @@ def update(
 
 
 def _is_matrix(path: tuple[object, ...], leaf: object) -> bool:
-    """Norms of stacked layers have two axes too, so names tell."""
-    return "scale" not in jax.tree_util.keystr(path)
+    """Norms and biases of stacked layers have two axes too, so names tell."""
+    name = jax.tree_util.keystr(path)
+    return "scale" not in name and "bias" not in name
 
 
 def _of_matrices(tree: T, dtype: str) -> T:

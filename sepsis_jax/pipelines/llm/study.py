@@ -56,7 +56,7 @@ T = TypeVar("T")
 
 KIND = "sepsis-jax language model, all stages"
 TABLE, CURVES, COMPARATORS = "stages.csv", "curves.png", "comparators.json"
-SHUFFLED, NO_SIMULATOR = "shuffled", "none"
+START, SHUFFLED, NO_SIMULATOR = "start", "shuffled", "none"
 _KEPT = ("episodes", "world_model", "start", "sft")  # what a study that fails leaves
 
 
@@ -72,16 +72,18 @@ class EvaluationOptions:
         "clinician", the true one of the synthetic world, or as for `open_policy`.
       temperature: at which the evaluated model speaks; that of `rl` if not given. Learning needs
         samples of the whole distribution, treatment does not.
-      without: how every stage is also evaluated: "shuffled", the simulator answers with the
-        futures of other treatments, and "none", there is no simulator.
-      without_patients: number of patients for these and for the first stage, which has not learned
-        to treat: the first ones.
+      without: how stages are also evaluated: "shuffled", the simulator answers with the futures of
+        other treatments, and "none", there is no simulator.
+      without_stages: which stages; "start" is the model that is given.
+      without_patients: number of patients for these and for the stages before "bc", which have not
+        learned to treat: the first ones.
     """
 
     patients: int = 512
     seed: int = 2_000_000
     comparators: tuple[str, ...] = (CLINICIAN, "guideline", "titration", PLANNER)
     without: tuple[str, ...] = (SHUFFLED, NO_SIMULATOR)
+    without_stages: tuple[str, ...] = (START, "sft", "bc", "rl")
     without_patients: int = 512
     temperature: float | None = None
     questions: QuestionConfig = field(
@@ -162,7 +164,8 @@ def run_study(
     Args:
       out: folder to write, or to go on with.
       options: settings.
-      llm: Hugging Face folder to begin with; a tiny random Qwen3 if not given.
+      llm: Hugging Face folder of a chat model to begin with, which is evaluated first as "start";
+        a tiny random Qwen3, which is not, if not given.
       model: world model; one is trained on the episodes if not given.
       episodes: recorded stays; synthetic ones if not given.
       resume: go on with an earlier run of the same request.
@@ -200,7 +203,7 @@ def _run_stages(
     """`run_study` in a folder that is its own."""
     episodes = episodes or _episodes(out / "episodes", options, progress)
     model = model or _world_model(out / "world_model", episodes, options, progress)
-    start = llm or _tiny(out / "start", episodes, model, options, progress)
+    start = llm or _tiny(out / START, episodes, model, options, progress)
 
     runs: dict[str, tuple[Path, Callable[[Path], object]]] = {}
     sft, bc = out / "sft", out / "bc"
@@ -239,9 +242,12 @@ def _run_stages(
     rows: list[JsonDict] = [{"stage": name, **value_of(one)} for name, one in comparators.items()]
     evaluations: dict[str, dict[str, np.ndarray]] = {}
 
-    def add(name: str, folder: Path, before: str, simulator: str = "") -> None:
-        found = _evaluate_stage(folder, name, options, model, episodes, progress, simulator)
+    def add(name: str, before: str, llm: Path, simulator: str = "") -> None:
+        folder = out / name
+        found = _evaluate_stage(folder, llm, name, options, model, episodes, progress, simulator)
         own = {one: np.array(found.pop(one)) for one in OF_STAYS}
+        if simulator:
+            name, before = f"{name}, simulator {simulator}", name
         evaluations[name] = own
         row = {"stage": name, **found}
         count = len(own["returns"])
@@ -254,12 +260,18 @@ def _run_stages(
         rows.append(row)
         pd.DataFrame(rows).to_csv(out / TABLE, index=False)
 
+    def evaluate_all(name: str, before: str, llm: Path) -> None:
+        add(name, before, llm)
+        for simulator in options.evaluation.without:
+            if name in options.evaluation.without_stages:
+                add(name, before, llm, simulator)
+
+    if llm is not None:
+        evaluate_all(START, "", llm)
     for name, (folder, run) in runs.items():
         if not (folder / MODEL / "config.json").exists():
             run(folder)
-        add(name, folder, "sft" if name == "bc" else "bc")
-        for simulator in options.evaluation.without:
-            add(f"{name}, simulator {simulator}", folder, name, simulator)
+        evaluate_all(name, {"sft": START, "bc": "sft"}.get(name, "bc"), folder / MODEL)
     table = pd.DataFrame(rows)
     courses = {
         name: pd.DataFrame(_lines(folder / METRICS / "metrics.jsonl"))
@@ -278,7 +290,9 @@ def _comparators(
     file = out / COMPARATORS
     found: dict[str, list[float]] = read_json(file) if file.exists() else {}
     config = options.evaluation
-    world = TrueWorld(config.patients, config.seed, confounding=0.0)
+    world = TrueWorld(
+        config.patients, config.seed, confounding=0.0, max_steps=options.rl.runner.max_steps
+    )
     for name in config.comparators:
         if name not in found:
             progress(f"comparator {name}", 0.0)
@@ -290,6 +304,7 @@ def _comparators(
 
 def _evaluate_stage(
     folder: Path,
+    llm: Path,
     name: str,
     options: StudyOptions,
     model: Path,
@@ -297,7 +312,7 @@ def _evaluate_stage(
     progress: Progress,
     simulator: str,
 ) -> JsonDict:
-    """Evaluation of a stage, saved in its folder.
+    """Evaluation of a stage's model, saved in the stage's folder.
 
     Questions are answered without a simulator, so once: with another one, or none, the answers are
     those of the evaluation before.
@@ -307,7 +322,7 @@ def _evaluate_stage(
     if not file.exists():
         progress(f"{name}: evaluation", 0.0)
         settings, patients = options.rl.runner, options.evaluation.patients
-        if simulator or name == "sft":
+        if simulator or name in (START, "sft"):
             patients = min(patients, options.evaluation.without_patients)
         if options.evaluation.temperature is not None:
             sampling = replace(
@@ -326,10 +341,8 @@ def _evaluate_stage(
             config = options.evaluation
             questions = ask(recorded, config.questions, seed=config.seed)
         lockstep = Lockstep()
-        generator = open_generator(
-            load(folder / MODEL), folder / MODEL, options.rl.runner, lockstep
-        )
-        tokens = ChatTokens.load(folder / MODEL)
+        generator = open_generator(load(llm), llm, options.rl.runner, lockstep)
+        tokens = ChatTokens.load(llm)
         backend = TokenBackend(generator, tokens)
 
         async def run() -> tuple[Evaluation, list[np.ndarray]]:
@@ -345,6 +358,7 @@ def _evaluate_stage(
             found = read_json(plain) | found
         else:
             found |= _grades(questions, answers)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(file, {key: None if x != x else x for key, x in found.items()})
     result: JsonDict = json.loads(file.read_text())
     return result

@@ -1,6 +1,9 @@
 """Token-level dialogues: ids are only appended, and say what the chat template would say."""
 
 import asyncio
+import copy
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +124,55 @@ def test_all_25_prescriptions_are_scored(tokens):
     for action, ids in enumerate(generator.asked):
         (call,) = parse_reply(tokens.text(ids)).tool_calls
         assert read_call(call) == Prescribe(action) and ids[-1] == tokens.end_id
+
+
+PLAIN = """\
+{% for message in messages -%}
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+"""ChatML without a word of tools, as SmolLM2's template is."""
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+
+
+@pytest.fixture(scope="module")
+def plain(tokens):
+    """A tokenizer whose template ignores tools."""
+    tokenizer = copy.deepcopy(tokens._tokenizer)
+    tokenizer.chat_template = PLAIN
+    return ChatTokens(tokenizer)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("begin", [[], SYSTEM])
+@pytest.mark.parametrize("tools", [SCHEMAS, ()])
+def test_tools_are_said_as_by_qwens_own_template(plain, begin, tools):
+    """Beside the published template of Qwen3-Instruct-2507, as TRL carries it."""
+    import trl
+
+    path = Path(trl.__file__).parent / "chat_templates" / "qwen3_instruct_2507.jinja"
+    tokenizer = copy.deepcopy(plain._tokenizer)
+    tokenizer.chat_template = path.read_text()
+    qwen = ChatTokens(tokenizer)
+    answers = [*TOOL_REPLY, {**TOOL_REPLY[0], "content": "MAP 66, über"}]
+    whole = [*begin, *FIRST, {"role": "assistant", "content": CALL}, *answers, *FIRST]
+    for messages in ([*begin, *FIRST], whole):
+        assert plain.first(messages, tools) == qwen.first(messages, tools)
+    assert plain.more(TOOL_REPLY, tools) == qwen.more(TOOL_REPLY, tools)
+    assert plain.more(answers, tools) == qwen.more(answers, tools)
+
+
+def test_a_dialogue_with_a_template_that_ignores_tools(plain):
+    """The schemas are read, calls are understood, and nothing is tokenised twice."""
+    replies, generator, conversation = talk(plain, [CALL, CALL], FIRST, TOOL_REPLY)
+    assert [read_call(reply.tool_calls[0]) for reply in replies] == [Prescribe(7)] * 2
+    text = plain.text(generator.prompts[0])
+    for tool in SCHEMAS:
+        assert json.dumps(tool) in text
+    whole = [*FIRST, {"role": "assistant", "content": CALL}, *TOOL_REPLY]
+    assert generator.prompts[1] == plain.first(whole, SCHEMAS)
+    assert conversation.ids[: len(generator.prompts[1])] == generator.prompts[1]
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
