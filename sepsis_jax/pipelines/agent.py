@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,8 +19,8 @@ from policy.agent.records import RECORDS_FILE, Records, last_attempts, summarize
 from policy.agent.tools import ActionScorer
 from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
-from policy.serving.backend import Backend
-from policy.serving.tokens import TokenBackend
+from policy.serving.backend import Backend, BackendError
+from policy.serving.tokens import ChatTokens, TokenBackend
 from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
@@ -34,6 +35,8 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import require_memory
 from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_keys
+
+T = TypeVar("T")
 
 EMBEDDED, VLLM, OPENAI, SCRIPTED = KINDS = ("embedded", "vllm", "openai", "scripted")
 
@@ -53,6 +56,7 @@ class BackendOptions:
       served_name: the server's name of the model, where it is not the folder's name.
       reasoning: the endpoint takes neither temperature, top_p nor seed, as o3.
       extra: further parameters of the endpoint's requests, each NAME=VALUE with YAML values.
+      enable_thinking: switch of the model's chat template; None leaves it as the template has it.
     """
 
     kind: str = EMBEDDED
@@ -63,6 +67,7 @@ class BackendOptions:
     served_name: str | None = None
     reasoning: bool = False
     extra: tuple[str, ...] = field(default=())
+    enable_thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -71,13 +76,19 @@ class BackendOptions:
             raise InputError("llm: name the model's folder, or its name at the endpoint")
         if self.kind in (VLLM, OPENAI) and not self.url:
             raise InputError(f"url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1")
+        if self.kind == SCRIPTED and self.enable_thinking is not None:
+            raise InputError("enable_thinking: the scripted backend has no thoughts; leave it out")
 
 
 def open_backend(options: BackendOptions) -> Backend:
-    """A backend, ready to be asked.
+    """A backend, ready to be asked; of a server it is checked first what it gives.
+
+    Not within a running event loop.
 
     Raises:
-      InputError: a folder that cannot be read, or a key that is missing.
+      InputError: a folder that cannot be read, a key that is missing, a server that cannot be
+        reached, or a vLLM server whose log-probabilities are not those of the distribution that it
+        draws from.
     """
     if options.kind == SCRIPTED:
         from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
@@ -86,19 +97,39 @@ def open_backend(options: BackendOptions) -> Backend:
     llm = str(options.llm)
     if options.kind == EMBEDDED:
         from policy.serving.embedded import EmbeddedGenerator
-        from policy.serving.tokens import ChatTokens, TokenBackend
 
-        return TokenBackend(EmbeddedGenerator.from_folder(llm), ChatTokens.load(llm))
+        return TokenBackend(EmbeddedGenerator.from_folder(llm), load_tokens(options))
+    from policy.serving.vllm.check import check_server, require_logprobs
+
     server = endpoint(options)
     if options.kind == VLLM:
-        from policy.serving.tokens import ChatTokens, TokenBackend
         from policy.serving.vllm.generator import VLLMGenerator
 
-        return TokenBackend(VLLMGenerator(server), ChatTokens.load(llm))
+        _checked(require_logprobs(server))
+        return TokenBackend(VLLMGenerator(server), load_tokens(options))
     from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
 
     omit = REASONING_MODELS if options.reasoning else frozenset()
-    return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
+    chat = ChatOptions(
+        vllm=_checked(check_server(server)),
+        omit=omit,
+        extra=_parameters(options.extra),
+        enable_thinking=options.enable_thinking,
+    )
+    return OpenAIBackend(server, chat)
+
+
+def _checked(asked: Coroutine[None, None, T]) -> T:
+    """What a check of a server says."""
+    try:
+        return asyncio.run(asked)
+    except BackendError as error:
+        raise InputError(f"{error}; start the server, or name another in url") from None
+
+
+def load_tokens(options: BackendOptions) -> ChatTokens:
+    """The tokenizer of an embedded or vllm backend."""
+    return ChatTokens.load(str(options.llm), enable_thinking=options.enable_thinking)
 
 
 # the endpoint's class is imported only where it is used
