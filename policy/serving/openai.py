@@ -125,6 +125,8 @@ class OpenAIConversation:
             body["tools"] = self._tools
         if options.vllm:
             body |= {"logprobs": True, "return_token_ids": True, **PLAIN_SAMPLING}
+            if self._tools:  # told to the model, but neither parsed nor forced by the server
+                body["tool_choice"] = "none"
         body = {k: v for k, v in body.items() if k not in options.omit} | dict(options.extra)
         if options.enable_thinking is not None:
             given = options.extra.get(_SWITCHES)

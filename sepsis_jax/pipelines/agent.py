@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.records import RECORDS_FILE, Records, last_attempts, summarize, to_record
+from policy.agent.reference import AGENT_MODES, CORRECTED, Quirks, learned_env, make_forecaster
 from policy.agent.tools import ActionScorer
 from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
@@ -33,7 +34,6 @@ from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import require_memory
-from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_keys
 
 T = TypeVar("T")
@@ -170,7 +170,8 @@ class AgentOptions:
       patients: synthetic patients, or at most so many recorded stays; None takes all of these.
       split: of recorded stays: train, validation, test or all.
       max_steps: decisions per stay at most; None for no limit.
-      mode: "corrected", or "reference" for SepsisAgent's rules.
+      mode: "corrected", or "reference" for all quirks of SepsisAgent's published inference.
+      quirks: single ones, on or off whatever the mode.
       follow_record: recorded rows follow as long as the agent gives what was given.
       templates: "full", "compact", or a folder of templates.
       intervals: tell the agent 90% intervals.
@@ -188,7 +189,8 @@ class AgentOptions:
     patients: int | None = None
     split: str = "test"
     max_steps: int | None = None
-    mode: str = "corrected"
+    mode: str = CORRECTED
+    quirks: Quirks = field(default_factory=Quirks)
     follow_record: bool = True
     templates: str = "full"
     intervals: bool = True
@@ -203,7 +205,7 @@ class AgentOptions:
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "concurrency", "attempts")
         require(self, "at least 1", lambda n: n is None or n >= 1, "patients", "max_steps")
-        require(self, f"one of {MODES}", lambda name: name in MODES, "mode")
+        require(self, f"one of {AGENT_MODES}", lambda name: name in AGENT_MODES, "mode")
         splits = (*schema.SPLITS, "all")
         require(self, f"one of {', '.join(splits)}", lambda name: name in splits, "split")
 
@@ -258,15 +260,26 @@ def run_agent(
     if episodes is not None and model is None:
         raise InputError("model: recorded stays are simulated in a world model; name one")
     world_model = None if model is None else load_world_model(model)
+    quirks = options.quirks.of_mode(options.mode)
+    if episodes is None and quirks.of_record:
+        raise InputError(
+            f"mode: {', '.join(quirks.of_record)} need recorded stays; name them in episodes"
+        )
+    options = replace(
+        options,
+        forecast=quirks.forecast(options.forecast),
+        dialogue=quirks.dialogue(options.dialogue),
+    )
     forecaster = None
     if world_model is not None:
-        forecaster = Forecaster(
+        forecaster = make_forecaster(
+            quirks,
             world_model,
             jax.random.fold_in(jax.random.key(options.seed), keys.AGENT_FORECASTS),
             options.forecast,
             behavior=None if behavior is None else load_policy(behavior),
         )
-    unit = _unit(options, world_model, episodes)
+    unit = _unit(options, world_model, episodes, quirks)
     prompts = Prompts(
         options.templates,
         hours=schema.STEP_HOURS if world_model is None else world_model.step_hours,
@@ -351,7 +364,9 @@ async def _treat(
         await backend.close()
 
 
-def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path | None) -> _Unit:
+def _unit(
+    options: AgentOptions, world_model: WorldModel | None, episodes: Path | None, quirks: Quirks
+) -> _Unit:
     key = jax.random.key(options.seed)
     if episodes is None:
         if options.patients is not None:
@@ -365,10 +380,9 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
         recorded = recorded.of_split(options.split)
     recorded = recorded.select(slice(options.patients))
     patients = np.asarray(recorded.stay_id)
-    env = SepsisEnv.learned(
-        world_model, recorded, past=Forecaster.past, mode=options.mode,
-        follow_record=options.follow_record, mortality_each_step=False,
-        max_steps=options.max_steps,
+    env = learned_env(
+        world_model, recorded, quirks,
+        follow_record=options.follow_record, max_steps=options.max_steps,
     )  # fmt: skip
     stays = np.arange(len(patients), dtype=np.int32)
     return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))

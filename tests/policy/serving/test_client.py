@@ -110,13 +110,19 @@ def test_vllm_gives_tokens_and_logprobs():
     assert [(c.name, c.arguments) for c in reply.tool_calls] == [("treat", '{"b": 2}')]
     body = server.requests[0]["body"]
     assert body["tools"] == TOOLS and body["logprobs"] and body["return_token_ids"]
+    assert body["tool_choice"] == "none"
     assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 0.0, 1.0)
     assert body["presence_penalty"] == body["frequency_penalty"] == 0.0
 
 
 @pytest.mark.parametrize(
     ("finish", "stopped_by", "said"),
-    [("stop", None, "five"), ("stop", 6, "five"), ("stop", "six", "fivesix"), ("length", None, "fivesix")],
+    [
+        ("stop", None, "five"),
+        ("stop", 6, "five"),
+        ("stop", "six", "fivesix"),
+        ("length", None, "fivesix"),
+    ],
 )
 def test_the_token_that_ended_a_reply_is_not_part_of_it(finish, stopped_by, said):
     answer = {

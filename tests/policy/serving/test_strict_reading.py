@@ -111,14 +111,16 @@ def call(rng):
         f'{{"name": "prescription", "arguments": {{{good}, "why": "shock"}}}}',
         f'{{"name": "prescription", "arguments": {{"vasopressor": "{v}", "iv_fluid": {f}}}}}',
         f'{{"name": "prescription", "arguments": {{"vasopressor": {v}.0, "iv_fluid": {f}}}}}',
-        f'{{"name": "prescription", "arguments": "{{}}"}}',
+        '{"name": "prescription", "arguments": "{}"}',
         f'{{"name": "prescribe", "arguments": {{{good}}}}}',
         f'[{{"name": "prescription", "arguments": {{{good}}}}}]',
         '{"name": "simulation", "arguments": {"actions": ["[1, 1]"]}}',
         f'{{"name": "prescription", "arguments": {{{good}}}}} {{}}',
     ]
     body = rng.choice(bodies)
-    return rng.choice([*[f"{CALL}\n{body}\n{CALL_END}"] * 5, f"{CALL}\n{body}", f"{body}{CALL_END}"])
+    return rng.choice(
+        [*[f"{CALL}\n{body}\n{CALL_END}"] * 5, f"{CALL}\n{body}", f"{body}{CALL_END}"]
+    )
 
 
 WORDS = ["Let me see.\n", " well ", "\u00a0", "{", "}", '"', "\n\n", "prescription", "\u4e2d"]
@@ -264,4 +266,8 @@ def test_what_lenient_readers_take(tokens, monkeypatch, path, text, tail):
     assert treatment(heard) is None
     server.text, server.tail = f"I treat. {WHOLE}", "\n"
     heard = asyncio.run(path(tokens, server).open(SCHEMAS).ask(ASKED, sampling=Sampling(), seed=0))
-    assert (treatment(heard), heard.content, heard.token_ids) == (24, "I treat.", (*server.drawn(),))
+    assert (treatment(heard), heard.content, heard.token_ids) == (
+        24,
+        "I treat.",
+        (*server.drawn(),),
+    )

@@ -34,6 +34,7 @@ from policy.serving.vllm.check import check_server, require_logprobs
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
 from tests.policy.serving.real import NEEDS_VLLM
+from tests.policy.serving.vllm_answers import hermes
 from worldmodel.errors import InputError
 
 pytestmark = NEEDS_VLLM
@@ -226,7 +227,9 @@ def test_scores_are_our_models(served):
 
 
 def test_a_dialogue_with_tools(served):
-    written = 'I treat.\n<tool_call>\n{"name": "prescribe", "arguments": {"fluid": 1}}\n</tool_call>'
+    written = (
+        'I treat.\n<tool_call>\n{"name": "prescribe", "arguments": {"fluid": 1}}\n</tool_call>'
+    )
     options = ChatOptions(vllm=True, extra={"structured_outputs": {"choice": [written]}})
     asked = [
         {"role": "system", "content": "You treat sepsis."},
@@ -286,11 +289,11 @@ def test_what_the_servers_parser_takes_is_no_call_to_us(served, text, names):
         finally:
             await backend.close()
 
-    lenient = asyncio.run(talk(ChatOptions(extra=extra)))
-    assert len(lenient.tool_calls) == 1
-    strict = asyncio.run(talk(ChatOptions(vllm=True, extra=extra)))
-    assert [call.name for call in strict.tool_calls] == names
-    assert strict.token_ids
+    assert len(hermes(text)[1]) == 1
+    reply = asyncio.run(talk(ChatOptions(vllm=True, extra=extra)))
+    assert [call.name for call in reply.tool_calls] == names
+    spoken = ChatTokens.load(served.folders["a"]).text(reply.token_ids)
+    assert spoken == text
 
 
 def test_the_server_is_found_to_be_one_that_can_be_read(served):

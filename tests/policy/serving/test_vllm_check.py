@@ -62,7 +62,9 @@ class OneSided(FakeVLLM):
         return super()._completions(body | {self.deaf_to: 1.0})
 
 
-@pytest.mark.parametrize(("setting", "said"), [("temperature", "temperature 2"), ("top_p", "top_p")])
+@pytest.mark.parametrize(
+    ("setting", "said"), [("temperature", "temperature 2"), ("top_p", "top_p")]
+)
 def test_both_settings_are_looked_at(tokens, setting, said):
     vllm = OneSided(tokens)
     vllm.deaf_to = setting
