@@ -21,7 +21,6 @@ from policy.agent.tools import (
     Prescribe,
     Simulate,
     read_call,
-    schemas,
 )
 from policy.serving.backend import (
     LENGTH,
@@ -198,7 +197,7 @@ class _Dialogue:
     def _open(self) -> Sequence[Message]:
         """Opens a conversation and returns its first messages."""
         can_simulate = self.pool.can_simulate
-        self.conversation = self.backend.open(schemas(can_simulate))
+        self.conversation = self.backend.open(self.prompts.tools(can_simulate))
         return self.prompts.first(self.chart, can_simulate=can_simulate)
 
     async def _ask(self, messages: Sequence[Message]) -> Reply:

@@ -23,7 +23,6 @@ from policy.serving.backend import Batcher, Lockstep
 from worldmodel.envs.base import Timestep
 from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
-from worldmodel.observation import Observation
 from worldmodel.resources import bucket
 
 CAPACITY = 64
@@ -112,6 +111,7 @@ class EnvPool:
         self._questions: Batcher[tuple[int, tuple[int, ...]], Forecast] = batcher(self._forecast)
         self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
         self._thread = thread
+        self._asked = np.zeros(len(batch.patients), np.int64)
         self._state_scorer = state_scorer
         self._values: list[tuple[float, ...] | None] = [None] * len(batch.patients)
         for start in range(0, len(batch.patients), self._capacity):
@@ -122,6 +122,11 @@ class EnvPool:
     def can_simulate(self) -> bool:
         """Whether there is a world model that answers simulations."""
         return self._forecaster is not None
+
+    @property
+    def size(self) -> int:
+        """Number of patients."""
+        return len(self._patients)
 
     def initial(self, slot: int) -> Timestep:
         """The first time step of a patient, as NumPy arrays."""
@@ -149,8 +154,11 @@ class EnvPool:
         actions = np.zeros((self._rows, MAX_OPTIONS), np.int32)
         for row, (_, options) in enumerate(asked):
             actions[row, : len(options)] = options
-        observations = _observations(self._states, slots)
-        found = self._forecaster(observations, self._patients[slots], actions)
+        before = self._asked[slots]
+        found = self._forecaster.answer(
+            self._env, self._states, slots, self._patients[slots], actions, before
+        )
+        self._asked[[slot for slot, _ in asked]] += 1
         return [
             jax.tree.map(itemgetter((row, slice(len(options)))), found)
             for row, (_, options) in enumerate(asked)
@@ -179,12 +187,6 @@ class EnvPool:
 @jax.jit
 def _reset(env: SepsisEnv, keys: jax.Array, stays: jax.Array | None) -> tuple[EnvState, Timestep]:
     return jax.vmap(env.reset, in_axes=(0, None if stays is None else 0))(keys, stays)
-
-
-@jax.jit
-def _observations(states: EnvState, slots: jax.Array) -> Observation:
-    result: Observation = jax.tree.map(lambda leaf: leaf[slots], states.last.observation)
-    return result
 
 
 @jax.jit

@@ -12,6 +12,7 @@ import numpy as np
 
 from worldmodel import schema, struct
 from worldmodel.envs.base import action_probability
+from worldmodel.envs.env import EnvState, SepsisEnv
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import Observation, PolicyFn, as_pytree, recent
@@ -24,6 +25,7 @@ from worldmodel.simulate.step import MODES
 T = TypeVar("T")  # a PyTree of arrays
 
 QUANTILES = (0.05, 0.95)
+_NEXT_NOISE = 1_000_003  # added to a patient's identity for every question of fresh forecasts
 _MAX_BRANCHES = 65_536  # a single step: blocks that fit the caches would repeat the networks
 
 
@@ -35,12 +37,14 @@ class ForecastConfig:
       samples: futures per treatment, a multiple of the ensemble size; all treatments share
         their random numbers.
       mode: "corrected", or "reference": one noisy future per treatment, as SepsisAgent's tool.
+      fresh: draw anew at every question; otherwise equal questions have equal answers.
       shuffled: answer with the future of another treatment, drawn for each question: an agent that
         listens to the simulator gets worse by it.
     """
 
     samples: int = 60
     mode: str = "corrected"
+    fresh: bool = False
     shuffled: bool = False
 
     def __post_init__(self) -> None:
@@ -104,9 +108,32 @@ class Forecaster:
             )
         if getattr(behavior, "past", 0) > self.past:
             raise InputError(f"behavior: looks back on more than {self.past} rows")
-        self._world_model, self._key, self._config = world_model, key, config
+        self._world_model, self._key, self.config = world_model, key, config
         self._behavior = None if behavior is None else as_pytree(behavior)
         self._behavior_past = getattr(behavior, "past", 0)
+
+    def answer(
+        self,
+        env: SepsisEnv,
+        states: EnvState,
+        slots: np.ndarray,
+        patients: np.ndarray,
+        actions: np.ndarray,
+        asked: np.ndarray,
+    ) -> Forecast:
+        """Forecasts [B, K] for patients of a pool, as numpy arrays.
+
+        Args:
+          env: of the patients.
+          states: of all M patients, leaves [M, ...].
+          slots: [B] of those who are asked about.
+          patients: [B] int32 identities, which the noise depends on.
+          actions: [B, K] int32 joint actions.
+          asked: [B] how often these patients were asked about before.
+        """
+        if self.config.fresh:
+            patients = (patients.astype(np.int64) + _NEXT_NOISE * asked).astype(np.int32)
+        return self(_observations(states, slots), patients, actions)
 
     def __call__(
         self, observations: Observation, patients: np.ndarray, actions: np.ndarray
@@ -118,8 +145,8 @@ class Forecaster:
           patients: [B] int32 identities, which the noise depends on.
           actions: [B, K] int32 joint actions.
         """
-        reference = self._config.mode == "reference"
-        if self._config.shuffled:
+        reference = self.config.mode == "reference"
+        if self.config.shuffled:
             actions = _others(self._key, observations, patients, actions)
         plans = np.asarray(actions, np.int32)[..., None]
         played = rollout(
@@ -127,10 +154,10 @@ class Forecaster:
             self._key,
             _histories(self._world_model, observations, jnp.asarray(patients, jnp.int32)),
             plans,
-            samples=self._config.samples,
+            samples=self.config.samples,
             features=schema.FEATURE_NAMES,
             common_noise=not reference,
-            mode=self._config.mode,
+            mode=self.config.mode,
             mortality=False,
             max_branches=_MAX_BRANCHES,
         )
@@ -185,6 +212,12 @@ def _quantiles(values: np.ndarray) -> list[np.ndarray]:
         lower, upper = ordered[..., below], ordered[..., min(below + 1, last)]
         found.append(lower + np.float32(place - below) * (upper - lower))
     return found
+
+
+@jax.jit
+def _observations(states: EnvState, slots: jax.Array) -> Observation:
+    result: Observation = jax.tree.map(lambda leaf: leaf[slots], states.last.observation)
+    return result
 
 
 @jax.jit

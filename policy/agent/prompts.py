@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from policy.agent.forecast import Forecast
-from policy.agent.tools import MAX_OPTIONS
+from policy.agent.tools import MAX_OPTIONS, SCHEMAS, load_schemas, schemas
 from worldmodel import schema
 from worldmodel.envs.base import Timestep
 from worldmodel.errors import InputError
@@ -83,7 +83,8 @@ class Option:
     """A treatment and what the world model expects of it."""
 
     treatment: Treatment
-    features: dict[str, Expected]  # by name
+    features: dict[str, Expected]  # by name, rounded
+    values: dict[str, float]  # means of all 39 features by name, not rounded
     sofa: float
     ventilation: float
     disagreement: float
@@ -152,6 +153,11 @@ class Chart:
             f"{name} [{unit}]: {', '.join(texts)}" for name, unit, texts in self.rows()
         )
 
+    def values(self, name: str) -> list[float]:
+        """A feature over time, oldest first, not rounded."""
+        column = schema.INDEX[name]
+        return [float(row[column]) for row in self.dynamic]
+
     def value(self, name: str) -> str:
         """A feature in the newest row, rounded."""
         return self.texts[-1][schema.INDEX[name]]
@@ -197,6 +203,7 @@ def options(actions: tuple[int, ...], forecast: Forecast) -> list[Option]:
             Option(
                 treatment=Treatment.of(action),
                 features=features,
+                values=dict(zip(schema.FEATURE_NAMES, forecast.mean[k].tolist(), strict=True)),
                 sofa=float(forecast.sofa[k]),
                 ventilation=float(forecast.ventilation[k]),
                 disagreement=float(forecast.disagreement[k]),
@@ -227,8 +234,8 @@ class Prompts:
     """Messages of a dialogue.
 
     A set of templates is a folder with `first`, `simulation`, `prescription` and `error`, each
-    `.md.j2`; an optional `system.md.j2` goes before the first. Users' templates run in Jinja2's
-    sandbox.
+    `.md.j2`; an optional `system.md.j2` goes before the first, and an optional `tools.json` has the
+    tools as the model is told of them. Users' templates run in Jinja2's sandbox.
 
     Args:
       templates: "full" (SepsisAgent's contents in our words), "compact" (for small models), or a
@@ -264,7 +271,11 @@ class Prompts:
             max_simulations=max_simulations,
             support_limit=support_limit,
             intervals=intervals,
+            feature_names=schema.FEATURE_NAMES,
+            units={feature.name: feature.unit for feature in schema.FEATURES},
         )
+        tools = folder / "tools.json"
+        self._tools = load_schemas(tools) if tools.is_file() else SCHEMAS
         names = [*MESSAGES, *(["system"] if (folder / "system.md.j2").exists() else [])]
         for name in names:
             if not (folder / f"{name}.md.j2").is_file():
@@ -286,6 +297,10 @@ class Prompts:
             system = {"role": "system", "content": self._render("system", **context)}
             messages.insert(0, system)
         return messages
+
+    def tools(self, can_simulate: bool) -> Sequence[Mapping[str, object]]:
+        """The tools of a dialogue with or without a simulator, in OpenAI's form."""
+        return schemas(can_simulate, self._tools)
 
     def simulation(self, options: Sequence[Option]) -> str:
         """The answer of a simulation."""

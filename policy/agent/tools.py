@@ -6,7 +6,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -68,9 +69,42 @@ SCHEMAS: tuple[Mapping[str, object], ...] = (
 """Both tools in OpenAI's form."""
 
 
-def schemas(can_simulate: bool) -> Sequence[Mapping[str, object]]:
-    """The tools of a dialogue with or without a simulator."""
-    return SCHEMAS if can_simulate else SCHEMAS[1:]
+def schemas(
+    can_simulate: bool, tools: Sequence[Mapping[str, object]] = SCHEMAS
+) -> Sequence[Mapping[str, object]]:
+    """The tools of a dialogue with or without a simulator, in the order given."""
+    return [tool for tool in tools if can_simulate or _name(tool) != SIMULATION]
+
+
+def load_schemas(path: Path) -> tuple[Mapping[str, object], ...]:
+    """Tools as a file has them: their order, descriptions and whatever else a model is told.
+
+    Calls are read as ever, so the tools and their arguments keep their names.
+
+    Raises:
+      InputError: the file is no JSON list of both tools with their arguments.
+    """
+    try:
+        tools = json.loads(path.read_text(encoding="utf-8"))
+        found = {_name(tool): set(_parameters(tool)) for tool in tools}
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: no list of tools in OpenAI's form ({error!r})") from None
+    expected = {_name(tool): set(_parameters(tool)) for tool in SCHEMAS}
+    if found != expected or len(tools) != len(expected):
+        names = "; ".join(f"{name}({', '.join(sorted(expected[name]))})" for name in expected)
+        raise InputError(f"{path}: expected the tools {names}, each once")
+    return tuple(tools)
+
+
+# a schema is nested JSON
+def _name(tool: Mapping[str, Any]) -> str:
+    name: str = tool["function"]["name"]
+    return name
+
+
+def _parameters(tool: Mapping[str, Any]) -> Mapping[str, object]:
+    properties: Mapping[str, object] = tool["function"]["parameters"]["properties"]
+    return properties
 
 
 REASONS: dict[str, str] = {

@@ -24,7 +24,11 @@ class BackendError(Exception):
     """Raised when a model cannot be reached after all retries; nothing was generated."""
 
 
-class ContextError(BackendError):
+class RefusedError(BackendError):
+    """Raised when an endpoint refuses a request, so that asking again cannot help."""
+
+
+class ContextError(RefusedError):
     """Raised when a dialogue has grown longer than the model's context; it cannot go on."""
 
 
@@ -150,6 +154,18 @@ def as_message(reply: Reply) -> dict[str, object]:
             for call in reply.tool_calls
         ]
     return message
+
+
+def unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object from its members, for `json.loads`.
+
+    Raises:
+      ValueError: a name is given twice, of which JSON readers would take the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name is given twice")
+    return found
 
 
 Ask = TypeVar("Ask")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from policy.serving.backend import BackendError, ContextError
+from policy.serving.backend import BackendError, ContextError, RefusedError, unique_names
 from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
@@ -122,7 +122,8 @@ class Client:
           query: parameters of the URL.
 
         Raises:
-          BackendError: after all tries, or at once where a retry cannot help.
+          RefusedError: at once, where a retry cannot help.
+          BackendError: after all tries.
         """
         found: T = await self._with_retries("POST", path, body, read, query or {})
         return found
@@ -207,7 +208,7 @@ class Client:
             if status >= 500 or status in _TRY_AGAIN:
                 after = _seconds(error.response.headers.get("retry-after"))
                 raise _FaultError(what, away=status in _AWAY, after_s=after) from None
-            kind = ContextError if _is_too_long(status, error.response.text) else BackendError
+            kind = ContextError if _is_too_long(status, error.response.text) else RefusedError
             raise kind(f"{self.endpoint.root}{path}: {self._clean(what)}") from None
 
     def _connect(self) -> openai.AsyncOpenAI:
@@ -239,7 +240,7 @@ def _is_too_long(status: int, text: str) -> bool:
 
 def _read(text: str, read: Callable[[object], T]) -> T:
     try:
-        return read(json.loads(text, parse_constant=_refuse))
+        return read(json.loads(text, parse_constant=_refuse, object_pairs_hook=unique_names))
     except (ValueError, MalformedError) as error:
         raise _FaultError(f"malformed reply ({error}): {_first_words(text)}") from None
 

@@ -20,17 +20,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from policy.serving.backend import (
     LENGTH,
+    STOP,
     TOOL_CALLS,
     Generator,
     Message,
     Reply,
     Sampling,
     ToolCall,
+    unique_names,
 )
 from worldmodel.errors import InputError
 
@@ -54,7 +57,7 @@ _ANY_TOOL: tuple[Mapping[str, object], ...] = (
         },
     },
 )  # to see whether a template says anything of tools
-_TAIL = 16  # tokens of a prompt that hold a beginning of a thought at its end
+TAIL = 16  # tokens of a prompt that hold a beginning of a thought at its end
 
 
 class ReplyParts(NamedTuple):
@@ -85,12 +88,44 @@ def parse_reply(text: str, *, id_prefix: str = "call", in_thought: bool = False)
         for block in blocks:
             body, closed, after = block.partition(_CALL_END)
             content += after
-            name, arguments = _call(body.strip()) if closed else ("", body)
+            name, arguments = _call(body) if closed else ("", body)
             calls.append(ToolCall(f"{id_prefix}-{len(calls)}", name, arguments))
         spoken.append(content.strip())
     content = "\n\n".join(filter(None, spoken))
     reasoning = "\n\n".join(filter(None, map(str.strip, thoughts)))
     return ReplyParts(content, reasoning, tuple(calls))
+
+
+def opens_thought(tail: str) -> bool:
+    """Whether a prompt that ends with this text leaves a thought open, as some templates do."""
+    return tail.rstrip().endswith(_THINK)
+
+
+def ends_in_thought(text: str) -> bool:
+    """Whether a thought is open where a text ends."""
+    return text.rfind(_THINK) > text.rfind(_THINK_END)
+
+
+def read_reply(text: str, known: Reply, *, id_prefix: str, prompt_tail: str) -> Reply:
+    """A reply that was drawn as tokens, with what its text says.
+
+    Args:
+      text: of the reply, without the token that ended it.
+      known: the rest of the reply; its finish reason is that of the tokens.
+      id_prefix: of the ids of its calls.
+      prompt_tail: text of the last tokens of the prompt.
+    """
+    parts = parse_reply(text, id_prefix=id_prefix, in_thought=opens_thought(prompt_tail))
+    reason = known.finish_reason
+    if reason != LENGTH:
+        reason = TOOL_CALLS if parts.tool_calls else STOP
+    return replace(
+        known,
+        content=parts.content,
+        tool_calls=parts.tool_calls,
+        reasoning=parts.reasoning,
+        finish_reason=reason,
+    )
 
 
 def write_call(name: str, arguments: str) -> str:
@@ -125,7 +160,7 @@ def _thoughts(text: str, in_thought: bool) -> tuple[list[str], list[str]]:
 def _call(body: str) -> tuple[str, str]:
     """Name and arguments; an empty name and the body itself where it is no call."""
     try:
-        call = json.loads(body, object_pairs_hook=_no_duplicates)
+        call = json.loads(body, object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
         return "", body
     if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
@@ -137,12 +172,6 @@ def _call(body: str) -> tuple[str, str]:
         return name, json.dumps(arguments)
     except RecursionError:
         return "", body
-
-
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name is given twice")
-    return dict(pairs)
 
 
 def tools_as_text(
@@ -183,34 +212,42 @@ class ChatTokens:
 
     Args:
       tokenizer: of transformers, with a chat template whose turns end with its `eos_token`.
+      enable_thinking: switch of the template; None leaves it as the template has it.
 
     Raises:
-      InputError: there is no such template.
+      InputError: there is no such template, or it has no such switch.
     """
 
     # transformers has no one class of tokenizers
-    def __init__(self, tokenizer: Any):
-        if not getattr(tokenizer, "chat_template", None) or not tokenizer.eos_token:
+    def __init__(self, tokenizer: Any, *, enable_thinking: bool | None = None):
+        template = getattr(tokenizer, "chat_template", None)
+        if not template or not tokenizer.eos_token:
             raise InputError("tokenizer: has no chat template; give a folder of a chat model")
+        self._switches: dict[str, bool] = {}
+        if enable_thinking is not None:
+            if "enable_thinking" not in str(template):
+                raise InputError("enable_thinking: the model's chat template has no such switch")
+            self._switches["enable_thinking"] = enable_thinking
         self._tokenizer = tokenizer
         self.end_id: int = tokenizer.convert_tokens_to_ids(tokenizer.eos_token)
         user = [{"role": "user", "content": "."}]
         self._knows_tools = self._template(user, _ANY_TOOL) != self._template(user, [])
 
     @classmethod
-    def load(cls, path: str | Path) -> ChatTokens:
+    def load(cls, path: str | Path, *, enable_thinking: bool | None = None) -> ChatTokens:
         """The tokenizer of a model's folder.
 
         Raises:
-          InputError: it cannot be read.
+          InputError: it cannot be read, or has no switch `enable_thinking`.
         """
         from transformers import AutoTokenizer
 
         try:
-            return cls(AutoTokenizer.from_pretrained(str(path), local_files_only=True))
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise InputError(f"{path}: no readable tokenizer ({first})") from None
+        return cls(tokenizer, enable_thinking=enable_thinking)
 
     def first(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, object]]
@@ -231,7 +268,9 @@ class ChatTokens:
     def text(self, ids: Sequence[int]) -> str:
         """The text of a reply without its end token; marks of tool calls are kept."""
         kept = list(ids[:-1] if ids and ids[-1] == self.end_id else ids)
-        result: str = self._tokenizer.decode(kept, skip_special_tokens=False)
+        result: str = self._tokenizer.decode(
+            kept, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         return result
 
     def encode(self, text: str) -> list[int]:
@@ -249,6 +288,7 @@ class ChatTokens:
             tools=[dict(tool) for tool in tools] or None,
             tokenize=False,
             add_generation_prompt=True,
+            **self._switches,
         )
         return result
 
@@ -292,23 +332,21 @@ class TokenConversation:
         drawn = await self._backend.generator.generate(prompt, sampling=sampling, seed=seed)
         self.ids = [*prompt, *drawn.token_ids]
         self._turns += 1
-        text = self._backend.tokens.text(drawn.token_ids)
-        parts = parse_reply(
-            text,
-            id_prefix=f"call-{self._turns}",
-            in_thought=self._backend.tokens.text(prompt[-_TAIL:]).rstrip().endswith(_THINK),
-        )
-        reason = drawn.finish_reason
-        return Reply(
-            content=parts.content,
-            tool_calls=parts.tool_calls,
-            finish_reason=TOOL_CALLS if parts.tool_calls and reason != LENGTH else reason,
-            reasoning=parts.reasoning,
+        known = Reply(
+            content="",
+            finish_reason=drawn.finish_reason,
             prompt_ids=tuple(prompt),
             token_ids=drawn.token_ids,
             logprobs=drawn.logprobs,
             weight_version=drawn.weight_version,
             usage={"prompt_tokens": len(prompt), "completion_tokens": len(drawn.token_ids)},
+        )
+        tokens = self._backend.tokens
+        return read_reply(
+            tokens.text(drawn.token_ids),
+            known,
+            id_prefix=f"call-{self._turns}",
+            prompt_tail=tokens.text(prompt[-TAIL:]),
         )
 
     def prefix(self, messages: Sequence[Message]) -> list[int]:

@@ -86,6 +86,13 @@ def run(
             "reasoning_effort=low; repeat.",
         ),
     ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--thinking/--no-thinking",
+            help="Switch enable_thinking of the model's chat template; as it is by default.",
+        ),
+    ] = None,
     model: Annotated[
         Path | None,
         typer.Option("--model", help="World model that answers simulations; without it, none."),
@@ -132,6 +139,7 @@ def run(
     chosen = BackendOptions(
         kind=backend, llm=llm, url=url, key_variable=key_variable, key_file=key_file,
         served_name=served_name, reasoning=reasoning, extra=tuple(extra or ()),
+        enable_thinking=thinking,
     )  # fmt: skip
     goes_on = f"the same command with --resume goes on in {out}"
     with resumable(goes_on), claimed(out), phases("agent", log_every=30.0) as progress:

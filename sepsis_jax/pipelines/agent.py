@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,11 +16,12 @@ from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
 from policy.agent.records import RECORDS_FILE, Records, last_attempts, summarize, to_record
+from policy.agent.reference import AGENT_MODES, CORRECTED, Quirks, learned_env, make_forecaster
 from policy.agent.tools import ActionScorer
 from policy.agent.transcript import actions_text
 from policy.checkpoint import load_policy
-from policy.serving.backend import Backend
-from policy.serving.tokens import TokenBackend
+from policy.serving.backend import Backend, BackendError
+from policy.serving.tokens import ChatTokens, TokenBackend
 from sepsis_jax.runs import JsonDict, Progress, plain, run_folder, silent
 from worldmodel import keys, schema
 from worldmodel.clinical.reward import episode_rewards
@@ -32,8 +34,9 @@ from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import require_memory
-from worldmodel.simulate.step import MODES
 from worldmodel.synthetic import Config, patient_keys
+
+T = TypeVar("T")
 
 EMBEDDED, VLLM, OPENAI, SCRIPTED = KINDS = ("embedded", "vllm", "openai", "scripted")
 
@@ -53,6 +56,7 @@ class BackendOptions:
       served_name: the server's name of the model, where it is not the folder's name.
       reasoning: the endpoint takes neither temperature, top_p nor seed, as o3.
       extra: further parameters of the endpoint's requests, each NAME=VALUE with YAML values.
+      enable_thinking: switch of the model's chat template; None leaves it as the template has it.
     """
 
     kind: str = EMBEDDED
@@ -63,6 +67,7 @@ class BackendOptions:
     served_name: str | None = None
     reasoning: bool = False
     extra: tuple[str, ...] = field(default=())
+    enable_thinking: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -71,13 +76,19 @@ class BackendOptions:
             raise InputError("llm: name the model's folder, or its name at the endpoint")
         if self.kind in (VLLM, OPENAI) and not self.url:
             raise InputError(f"url: the {self.kind} backend needs one, as http://127.0.0.1:8000/v1")
+        if self.kind == SCRIPTED and self.enable_thinking is not None:
+            raise InputError("enable_thinking: the scripted backend has no thoughts; leave it out")
 
 
 def open_backend(options: BackendOptions) -> Backend:
-    """A backend, ready to be asked.
+    """A backend, ready to be asked; of a server it is checked first what it gives.
+
+    Not within a running event loop.
 
     Raises:
-      InputError: a folder that cannot be read, or a key that is missing.
+      InputError: a folder that cannot be read, a key that is missing, a server that cannot be
+        reached, or a vLLM server whose log-probabilities are not those of the distribution that it
+        draws from.
     """
     if options.kind == SCRIPTED:
         from policy.agent.scripted import ScriptedBackend, simulate_and_prescribe
@@ -86,19 +97,39 @@ def open_backend(options: BackendOptions) -> Backend:
     llm = str(options.llm)
     if options.kind == EMBEDDED:
         from policy.serving.embedded import EmbeddedGenerator
-        from policy.serving.tokens import ChatTokens, TokenBackend
 
-        return TokenBackend(EmbeddedGenerator.from_folder(llm), ChatTokens.load(llm))
+        return TokenBackend(EmbeddedGenerator.from_folder(llm), load_tokens(options))
+    from policy.serving.vllm.check import check_server, require_logprobs
+
     server = endpoint(options)
     if options.kind == VLLM:
-        from policy.serving.tokens import ChatTokens, TokenBackend
         from policy.serving.vllm.generator import VLLMGenerator
 
-        return TokenBackend(VLLMGenerator(server), ChatTokens.load(llm))
+        _checked(require_logprobs(server))
+        return TokenBackend(VLLMGenerator(server), load_tokens(options))
     from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
 
     omit = REASONING_MODELS if options.reasoning else frozenset()
-    return OpenAIBackend(server, ChatOptions(omit=omit, extra=_parameters(options.extra)))
+    chat = ChatOptions(
+        vllm=_checked(check_server(server)),
+        omit=omit,
+        extra=_parameters(options.extra),
+        enable_thinking=options.enable_thinking,
+    )
+    return OpenAIBackend(server, chat)
+
+
+def _checked(asked: Coroutine[None, None, T]) -> T:
+    """What a check of a server says."""
+    try:
+        return asyncio.run(asked)
+    except BackendError as error:
+        raise InputError(f"{error}; start the server, or name another in url") from None
+
+
+def load_tokens(options: BackendOptions) -> ChatTokens:
+    """The tokenizer of an embedded or vllm backend."""
+    return ChatTokens.load(str(options.llm), enable_thinking=options.enable_thinking)
 
 
 # the endpoint's class is imported only where it is used
@@ -139,7 +170,8 @@ class AgentOptions:
       patients: synthetic patients, or at most so many recorded stays; None takes all of these.
       split: of recorded stays: train, validation, test or all.
       max_steps: decisions per stay at most; None for no limit.
-      mode: "corrected", or "reference" for SepsisAgent's rules.
+      mode: "corrected", or "reference" for all quirks of SepsisAgent's published inference.
+      quirks: single ones, on or off whatever the mode.
       follow_record: recorded rows follow as long as the agent gives what was given.
       templates: "full", "compact", or a folder of templates.
       intervals: tell the agent 90% intervals.
@@ -157,7 +189,8 @@ class AgentOptions:
     patients: int | None = None
     split: str = "test"
     max_steps: int | None = None
-    mode: str = "corrected"
+    mode: str = CORRECTED
+    quirks: Quirks = field(default_factory=Quirks)
     follow_record: bool = True
     templates: str = "full"
     intervals: bool = True
@@ -172,7 +205,7 @@ class AgentOptions:
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "concurrency", "attempts")
         require(self, "at least 1", lambda n: n is None or n >= 1, "patients", "max_steps")
-        require(self, f"one of {MODES}", lambda name: name in MODES, "mode")
+        require(self, f"one of {AGENT_MODES}", lambda name: name in AGENT_MODES, "mode")
         splits = (*schema.SPLITS, "all")
         require(self, f"one of {', '.join(splits)}", lambda name: name in splits, "split")
 
@@ -227,15 +260,26 @@ def run_agent(
     if episodes is not None and model is None:
         raise InputError("model: recorded stays are simulated in a world model; name one")
     world_model = None if model is None else load_world_model(model)
+    quirks = options.quirks.of_mode(options.mode)
+    if episodes is None and quirks.of_record:
+        raise InputError(
+            f"mode: {', '.join(quirks.of_record)} need recorded stays; name them in episodes"
+        )
+    options = replace(
+        options,
+        forecast=quirks.forecast(options.forecast),
+        dialogue=quirks.dialogue(options.dialogue),
+    )
     forecaster = None
     if world_model is not None:
-        forecaster = Forecaster(
+        forecaster = make_forecaster(
+            quirks,
             world_model,
             jax.random.fold_in(jax.random.key(options.seed), keys.AGENT_FORECASTS),
             options.forecast,
             behavior=None if behavior is None else load_policy(behavior),
         )
-    unit = _unit(options, world_model, episodes)
+    unit = _unit(options, world_model, episodes, quirks)
     prompts = Prompts(
         options.templates,
         hours=schema.STEP_HOURS if world_model is None else world_model.step_hours,
@@ -320,7 +364,9 @@ async def _treat(
         await backend.close()
 
 
-def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path | None) -> _Unit:
+def _unit(
+    options: AgentOptions, world_model: WorldModel | None, episodes: Path | None, quirks: Quirks
+) -> _Unit:
     key = jax.random.key(options.seed)
     if episodes is None:
         if options.patients is not None:
@@ -334,10 +380,9 @@ def _unit(options: AgentOptions, world_model: WorldModel | None, episodes: Path 
         recorded = recorded.of_split(options.split)
     recorded = recorded.select(slice(options.patients))
     patients = np.asarray(recorded.stay_id)
-    env = SepsisEnv.learned(
-        world_model, recorded, past=Forecaster.past, mode=options.mode,
-        follow_record=options.follow_record, mortality_each_step=False,
-        max_steps=options.max_steps,
+    env = learned_env(
+        world_model, recorded, quirks,
+        follow_record=options.follow_record, max_steps=options.max_steps,
     )  # fmt: skip
     stays = np.arange(len(patients), dtype=np.int32)
     return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))

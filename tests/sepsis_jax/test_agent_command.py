@@ -5,7 +5,11 @@ import json
 import jax
 import pytest
 
+from policy.agent.tools import prescription_arguments
+from policy.serving.tokens import ChatTokens, write_call
+from policy.testing.tiny_qwen3 import make_tiny
 from tests.policy.serving.fake import FakeServer
+from tests.policy.serving.vllm_answers import FakeVLLM
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
@@ -99,12 +103,49 @@ def test_an_endpoint_treats(capsys, model, tmp_path, monkeypatch):
             "max_steps=3", "--out", tmp_path / "o3", "--json",
         )  # fmt: skip
     assert result.status == 0 and result.last_json["completed"] == 6, result.err
-    sent = server.requests[0]
+    sent = server.requests[-1]
     assert sent["headers"]["authorization"] == "Bearer sk-hidden"
     assert sent["body"]["reasoning_effort"] == "low" and "temperature" not in sent["body"]
     assert [tool["function"]["name"] for tool in sent["body"]["tools"]] == ["prescription"]
     kept = "".join(file.read_text() for file in (tmp_path / "o3").iterdir())
     assert "sk-hidden" not in kept + result.out + result.err
+
+
+def served(tmp_path, text, **changes):
+    """A server as `policy serve` starts it, whose model says one thing."""
+    vllm = FakeVLLM(ChatTokens.load(make_tiny(tmp_path / "tiny")), text, **changes)
+    return FakeServer(lambda handler, request: vllm(request["path"], request["body"]))
+
+
+def test_our_own_server_is_read_by_its_tokens(capsys, model, tmp_path):
+    """Its parser finds a call in a thought, and the last of two levels; neither is given."""
+    asked = ("agent", "run", "--backend", "openai", "--llm", "m", "--patients", 6, "--templates",
+             "compact", "--set", "max_steps=2", "--set", "attempts=1")  # fmt: skip
+    good = write_call("prescription", prescription_arguments(7))
+    for name, text in {
+        "thought": f"<think>What about {write_call('prescription', prescription_arguments(24))}?"
+        f"</think>No. {good}",
+        "twice": good.replace('"iv_fluid"', '"vasopressor": 4, "iv_fluid"'),
+    }.items():
+        with served(tmp_path / name, text) as server:
+            out = tmp_path / f"run-{name}"
+            found = call(capsys, *asked, "--no-thinking", "--url", server.url, "--out", out)
+        given = {d["action"] for record in records(out).values() for d in record["decisions"]}
+        assert (found.status, given) == ((0, {7}) if name == "thought" else (2, set())), found.err
+        asked_last = [r["body"] for r in server.requests if r["path"].endswith("chat/completions")]
+        assert asked_last[-1]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_server_whose_logprobs_are_others_is_refused(capsys, tmp_path):
+    with served(tmp_path / "raw", "", mode="raw_logprobs") as server:
+        tokens = tmp_path / "raw" / "tiny"
+        for backend in (("vllm", "--llm", tokens), ("openai", "--llm", "m")):
+            refuse(
+                call(capsys, "agent", "run", "--patients", 2, "--backend", *backend, "--url",
+                     server.url, "--out", tmp_path / "out"),
+                "processed_logprobs",
+            )  # fmt: skip
+    assert not (tmp_path / "out").exists()
 
 
 def test_pages(capsys, done, tmp_path):

@@ -144,6 +144,7 @@ class SepsisEnv:
         behavior: PolicyFn | None = None,
         mortality_each_step: bool = True,
         follow_record: bool = False,
+        lagged_actions: bool = False,
         max_steps: int | None = None,
     ) -> SepsisEnv:
         """An environment over a learned world model.
@@ -170,6 +171,8 @@ class SepsisEnv:
           follow_record: as long as every treatment is the recorded one, the recorded rows follow
             and the recorded outcome counts; from the first difference on the rows are simulated
             (SepsisAgent's protocol).
+          lagged_actions: of rows that followed the record the world model reads the action of the
+            row before (SepsisAgent's agent script); see `LearnedDynamics.read_history`.
           max_steps: truncates longer episodes.
 
         Raises:
@@ -186,6 +189,7 @@ class SepsisEnv:
             behavior=behavior,
             mortality_each_step=mortality_each_step,
             follow_record=follow_record,
+            lagged_actions=lagged_actions,
             kind=RecurrentDynamics if world_model.is_recurrent else LearnedDynamics,
         )
         return cls(dynamics, _checked(max_steps))

@@ -49,6 +49,7 @@ TreeT = TypeVar("TreeT")
 
 OUTCOMES = ("expected", "threshold", "sampled")
 RANDOM_ROW = "random"
+_NEVER = 2**31 - 1
 
 
 @struct.dataclass
@@ -63,6 +64,7 @@ class LearnedState:
     ended: jax.Array  # [] bool, that treatment was given
     stay: jax.Array  # [] int32 index of the recorded stay
     on_record: jax.Array  # [] bool, every treatment so far was the recorded one
+    deviated: jax.Array  # [] int32 row of the first other treatment; out of reach until then
 
 
 @struct.dataclass
@@ -80,6 +82,7 @@ class LearnedDynamics:
     past: int = struct.field(pytree_node=False)
     mortality_each_step: bool = struct.field(pytree_node=False)
     follow_record: bool = struct.field(pytree_node=False, default=False)
+    lagged_actions: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def scaler(self) -> Scaler:
@@ -119,6 +122,7 @@ class LearnedDynamics:
             ended=jnp.bool_(False),
             stay=jnp.asarray(stay, jnp.int32),
             on_record=jnp.bool_(self.follow_record),
+            deviated=jnp.int32(_NEVER),
         )
         observation = self._observation(history)
         return state, first_timestep(
@@ -129,22 +133,21 @@ class LearnedDynamics:
         """One step of four hours; the treatment of the last row ends the episode instead."""
         before = self._observation(state.history)
         key = branch_key(state.key, state.history.patient[0], before.step, state.member)
-        chosen = state.history.choose(action[None])
+        chosen = self.read_history(state).choose(action[None])
         members = self.world_model.transitions(*chosen.window(schema.STATE_WINDOW))
         prediction = Prediction(*(value[state.member] for value in members))
         moved, outputs = follow(
             self.world_model, chosen, prediction, state_noise(key)[None], mode=self.mode
         )
+        if self.lagged_actions:  # the history keeps what was given, whatever the model read
+            given = state.history.choose(action[None]).action[:, 1:]
+            moved = replace(moved, action=moved.action.at[:, :-1].set(given))
         terminated = before.step >= state.last_row
         mortality = self._mortality(chosen, state.member, terminated & ~state.ended)
         next_row = (moved, outputs.ventilation[0])
         on_record = state.on_record
         if self.follow_record:
-            at = (state.stay, before.step)
-            recorded_action = schema.action_index(
-                self.episodes.vasopressor[at], self.episodes.fluid[at]
-            )
-            on_record &= action == recorded_action
+            on_record &= action == self.recorded_action(state.stay, before.step)
             recorded = self._recorded(state.stay, before.step + 1)
             next_row = choose(
                 on_record,
@@ -165,6 +168,7 @@ class LearnedDynamics:
             ventilation=ventilation,
             ended=terminated,
             on_record=on_record,
+            deviated=jnp.where(state.on_record & ~on_record, before.step, state.deviated),
         )
         return state, self._timestep(
             state,
@@ -175,6 +179,39 @@ class LearnedDynamics:
             support=action_probability(self.behavior, policy_key(key), before, action),
             disagreement=members.mu.std(0).mean(),
         )
+
+    def recorded_action(self, stay: Int[Array, ""], row: Int[Array, "*r"]) -> Int[Array, "*r"]:
+        """[...] joint actions of recorded rows; undefined where there is none."""
+        at = (stay, row)
+        return schema.action_index(self.episodes.vasopressor[at], self.episodes.fluid[at])
+
+    def recorded_next(self, state: LearnedState) -> tuple[Observation, jax.Array, jax.Array]:
+        """What the record says of the row after a patient's newest.
+
+        Returns:
+          Its observation, the joint action [] of the newest row that led to it, and whether [] the
+          patient is on the recorded path and has such a row.
+        """
+        row = state.history.step[0]
+        known = state.on_record & (row < state.last_row)
+        history = self._recorded(state.stay, row + 1)
+        return self._observation(history), self.recorded_action(state.stay, row), known
+
+    def read_history(self, state: LearnedState) -> History:
+        """The history [1] as the model reads it.
+
+        With `lagged_actions` a row that was followed on the recorded path has the action of the row
+        before it, and row 0 has none (level 0 of both), as in SepsisAgent's script: there an action
+        only takes its place once the world model is asked with it.
+        """
+        history = state.history
+        if not self.lagged_actions:
+            return history
+        row = history.step[0] + jnp.arange(1 - history.action.shape[-1], 1)
+        before = self.recorded_action(state.stay, jnp.maximum(row - 1, 0))
+        lagged = jnp.where(row > 0, before, 0)
+        followed = (row >= 0) & (row < jnp.minimum(state.deviated, history.step[0]))
+        return replace(history, action=jnp.where(followed, lagged, history.action[0])[None])
 
     def _timestep(
         self, state: LearnedState, before: Observation, died: jax.Array, **known: jax.Array
@@ -278,6 +315,7 @@ def learned_dynamics(
     behavior: PolicyFn | None = None,
     mortality_each_step: bool = True,
     follow_record: bool = False,
+    lagged_actions: bool = False,
     kind: type[LearnedDynamics] = LearnedDynamics,
 ) -> LearnedDynamics:
     """Makes `LearnedDynamics` after checking its arguments; see `SepsisEnv.learned`."""
@@ -290,6 +328,8 @@ def learned_dynamics(
         raise InputError(f"outcome: got {outcome!r}, expected one of {OUTCOMES}")
     if not 0 <= past <= schema.OUTCOME_WINDOW:
         raise InputError(f"past: got {past}, expected 0 to {schema.OUTCOME_WINDOW} rows")
+    if lagged_actions and not follow_record:
+        raise InputError("lagged_actions: rows that follow the record alone lag; set follow_record")
     if horizon is not None and horizon < 1:
         raise InputError(f"horizon: got {horizon}, expected at least 1 step, or None")
     if follow_record and horizon is not None:
@@ -310,6 +350,7 @@ def learned_dynamics(
         past=past,
         mortality_each_step=mortality_each_step,
         follow_record=follow_record,
+        lagged_actions=lagged_actions,
     )
 
 

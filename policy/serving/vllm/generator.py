@@ -9,9 +9,9 @@ from typing import Any
 
 from policy.serving.backend import LENGTH, STOP, BackendError, Completion, Sampling
 from policy.serving.client import Client, Endpoint, MalformedError, integers, member
+from policy.serving.vllm.check import PLAIN_SAMPLING, UNKNOWN
 
 _CANDIDATES = 127  # vLLM takes one more; `--max-logprobs` of the servers started here too
-_UNKNOWN = -9999.0  # stands for one that vLLM does not have, or cannot write as JSON
 _ROUNDS = 8  # a score whose parts met different weights is asked for again
 
 
@@ -19,7 +19,8 @@ class VLLMGenerator:
     """A `Generator` behind a vLLM server that was started with `--enable-scale-out`.
 
     Log-probabilities are of the distribution that was drawn from where the server runs with
-    `--logprobs-mode processed_logprobs`; at temperature 0 they are those at temperature 1.
+    `--logprobs-mode processed_logprobs`, which `check_logprobs` checks; at temperature 0 they are
+    those at temperature 1.
 
     Attributes:
       weight_version: of the last reply; it salts the server's prefix cache. Set it after a swap,
@@ -134,7 +135,7 @@ class VLLMGenerator:
         body: dict[str, object] = {
             "model": self.name,
             "token_ids": list(prompt_ids),
-            "sampling_params": {**params, "detokenize": False},
+            "sampling_params": {**PLAIN_SAMPLING, **params, "detokenize": False},
         }
         if self.weight_version is not None:
             body["cache_salt"] = self.weight_version
@@ -167,7 +168,7 @@ def _completion(found: object) -> tuple[Completion, dict[int, float]]:
     drawn = [(member(e, "token_id", int), _logprob(e)) for e in entries]
     if tuple(token for token, _ in drawn) != tokens or not tokens:
         raise MalformedError("log-probabilities of other tokens than those drawn")
-    if any(logprob <= _UNKNOWN for _, logprob in drawn):
+    if any(logprob <= UNKNOWN for _, logprob in drawn):
         raise MalformedError("a token was drawn without a log-probability")
     first = member(entries[0], "top_logprobs", list)
     seen = dict(drawn[:1]) | {member(e, "token_id", int): _logprob(e) for e in first}

@@ -14,6 +14,7 @@ from policy.planner import Planner
 from policy.serving.backend import Lockstep
 from policy.serving.tokens import ChatTokens, TokenBackend
 from policy.serving.vllm import VLLMGenerator
+from policy.serving.vllm.check import require_logprobs
 from policy.serving.vllm.control import WeightControl
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.metrics import MetricsLog
@@ -164,6 +165,8 @@ async def _run(
     trainable = TrainableModel.load(llm, options.model, seed=options.seed)
     steps = config.iterations * config.num_minibatches
     temperature = options.runner.dialogue.sampling.temperature
+    if backend.kind == VLLM:
+        await require_logprobs(endpoint(backend))
     tokens = ChatTokens.load(llm)
     decisions = DecisionTokens.of(tokens) if config.decision_loss == ALL else None
     learner = trainable.learner(

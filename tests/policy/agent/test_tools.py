@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 from collections import Counter
 
 import jsonschema
@@ -223,56 +222,6 @@ def test_fuzzed_calls_never_treat():
     assert reasons.total() == 100_000
     reachable = set(REASONS) - {"no_call", "truncated", "too_many_simulations", "not_alone"}
     assert set(reasons) == reachable
-
-
-def written(action):
-    """A call but for the space between its marks and what is between them."""
-    call = write_call("prescription", prescription_arguments(action))
-    return re.compile(r"\s*".join(map(re.escape, call.split("\n"))))
-
-
-WRITTEN = {action: written(action) for action in range(25)}
-
-
-def strictly_read(text):
-    """Actions of whole prescriptions outside of thoughts, by another way of reading."""
-    text = text[text.rfind("</think>") + len("</think>") :] if unopened_end(text) else text
-    outside = re.sub("<think>.*?(</think>|$)", "\0", text, flags=re.DOTALL)
-    return {action for action, call in WRITTEN.items() if call.search(outside)}
-
-
-def unopened_end(text):
-    """Whether a thought ends that did not begin."""
-    within = False
-    for mark in re.findall("</?think>", text):
-        if mark == "</think>" and not within:
-            return True
-        within = mark == "<think>"
-    return False
-
-
-def test_fuzzed_replies_are_read_only_as_they_were_written():
-    """Calls within noise and thoughts: only a call that is verbatim outside of them is obeyed."""
-    rng = random.Random(1)
-    obeyed = 0
-    noise = ["<tool_call>", "</tool_call>", "<think>", "</think>", "{", "}", '"', "prescription"]
-    for _ in range(100_000):
-        calls = [
-            write_call("prescription", prescription_arguments(rng.randrange(25)))
-            for _ in range(rng.choice([1, 1, 2]))
-        ]
-        text = list("well ".join(calls))
-        for _ in range(rng.randrange(4)):
-            text.insert(rng.randrange(len(text) + 1), rng.choice(noise))
-        text = "".join(text)
-        for call in parse_reply(text).tool_calls:
-            try:
-                asked = read_call(call)
-            except InvalidCallError:
-                continue
-            obeyed += 1
-            assert asked.action in strictly_read(text), text
-    assert obeyed > 25_000
 
 
 JSON = st.recursive(

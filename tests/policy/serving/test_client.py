@@ -18,6 +18,7 @@ from policy.serving.backend import (
 )
 from policy.serving.client import Client, Endpoint, member
 from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
+from policy.serving.tokens import write_call
 from tests.policy.serving.fake import FakeServer, free_port, send, slow, truncated
 from worldmodel.errors import InputError
 
@@ -55,6 +56,18 @@ def with_message(finish="stop", **message):
     return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": finish}]}
 
 
+def vllm(texts, *answers):
+    """Answers of a vLLM server whose tokens have these texts, the last one for ever."""
+    left = list(answers)
+
+    def give(handler, request):
+        if request["path"] == "/detokenize":
+            return {"prompt": "".join(texts.get(token, "") for token in request["body"]["tokens"])}
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return give
+
+
 CALL = {"id": "c1", "type": "function", "function": {"name": "treat", "arguments": '{"a": 1}'}}
 
 
@@ -88,13 +101,116 @@ def test_vllm_gives_tokens_and_logprobs():
             }
         ],
     }
-    with FakeServer(answer) as server:
+    spoken = "<think>so</think>I treat. " + write_call("treat", '{"b": 2}')
+    with FakeServer(vllm({5: spoken}, answer)) as server:
         reply = say(server.url, ChatOptions(vllm=True), tools=TOOLS)
     assert (reply.prompt_ids, reply.token_ids, reply.logprobs) == ((1, 2), (5, 6), (-0.5, -1.0))
-    assert (reply.content, reply.reasoning, reply.finish_reason) == ("", "hm", TOOL_CALLS)
-    assert [(c.id, c.name, c.arguments) for c in reply.tool_calls] == [("c1", "treat", '{"a": 1}')]
+    # What counts is what its tokens say, not what the server made of them.
+    assert (reply.content, reply.reasoning, reply.finish_reason) == ("I treat.", "so", TOOL_CALLS)
+    assert [(c.name, c.arguments) for c in reply.tool_calls] == [("treat", '{"b": 2}')]
     body = server.requests[0]["body"]
     assert body["tools"] == TOOLS and body["logprobs"] and body["return_token_ids"]
+    assert body["tool_choice"] == "none"
+    assert (body["top_k"], body["min_p"], body["repetition_penalty"]) == (0, 0.0, 1.0)
+    assert body["presence_penalty"] == body["frequency_penalty"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("finish", "stopped_by", "said"),
+    [
+        ("stop", None, "five"),
+        ("stop", 6, "five"),
+        ("stop", "six", "fivesix"),
+        ("length", None, "fivesix"),
+    ],
+)
+def test_the_token_that_ended_a_reply_is_not_part_of_it(finish, stopped_by, said):
+    answer = {
+        "prompt_token_ids": [1],
+        "choices": [
+            {
+                "message": {"content": "whatever"}, "finish_reason": finish,
+                "stop_reason": stopped_by, "token_ids": [5, 6],
+                "logprobs": {"content": [{"logprob": -1}, {"logprob": -1}]},
+            }
+        ],
+    }  # fmt: skip
+    with FakeServer(vllm({5: "five", 6: "six"}, answer)) as server:
+        assert say(server.url, ChatOptions(vllm=True)).content == said
+
+
+def test_what_is_no_call_goes_back_as_the_words_that_it_was():
+    """vLLM refuses dialogues with calls whose arguments are no JSON."""
+    bad = "Well. <tool_call>{oops}</tool_call>"
+    answer = {
+        "prompt_token_ids": [1],
+        "choices": [
+            {"message": {}, "finish_reason": "stop", "token_ids": [5, 6],
+             "logprobs": {"content": [{"logprob": -1}, {"logprob": -1}]}}
+        ],
+    }  # fmt: skip
+
+    async def talk(url):
+        backend = OpenAIBackend(endpoint(url), ChatOptions(vllm=True), key=KEY)
+        dialogue = backend.open(TOOLS)
+        reply = await dialogue.ask([{"role": "user", "content": "u"}], sampling=Sampling(), seed=0)
+        (call,) = reply.tool_calls
+        tool = {"role": "tool", "tool_call_id": call.id, "name": "", "content": "Error"}
+        await dialogue.ask([tool], sampling=Sampling(), seed=0)
+        await backend.close()
+        return call
+
+    with FakeServer(vllm({5: bad}, answer)) as server:
+        assert asyncio.run(talk(server.url)).name == ""
+    asked = [r["body"] for r in server.requests if r["path"].endswith("completions")]
+    assert asked[1]["messages"][1:] == [
+        {"role": "assistant", "content": bad},
+        {"role": "user", "content": "Error"},
+    ]
+
+
+def test_calls_in_the_text_of_an_endpoint_that_finds_none_are_read():
+    text = "I treat. " + write_call("treat", '{"b": 2}')
+    with FakeServer(with_message(content=text)) as server:
+        reply = say(server.url, tools=TOOLS)
+    assert (reply.content, reply.finish_reason) == ("I treat.", TOOL_CALLS)
+    assert [(c.name, c.arguments) for c in reply.tool_calls] == [("treat", '{"b": 2}')]
+    with FakeServer(with_message(content=f"<think>{text}</think>")) as server:
+        assert say(server.url, tools=TOOLS).tool_calls == ()
+
+
+@pytest.mark.parametrize(
+    ("content", "call"),
+    [
+        ("<think>What about ", {}),
+        ("", {"type": "custom"}),
+        ("", {"function": {"name": "treat", "arguments": "{}", "strict": True}}),
+    ],
+)
+def test_a_call_that_an_endpoint_found_where_none_should_be_has_no_name(content, call):
+    found = with_message("tool_calls", content=content, tool_calls=[CALL | call])
+    with FakeServer(found) as server:
+        (call,) = say(server.url, tools=TOOLS).tool_calls
+    assert (call.id, call.name) == ("c1", "")
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_thinking_is_switched_in_the_servers_template(thinks):
+    options = ChatOptions(
+        enable_thinking=thinks, extra={"chat_template_kwargs": {"other": 1}, "top_k": 20}
+    )
+    with FakeServer(ANSWER) as server:
+        say(server.url, options)
+    body = server.requests[0]["body"]
+    assert body["chat_template_kwargs"] == {"other": 1, "enable_thinking": thinks}
+    assert body["top_k"] == 20
+
+
+def test_an_answer_with_a_name_given_twice_is_a_fault():
+    twice = json.dumps(with_message("tool_calls", tool_calls=[CALL]))
+    twice = twice.replace('"name": "treat"', '"name": "treat", "name": "prescribe"')
+    with FakeServer((200, twice), ANSWER) as server:
+        assert say(server.url).content == "hi"
 
 
 def test_parameters_can_be_left_out_and_added():
@@ -185,9 +301,10 @@ def test_tokens_of_the_wrong_form_are_a_fault(change):
     }
     good = {"prompt_token_ids": [3], "choices": [choice]}
     bad = {"prompt_token_ids": [3], "choices": [choice | change]}
-    with FakeServer(bad, good) as server:
+    with FakeServer(vllm({1: "x"}, bad, good)) as server:
         reply = say(server.url, ChatOptions(vllm=True))
-    assert reply.finish_reason == LENGTH and len(server.requests) == 2
+    asked = [request for request in server.requests if request["path"] != "/detokenize"]
+    assert (reply.content, reply.finish_reason, len(asked)) == ("x", LENGTH, 2)
 
 
 def test_nan_is_no_number():

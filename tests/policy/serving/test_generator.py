@@ -54,6 +54,9 @@ def test_tokens_in_and_out():
     assert body["sampling_params"] == {
         "temperature": 0.7, "top_p": 0.9, "max_tokens": 11, "seed": 2**63 - 1, "logprobs": 0,
         "detokenize": False,
+        # Whatever the server took from the model's generation_config is off.
+        "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
     }  # fmt: skip
 
 

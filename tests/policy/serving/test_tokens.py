@@ -175,6 +175,30 @@ def test_a_dialogue_with_a_template_that_ignores_tools(plain):
     assert conversation.ids[: len(generator.prompts[1])] == generator.prompts[1]
 
 
+SWITCH = "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
+
+
+@pytest.mark.parametrize("thinks", [None, True, False])
+def test_thinking_is_a_switch_of_the_template(tokens, thinks):
+    tokenizer = copy.deepcopy(tokens._tokenizer)
+    with pytest.raises(InputError, match="enable_thinking"):
+        ChatTokens(tokenizer, enable_thinking=True)
+    tokenizer.chat_template += SWITCH
+    switched = ChatTokens(tokenizer, enable_thinking=thinks)
+    ends = tokens.encode("<think></think>") if thinks is False else []
+    assert switched.first(FIRST, SCHEMAS) == [*tokens.first(FIRST, SCHEMAS), *ends]
+    assert switched.more(TOOL_REPLY, SCHEMAS) == [*tokens.more(TOOL_REPLY, SCHEMAS), *ends]
+
+
+def test_a_thought_that_the_template_opened_and_nobody_closed(tokens):
+    tokenizer = copy.deepcopy(tokens._tokenizer)
+    tokenizer.chat_template += "<think>\n"
+    thinking = ChatTokens(tokenizer)
+    replies, *_ = talk(thinking, [f"Hm. {CALL}", f"Hm. {CALL}</think>{CALL}"], FIRST, FIRST)
+    assert replies[0].tool_calls == () and replies[0].reasoning == f"Hm. {CALL}"
+    assert [read_call(call) for call in replies[1].tool_calls] == [Prescribe(7)]
+
+
 def test_a_folder_without_a_tokenizer(tmp_path):
     with pytest.raises(InputError, match="tokenizer"):
         ChatTokens.load(tmp_path)

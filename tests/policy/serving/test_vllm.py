@@ -30,9 +30,12 @@ from policy.serving.client import Endpoint
 from policy.serving.openai import ChatOptions, OpenAIBackend
 from policy.serving.tokens import ChatTokens
 from policy.serving.vllm import ServerOptions, VLLMServer
+from policy.serving.vllm.check import check_server, require_logprobs
 from policy.serving.vllm.control import WeightControl
 from policy.serving.vllm.generator import VLLMGenerator
 from tests.policy.serving.real import NEEDS_VLLM
+from tests.policy.serving.vllm_answers import hermes
+from worldmodel.errors import InputError
 
 pytestmark = NEEDS_VLLM
 
@@ -224,8 +227,10 @@ def test_scores_are_our_models(served):
 
 
 def test_a_dialogue_with_tools(served):
-    named = {"type": "function", "function": {"name": "prescribe"}}  # noise calls no tool by itself
-    options = ChatOptions(vllm=True, extra={"tool_choice": named})
+    written = (
+        'I treat.\n<tool_call>\n{"name": "prescribe", "arguments": {"fluid": 1}}\n</tool_call>'
+    )
+    options = ChatOptions(vllm=True, extra={"structured_outputs": {"choice": [written]}})
     asked = [
         {"role": "system", "content": "You treat sepsis."},
         {"role": "user", "content": "The lactate is 4 mmol/L."},
@@ -245,12 +250,64 @@ def test_a_dialogue_with_tools(served):
     first, second = asyncio.run(talk())
     tokens = ChatTokens.load(served.folders["a"])
     assert list(first.prompt_ids) == tokens.first(asked, TOOLS)
-    assert first.finish_reason == TOOL_CALLS
+    assert (first.content, first.finish_reason) == ("I treat.", TOOL_CALLS)
     assert first.tool_calls[0].name == "prescribe"
-    assert json.loads(first.tool_calls[0].arguments).keys() == {"fluid", "vasopressor"}
+    assert json.loads(first.tool_calls[0].arguments) == {"fluid": 1}
     for reply in (first, second):
         assert reply.usage["completion_tokens"] == len(reply.token_ids) == len(reply.logprobs)
     assert second.prompt_ids[: len(first.prompt_ids)] == first.prompt_ids
+
+
+CALL = '{"name": "prescribe", "arguments": {"fluid": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (f"Hm.<think>What about <tool_call>{CALL}</tool_call>? No.</think>No.", []),
+        (f"<tool_call>{CALL}", [""]),
+        (f'<tool_call>{CALL[:-1]}, "why": 1}}</tool_call>', [""]),
+        (f'<tool_call>{CALL[:-1]}, "arguments": {{"fluid": 4}}}}</tool_call>', [""]),
+        (f'<tool_call>{CALL[:-2]}, "fluid": 4}}}}</tool_call>', [""]),
+    ],
+)
+def test_what_the_servers_parser_takes_is_no_call_to_us(served, text, names):
+    extra = {"structured_outputs": {"choice": [text]}}
+
+    async def talk(options):
+        backend = OpenAIBackend(served.endpoint(), options, key=served.server.key)
+        try:
+            dialogue = backend.open(TOOLS)
+            said = [{"role": "user", "content": "The lactate is 4 mmol/L."}]
+            first = await dialogue.ask(said, sampling=Sampling(1.0, 1.0, 150), seed=5)
+            refused = [
+                {"role": "tool", "tool_call_id": call.id, "name": "", "content": "Error"}
+                for call in first.tool_calls
+            ]
+            await dialogue.ask(refused or said, sampling=Sampling(1.0, 1.0, 150), seed=5)
+            return first
+        finally:
+            await backend.close()
+
+    assert len(hermes(text)[1]) == 1
+    reply = asyncio.run(talk(ChatOptions(vllm=True, extra=extra)))
+    assert [call.name for call in reply.tool_calls] == names
+    spoken = ChatTokens.load(served.folders["a"]).text(reply.token_ids)
+    assert spoken == text
+
+
+def test_the_server_is_found_to_be_one_that_can_be_read(served):
+    assert asyncio.run(check_server(served.endpoint(), key=served.server.key)) is True
+
+
+@pytest.mark.slow
+def test_a_server_with_raw_logprobs_is_refused(served, tmp_path):
+    raw = ("--logprobs-mode", "raw_logprobs")
+    options = ServerOptions(served.folders["a"], name="tiny", max_model_len=LONGEST, extra=raw)
+    with VLLMServer(options, log=tmp_path / "server.log") as server:
+        endpoint = Endpoint(server.url, "tiny")
+        with pytest.raises(InputError, match="processed_logprobs"):
+            asyncio.run(require_logprobs(endpoint, key=server.key))
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_at_once(served):
