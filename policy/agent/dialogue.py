@@ -253,11 +253,12 @@ class _Dialogue:
         if self.scorer is not None and reply.prompt_ids is not None:
             probabilities = tuple((await self.scorer(reply.prompt_ids)).tolist())
         values = self.pool.values(self.slot)
+        given = self.pool.given(self.slot, asked.action)
         after = await self.pool.prescribe(self.slot, asked.action)
         self.stay.tool_calls += 1
         self.stay.decisions.append(self._decision(asked.action, after, probabilities, values))
         self.simulations = self.invalid = 0
-        self.chart.add(asked.action, after)
+        self.chart.add(given, after)
         self.done = bool(after.done)
         self.opens = self.config.memory == DECISION
         outcome = ""

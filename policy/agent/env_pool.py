@@ -82,6 +82,8 @@ class EnvPool:
       capacity: patients per jitted call.
       state_scorer: computes `values` of each new state; the language model does not see them.
       lockstep: shared with the generator of the model; makes runs reproducible.
+      recorded: [N, T] joint actions that are given whatever is prescribed, so that every state is a
+        recorded one; none for what is prescribed.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class EnvPool:
         batch: EnvBatch,
         forecaster: Forecaster | None,
         *,
+        recorded: np.ndarray | None = None,
         capacity: int = CAPACITY,
         state_scorer: StateScorer | None = None,
         lockstep: Lockstep | None = None,
@@ -112,6 +115,8 @@ class EnvPool:
         self._orders: Batcher[tuple[int, int], Timestep] = batcher(self._move)
         self._thread = thread
         self._asked = np.zeros(len(batch.patients), np.int64)
+        self._recorded = recorded
+        self._taken = np.zeros(len(batch.patients), np.int64)
         self._state_scorer = state_scorer
         self._values: list[tuple[float, ...] | None] = [None] * len(batch.patients)
         for start in range(0, len(batch.patients), self._capacity):
@@ -140,8 +145,14 @@ class EnvPool:
         """Forecasts of the world model for one to three joint actions; leaves [K, ...]."""
         return await self._questions.ask((slot, actions))
 
+    def given(self, slot: int, action: int) -> int:
+        """The joint action that is given where this one is prescribed."""
+        return action if self._recorded is None else int(self._recorded[slot, self._taken[slot]])
+
     async def prescribe(self, slot: int, action: int) -> Timestep:
-        """Steps a patient by a joint action; the time step as NumPy arrays."""
+        """Steps a patient by a prescribed joint action; the time step as NumPy arrays."""
+        action = self.given(slot, action)
+        self._taken[slot] += 1
         return await self._orders.ask((slot, action))
 
     def close(self) -> None:

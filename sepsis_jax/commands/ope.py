@@ -41,7 +41,8 @@ def evaluate(
         typer.Option(
             "--policy",
             help="NAME=FILE, a CSV or Parquet table with stay_id, step, action_0 ... action_24; "
-            "NAME=FOLDER, a policy that `sepsis-jax policy train` wrote; or clinician, random, "
+            "NAME=FOLDER, a policy that `sepsis-jax policy train` wrote or an `agent run` with "
+            "keep_to_record; or clinician, random, "
             "none, max, guideline, titration. Repeat for more.",
         ),
     ] = None,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from policy.agent.dialogue import DEATH, RELEASE, DialogueConfig, Stay, treat_all
+from policy.agent.dialogue import DEATH, DECISION, RELEASE, DialogueConfig, Stay, treat_all
 from policy.agent.env_pool import EnvPool, reset_batch
 from policy.agent.forecast import ForecastConfig, Forecaster
 from policy.agent.prompts import Prompts
@@ -173,6 +173,8 @@ class AgentOptions:
       mode: "corrected", or "reference" for all quirks of SepsisAgent's published inference.
       quirks: single ones, on or off whatever the mode.
       follow_record: recorded rows follow as long as the agent gives what was given.
+      keep_to_record: give what was given, whatever the agent prescribes, so that it is asked in
+        every recorded state; its probabilities can then be evaluated off-policy.
       templates: "full", "compact", or a folder of templates.
       intervals: tell the agent 90% intervals.
       support_limit: probability under the clinicians' policy below which a simulated treatment
@@ -192,6 +194,7 @@ class AgentOptions:
     mode: str = CORRECTED
     quirks: Quirks = field(default_factory=Quirks)
     follow_record: bool = True
+    keep_to_record: bool = False
     templates: str = "full"
     intervals: bool = True
     support_limit: float = 0.01
@@ -205,6 +208,11 @@ class AgentOptions:
     def __post_init__(self) -> None:
         require(self, "at least 1", lambda n: n >= 1, "concurrency", "attempts")
         require(self, "at least 1", lambda n: n is None or n >= 1, "patients", "max_steps")
+        if self.keep_to_record and not (self.follow_record and self.dialogue.memory == DECISION):
+            raise InputError(
+                "keep_to_record: a conversation must not remember prescriptions that were not "
+                "given; set dialogue.memory=decision, and follow_record"
+            )
         require(self, f"one of {AGENT_MODES}", lambda name: name in AGENT_MODES, "mode")
         splits = (*schema.SPLITS, "all")
         require(self, f"one of {', '.join(splits)}", lambda name: name in splits, "split")
@@ -218,13 +226,15 @@ class _Unit:
     patients: np.ndarray  # [N] int32 identities
     keys: jax.Array  # [N]
     stays: np.ndarray | None  # [N] indices of recorded stays
+    recorded: np.ndarray | None  # [N, T] actions that are given whatever is prescribed
     real: dict[int, JsonDict]  # recorded courses by patient
 
     def pool(self, forecaster: Forecaster | None, slots: np.ndarray) -> EnvPool:
         """Some of the patients, at the start."""
         stays = None if self.stays is None else self.stays[slots]
         admission = reset_batch(self.env, self.keys[slots], self.patients[slots], stays=stays)
-        return EnvPool(self.env, admission, forecaster)
+        recorded = None if self.recorded is None else self.recorded[slots]
+        return EnvPool(self.env, admission, forecaster, recorded=recorded)
 
 
 def run_agent(
@@ -257,6 +267,8 @@ def run_agent(
     Raises:
       InputError: inputs that cannot be read or do not fit, or a folder in the way.
     """
+    if options.keep_to_record and episodes is None:
+        raise InputError("keep_to_record: needs recorded stays; name them in episodes")
     if episodes is not None and model is None:
         raise InputError("model: recorded stays are simulated in a world model; name one")
     world_model = None if model is None else load_world_model(model)
@@ -373,7 +385,7 @@ def _unit(
             require_memory("patients", options.patients, _PATIENT_BYTES)
         patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
-        return _Unit(env, patients, patient_keys(key, patients), None, {})
+        return _Unit(env, patients, patient_keys(key, patients), None, None, {})
     assert world_model is not None
     recorded = load_episodes_for(world_model, episodes)
     if options.split != "all":
@@ -385,7 +397,9 @@ def _unit(
         follow_record=options.follow_record, max_steps=options.max_steps,
     )  # fmt: skip
     stays = np.arange(len(patients), dtype=np.int32)
-    return _Unit(env, patients, patient_keys(key, patients), stays, _recorded_courses(recorded))
+    given = np.asarray(recorded.action) if options.keep_to_record else None
+    courses = _recorded_courses(recorded)
+    return _Unit(env, patients, patient_keys(key, patients), stays, given, courses)
 
 
 def _recorded_courses(episodes: Episodes) -> dict[int, JsonDict]:

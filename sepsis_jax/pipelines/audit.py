@@ -168,10 +168,29 @@ def audit_model(
     Raises:
       InputError: no stay reaches the row.
     """
+    random = np.random.default_rng(config.seed)
+    episodes = usable_stays(world_model, episodes, config, random)
+    recorded = recorded_futures(episodes, config.step, all_entries=world_model.is_recurrent)
+    simulated = simulate_clinician(world_model, episodes, config)
+    coverage = coverage_table(simulated, recorded, random)
+    outcomes = outcome_table(simulated, recorded)
+    rises = dose_responses(world_model, episodes, config)
+    doses = dose_table(rises, recorded.groups)
+    checks = [*check_coverage(coverage), *check_outcomes(outcomes), *check_doses(doses)]
+    return checks, {"coverage": coverage, "outcomes": outcomes, "doses": doses}
+
+
+def usable_stays(
+    world_model: WorldModel, episodes: Episodes, config: AuditConfig, random: np.random.Generator
+) -> Episodes:
+    """At most `config.stays` of the stays that reach the row, if they fit in memory.
+
+    Raises:
+      InputError: no stay reaches the row, or memory is short.
+    """
     usable = np.flatnonzero(np.asarray(episodes.length) > config.step)
     if not len(usable):
         raise InputError(f"step: no stay of the split reaches row {config.step}")
-    random = np.random.default_rng(config.seed)
     require_rollouts(
         config.samples * world_model.num_members,
         patients=min(_BLOCK, len(usable), config.stays),
@@ -181,15 +200,7 @@ def audit_model(
     )
     if len(usable) > config.stays:
         usable = np.sort(random.choice(usable, config.stays, replace=False))
-    episodes = episodes.select(usable)
-    recorded = recorded_futures(episodes, config.step, all_entries=world_model.is_recurrent)
-    simulated = simulate_clinician(world_model, episodes, config)
-    coverage = coverage_table(simulated, recorded, random)
-    outcomes = outcome_table(simulated, recorded)
-    rises = dose_responses(world_model, episodes, config)
-    doses = dose_table(rises, recorded.groups)
-    checks = [*check_coverage(coverage), *check_outcomes(outcomes), *check_doses(doses)]
-    return checks, {"coverage": coverage, "outcomes": outcomes, "doses": doses}
+    return episodes.select(usable)
 
 
 def recorded_futures(episodes: Episodes, step: int, *, all_entries: bool) -> Recorded:

@@ -16,6 +16,7 @@ from policy.checkpoint import load_policy
 from policy.clinician import BehaviorFit, fit_behavior
 from policy.registry import CLINICIAN
 from sepsis_jax.ope import policies
+from sepsis_jax.ope.agent_runs import is_run, read_run
 from sepsis_jax.ope.estimated_clinician import ClinicianFit, cross_fit
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.leakage import audit_episodes
@@ -60,8 +61,8 @@ def evaluate_policies(
       episodes_path: folder of episodes.
       out: folder to write: estimates.csv/.json/.tex, confounding.csv, robustness.csv,
         ess_by_step.csv, audit.csv, behavior.csv where fitted, report.html, manifest.json.
-      policy: NAME=FILE with a table of probabilities, NAME=FOLDER with a trained policy, or a
-        built-in name.
+      policy: NAME=FILE with a table of probabilities, NAME=FOLDER with a trained policy or an
+        agent's run over recorded states, or a built-in name.
       behavior: "recorded", a model of `policy.clinician`, or a table of probabilities.
       model: world model to run policies in as well; tables of probabilities cannot be run.
       options: settings.
@@ -160,6 +161,8 @@ def _policies(
             table = policies.built_in(name, episodes, behavior)
             if name in registry.SIMPLE:
                 runnable[name] = registry.make(name)
+        elif is_run(Path(file)):
+            table = read_run(Path(file), episodes).probs
         elif Path(file).is_dir():
             runnable[name] = load_policy(file)
             table = runnable[name].action_probs(episodes)

@@ -224,6 +224,17 @@ def judge(
     )
 
 
+@partial(jax.jit, static_argnames="config")
+def where_broken(
+    given: Prescriptions,
+    step_hours: float | jax.Array = schema.STEP_HOURS,
+    config: SafetyConfig | None = None,
+) -> dict[str, jax.Array]:
+    """By rule, [..., T] bool: which prescriptions break it."""
+    found = _rules(given, step_hours, config or SafetyConfig())
+    return {name: broken & given.valid for name, (broken, _) in found.items()}
+
+
 def _rules(
     given: Prescriptions, step_hours: float | jax.Array, config: SafetyConfig
 ) -> dict[str, tuple[jax.Array, jax.Array]]:

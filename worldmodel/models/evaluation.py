@@ -61,12 +61,26 @@ class _Side(NamedTuple):
         return result
 
 
-def evaluate_world_model(
-    world_model: WorldModel, episodes: Episodes, *, split: str = "test"
-) -> dict[str, Any]:  # nested numbers by name, as JSON holds them
-    """Metrics of a world model on one split, beside both baselines.
+class MortalityScores(NamedTuple):
+    """Predicted mortality at M rows, by model, and who died."""
 
-    The baselines are fitted on the training split of the same episodes.
+    at: np.ndarray  # [M, 2] (stay, step)
+    scores: dict[str, np.ndarray]  # [M] probabilities of the model and of both baselines
+    died: np.ndarray  # [M] 0 or 1
+
+
+class Predicted(NamedTuple):
+    """Predictions of one split, of the model and of both baselines."""
+
+    stays: int
+    at: np.ndarray  # [K, 2] (stay, step) of the transitions
+    rows: Rows
+    states: dict[str, HostPrediction]
+    mortality: dict[str, MortalityScores]  # "last" row of each stay, and "every" row
+
+
+def predict_split(world_model: WorldModel, episodes: Episodes, *, split: str = "test") -> Predicted:
+    """Predictions of a split beside those of baselines fitted on the training split.
 
     Raises:
       InputError: one of the two splits holds no transition.
@@ -90,14 +104,33 @@ def evaluate_world_model(
         "last_value": last_value(train_rows, rows),
         "linear": linear_autoregression(train_rows, rows),
     }
-    outcomes = {
-        name: _outcome_report(world_model, train, test, rows_of, died)
+    mortality = {
+        name: _mortality_scores(world_model, train, test, rows_of, died)
         for name, rows_of in (("last", last_step_index), ("every", every_step_index))
+    }
+    return Predicted(test.episodes.num_stays, index, rows, predictions, mortality)
+
+
+def evaluate_world_model(
+    world_model: WorldModel, episodes: Episodes, *, split: str = "test"
+) -> dict[str, Any]:  # nested numbers by name, as JSON holds them
+    """Metrics of a world model on one split, beside both baselines.
+
+    The baselines are fitted on the training split of the same episodes.
+
+    Raises:
+      InputError: one of the two splits holds no transition.
+    """
+    found = predict_split(world_model, episodes, split=split)
+    rows, predictions = found.rows, found.states
+    outcomes = {
+        name: {who: outcome_metrics(score, of.died) for who, score in of.scores.items()}
+        for name, of in found.mortality.items()
     }
     return {
         "split": split,
-        "stays": test.episodes.num_stays,
-        "transitions": len(index),
+        "stays": found.stays,
+        "transitions": len(found.at),
         "state": {
             name: state_metrics(prediction, rows) for name, prediction in predictions.items()
         },
@@ -210,14 +243,14 @@ def _in_batches(
     return result
 
 
-def _outcome_report(
+def _mortality_scores(
     world_model: WorldModel,
     train: _Side,
     test: _Side,
     rows_of: Callable[[Episodes], np.ndarray],
     by_row: np.ndarray | None,
-) -> dict[str, dict[str, float | None]]:
-    """Metrics of mortality at the rows that `rows_of` picks, beside two logistic regressions.
+) -> MortalityScores:
+    """Mortality at the rows that `rows_of` picks, beside two logistic regressions.
 
     `by_row` [N, T] is the model's mortality where it is known already.
     """
@@ -232,7 +265,7 @@ def _outcome_report(
         "last_value": logistic(train.sofa(train_rows), died, test.sofa(rows)),
         "linear": logistic(train.inputs(train_rows), died, test.inputs(rows)),
     }
-    return {name: outcome_metrics(score, test.died(rows)) for name, score in scores.items()}
+    return MortalityScores(rows, scores, test.died(rows))
 
 
 def gaussian_crps(

@@ -1,0 +1,129 @@
+"""How often policies break rules: what was given, and what is prescribed in recorded states."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sepsis_jax.ope.intervals import delta, share_of
+from worldmodel import schema
+from worldmodel.clinical import sofa
+from worldmodel.clinical.safety import (
+    Prescriptions,
+    SafetyReport,
+    assess_episodes,
+    judge,
+    where_broken,
+)
+from worldmodel.episodes import Episodes
+
+RATES = ("adherence", "unsafe", "underdosing", "overdosing", "g1", "g2", "dose_jump", "abrupt_stop",
+         "early_fluid_missed", "fluid_overload", "vasopressor_at_high_map")  # fmt: skip
+"""Shown of a safety report, percent of prescriptions."""
+_DRAWS = 16  # of the actions of a policy that is not deterministic
+
+
+def simulated_rates(episodes: Episodes, step_hours: float) -> dict[str, float]:
+    """Rates of what was given, in records or in stays simulated under a policy."""
+    return assess_episodes(episodes, step_hours).table()
+
+
+def prescribed_rates(
+    key: jax.Array,
+    episodes: Episodes,
+    probs: np.ndarray,
+    *,
+    step_hours: float,
+    dose_edges: schema.DoseEdges,
+) -> dict[str, float]:
+    """Rates of what a policy would give in recorded states.
+
+    The vasopressor running and the volume given before are the clinician's, since they made the
+    states; only the prescription of the row is the policy's.
+
+    Args:
+      key: of the actions drawn where a policy is not deterministic.
+      episodes: the recorded stays.
+      probs: [N, T, 25] of the policy.
+      step_hours: hours per step.
+      dose_edges: edges whose middle doses represent the fluid levels.
+    """
+    valid = np.asarray(episodes.valid)
+    draws = 1 if (probs[valid].max(-1) > 1 - 1e-6).all() else _DRAWS
+    logits = jnp.log(jnp.asarray(probs))
+    action = jax.random.categorical(key, logits, shape=(draws, *valid.shape))
+    report: SafetyReport = judge(_prescriptions(episodes, action, dose_edges), step_hours)
+    return report.table()
+
+
+def _prescriptions(
+    episodes: Episodes, action: jax.Array, dose_edges: schema.DoseEdges
+) -> Prescriptions:
+    """Joint actions [..., N, T] prescribed in recorded states."""
+    vasopressor, fluid = schema.action_levels(action)
+    given = jnp.where(episodes.valid, episodes.fluid_dose, 0.0)
+    seen = ("meanbp", "lactate", "pao2", "fio2")
+    at = {name: episodes.dynamic[..., schema.INDEX[name]] for name in seen}
+    rows = {
+        "meanbp": at["meanbp"],
+        "lactate": at["lactate"],
+        "pf_ratio": sofa.pf_ratio(at["pao2"], at["fio2"]),
+        "previous_vasopressor": jnp.pad(episodes.vasopressor[:, :-1], ((0, 0), (1, 0))),
+        "cumulative_fluid": jnp.cumsum(given, -1) - given,
+        "step": jnp.arange(episodes.num_steps),
+        "valid": episodes.valid,
+    }
+    return Prescriptions(
+        vasopressor=vasopressor,
+        fluid=fluid,
+        fluid_dose=jnp.asarray(schema.level_doses(dose_edges.fluid))[fluid],
+        **{name: jnp.broadcast_to(value, action.shape) for name, value in rows.items()},
+    )
+
+
+HEADLINE_RATES = ("adherence", "unsafe", "underdosing", "overdosing")
+
+
+def rates_with_intervals(
+    episodes: Episodes,
+    probs: np.ndarray,
+    *,
+    step_hours: float,
+    dose_edges: schema.DoseEdges,
+) -> dict[str, tuple[float, float, float]]:
+    """Percent of a policy's prescriptions in recorded states, as (estimate, low, high).
+
+    Exact over the policy's 25 probabilities; 95% intervals by the delta method over stays.
+
+    Args:
+      episodes: N recorded stays, at least two.
+      probs: [N, T, 25] of the policy.
+      step_hours, dose_edges: as for `prescribed_rates`.
+
+    Returns:
+      The rates of `HEADLINE_RATES`: adherence to G1 and G2, underdosing and overdosing as
+      `SafetyConfig` defines them, and unsafe, their sum.
+    """
+    valid = np.asarray(episodes.valid)
+    every = jnp.arange(schema.NUM_ACTIONS)[:, None, None]
+    action = jnp.broadcast_to(every, (schema.NUM_ACTIONS, *valid.shape))
+    broken = where_broken(_prescriptions(episodes, action, dose_edges), step_hours)
+    per_action = np.moveaxis(np.asarray(probs, np.float64), -1, 0)
+    counts = {
+        name: (np.asarray(broken[name]) * per_action).sum((0, 2))
+        for name in ("g1", "g2", "underdosing", "overdosing")
+    }
+    rows = valid.sum(-1).astype(np.float64)
+    parts = {
+        "adherence": rows - counts["g1"] - counts["g2"],
+        "unsafe": counts["underdosing"] + counts["overdosing"],
+        "underdosing": counts["underdosing"],
+        "overdosing": counts["overdosing"],
+    }
+    found = {}
+    for name in HEADLINE_RATES:
+        share, influence = share_of(parts[name], rows)
+        low, high = delta(np.asarray(share), influence)
+        found[name] = (100.0 * share, 100.0 * float(low), 100.0 * float(high))
+    return found
