@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, world_model
+from sepsis_jax.commands.evaluate import evaluate
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
@@ -107,6 +108,11 @@ app.add_typer(world_model.app, name="world-model")
 app.add_typer(policy.app, name="policy")
 app.add_typer(agent.app, name="agent")
 app.add_typer(ope.app, name="ope")
+app.command(
+    "evaluate",
+    epilog="Example: sepsis-jax evaluate --episodes runs/demo/cohort --model runs/demo/model "
+    "--policy guideline --policy titration --out runs/evaluation --compare published",
+)(evaluate)
 app.command(
     "simulate",
     epilog="Example: sepsis-jax simulate --model runs/model --episodes runs/synthetic "

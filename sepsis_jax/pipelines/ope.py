@@ -83,7 +83,7 @@ def evaluate_policies(
     known = _behavior(behavior, all_stays, chosen, keys.behavior, options)
     full = None if known.probs is None else known.probs[chosen]
     fits = known.fits
-    probs, runnable = _policies(policy, episodes, full, options)
+    probs, runnable = open_policies(policy, episodes, full, options)
     if fits:
         runnable[CLINICIAN] = fits[0].policy
     result = estimate_policies(
@@ -143,10 +143,20 @@ def _behavior(
     return _Behavior(probs, fits, ClinicianFit(stays, shared=shared))
 
 
-def _policies(
+def open_policies(
     given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None, options: OPEOptions
 ) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Policy]]:
-    """Probabilities of all, and those that can be run in a world model."""
+    """Probabilities [N, T, 25] of all policies, and those that can be run in a world.
+
+    Args:
+      given: as for `evaluate_policies`.
+      episodes: N recorded stays.
+      behavior: [N, T, 25] of the clinician; None if they are not known.
+      options: how probabilities are softened.
+
+    Raises:
+      InputError: none is given, a name comes twice, or a file cannot be read.
+    """
     if not given:
         raise InputError(
             f"policy: none given; use NAME=FILE, NAME=FOLDER, or {', '.join(registry.names())}"

@@ -14,8 +14,8 @@ from policy.base import Policy
 from policy.checkpoint import load_policy
 from policy.registry import CLINICIAN
 from sepsis_jax.pipelines.episodes import of_split, taken
-from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates
+from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent

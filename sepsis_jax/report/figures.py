@@ -69,7 +69,7 @@ def fan_chart(
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _mortality_panel(axis: Axes, outcomes: pd.DataFrame, plans: list[str]) -> None:
@@ -120,7 +120,7 @@ def effects_figure(table: pd.DataFrame, path: Path) -> None:
         axis.set(xlabel=f"true, {unit}", ylabel=f"learned, {unit}", title=name)
     axes[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def training_figure(history: dict[str, list[dict[str, float]]], path: Path) -> None:
@@ -134,7 +134,7 @@ def training_figure(history: dict[str, list[dict[str, float]]], path: Path) -> N
         axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
         axis.legend(frameon=False)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def accuracy_figure(
@@ -168,14 +168,15 @@ def accuracy_figure(
     axes[0, 0].legend(fontsize=8, ncols=2, frameon=False)
     figure.suptitle(title)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _cycle(plans: list[str]) -> list[str]:
     return [COLORS[i % len(COLORS)] for i in range(len(plans))]
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, and closes it."""
     figure.savefig(path, dpi=_DPI)
     plt.close(figure)
 
@@ -216,7 +217,7 @@ def reward_figure(courses: Mapping[str, pd.DataFrame], before: float, path: Path
         axis.set_ylabel(label)
     axes[0].axhline(before, color="black", lw=1, ls="--", label="before")
     axes[0].legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 matplotlib.use("Agg")
@@ -283,7 +284,7 @@ def sweep_figure(summary: pd.DataFrame, title: str, path: Path) -> None:
         notes += ["dashed: no treatment"]
     lines = [title, "; ".join(notes)] if notes else [title]
     figure.suptitle("\n".join(lines), fontsize=10, x=0.01, ha="left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _map(axis: Axes, rows: pd.DataFrame, measure: _Measure) -> None:

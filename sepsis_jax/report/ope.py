@@ -43,12 +43,12 @@ def latex(table: pd.DataFrame) -> str:
         "% Dagger: see the column `reason` of estimates.csv before believing the number.",
         rf"\begin{{tabular}}{{l{'r' * len(policy_names)}}}",
         r"\toprule",
-        " & ".join(["estimator", *map(_escaped, policy_names)]) + r" \\",
+        " & ".join(["estimator", *map(escaped, policy_names)]) + r" \\",
         r"\midrule",
     ]
     for name, rows in table.groupby("estimator", sort=False):
         by = rows.set_index("policy")
-        first, second = [_escaped(name)], [""]
+        first, second = [escaped(name)], [""]
         for policy in policy_names:
             row = by.loc[policy]
             mark = "" if row["trust"] else r"$^\dagger$"
@@ -60,7 +60,8 @@ def latex(table: pd.DataFrame) -> str:
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _escaped(name: object) -> str:
+def escaped(name: object) -> str:
+    """Text with the special characters of LaTeX escaped."""
     return re.sub(r"([_%&#$])", r"\\\1", str(name))
 
 

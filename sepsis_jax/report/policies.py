@@ -12,7 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
-from sepsis_jax.report.figures import COLORS, _save
+from sepsis_jax.report.figures import COLORS, save
 from sepsis_jax.report.html import Section, Table, write_page
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
@@ -232,7 +232,7 @@ def _panels(
     bar.minorticks_off()
     bar.set_label(label)
     bar.outline.set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def reliability_figure(
@@ -268,7 +268,7 @@ def reliability_figure(
     axis.set_title(title, fontsize=11)
     axis.legend(frameon=False, loc="upper left", fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def course_figure(course: pd.DataFrame, title: str, path: Path) -> None:
@@ -296,7 +296,7 @@ def course_figure(course: pd.DataFrame, title: str, path: Path) -> None:
         if len(names) > 1:
             axis.legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
@@ -329,7 +329,7 @@ def comparison_figure(table: pd.DataFrame, title: str, path: Path) -> None:
     for axis in (left, *scatters):
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _label_points(axis: Axes, x: pd.Series, y: pd.Series, names: pd.Series) -> None:
