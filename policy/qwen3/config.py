@@ -61,11 +61,11 @@ class RopeScaling:
                 f"{source}: rope scaling of type {kind!r} is not implemented; "
                 f"only {', '.join(_SCALING_FIGURES)} are"
             )
-        figures = {name: values.get(name) for name in _SCALING_FIGURES[kind]}
-        for name, value in figures.items():
-            if type(value) not in (int, float) or value <= 0:
+        for name in _SCALING_FIGURES[kind]:
+            value = values.get(name)
+            if type(value) not in (int, float) or not value > 0:  # type: ignore[operator]
                 raise InputError(f"{source}: rope scaling {name} = {value!r}, expected a number")
-        found = cls(kind, **figures)
+        found = cls(kind, **{name: values[name] for name in _SCALING_FIGURES[kind]})
         if found.factor < 1:
             raise InputError(f"{source}: rope scaling factor = {found.factor}, expected at least 1")
         low, high = found.low_freq_factor, found.high_freq_factor

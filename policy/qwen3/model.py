@@ -352,18 +352,20 @@ class Tokens(NamedTuple):
 def frequencies(config: Qwen3Config) -> Float[np.ndarray, " half"]:
     """[head_dim / 2] float32 angles per position of the rotary embedding, scaled or not."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    plain = 1.0 / np.float32(config.rope_theta) ** exponent
+    plain: np.ndarray = 1.0 / np.float32(config.rope_theta) ** exponent
     scaling = config.rope_scaling
     if scaling is None:
         return plain
     if scaling.rope_type == "linear":
-        return plain / np.float32(scaling.factor)
+        divided: np.ndarray = plain / np.float32(scaling.factor)
+        return divided
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     context = scaling.original_max_position_embeddings
     assert low is not None and high is not None and context is not None  # of llama3
     turns = context * plain / (2 * np.pi)  # within the original context
     kept = np.clip((turns - low) / (high - low), 0, 1)
-    return (plain * (kept + (1 - kept) / scaling.factor)).astype(np.float32)
+    stretched: np.ndarray = plain * (kept + (1 - kept) / scaling.factor)
+    return stretched.astype(np.float32)
 
 
 def rotary(
