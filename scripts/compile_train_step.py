@@ -46,6 +46,7 @@ GIB = 2**30
 HBM = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GIB}
 MFU = 0.4
 
+
 @dataclass(frozen=True)
 class Case:
     """One way to train on one topology."""

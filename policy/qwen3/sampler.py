@@ -200,9 +200,7 @@ def prefill_width(rows: int, width: int) -> int:
     return part if part >= SMALLEST_BUCKET else width
 
 
-def _read(
-    model: Qwen3, ids: jax.Array, length: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
+def _read(model: Qwen3, ids: jax.Array, length: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
     """Reads prompts [B, T] part by part: hidden states [B, D] of their last tokens, the cache."""
     batch, width = ids.shape
     part = prefill_width(batch, width)
@@ -220,9 +218,7 @@ def _read(
     nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     if part == width:
         return more(jnp.int32(0), (nothing, cache))
-    result: tuple[jax.Array, Cache] = jax.lax.fori_loop(
-        0, width // part, more, (nothing, cache)
-    )
+    result: tuple[jax.Array, Cache] = jax.lax.fori_loop(0, width // part, more, (nothing, cache))
     return result
 
 

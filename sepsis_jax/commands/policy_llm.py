@@ -1,13 +1,7 @@
-"""`sepsis-jax policy sft|bc|rl|stages`: train the language model that treats patients.
-
-`sepsis-jax policy serve`: a language model behind vLLM, in the foreground.
-"""
+"""`sepsis-jax policy sft|bc|rl|stages`: train the language model that treats patients."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +16,6 @@ from sepsis_jax.console import (
     Out,
     Setting,
     console,
-    errors,
-    finite,
     phases,
     print_json,
     print_table,
@@ -83,9 +75,8 @@ def sft(
     json: Json = False,
 ) -> None:
     """Stage I: learn patient dynamics from questions about recorded stays."""
-    from sepsis_jax.pipelines.llm.supervised import run_sft
-
     from sepsis_jax.pipelines.llm.memory_plan import Start, plan_sft
+    from sepsis_jax.pipelines.llm.supervised import run_sft
 
     options = _options(config, setting).sft
     hardware = _hardware(device_memory, devices, processes, dry_run)
@@ -124,9 +115,8 @@ def bc(
     json: Json = False,
 ) -> None:
     """Stage II: clone dialogues that propose, simulate, refine and prescribe."""
-    from sepsis_jax.pipelines.llm.supervised import run_bc
-
     from sepsis_jax.pipelines.llm.memory_plan import Start, plan_bc
+    from sepsis_jax.pipelines.llm.supervised import run_bc
 
     options = _options(config, setting).bc
     hardware = _hardware(device_memory, devices, processes, dry_run)
@@ -179,9 +169,8 @@ def rl(
 ) -> None:
     """Stage III: reinforcement learning on simulated patients."""
     from sepsis_jax.pipelines.agent import BackendOptions
-    from sepsis_jax.pipelines.llm.rl import run_rl
-
     from sepsis_jax.pipelines.llm.memory_plan import Start, plan_rl
+    from sepsis_jax.pipelines.llm.rl import run_rl
 
     options = _options(config, setting).rl
     hardware = _hardware(device_memory, devices, processes, dry_run)
@@ -228,9 +217,8 @@ def stages(
     json: Json = False,
 ) -> None:
     """All three stages in a row, each evaluated on fresh patients and on questions."""
-    from sepsis_jax.pipelines.llm.study import run_study
-
     from sepsis_jax.pipelines.llm.memory_plan import Start, plan_bc, plan_rl, plan_sft
+    from sepsis_jax.pipelines.llm.study import run_study
 
     options = _options(config, setting)
     if llm is not None:  # a tiny one fits everywhere

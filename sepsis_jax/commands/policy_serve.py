@@ -43,6 +43,12 @@ def serve(
         int,
         typer.Option("--tensor-parallel", min=1, help="Devices that one copy is spread over."),
     ] = 1,
+    gpu_memory_utilization: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-memory-utilization", help="vLLM's share of a GPU, beside a learner's; else 0.9."
+        ),
+    ] = None,
     lora_rank: Annotated[
         int, typer.Option("--lora-rank", min=0, help="Highest rank of adapters; 0 takes none.")
     ] = 0,
@@ -78,6 +84,7 @@ def serve(
         dtype=dtype,
         data_parallel=data_parallel,
         tensor_parallel=tensor_parallel,
+        gpu_memory_utilization=gpu_memory_utilization,
         lora_rank=lora_rank,
         swaps=swaps,
         tool_parser=tool_parser or None,

@@ -19,21 +19,18 @@ rl:
   runner:
     {max_steps: 2, templates: compact, concurrency: 4, forecast: {samples: 2}, dialogue:
       {memory: decision, max_invalid: 1,
-       sampling: {temperature: 1.0, top_p: 1.0, max_completion_length: 64}}}
+       sampling: {temperature: 1.0, top_p: 1.0, max_completion_length: 32}}}
   samples: 1
   agentic:
-    {iterations: 3, patients: 4, num_minibatches: 2, row_length: 1024, micro_batch_size: 4,
+    {iterations: 2, patients: 4, num_minibatches: 2, row_length: 512, micro_batch_size: 4,
      objective: {beta: 0.1}}
-  model: {fsdp: 2}
   learner: {learning_rate: 0.001, warmup_steps: 0}
-  eval_steps: 2
-  eval_patients: 4
 """
 COMMAND = "import sys; from sepsis_jax.cli import main; sys.argv[0] = 'sepsis-jax'; main()"
 
 
 def run(inputs, llm, out, *more, count):
-    """The command in `count` processes, of two devices together; its metrics and weights."""
+    """The command in `count` processes of one device each; its metrics and weights."""
     words = ("policy", "rl", "--config", inputs / "small.yaml", "--model", inputs / "model",
              "--llm", llm, "--out", out, *more)  # fmt: skip
     with socket.socket() as free:
@@ -45,7 +42,7 @@ def run(inputs, llm, out, *more, count):
             python(
                 COMMAND,
                 *words,
-                JAX_NUM_CPU_DEVICES=str(2 // count),
+                JAX_NUM_CPU_DEVICES="1",
                 **(job | {"SEPSIS_JAX_PROCESS": str(number)} if count > 1 else {}),
             )
             for number in range(count)
@@ -73,7 +70,7 @@ def test_two_processes_learn_what_one_does(inputs, taught, tmp_path, staleness):
     more = ("--set", f"rl.agentic.staleness={staleness}")
     alone, ours = run(inputs, folder, tmp_path / "one", *more, count=1)
     together, found = run(inputs, folder, tmp_path / "two", *more, count=2)
-    assert [line["step"] for line in together] == [1, 2, 3]  # written once
+    assert [line["step"] for line in together] == [1, 2]  # written once
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys() and b["played_stays"] == 4  # of both processes
         assert a["learned_tokens"] == b["learned_tokens"]  # the same dialogues, to the token
@@ -82,6 +79,6 @@ def test_two_processes_learn_what_one_does(inputs, taught, tmp_path, staleness):
                 assert b[name] == pytest.approx(a[name], rel=2e-3, abs=1e-4), name
     start = load_file(folder / "model.safetensors")
     assert any(np.abs(ours[name] - start[name]).max() > 1e-3 for name in start)
-    for name in ours:  # but for the few whose gradient is next to nothing, of which Adam takes the sign
+    for name in ours:  # but for a few with next to no gradient, of which Adam takes the sign
         apart = np.abs(ours[name] - found[name])
         assert np.mean(apart > 1e-4) < 0.01, name

@@ -205,9 +205,7 @@ class Learner:
           params: as of `params_as`.
           frozen: as `self.frozen`, elsewhere.
         """
-        result: Qwen3 = nnx.merge(
-            self._graphdef, params, self.frozen if frozen is None else frozen
-        )
+        result: Qwen3 = nnx.merge(self._graphdef, params, self.frozen if frozen is None else frozen)
         return result
 
     def on_mesh(self) -> AbstractContextManager[object]:

@@ -18,8 +18,8 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
 from policy.qwen3.config import Qwen3Config
-from policy.qwen3.lora import add_adapters
 from policy.qwen3.logprobs import LOGITS_AT_ONCE
+from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import SCORES_AT_ONCE, Qwen3
 from policy.qwen3.sampler import prefill_width
 from policy.qwen3.sharding import AXES, abstract, bytes_per_device, check_divisible
@@ -54,9 +54,7 @@ class Model:
 
     def make(self) -> Qwen3:
         """The model; to be called under `jax.eval_shape`."""
-        model = Qwen3(
-            self.config, dtype=self.dtype, param_dtype=self.param_dtype, rngs=nnx.Rngs(0)
-        )
+        model = Qwen3(self.config, dtype=self.dtype, param_dtype=self.param_dtype, rngs=nnx.Rngs(0))
         if not self.lora_rank:
             return model
         return add_adapters(model, rank=self.lora_rank, alpha=1.0, rngs=nnx.Rngs(0))

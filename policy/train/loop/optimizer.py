@@ -247,9 +247,7 @@ def _stacked(tree: object) -> list[jax.Array]:
 
 def _rest(tree: T) -> T:
     """The tree without its stacked leaves."""
-    result: T = jax.tree.map_with_path(
-        lambda path, leaf: None if _is_stacked(path) else leaf, tree
-    )
+    result: T = jax.tree.map_with_path(lambda path, leaf: None if _is_stacked(path) else leaf, tree)
     return result
 
 

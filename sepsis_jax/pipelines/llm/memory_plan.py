@@ -1,4 +1,4 @@
-"""What a stage needs of each device's memory, before it starts, and what to change if it is too much."""
+"""What a stage needs of each device's memory, before it starts, and what to change if too much."""
 
 from __future__ import annotations
 

@@ -23,16 +23,13 @@ from policy.train.loop.metrics import MetricsLog
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.rl.advantages import COUNTERFACTUAL
 from policy.train.rl.counterfactual import counterfactual, planned
-from policy.train.rl.trainer import (
-    ALL,
+from policy.train.rl.publishers import (
     AdapterPublisher,
-    AgenticConfig,
-    AgenticTrainer,
     EmbeddedPublisher,
     Publisher,
     ServerPublisher,
-    agentic_loss,
 )
+from policy.train.rl.trainer import ALL, AgenticConfig, AgenticTrainer, agentic_loss
 from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
 from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (

@@ -199,7 +199,14 @@ def test_prompts_read_in_parts_are_read_as_a_whole(model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("rows", "width", "part"),
-    [(1, 64, 64), (256, 4096, 128), (64, 4096, 512), (2**12, 4096, 32), (64, 40_960, 512), (64, 97, 97)],
+    [
+        (1, 64, 64),
+        (256, 4096, 128),
+        (64, 4096, 512),
+        (2**12, 4096, 32),
+        (64, 40_960, 512),
+        (64, 97, 97),
+    ],
 )
 def test_parts_divide_the_width(rows, width, part):
     assert sampler.prefill_width(rows, width) == part
