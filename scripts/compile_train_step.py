@@ -33,7 +33,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from policy.qwen3.config import Qwen3Config
+from policy.qwen3.config import QWEN3_4B, Qwen3Config
 from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import abstract, batch_sharding, check_divisible, make_mesh, shardings
@@ -45,18 +45,6 @@ from policy.train.losses import cross_entropy
 GIB = 2**30
 HBM = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GIB}
 MFU = 0.4
-
-QWEN3_4B = Qwen3Config(
-    vocab_size=151_936,
-    hidden_size=2560,
-    intermediate_size=9728,
-    num_hidden_layers=36,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    rope_theta=5e6,
-    tie_word_embeddings=True,
-)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ OPTIMIZED = (
     "tests/policy/offline/test_training.py",
     "tests/policy/test_ppo.py",
     "tests/policy/serving/",
+    "tests/policy/train/test_memory.py",
     "tests/policy/train/test_rl_trainer.py",
     "tests/policy/train/test_taught_qwen3.py",
     "tests/sepsis_jax/benchmark/",

@@ -8,8 +8,7 @@
 #
 # What runs where:
 #   learners     one process per host, with all of its chips; the slice tells them of one another.
-#   generation   stage rl is a job of one host: the sampler inside the learner's own process, or a
-#                vLLM server that shares its disk (--backend vllm --url ...).
+#   generation   in stage rl every process samples its own patients, over the chips of its host.
 # All hosts read and write one folder (Filestore, or a bucket mounted with gcsfuse). A run that was
 # cut off goes on from its last checkpoint: the same line again, on every host.
 set -euo pipefail

@@ -207,6 +207,20 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 """What is accepted for a field, by its annotation; whole numbers where it is not listed."""
 
+QWEN3_4B = Qwen3Config(
+    vocab_size=151_936,
+    hidden_size=2560,
+    intermediate_size=9728,
+    num_hidden_layers=36,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=5e6,
+    tie_word_embeddings=True,
+    max_position_embeddings=262_144,
+)
+"""Of Qwen3-4B-Instruct-2507."""
+
 
 def load_config(folder: str | Path) -> Qwen3Config:
     """The configuration of a Hugging Face folder.

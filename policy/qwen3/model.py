@@ -307,7 +307,11 @@ class Qwen3(nnx.Module):
             config.num_key_value_heads,
             config.head_dim,
         )
-        return Cache(jnp.zeros(shape, self.dtype), jnp.zeros(shape, self.dtype))
+
+        def nothing() -> jax.Array:
+            return constrain(jnp.zeros(shape, self.dtype), None, "batch", "length", "heads", None)
+
+        return Cache(nothing(), nothing())
 
     def head(self) -> Float[Array, "D V"]:
         """[D, V] output projection; the transposed embeddings where they are tied."""

@@ -7,6 +7,7 @@ the same in every batch, however padded (up to the rounding of the products).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
@@ -26,6 +28,8 @@ from worldmodel.resources import bucket
 ArrayT = TypeVar("ArrayT")  # lists or NumPy arrays before, JAX arrays inside a jitted function
 
 SMALLEST_BUCKET = 32
+PREFILL_TOKENS = 2**15
+"""Tokens of prompts that are read at once; longer batches are read in parts of equal width."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,12 @@ class Drawn:
 
 
 def generate(
-    model: Qwen3, draws: Sequence[Draw], *, stop_ids: Sequence[int] = (), min_rows: int = 1
+    model: Qwen3,
+    draws: Sequence[Draw],
+    *,
+    stop_ids: Sequence[int] = (),
+    min_rows: int = 1,
+    mesh: Mesh | None = None,
 ) -> list[Drawn]:
     """Draws tokens after each prompt until a stop token or the limit.
 
@@ -63,6 +72,8 @@ def generate(
       draws: any number of rows, at least one.
       stop_ids: tokens that end a row, such as the end of a turn or of a tool call.
       min_rows: fewer are filled up to as many, which saves programs where batches vary in size.
+      mesh: that the model is laid out over; rows are split over its data and fsdp axes, and with
+        them the cache.
 
     Raises:
       InputError: a prompt is empty, holds unknown ids, or leaves no room in the model's
@@ -71,7 +82,7 @@ def generate(
     for draw in draws:
         _check(draw, model)
     context = model.config.max_position_embeddings
-    rows = bucket(len(draws), min_rows)
+    rows = _on_all(bucket(len(draws), min_rows), mesh)
     length = np.ones(rows, np.int32)
     length[: len(draws)] = [len(draw.prompt_ids) for draw in draws]
     limit = np.zeros(rows, np.int32)  # rows that fill the batch are done before they begin
@@ -98,8 +109,19 @@ def generate(
         ),
     )
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
-    out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
+    with _within(mesh):
+        out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
     return [_of_row(out, row) for row in range(len(draws))]
+
+
+def _on_all(rows: int, mesh: Mesh | None) -> int:
+    """Rows that divide over a mesh, at least as many as given."""
+    share = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-rows // share) * share
+
+
+def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 class _Settings(NamedTuple, Generic[ArrayT]):
@@ -133,8 +155,7 @@ def _generate(
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
     cache = model.empty_cache(batch, width + most)
-    hidden, cache = model.extend(ids, jnp.zeros(batch, jnp.int32), cache)
-    last = jnp.take_along_axis(hidden, settings.length[:, None, None] - 1, axis=1)[:, 0]
+    last, cache = _read(model, ids, settings.length, cache)
 
     def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:
         token, logprob, model_logprob = jax.vmap(draw_token)(
@@ -170,6 +191,35 @@ def _generate(
     now = draw(last, jnp.int32(0), now)
     _, now = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), now))
     return now._replace(cache=None)  # type: ignore[arg-type]
+
+
+def prefill_width(rows: int, width: int) -> int:
+    """Columns of prompts [rows, width] that are read at once, which divide the width."""
+    part = 1 << (max(PREFILL_TOKENS // rows, SMALLEST_BUCKET).bit_length() - 1)
+    part = min(part, width & -width)  # the largest power of two that divides it
+    return part if part >= SMALLEST_BUCKET else width
+
+
+def _read(model: Qwen3, ids: jax.Array, length: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    """Reads prompts [B, T] part by part: hidden states [B, D] of their last tokens, the cache."""
+    batch, width = ids.shape
+    part = prefill_width(batch, width)
+
+    def more(number: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+        last, cache = carry
+        start = number * part
+        columns = jax.lax.dynamic_slice_in_dim(ids, start, part, axis=1)
+        hidden, cache = model.extend(columns, jnp.full(batch, start), cache)
+        at = length - 1 - start
+        here = (at >= 0) & (at < part)
+        found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[:, None, None], axis=1)
+        return jnp.where(here[:, None], found[:, 0], last), cache
+
+    nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    if part == width:
+        return more(jnp.int32(0), (nothing, cache))
+    result: tuple[jax.Array, Cache] = jax.lax.fori_loop(0, width // part, more, (nothing, cache))
+    return result
 
 
 def draw_token(
@@ -260,11 +310,18 @@ Question = tuple[Sequence[int], Sequence[Sequence[int]]]
 """A prompt and its continuations."""
 
 
-def score(model: Qwen3, questions: Sequence[Question]) -> list[list[float]]:
+def score(
+    model: Qwen3, questions: Sequence[Question], *, mesh: Mesh | None = None
+) -> list[list[float]]:
     """Summed log-probability of each continuation after its prompt, at temperature 1.
 
     A row of the batch holds a prompt and, packed after it as segments of their own, its
     continuations: each sees the prompt and itself. Shapes are rounded up to powers of two.
+
+    Args:
+      model: the model.
+      questions: prompts with their continuations.
+      mesh: as for `generate`.
 
     Raises:
       InputError: a prompt is empty, or ids are unknown.
@@ -278,8 +335,9 @@ def score(model: Qwen3, questions: Sequence[Question]) -> list[list[float]]:
     rows = [_pack(prompt, part) for prompt, all_ in questions for part in _groups(all_)]
     if not rows:
         return [[] for _ in questions]
-    batch = _stack(rows)
-    found = iter(np.asarray(_logprobs(*nnx.split(model), batch)))
+    batch = _stack(rows, mesh)
+    with _within(mesh):
+        found = iter(np.asarray(_logprobs(*nnx.split(model), batch)))
     scores: list[list[float]] = []
     for _, continuations in questions:
         scores.append([])
@@ -323,11 +381,10 @@ def _pack(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Row
     return _Row(ids, position, segment, before, ids[length:])
 
 
-def _stack(rows: Sequence[_Row[list[int]]]) -> _Row[np.ndarray]:
+def _stack(rows: Sequence[_Row[list[int]]], mesh: Mesh | None) -> _Row[np.ndarray]:
     def padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
-        out = np.zeros(
-            (bucket(len(lists)), bucket(max(map(len, lists)), SMALLEST_BUCKET)), np.int32
-        )
+        width = bucket(max(map(len, lists)), SMALLEST_BUCKET)
+        out = np.zeros((_on_all(bucket(len(lists)), mesh), width), np.int32)
         for row, values in zip(out, lists, strict=False):
             row[: len(values)] = values
         return out

@@ -216,7 +216,7 @@ class Batcher(Generic[Ask, Answer]):
     Args:
       answer: takes one to `capacity` requests, gives their answers in order.
       thread: an executor of one thread; batchers whose answers touch the same state share one.
-      capacity: requests in a batch at most.
+      capacity: requests in a batch at most, by their kind.
       max_wait_s: seconds.
       kind: of a request; a batch holds one kind, that of the request that has waited longest.
       one_by_one: if a batch fails, its requests are tried alone, so that a bad one fails alone;
@@ -229,14 +229,15 @@ class Batcher(Generic[Ask, Answer]):
         answer: Callable[[Sequence[Ask]], Sequence[Answer]],
         *,
         thread: ThreadPoolExecutor,
-        capacity: int,
+        capacity: int | Callable[[Hashable], int],
         max_wait_s: float,
         kind: Callable[[Ask], Hashable] = _alike,
         one_by_one: bool = False,
         lockstep: Lockstep | None = None,
     ):
         self._answer, self._thread, self._kind = answer, thread, kind
-        self._capacity, self._max_wait_s, self._one_by_one = capacity, max_wait_s, one_by_one
+        self._capacity = capacity if callable(capacity) else lambda _: capacity
+        self._max_wait_s, self._one_by_one = max_wait_s, one_by_one
         self._lockstep = lockstep
         self._waiting: list[tuple[Ask, asyncio.Future[Answer]]] = []
         self._full = asyncio.Event()
@@ -255,7 +256,7 @@ class Batcher(Generic[Ask, Answer]):
         if self._task is None or self._task.done():
             self._full = asyncio.Event()
             self._task = loop.create_task(self._work())
-        if len(self._waiting) >= self._capacity:
+        if len(self._waiting) >= self._capacity(self._kind(what)):
             self._full.set()
         return await future
 
@@ -285,7 +286,7 @@ class Batcher(Generic[Ask, Answer]):
             return []
         kind = self._kind(self._waiting[0][0])
         alike = [pair for pair in self._waiting if self._kind(pair[0]) == kind]
-        batch = alike[: self._capacity]
+        batch = alike[: self._capacity(kind)]
         taken = {id(future) for _, future in batch}
         self._waiting = [pair for pair in self._waiting if id(pair[1]) not in taken]
         return batch

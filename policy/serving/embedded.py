@@ -6,17 +6,20 @@ Requests of many dialogues that wait at the same time are answered in one batch.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, generate, score
+from policy.qwen3.sharding import shard
 from policy.qwen3.weights import load
 from policy.serving.backend import (
     LENGTH,
@@ -35,7 +38,7 @@ T = TypeVar("T")
 
 
 class _Weights(NamedTuple):
-    model: Qwen3
+    model: Qwen3 | None  # None between two versions
     version: str | None
 
 
@@ -49,8 +52,12 @@ class EmbeddedGenerator:
       version: of the weights.
       min_batch, max_batch: rows of a batch; powers of two. Smaller ones are padded; equal
         numbers need one compiled program per width, and compute idle rows.
+      cache_tokens: tokens that the cache of keys and values holds at most, new ones and padding
+        included; batches of long prompts have fewer rows, and prompts of which it holds none are
+        refused. 0 for no limit.
       max_wait: seconds that a first request waits for others.
       lockstep: shared with the pool; batches then start by its rule and `max_wait` is not used.
+      mesh: that the model is laid out over; rows are split over it too.
     """
 
     def __init__(
@@ -62,27 +69,29 @@ class EmbeddedGenerator:
         version: str | None = None,
         min_batch: int = 1,
         max_batch: int = 64,
+        cache_tokens: int = 0,
         max_wait: float = 0.005,
         lockstep: Lockstep | None = None,
+        mesh: Mesh | None = None,
     ):
         self.name = name
         self.stop_ids = tuple(stop_ids)
-        self.min_batch = min_batch
+        self.min_batch, self._max_batch, self._cache_tokens = min_batch, max_batch, cache_tokens
+        self._config, self._mesh = model.config, mesh
         self._weights = _Weights(model, version)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
         batcher = partial(
             Batcher,
             thread=self._thread,
-            capacity=max_batch,
             max_wait_s=max_wait,
             one_by_one=True,
             lockstep=lockstep,
         )
         self._draws: Batcher[Draw, Completion] = batcher(
-            _as_backend_error(self._draw), kind=_width_of_draw
+            _as_backend_error(self._draw), kind=_slots_of_draw, capacity=self._rows
         )
         self._scores: Batcher[Question, list[float]] = batcher(
-            _as_backend_error(self._score), kind=_width_of_question
+            _as_backend_error(self._score), kind=_width_of_question, capacity=max_batch
         )
 
     @classmethod
@@ -108,7 +117,14 @@ class EmbeddedGenerator:
 
     def set_weights(self, model: Qwen3, version: str | None) -> None:
         """Sets the weights of all later batches; a running batch keeps the old ones."""
+        if self._mesh is not None:
+            graphdef, state = nnx.split(model)
+            model = nnx.merge(graphdef, shard(state, self._mesh))
         self._weights = _Weights(model, version)
+
+    def release_weights(self) -> None:
+        """Lets go of the weights, so that new ones take their memory; asked before, it fails."""
+        self._weights = _Weights(None, None)
 
     async def generate(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, seed: int
@@ -116,10 +132,10 @@ class EmbeddedGenerator:
         """Draws tokens until one of the stop tokens or the limit.
 
         Raises:
-          ContextError: the prompt leaves no room in the model's positions.
+          ContextError: the prompt leaves no room in the model's positions, or in the cache.
           BackendError: the device failed.
         """
-        context = self._weights.model.config.max_position_embeddings
+        context = self._config.max_position_embeddings
         if len(prompt_ids) >= context:
             raise ContextError(f"a prompt of {len(prompt_ids)} tokens, of a context of {context}")
         draw = Draw(
@@ -129,6 +145,12 @@ class EmbeddedGenerator:
             top_p=sampling.top_p,
             max_completion_length=sampling.max_completion_length,
         )
+        slots = sum(_slots_of_draw(draw))
+        if 0 < self._cache_tokens < slots:
+            raise ContextError(
+                f"a prompt of {len(prompt_ids)} tokens takes {slots} of a cache of "
+                f"{self._cache_tokens}"
+            )
         return await self._draws.ask(draw)
 
     async def score(
@@ -149,8 +171,11 @@ class EmbeddedGenerator:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
-        model, version = self._weights
-        found = generate(model, draws, stop_ids=self.stop_ids, min_rows=self.min_batch)
+        model, version = self._served()
+        found = generate(
+            model, draws, stop_ids=self.stop_ids, mesh=self._mesh,
+            min_rows=min(self.min_batch, self._rows(_slots_of_draw(draws[0]))),
+        )  # fmt: skip
         return [
             Completion(
                 token_ids=drawn.token_ids,
@@ -162,7 +187,19 @@ class EmbeddedGenerator:
         ]
 
     def _score(self, questions: Sequence[Question]) -> list[list[float]]:
-        return score(self._weights.model, questions)
+        return score(self._served()[0], questions, mesh=self._mesh)
+
+    def _rows(self, slots: Hashable) -> int:
+        """Rows of a batch at most, a power of two, for draws of so many slots."""
+        assert isinstance(slots, tuple)
+        fitting = self._cache_tokens // sum(slots) if self._cache_tokens else self._max_batch
+        return min(self._max_batch, 1 << (max(fitting, 1).bit_length() - 1))
+
+    def _served(self) -> tuple[Qwen3, str | None]:
+        model, version = self._weights
+        if model is None:
+            raise BackendError("the generator has no weights: the next ones are not there yet")
+        return model, version
 
 
 def _as_backend_error(answer: Callable[[S], T]) -> Callable[[S], T]:
@@ -177,8 +214,12 @@ def _as_backend_error(answer: Callable[[S], T]) -> Callable[[S], T]:
     return wrapped
 
 
-def _width_of_draw(draw: Draw) -> int:
-    return bucket(len(draw.prompt_ids), SMALLEST_BUCKET)
+def _slots_of_draw(draw: Draw) -> tuple[int, int]:
+    """Slots of the cache for the prompt and for new tokens."""
+    return (
+        bucket(len(draw.prompt_ids), SMALLEST_BUCKET),
+        bucket(draw.max_completion_length, SMALLEST_BUCKET),
+    )
 
 
 def _width_of_question(question: Question) -> int:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands import policy_llm
+from sepsis_jax.commands import policy_llm, policy_serve
 from sepsis_jax.console import (
     DISCLAIMER,
     Config,
@@ -26,7 +26,7 @@ from sepsis_jax.console import (
 from sepsis_jax.runs import claimed
 
 app = typer.Typer(help="Train, describe, compare and export policies.", no_args_is_help=True)
-app.command("serve", epilog=policy_llm.EPILOG)(policy_llm.serve)
+app.command("serve", epilog=policy_serve.EPILOG)(policy_serve.serve)
 for _command, _epilog in policy_llm.COMMANDS.items():
     app.command(epilog=_epilog)(_command)
 

@@ -1,14 +1,8 @@
-"""`sepsis-jax policy sft|bc|rl|stages`: train the language model that treats patients.
-
-`sepsis-jax policy serve`: a language model behind vLLM, in the foreground.
-"""
+"""`sepsis-jax policy sft|bc|rl|stages`: train the language model that treats patients."""
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,16 +16,18 @@ from sepsis_jax.console import (
     Out,
     Setting,
     console,
-    errors,
-    finite,
     phases,
     print_json,
     print_table,
     resumable,
 )
 from sepsis_jax.runs import claimed
+from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
+    from sepsis_jax.pipelines.llm.memory_plan import Hardware, Plan
+    from sepsis_jax.pipelines.llm.rl import RLOptions
+    from sepsis_jax.pipelines.llm.setup import SupervisedOptions
     from sepsis_jax.pipelines.llm.study import StudyOptions
 
 Resume = Annotated[
@@ -45,6 +41,26 @@ SomeEpisodes = Annotated[
     Path | None,
     typer.Option("--episodes", help="Folder of episodes, as `sepsis-jax cohort` writes it."),
 ]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Tell what the job needs of each device's memory and whether it fits; start nothing. "
+        "Of --llm, config.json is enough.",
+    ),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--device-memory", help="GiB, or a card: H200, H100, A100, v5e, v5p, v6e; else this one's."
+    ),
+]
+Devices = Annotated[
+    int | None, typer.Option("--devices", min=1, help="Of a dry run; else those of this job.")
+]
+Processes = Annotated[
+    int | None, typer.Option("--processes", min=1, help="Of a dry run; else those of this job.")
+]
 
 
 def sft(
@@ -54,12 +70,21 @@ def sft(
     config: Config = None,
     setting: Setting = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
+    device_memory: DeviceMemory = None,
+    devices: Devices = None,
+    processes: Processes = None,
     json: Json = False,
 ) -> None:
     """Stage I: learn patient dynamics from questions about recorded stays."""
+    from sepsis_jax.pipelines.llm.memory_plan import Start, plan_sft
     from sepsis_jax.pipelines.llm.supervised import run_sft
 
     options = _options(config, setting).sft
+    hardware = _hardware(device_memory, devices, processes, dry_run)
+    _check([plan_sft(options, Start.load(llm), hardware)], dry_run, json)
+    if dry_run:
+        return
     with _alone(out), phases("stage I") as progress:
         reports = run_sft(
             out, options, llm=llm, episodes=episodes, resume=resume, progress=progress
@@ -85,12 +110,21 @@ def bc(
     config: Config = None,
     setting: Setting = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
+    device_memory: DeviceMemory = None,
+    devices: Devices = None,
+    processes: Processes = None,
     json: Json = False,
 ) -> None:
     """Stage II: clone dialogues that propose, simulate, refine and prescribe."""
+    from sepsis_jax.pipelines.llm.memory_plan import Start, plan_bc
     from sepsis_jax.pipelines.llm.supervised import run_bc
 
     options = _options(config, setting).bc
+    hardware = _hardware(device_memory, devices, processes, dry_run)
+    _check([plan_bc(options, Start.load(llm), hardware)], dry_run, json)
+    if dry_run:
+        return
     with _alone(out), phases("stage II") as progress:
         reports = run_bc(
             out, options, llm=llm, model=model, episodes=episodes, records=records,
@@ -129,13 +163,23 @@ def rl(
     config: Config = None,
     setting: Setting = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
+    device_memory: DeviceMemory = None,
+    devices: Devices = None,
+    processes: Processes = None,
     json: Json = False,
 ) -> None:
     """Stage III: reinforcement learning on simulated patients."""
     from sepsis_jax.pipelines.agent import BackendOptions
+    from sepsis_jax.pipelines.llm.memory_plan import Start, plan_rl
     from sepsis_jax.pipelines.llm.rl import run_rl
 
     options = _options(config, setting).rl
+    hardware = _hardware(device_memory, devices, processes, dry_run)
+    plan = plan_rl(options, Start.load(llm), hardware, embedded=backend == "embedded")
+    _check([plan], dry_run, json)
+    if dry_run:
+        return
     asked = BackendOptions(
         kind=backend, llm=str(llm), url=url, key_variable=key_variable, key_file=key_file,
         served_name=served_name,
@@ -169,12 +213,29 @@ def stages(
     config: Config = None,
     setting: Setting = None,
     resume: Resume = False,
+    dry_run: DryRun = False,
+    device_memory: DeviceMemory = None,
+    devices: Devices = None,
+    processes: Processes = None,
     json: Json = False,
 ) -> None:
     """All three stages in a row, each evaluated on fresh patients and on questions."""
+    from sepsis_jax.pipelines.llm.memory_plan import Start, plan_bc, plan_rl, plan_sft
     from sepsis_jax.pipelines.llm.study import run_study
 
     options = _options(config, setting)
+    if llm is not None:  # a tiny one fits everywhere
+        hardware, start = _hardware(device_memory, devices, processes, dry_run), Start.load(llm)
+        plans = (
+            plan_sft(options.sft, start, hardware),
+            plan_bc(options.bc, start, hardware),
+            plan_rl(options.rl, start, hardware),
+        )
+        _check(plans, dry_run, json)
+    elif dry_run:
+        raise InputError("--llm: a dry run needs the folder of the model, with its config.json")
+    if dry_run:
+        return
     with _alone(out), phases("all stages") as progress:
         table = run_study(
             out, options, llm=llm, model=model, episodes=episodes, resume=resume,
@@ -190,6 +251,33 @@ def stages(
     console.print(f"{out / 'stages.csv'}, curves.png, a folder per stage.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), "rows": table.to_dict("records")})
+
+
+def _hardware(
+    memory: str | None, devices: int | None, processes: int | None, dry_run: bool
+) -> Hardware:
+    from sepsis_jax.pipelines.llm.memory_plan import Hardware
+
+    if not dry_run and (devices, processes) != (None, None):
+        raise InputError("--devices, --processes: of a dry run alone; add --dry-run")
+    return Hardware.of(memory, devices, processes)
+
+
+def _check(
+    plans: Sequence[Plan[SupervisedOptions] | Plan[RLOptions]], dry_run: bool, json: bool
+) -> None:
+    """Tells what the stages need of each device, and refuses what does not fit."""
+    for plan in plans:
+        if dry_run:
+            rows = [(when, what, f"{size:.2f}") for when, what, size in plan.budget.rows()]
+            print_table(f"{plan.name}: memory per device", ("when", "what", "GiB"), rows)
+        console.print(plan.verdict(), soft_wrap=True)
+    for plan in plans:
+        plan.check()
+    if dry_run and json:
+        memory = plans[0].hardware.memory
+        peaks = {plan.name: plan.budget.peak for plan in plans}
+        print_json({"fits": True, "peak_bytes": peaks, "device_bytes": memory})
 
 
 def _options(config: Path | None, setting: list[str] | None) -> StudyOptions:
@@ -231,126 +319,3 @@ COMMANDS: dict[Callable[..., None], str] = {
     "--out runs/stages",
 }
 """Commands and their examples."""
-
-
-EPILOG = "Example: sepsis-jax policy serve --model runs/agent/weights --port 8000"
-
-
-def serve(
-    model: Annotated[Path, typer.Option("--model", help="Folder of weights, Hugging Face's form.")],
-    name: Annotated[
-        str | None, typer.Option("--name", help="Name in requests; default: the folder's.")
-    ] = None,
-    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", min=0, max=65_535, help="0 takes a free one.")] = 0,
-    allow_remote: Annotated[
-        bool, typer.Option("--allow-remote", help="Let --host be other than this machine alone.")
-    ] = False,
-    max_model_len: Annotated[
-        int | None,
-        typer.Option("--max-model-len", min=1, help="Tokens of prompt and reply together."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", help="bfloat16, float32...; auto takes the folder's, float32 on CPUs."
-        ),
-    ] = "auto",
-    data_parallel: Annotated[
-        int, typer.Option("--data-parallel", min=1, help="Copies of the model.")
-    ] = 1,
-    tensor_parallel: Annotated[
-        int,
-        typer.Option("--tensor-parallel", min=1, help="Devices that one copy is spread over."),
-    ] = 1,
-    lora_rank: Annotated[
-        int, typer.Option("--lora-rank", min=0, help="Highest rank of adapters; 0 takes none.")
-    ] = 0,
-    swaps: Annotated[
-        bool, typer.Option("--swaps", help="Let clients with the key swap weights and adapters.")
-    ] = False,
-    tool_parser: Annotated[
-        str, typer.Option("--tool-parser", help="vLLM's parser of tool calls.")
-    ] = "hermes",
-    key_file: Annotated[
-        Path | None,
-        typer.Option("--key-file", help="New file for the key; default: a temporary one."),
-    ] = None,
-    log: Annotated[
-        Path | None, typer.Option("--log", help="File for what vLLM writes; default: temporary.")
-    ] = None,
-    timeout: Annotated[
-        float,
-        typer.Option("--timeout", min=0, callback=finite, help="Seconds that the start may take."),
-    ] = 900.0,
-    json: Json = False,
-) -> None:
-    """Serve a language model with vLLM until Ctrl-C. With --json, one line when it is ready."""
-    from policy.serving.vllm import KEY_VARIABLE, ServerError, ServerOptions, VLLMServer
-
-    options = ServerOptions(
-        model=model,
-        name=name,
-        host=host,
-        port=port,
-        allow_remote=allow_remote,
-        max_model_len=max_model_len,
-        dtype=dtype,
-        data_parallel=data_parallel,
-        tensor_parallel=tensor_parallel,
-        lora_rank=lora_rank,
-        swaps=swaps,
-        tool_parser=tool_parser or None,
-    )
-    server = VLLMServer(options, log=log, timeout_s=timeout)
-    from_variable = bool(os.environ.get(KEY_VARIABLE))
-    written = None
-    try:
-        if key_file is not None or not from_variable:
-            written = _write_key(server.key, key_file)
-        with phases("serve", log_every=10.0) as progress:
-            server.start(progress)
-        where = f"file {written}" if written else f"variable {KEY_VARIABLE}"
-        console.print(f"{server.url}/v1 serves {options.served_name}; key: {where}", soft_wrap=True)
-        console.print(f"log: {server.log}; Ctrl-C stops.  {DISCLAIMER}", soft_wrap=True)
-        if json:
-            print_json(
-                {
-                    "url": f"{server.url}/v1",
-                    "model": options.served_name,
-                    "key_variable": KEY_VARIABLE if from_variable else None,
-                    "key_file": str(written) if written else None,
-                    "log": str(server.log),
-                    "vllm": server.environment.version,
-                    "cpu": server.environment.cpu,
-                }
-            )
-        while server.alive:
-            time.sleep(0.5)
-        server.check()
-    except ServerError as error:
-        errors.print(f"sepsis-jax: {error}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        errors.print("sepsis-jax: the server is stopped")
-    finally:
-        server.stop()
-        if written is not None:
-            written.unlink(missing_ok=True)
-            if key_file is None:
-                written.parent.rmdir()
-
-
-def _write_key(key: str, path: Path | None) -> Path:
-    """Puts the key where its owner alone can read it; never into a file that exists."""
-    from worldmodel.errors import InputError
-
-    if path is None:
-        path = Path(tempfile.mkdtemp(prefix="sepsis-jax-serve-")) / "key"
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise InputError(f"--key-file {path}: exists; remove it or choose another") from None
-    with os.fdopen(handle, "w") as file:
-        file.write(key + "\n")
-    return path

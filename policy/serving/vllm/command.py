@@ -39,6 +39,7 @@ class ServerOptions:
     swaps: bool = False
     tool_parser: str | None = "hermes"
     eager: bool | None = None  # no compilation; default: on CPUs
+    gpu_memory_utilization: float | None = None  # vLLM's share of a GPU; default: its own, 0.9
     cpu_cache_gib: float = 1.0  # for keys and values, on CPUs
     seed: int = 0
     extra: tuple[str, ...] = ()  # further flags of vLLM, as they are
@@ -78,6 +79,9 @@ def check_options(options: ServerOptions) -> None:
             )
     if not 0 <= options.port <= 65535:
         raise InputError(f"port {options.port}: expected 0 (a free one) to 65535")
+    share = options.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        raise InputError(f"gpu_memory_utilization {share}: expected above 0 and at most 1")
     for what in ("data_parallel", "tensor_parallel"):
         if getattr(options, what) < 1:
             raise InputError(f"{what} {getattr(options, what)}: expected at least 1")
@@ -109,6 +113,8 @@ def command(environment: ServingEnvironment, options: ServerOptions, port: int) 
     }
     if options.max_model_len is not None:
         flags["--max-model-len"] = str(options.max_model_len)
+    if options.gpu_memory_utilization is not None:
+        flags["--gpu-memory-utilization"] = f"{options.gpu_memory_utilization:g}"
     if options.data_parallel > 1:
         flags["--data-parallel-size"] = str(options.data_parallel)
     if options.tensor_parallel > 1:

@@ -21,7 +21,15 @@ from policy.qwen3.sharding import shardings
 from policy.train.loop.checkpoints import Checkpoints
 from policy.train.loop.distributed import place_batch, place_state
 from policy.train.loop.metrics import Report, tokens_read
-from policy.train.loop.optimizer import LearnerConfig, Loss, State, initial_state, schedule, update
+from policy.train.loop.optimizer import (
+    LearnerConfig,
+    Loss,
+    Params,
+    State,
+    initial_state,
+    schedule,
+    update,
+)
 from policy.train.losses import Summed
 from worldmodel.errors import InputError
 
@@ -38,6 +46,10 @@ class Learner:
       trainable: which parameters, as a filter of NNX, such as `nnx.LoRAParam`.
       mesh: of `policy.qwen3.sharding.make_mesh`; parameters, moments and batches are split over
         it. With several processes each gives the same model and the same batches.
+
+    Attributes:
+      mesh: likewise.
+      frozen: parameters that are not trained.
     """
 
     def __init__(
@@ -50,16 +62,16 @@ class Learner:
         mesh: Mesh | None = None,
     ):
         self.config = config
-        self._mesh = mesh
+        self.mesh = mesh
         self._schedule = schedule(config)
         # flax's split has no exact type for a variable number of filters
         parts: Any = nnx.split(model, trainable, ...)
-        self._graphdef, params, self._frozen = parts
+        self._graphdef, params, self.frozen = parts
         make: Callable[[Any], State] = partial(initial_state, config=config)
         if mesh is None:
             self._update = _jitted_update(self._graphdef, loss, config)
         else:
-            params, self._frozen = place_state((params, self._frozen), mesh)
+            params, self.frozen = place_state((params, self.frozen), mesh)
             places = shardings(jax.eval_shape(make, params), mesh)
             make = jax.jit(make, out_shardings=places)
             everywhere = NamedSharding(mesh, PartitionSpec())
@@ -95,10 +107,10 @@ class Learner:
         Raises:
           InputError: the rows do not divide over the mesh.
         """
-        if self._mesh is not None:
-            batch = place_batch(batch, self._mesh)
-        with self._on_mesh():
-            self.state, summed, norm = self._update(self.state, self._frozen, batch)
+        if self.mesh is not None:
+            batch = place_batch(batch, self.mesh)
+        with self.on_mesh():
+            self.state, summed, norm = self._update(self.state, self.frozen, batch)
         return summed, norm
 
     def resume(self, checkpoints: Checkpoints) -> dict[str, object] | None:
@@ -166,12 +178,39 @@ class Learner:
 
     def model(self) -> Qwen3:
         """A copy of the model as it is now, trained parameters in the types they are kept in."""
-        params = jax.tree.map(lambda x: jnp.array(x, copy=True), self.state.params)
-        result: Qwen3 = nnx.merge(self._graphdef, params, self._frozen)
+        return self.with_params(self.params_as(None))
+
+    def present(self) -> Qwen3:
+        """The model as it is now, without a copy; the next update gives its arrays away."""
+        return self.with_params(self.state.params)
+
+    def params_as(self, dtype: DTypeLike | None) -> Params:
+        """A copy of the trained parameters in a type; in their own if not given."""
+        copied: Params = jax.tree.map(
+            lambda x: jnp.array(x, dtype or x.dtype, copy=True), self.state.params
+        )
+        return copied
+
+    def params_like(self, dtype: DTypeLike) -> Params:
+        """Shapes and places of `params_as`."""
+        shapes: Params = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), self.state.params
+        )
+        return shapes
+
+    def with_params(self, params: Params, frozen: object = None) -> Qwen3:
+        """The model with other trained parameters; those that are not trained are shared.
+
+        Args:
+          params: as of `params_as`.
+          frozen: as `self.frozen`, elsewhere.
+        """
+        result: Qwen3 = nnx.merge(self._graphdef, params, self.frozen if frozen is None else frozen)
         return result
 
-    def _on_mesh(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+    def on_mesh(self) -> AbstractContextManager[object]:
+        """Within it, programs lay their arrays along the mesh, if there is one."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def _stacked(self, batches: Iterable[object]) -> Iterator[object]:
         source = iter(batches)

@@ -96,10 +96,14 @@ Loss = Callable[[Qwen3, Any], Summed]
 """Of a model and a micro-batch."""
 
 
+Params = nnx.State[Any, Any]
+"""Trained parameters of a model."""
+
+
 class State(NamedTuple):
     """What learning changes."""
 
-    params: nnx.State[Any, Any]  # matrices in the configured type, the rest float32
+    params: Params  # matrices in the configured type, the rest float32
     optimizer: optax.OptState
     step: jax.Array  # [] int32 updates made
 
@@ -116,20 +120,17 @@ def schedule(config: LearnerConfig) -> optax.Schedule:
 
 
 def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    """AdamW behind a clipped gradient."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.adamw(
-            schedule(config),
-            b1=config.adam_beta1,
-            b2=config.adam_beta2,
-            weight_decay=config.weight_decay,
-            mask=partial(jax.tree.map_with_path, _is_matrix),
-        ),
+    """AdamW, for gradients that are clipped already."""
+    return optax.adamw(
+        schedule(config),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        mask=partial(jax.tree.map_with_path, _is_matrix),
     )
 
 
-def initial_state(params: nnx.State[Any, Any], config: LearnerConfig) -> State:
+def initial_state(params: Params, config: LearnerConfig) -> State:
     """The state before the first update.
 
     Args:
@@ -176,19 +177,91 @@ def update(
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), of_loss)
     no_gradient = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), state.params)
     (gradient, summed), _ = jax.lax.scan(add, (no_gradient, nothing), batch)
-    gradient = jax.tree.map(lambda g: g / jnp.maximum(summed.weight, 1.0), gradient)
+    divisor = jnp.maximum(summed.weight, 1.0)
+    norm = optax.tree.norm(jax.tree.map(lambda leaf: leaf / divisor, gradient))
+    stepped = _stepped(config, state, gradient, divisor, norm)
+    return State(*stepped, state.step + 1), summed, norm
 
-    params, moments = widen(state.params), widen(state.optimizer)
-    change, moments = optimizer(config).update(gradient, moments, params)
-    of_params, of_moments = jax.random.split(
-        jax.random.fold_in(jax.random.key(config.seed), state.step)
+
+def _stepped(
+    config: LearnerConfig, state: State, gradient: Params, divisor: jax.Array, norm: jax.Array
+) -> tuple[Params, optax.OptState]:
+    """AdamW's next parameters and moments, in the types they are kept in.
+
+    Where bfloat16 is kept, stacked layers are computed one after another: of what is float32 on
+    the way, and of the random bits, a layer's alone is in memory, where all at once would take
+    nine times the parameters in float32.
+
+    Args:
+      config, state: of the learner.
+      gradient: summed over the batch.
+      divisor: of the gradient.
+      norm: of the gradient after its division.
+    """
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    before: Parts = (state.params, state.optimizer)
+
+    def step(part: Parts, gradient: Params, key: jax.Array) -> Parts:
+        params, moments = widen(part)
+        clipped = jax.tree.map(partial(_clipped, config, divisor, norm), gradient)
+        change, moments = optimizer(config).update(clipped, moments, params)
+        return store((optax.apply_updates(params, change), moments), part, key)
+
+    if "bfloat16" not in (config.param_dtype, config.moment_dtype):
+        return step(before, gradient, key)
+
+    def of_layer(layer: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+        part = _of_layer(before, leaves, layer)
+        own = _of_layer(gradient, _stacked(gradient), layer)
+        new = step(part, own, jax.random.fold_in(key, layer + 1))
+        return [leaf.at[layer].set(x) for leaf, x in zip(leaves, _stacked(new), strict=True)]
+
+    rest = iter(jax.tree.leaves(step(_rest(before), _rest(gradient), key)))
+    stacked = _stacked(before)
+    layers = iter(jax.lax.fori_loop(0, len(stacked[0]), of_layer, stacked) if stacked else ())
+    result: Parts = jax.tree.map_with_path(
+        lambda path, _: next(layers if _is_stacked(path) else rest), before
     )
-    new = State(
-        store(optax.apply_updates(params, change), state.params, of_params),
-        store(moments, state.optimizer, of_moments),
-        state.step + 1,
-    )
-    return new, summed, optax.tree.norm(gradient)
+    return result
+
+
+Parts = tuple[Params, optax.OptState]
+
+
+def _clipped(
+    config: LearnerConfig, divisor: jax.Array, norm: jax.Array, summed: jax.Array
+) -> jax.Array:
+    leaf = summed / divisor
+    return jnp.where(norm < config.max_grad_norm, leaf, leaf / norm * config.max_grad_norm)
+
+
+def _is_stacked(path: tuple[object, ...]) -> bool:
+    """Parameters of layers have a leading axis of layers."""
+    return "layers" in jax.tree_util.keystr(path)
+
+
+def _stacked(tree: object) -> list[jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [leaf for path, leaf in leaves if _is_stacked(path)]
+
+
+def _rest(tree: T) -> T:
+    """The tree without its stacked leaves."""
+    result: T = jax.tree.map_with_path(lambda path, leaf: None if _is_stacked(path) else leaf, tree)
+    return result
+
+
+def _of_layer(tree: T, stacked: list[jax.Array], layer: jax.Array) -> T:
+    """The tree with a layer of the stacked leaves, counters, and nothing else."""
+    leaves = iter(stacked)
+
+    def one(path: tuple[object, ...], leaf: jax.Array) -> jax.Array | None:
+        if _is_stacked(path):
+            return next(leaves)[layer]
+        return None if leaf.ndim else leaf
+
+    result: T = jax.tree.map_with_path(one, tree)
+    return result
 
 
 def _is_matrix(path: tuple[object, ...], leaf: object) -> bool:
@@ -212,7 +285,7 @@ def _sum_in_float32(path: tuple[object, ...], leaf: jax.Array) -> jax.Array:
 
     A layer's matrices get one each, whose sum is float32 within the product.
     """
-    return leaf if "layers" in jax.tree_util.keystr(path) else widen(leaf)
+    return leaf if _is_stacked(path) else widen(leaf)
 
 
 def round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from policy.agent.tools import DecisionTokens
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
 from policy.train.data.packing import Dialogue, Judged, Place, as_read, lay_out, layout
+from policy.train.loop.distributed import place_batch, place_state, whole
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch
 from worldmodel import schema
@@ -193,7 +194,11 @@ class MinibatchUpdate:
     ):
         self._levels = () if decisions is None else decisions.levels
         self._target = (decision_temperature, decision_prior_weight)
-        self._learner, self._num_minibatches, self._reference = learner, num_minibatches, reference
+        self._learner, self._num_minibatches = learner, num_minibatches
+        self._reference = reference
+        if reference is not None and learner.mesh is not None:
+            graphdef, state = nnx.split(reference)
+            self._reference = nnx.merge(graphdef, place_state(state, learner.mesh))
         self._row_length, self._micro_batch_size = row_length, micro_batch_size
         self._temperature = temperature
 
@@ -213,7 +218,7 @@ class MinibatchUpdate:
         """
         learner = self._learner
         rows, judged = pack_trajectories(members, self._row_length, seed=seed)
-        old, choices = self._logprobs_of(learner.model(), rows, self._levels)
+        old, choices = self._logprobs_of(learner.present(), rows, self._levels)
         rows = rows._replace(old_logprobs=old)
         if choices is not None:
             rows = rows._replace(wanted=judged.wanted(choices, *self._target))
@@ -245,15 +250,21 @@ class MinibatchUpdate:
     def _logprobs_of(
         self, model: Qwen3, rows: RolloutRows, levels: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """[R, L] of the tokens, and [R, L, 5] of the levels in their places, if any are given."""
+        """[R, L] of the tokens, and [R, L, 5] of the levels in their places, if any are given.
+
+        Rows are split over the learner's mesh like those of an update.
+        """
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
         read = (batches.ids, batches.positions, batches.segments)
         settings = (self._temperature, levels)
-        found = [
-            jax.device_get(_logprobs(graphdef, state, *(leaf[i] for leaf in read), *settings))
-            for i in range(len(batches.ids))
-        ]
+        mesh, found = self._learner.mesh, []
+        for i in range(len(batches.ids)):
+            part = tuple(leaf[i] for leaf in read)
+            if mesh is not None:
+                part = tuple(leaf[0] for leaf in place_batch(tuple(x[None] for x in part), mesh))
+            with self._learner.on_mesh():
+                found.append(whole(_logprobs(graphdef, state, *part, *settings)))
         logprobs, choices = jax.tree.map(
             lambda *leaves: np.concatenate(leaves)[: len(rows.ids)], *found
         )

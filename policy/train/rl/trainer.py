@@ -9,33 +9,29 @@ not depend on the relative speed of generator and learner.
 from __future__ import annotations
 
 import asyncio
-import shutil
+import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
+import jax
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 
 from policy.agent.dialogue import NO_BACKEND, Stay
 from policy.agent.env_pool import StateScorer
+from policy.agent.records import from_record, to_record
 from policy.agent.tools import DecisionTokens
-from policy.qwen3.lora import merge_adapters, save_adapters
 from policy.qwen3.model import Qwen3
-from policy.qwen3.weights import save_hf
 from policy.serving.backend import Backend, Lockstep
-from policy.serving.embedded import EmbeddedGenerator
-from policy.serving.vllm.control import WeightControl
-from policy.serving.vllm.generator import VLLMGenerator
 from policy.train.data.packing import Judged, judged_by_turn
 from policy.train.episodes import EpisodeRunner
 from policy.train.loop.checkpoints import Checkpoints
-from policy.train.loop.learner import Learner, cast
-from policy.train.loop.optimizer import Loss
+from policy.train.loop.distributed import gathered, whole
+from policy.train.loop.learner import Learner
+from policy.train.loop.optimizer import Loss, Params
 from policy.train.losses import PRESETS, Objective, policy_loss
 from policy.train.rl.advantages import (
     COUNTERFACTUAL,
@@ -46,95 +42,11 @@ from policy.train.rl.advantages import (
     of_all_actions,
 )
 from policy.train.rl.minibatch_update import MinibatchUpdate, trajectories
+from policy.train.rl.publishers import Publisher
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
 SAMPLED, ALL = DECISION_LOSSES = ("sampled", "all")
-
-
-class Publisher(Protocol):
-    """Sends weights to a generator."""
-
-    async def publish(self, model: Qwen3, version: str) -> None:
-        """Makes all later tokens of the generator come from these weights and carry the version.
-
-        Raises:
-          BackendError: the generator could not take them.
-        """
-        ...
-
-
-class EmbeddedPublisher:
-    """To the sampler of this process."""
-
-    def __init__(self, generator: EmbeddedGenerator):
-        self._generator = generator
-
-    async def publish(self, model: Qwen3, version: str) -> None:
-        """See `Publisher`."""
-        self._generator.set_weights(model, version)
-
-
-class ServerPublisher:
-    """To a vLLM server that shares a disk with the trainer: a folder per version, then a swap.
-
-    Adapters are merged, so that the server holds plain weights; folders that are no longer
-    served are removed.
-
-    Args:
-      control: of the server, which reads folders under the same path.
-      folder: where versions are written.
-      source: Hugging Face folder that everything but the weights is copied from.
-      dtype: of the weights as written, such as "bfloat16".
-    """
-
-    def __init__(self, control: WeightControl, folder: Path, *, source: Path, dtype: DTypeLike):
-        self._control, self._folder, self._source, self._dtype = control, folder, source, dtype
-        self._served: Path | None = None
-
-    async def publish(self, model: Qwen3, version: str) -> None:
-        """See `Publisher`."""
-        place = self._folder / version
-        await asyncio.to_thread(self._write, model, place)
-        await self._control.swap(place, version)
-        if self._served is not None and self._served != place:
-            shutil.rmtree(self._served, ignore_errors=True)
-        self._served = place
-
-    def _write(self, model: Qwen3, place: Path) -> None:
-        plain = cast(merge_adapters(model), self._dtype)
-        save_hf(plain, place, source=self._source)
-
-
-class AdapterPublisher:
-    """To a vLLM server that takes adapters (`lora_rank`): they alone travel, the base stays.
-
-    Every version is an adapter of its own, named after it, so that no cache of another is met.
-
-    Args:
-      control: of the server, which reads folders under the same path.
-      generator: that is to speak with the adapters.
-      folder: where versions are written.
-      base: Hugging Face folder of the weights beneath, which the server serves.
-    """
-
-    def __init__(
-        self, control: WeightControl, generator: VLLMGenerator, folder: Path, *, base: Path
-    ):
-        self._control, self._generator = control, generator
-        self._folder, self._base = folder, base
-        self._served: str | None = None
-
-    async def publish(self, model: Qwen3, version: str) -> None:
-        """See `Publisher`."""
-        place = self._folder / version
-        await asyncio.to_thread(save_adapters, model, place, base=str(self._base))
-        await self._control.load_adapter(version, place)
-        self._generator.use_adapter(version)
-        if self._served is not None and self._served != version:
-            await self._control.unload_adapter(self._served)
-            shutil.rmtree(self._folder / self._served, ignore_errors=True)
-        self._served = version
 
 
 @dataclass(frozen=True)
@@ -291,9 +203,22 @@ class AgenticTrainer:
         )
         self.iteration = 0  # number of batches learned from
         self.timing: dict[str, float] = {}  # seconds of the last batch, beside its figures
-        self._weights: dict[int, Qwen3] = {
-            0: self._copy()
-        }  # by version, those that may still be needed
+        self._newest = 0  # version that the learner holds, once its batch is reported
+        # Trained parameters by version, where the learner's are newer. While batch k is learned
+        # from, those of versions k + 1 - staleness to k are needed, none without staleness.
+        self._older: dict[int, Params] = {}
+        several = jax.process_count() > 1
+        if several and config.staleness > 1:
+            raise InputError(
+                f"staleness: got {config.staleness}, but weights are gathered from all processes "
+                "between two updates; expected 0 or 1"
+            )
+        if several and config.patients % jax.process_count():
+            raise InputError(
+                f"patients: {config.patients} per iteration are no multiple of the "
+                f"{jax.process_count()} processes"
+            )
+        self._frozen = whole(learner.frozen) if several else learner.frozen
 
     async def run(
         self,
@@ -315,26 +240,33 @@ class AgenticTrainer:
         """
         sampled: asyncio.Queue[tuple[int, list[Stay], float]] = asyncio.Queue()
         changed = asyncio.Condition()
+        config = self.config
+
+        async def publish(version: int) -> None:
+            async with changed:
+                await changed.wait_for(partial(self._has, version))
+                model = self._to_publish(version)
+                changed.notify_all()
+            await self._publisher.publish(model, str(version))
 
         async def sample() -> None:
-            for number in range(self.iteration, self.config.iterations):
-                version = max(number - self.config.staleness, 0)
-                async with changed:
-                    await changed.wait_for(partial(self._has, version))
-                oldest = min(version, self.iteration - self.config.staleness)  # for a checkpoint
-                for old in [known for known in self._weights if known < oldest]:
-                    del self._weights[old]
-                await self._publisher.publish(self._weights[version], str(version))
+            published = None
+            for number in range(self.iteration, config.iterations):
+                version = max(number - config.staleness, 0)
+                if version != published:
+                    await publish(version)
+                    published = version
                 began = time.perf_counter()
                 stays = await self._sample(number)
                 await sampled.put((version, stays, time.perf_counter() - began))
 
         async def learn() -> None:
-            for number in range(self.iteration, self.config.iterations):
+            for number in range(self.iteration, config.iterations):
                 version, stays, seconds = await sampled.get()
-                self._require_served(stays, number)
+                async with changed:  # an update gives the learner's weights away
+                    await changed.wait_for(partial(self._may_update, number))
                 began = time.perf_counter()
-                figures = await asyncio.to_thread(self._learn, number, stays)
+                stays, figures = await asyncio.to_thread(self._learn, number, stays)
                 drawn = sum(len(turn.reply.token_ids or ()) for s in stays for turn in s.turns)
                 self.timing = {
                     "sample_seconds": seconds,
@@ -345,11 +277,11 @@ class AgenticTrainer:
                 self.iteration = number + 1
                 await report(self.iteration, figures, stays)
                 async with changed:
-                    self._weights[self.iteration] = self._copy()
+                    self._newest = self.iteration
+                    due = self.iteration % save_steps == 0 or self.iteration == config.iterations
+                    if checkpoints is not None and due:
+                        self.save(checkpoints)
                     changed.notify_all()
-                due = self.iteration % save_steps == 0 or self.iteration == self.config.iterations
-                if checkpoints is not None and due:
-                    self.save(checkpoints)
 
         try:
             async with asyncio.TaskGroup() as group:
@@ -359,7 +291,7 @@ class AgenticTrainer:
             raise failed.exceptions[0] from None
 
     def save(self, checkpoints: Checkpoints) -> None:
-        """Writes a checkpoint, including the weights that sample the next batches."""
+        """Writes a checkpoint, including the older weights that sample the next batches."""
         checkpoints.save(
             self.iteration, self.learner.state, {"iteration": self.iteration}, self._lagged()
         )
@@ -370,34 +302,72 @@ class AgenticTrainer:
             return False
         found = checkpoints.restore(self.learner.state, arrays=self._lagged())
         self.learner.state = found.state
-        self.iteration = int(found.extra["iteration"])
-        graphdef = nnx.split(self._copy())[0]
-        self._weights = {
-            self.iteration - lag: nnx.merge(graphdef, found.arrays[f"lag_{lag}"])
-            for lag in range(min(self.config.staleness, self.iteration) + 1)
+        self.iteration = self._newest = int(found.extra["iteration"])
+        self._older = {
+            self.iteration - lag: found.arrays[f"lag_{lag}"]
+            for lag in range(1, min(self.config.staleness, self.iteration) + 1)
         }
         return True
 
-    def _lagged(self) -> dict[str, object]:
-        """The weights of the newest versions; where there are fewer, the oldest again."""
-        oldest = min(self._weights)
-        return {
-            f"lag_{lag}": nnx.split(self._weights[max(self.iteration - lag, oldest)])[1]
-            for lag in range(self.config.staleness + 1)
-        }
+    def _lagged(self) -> dict[str, object] | None:
+        """The weights of the versions before the newest, as far as there are any.
+
+        Others take their place, or shapes before there are any, so that checkpoints look alike.
+        """
+        if not self.config.staleness:
+            return None
+        known = self._older or {0: self.learner.params_like(self._dtype)}
+        lags = range(1, self.config.staleness + 1)
+        return {f"lag_{lag}": known[self._nearest(known, self._newest - lag)] for lag in lags}
+
+    @staticmethod
+    def _nearest(known: Iterable[int], version: int) -> int:
+        return min(known, key=lambda one: abs(one - version))
 
     def _has(self, version: int) -> bool:
-        return version in self._weights
+        return version in self._older or version == self._newest
 
-    def _copy(self) -> Qwen3:
-        return cast(self.learner.model(), self._dtype)
+    def _may_update(self, number: int) -> bool:
+        """Whether the weights before an update are kept for the batches that they will sample.
+
+        With a staleness of 1 it is the generator's turn to take them: it has finished with those
+        before, and both need not be held at once. With more it may not be, so they are kept here.
+        """
+        staleness = self.config.staleness
+        if not staleness or number + staleness >= self.config.iterations:
+            return True
+        if staleness > 1:
+            self._keep(number)
+        return number in self._older
+
+    def _keep(self, version: int) -> Params:
+        """Trained parameters of a version; those that nothing needs any more are dropped first."""
+        staleness = self.config.staleness
+        for old in [one for one in self._older if one < min(version, self._newest + 1 - staleness)]:
+            del self._older[old]
+        if version in self._older:
+            return self._older[version]
+        params = self.learner.params_as(self._dtype)
+        if staleness:
+            self._older[version] = params
+        return params
+
+    def _to_publish(self, version: int) -> Qwen3:
+        """The model of a version, for the generator of this process."""
+        if self.config.staleness < 2:  # nothing else is asked of the generator meanwhile
+            self._publisher.release()
+        params = self._keep(version)
+        if jax.process_count() > 1:
+            params = whole(params)
+        return self.learner.with_params(params, self._frozen)
 
     async def _sample(self, number: int) -> list[Stay]:
-        """A batch: its patients, each `num_generations` times."""
+        """This process's part of a batch: its patients, each `num_generations` times."""
         config = self.config
-        first = number * config.patients
-        patients = np.repeat(np.arange(first, first + config.patients), config.num_generations)
-        sample = np.tile(np.arange(config.num_generations), config.patients)
+        share = config.patients // jax.process_count()
+        first = number * config.patients + jax.process_index() * share
+        patients = np.repeat(np.arange(first, first + share), config.num_generations)
+        sample = np.tile(np.arange(config.num_generations), share)
         return await self.runner.treat(
             self._backend,
             patients,
@@ -421,9 +391,15 @@ class AgenticTrainer:
             return None
         return judged_by_turn(stay, partial(of_all_actions, config=self.config.advantages))
 
-    def _learn(self, number: int, stays: Sequence[Stay]) -> dict[str, float]:
-        """Computes advantages of a batch and makes its updates."""
+    def _learn(self, number: int, own: Sequence[Stay]) -> tuple[list[Stay], dict[str, float]]:
+        """Computes advantages of a batch and makes its updates.
+
+        Returns:
+          The stays of all processes, and figures.
+        """
         config = self.config
+        stays = everyones(own)
+        self._require_served(stays, number)
         used = [stay for stay in stays if stay.failure != NO_BACKEND and stay.turns]
         advantages = assign_advantages(used, config.advantages)
         members = [
@@ -442,8 +418,16 @@ class AgenticTrainer:
             **_gain(used),
         }
         if not fitting:
-            return figures
-        return figures | self._updates.learn(fitting, seed=number)
+            return stays, figures
+        return stays, figures | self._updates.learn(fitting, seed=number)
+
+
+def everyones(own: Sequence[Stay]) -> list[Stay]:
+    """The stays of all processes, in their order; all of them call it, with their own."""
+    if jax.process_count() == 1:
+        return list(own)
+    parts = gathered(json.dumps([to_record(stay) for stay in own]).encode())
+    return [from_record(record) for part in parts for record in json.loads(part)]
 
 
 def _gain(stays: Sequence[Stay]) -> dict[str, float]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+import jax
+
 from policy.agent.dialogue import Stay
 from policy.agent.tools import DecisionTokens
 from policy.planner import Planner
@@ -17,20 +19,18 @@ from policy.serving.vllm import VLLMGenerator
 from policy.serving.vllm.check import require_logprobs
 from policy.serving.vllm.control import WeightControl
 from policy.train.loop.checkpoints import Checkpoints
+from policy.train.loop.distributed import is_first, wait
 from policy.train.loop.metrics import MetricsLog
 from policy.train.loop.optimizer import LearnerConfig
 from policy.train.rl.advantages import COUNTERFACTUAL
 from policy.train.rl.counterfactual import counterfactual, planned
-from policy.train.rl.trainer import (
-    ALL,
+from policy.train.rl.publishers import (
     AdapterPublisher,
-    AgenticConfig,
-    AgenticTrainer,
     EmbeddedPublisher,
     Publisher,
     ServerPublisher,
-    agentic_loss,
 )
+from policy.train.rl.trainer import ALL, AgenticConfig, AgenticTrainer, agentic_loss
 from sepsis_jax.pipelines.agent import EMBEDDED, VLLM, BackendOptions, endpoint
 from sepsis_jax.pipelines.llm.evaluation import evaluate, evaluate_stays
 from sepsis_jax.pipelines.llm.setup import (
@@ -147,6 +147,7 @@ def run_rl(
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
     with run_folder(out, KIND, request, resume=resume, keeps=KEPT):
+        wait(f"begun {out}")  # all processes, before the first leaves something to resume
         return asyncio.run(_run(out, options, backend, request, llm, model, episodes, progress))
 
 
@@ -191,9 +192,11 @@ async def _run(
                 smooth=options.smooth,
             )
     served = _Served(backend, trainable, tokens, out, options)
+    reference = trainable.model if config.objective.beta else None
+    trainable = trainable.without_arrays()
     trainer = AgenticTrainer(
         learner, runner, served.backend, served.publisher, config,
-        reference=trainable.model, state_scorer=state_scorer, decisions=decisions,
+        reference=reference, state_scorer=state_scorer, decisions=decisions,
         lockstep=served.lockstep, dtype=trainable.dtype,
     )  # fmt: skip
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
@@ -206,7 +209,7 @@ async def _run(
         nonlocal last
         found = evaluate_stays(stays)
         last = figures | {f"played_{name}": x for name, x in found.figures().items()}
-        if options.eval_steps and number % options.eval_steps == 0:
+        if is_first() and options.eval_steps and number % options.eval_steps == 0:
             held_out = await evaluate(
                 evaluator, served.backend, options.eval_patients, lockstep=served.lockstep
             )
@@ -245,13 +248,16 @@ class _Served:
         if backend.kind == EMBEDDED:
             self.lockstep = Lockstep()
             generator = open_generator(
-                trainable.model, trainable.folder, options.runner, self.lockstep
-            )
+                trainable.model, trainable.folder, options.runner, self.lockstep,
+                mesh=trainable.options.sampler_mesh(),
+            )  # fmt: skip
             self.backend = TokenBackend(generator, tokens)
             self.publisher = EmbeddedPublisher(generator)
         elif backend.kind == VLLM:
             server = endpoint(backend)
             remote, versions = VLLMGenerator(server), out / VERSIONS
+            if jax.process_count() > 1:  # each has a server of its own, on its loopback interface
+                versions = versions / f"process-{jax.process_index()}"
             self.backend = TokenBackend(remote, tokens)
             self._control = control = WeightControl(server, trainable.folder)
             if options.publish == ADAPTERS:

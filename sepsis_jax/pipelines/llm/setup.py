@@ -87,13 +87,35 @@ class ModelOptions:
         count = jax.device_count()
         if count == 1:
             return None
+        data, fsdp, tensor = self.shape(count)
+        return make_mesh(data=data, fsdp=fsdp, tensor=tensor)
+
+    def shape(self, count: int) -> tuple[int, int, int]:
+        """Sizes of the mesh's axes data, fsdp and tensor, over a number of devices.
+
+        Raises:
+          InputError: they cannot be shared out like that.
+        """
         fsdp = self.fsdp or max(count // self.tensor, 1)
         if count % (fsdp * self.tensor):
             raise InputError(
                 f"model: fsdp {fsdp} x tensor {self.tensor} does not divide {count} devices; set "
                 "model.fsdp=0 to share the parameters out over all of them"
             )
-        return make_mesh(data=count // (fsdp * self.tensor), fsdp=fsdp, tensor=self.tensor)
+        return count // (fsdp * self.tensor), fsdp, self.tensor
+
+    def sampler_mesh(self) -> Mesh | None:
+        """Mesh of this process's devices, for its sampler; None if there is only one."""
+        if jax.process_count() == 1:
+            return self.mesh()
+        own = jax.local_devices()
+        if len(own) == 1:
+            return None
+        if len(own) % self.tensor:
+            raise InputError(
+                f"model: tensor {self.tensor} does not divide the {len(own)} devices of a process"
+            )
+        return make_mesh(fsdp=len(own) // self.tensor, tensor=self.tensor, devices=own)
 
 
 @dataclass(frozen=True)
@@ -123,6 +145,10 @@ class TrainableModel:
             trainable = nnx.LoRAParam
         return cls(model, folder, trainable, mesh, options)
 
+    def without_arrays(self) -> TrainableModel:
+        """The same with shapes alone, once a learner has copied the parameters."""
+        return replace(self, model=nnx.eval_shape(partial(nnx.clone, self.model)))
+
     def learner(self, loss: Loss, config: LearnerConfig) -> Learner:
         """A learner of it."""
         return Learner(self.model, loss, config, trainable=self.trainable, mesh=self.mesh)
@@ -141,7 +167,7 @@ class TrainableModel:
 
     def save(self, learner: Learner, out: Path) -> Path:
         """Writes what was learned as a Hugging Face folder `out/model`."""
-        trained = whole(cast(merge_adapters(learner.model()), self.dtype))
+        trained = whole(cast(merge_adapters(learner.present()), self.dtype))
         if is_first():
             save_hf(trained, out / MODEL, source=self.folder)
         wait(f"saved {out}")
@@ -202,6 +228,7 @@ def learn(
         remat=options.model.remat,
     )
     learner = trainable.learner(loss, options.learner)
+    trainable = trainable.without_arrays()
     checkpoints = Checkpoints(out / CHECKPOINTS, fingerprint=request)
     learner.resume(checkpoints)
     parts = [part for one in dialogues for part in cut(one, options.row_length)]
@@ -245,7 +272,8 @@ class RunnerOptions:
       max_steps: decisions per stay at most.
       templates: as for the agent.
       intervals: show 90% intervals of forecasts.
-      concurrency: stays in treatment at the same time.
+      concurrency: stays in treatment at the same time, in each process.
+      cache_tokens: as for `EmbeddedGenerator`, of each process; 0 for no limit.
       forecast: settings of simulations.
       dialogue: limits of dialogues, and sampling of replies.
       seed: of patients.
@@ -256,6 +284,7 @@ class RunnerOptions:
     templates: str = "full"
     intervals: bool = True
     concurrency: int = 64
+    cache_tokens: int = 0
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     dialogue: DialogueConfig = field(default_factory=lambda: DialogueConfig(memory=DECISION))
     seed: int = 0
@@ -263,6 +292,7 @@ class RunnerOptions:
     def __post_init__(self) -> None:
         require(self, f"one of {WORLDS}", WORLDS.__contains__, "world")
         require(self, "at least 1", lambda n: n >= 1, "concurrency")
+        require(self, "0 or more", lambda n: n >= 0, "cache_tokens")
 
 
 def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
@@ -306,7 +336,12 @@ def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> E
 
 
 def open_generator(
-    model: Qwen3, folder: Path, options: RunnerOptions, lockstep: Lockstep
+    model: Qwen3,
+    folder: Path,
+    options: RunnerOptions,
+    lockstep: Lockstep,
+    *,
+    mesh: Mesh | None = None,
 ) -> EmbeddedGenerator:
     """The sampler of this process, for all concurrent dialogues of a runner.
 
@@ -318,11 +353,13 @@ def open_generator(
       folder: that it came from, and whose stop tokens are its.
       options: of the runner.
       lockstep: shared with the pool.
+      mesh: that its weights are laid out over.
     """
     rows = bucket(options.concurrency)
     return EmbeddedGenerator(
         model, stop_ids=load_stop_ids(folder), name=str(folder),
-        min_batch=max(rows // 8, 1), max_batch=rows, lockstep=lockstep,
+        min_batch=max(rows // 8, 1), max_batch=rows, cache_tokens=options.cache_tokens,
+        lockstep=lockstep, mesh=mesh,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from policy.serving.tokens import ChatTokens
 from policy.train.data.packing import Dialogue, cached, written
 from policy.train.data.qa_sampling import QuestionConfig, as_dialogue, ask
 from policy.train.episodes import DemonstrationConfig, RejectionConfig, accepted
+from policy.train.loop.distributed import wait
 from policy.train.loop.metrics import Report
 from sepsis_jax.pipelines.llm.setup import (
     KEPT,
@@ -79,6 +80,7 @@ def run_sft(
         "episodes": str(episodes.resolve()),
     }
     with run_folder(out, SFT_KIND, request, resume=resume, keeps=KEPT):
+        wait(f"begun {out}")  # all processes, before the first leaves something to resume
         progress("questions", 0.0)
         dialogues = question_dialogues(
             out / "cache", options.questions, llm=llm, episodes=episodes, seed=options.seed
@@ -187,6 +189,7 @@ def run_bc(
         **{name: path and str(path.resolve()) for name, path in inputs.items()},
     }
     with run_folder(out, BC_KIND, request, resume=resume, keeps=KEPT):
+        wait(f"begun {out}")  # all processes, before the first leaves something to resume
         progress("dialogues", 0.0)
         tokens = ChatTokens.load(llm)
         decisions, how = None, replace(options.demonstration, exploration=0.0)

@@ -178,3 +178,35 @@ def test_bad_requests_are_refused(model, draw, message):
 def test_buckets():
     assert [bucket(size) for size in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     assert bucket(5, 32) == 32
+
+
+def test_prompts_read_in_parts_are_read_as_a_whole(model, monkeypatch):
+    """Among them one that ends with a part, one that begins it, and padding over whole parts."""
+    draws = [
+        Draw(tuple(RNG.integers(0, 640, count).tolist()), seed=count, max_completion_length=6)
+        for count in (3, 32, 33, 64, 100)
+    ]
+    whole = generate(model, draws)
+    assert sampler.prefill_width(8, 128) == 128
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 8 * 32)
+    jax.clear_caches()  # the size is no argument of the program
+    assert sampler.prefill_width(8, 128) == 32
+    for one, other in zip(generate(model, draws), whole, strict=True):
+        assert one.token_ids == other.token_ids
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "part"),
+    [
+        (1, 64, 64),
+        (256, 4096, 128),
+        (64, 4096, 512),
+        (2**12, 4096, 32),
+        (64, 40_960, 512),
+        (64, 97, 97),
+    ],
+)
+def test_parts_divide_the_width(rows, width, part):
+    assert sampler.prefill_width(rows, width) == part

@@ -180,7 +180,7 @@ def test_it_outlives_neither_its_starter_nor_its_guard(serving, model, tmp_path,
 def test_the_command_and_its_variables(serving, model, monkeypatch):
     options = ServerOptions(
         model, max_model_len=64, data_parallel=2, tensor_parallel=4, lora_rank=8, swaps=True,
-        extra=("--load-format", "dummy"),
+        gpu_memory_utilization=0.3, extra=("--load-format", "dummy"),
     )  # fmt: skip
     words = " ".join(command(find_environment(), options, 8123))
     for part in (
@@ -188,7 +188,7 @@ def test_the_command_and_its_variables(serving, model, monkeypatch):
         f"--model {model}", "--served-model-name model", "--host 127.0.0.1", "--port 8123",
         "--max-model-len 64", "--data-parallel-size 2", "--tensor-parallel-size 4",
         "--enable-lora --max-lora-rank 8", "--tool-call-parser hermes", "--enforce-eager",
-        "--logprobs-mode processed_logprobs", "--load-format dummy",
+        "--gpu-memory-utilization 0.3", "--logprobs-mode processed_logprobs", "--load-format dummy",
     ):  # fmt: skip
         assert part in words
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
@@ -208,6 +208,7 @@ def test_the_command_and_its_variables(serving, model, monkeypatch):
         ({"host": "10.0.0.1", "allow_remote": True, "swaps": True}, "loopback hosts only"),
         ({"port": 70000}, "port 70000"),
         ({"data_parallel": 0}, "data_parallel 0"),
+        ({"gpu_memory_utilization": 1.5}, "gpu_memory_utilization 1.5"),
         ({"model": Path("/nowhere/at/all")}, "no config.json"),
     ],
 )

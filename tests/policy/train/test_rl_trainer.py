@@ -1,6 +1,7 @@
 """The whole loop with a tiny model in this process: exact resume, staleness, what stops it."""
 
 import asyncio
+import gc
 from dataclasses import replace
 
 import jax
@@ -26,7 +27,8 @@ from policy.train.losses import Objective
 from policy.train.rl.advantages import AdvantageConfig
 from policy.train.rl.counterfactual import counterfactual
 from policy.train.rl.minibatch_update import trajectories
-from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, EmbeddedPublisher, agentic_loss
+from policy.train.rl.publishers import EmbeddedPublisher
+from policy.train.rl.trainer import AgenticConfig, AgenticTrainer, agentic_loss
 from tests.policy.train.conftest import stay_of
 from tests.policy.train.test_decisions import judged
 from tests.policy.train.test_packing import replayed
@@ -78,9 +80,12 @@ class Loop:
             decisions=decisions,
         )  # fmt: skip
         self.reports = []
+        self.copies = []  # of the embeddings in memory at each report
 
     def run(self, checkpoints=None, until=None):
         async def report(number, figures, stays):
+            table = self.trainer.learner.state.params["embed_tokens"]["embedding"][...].shape
+            self.copies.append(sum(leaf.shape == table for leaf in jax.live_arrays()))
             versions = {turn.reply.weight_version for stay in stays for turn in stay.turns}
             said = [turn.reply.token_ids for stay in stays for turn in stay.turns]
             self.reports.append((number, figures, versions, said))
@@ -126,6 +131,17 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(runner, taught, tmp_path,
         if not figures["staleness"]:
             assert figures["mismatch_max"] < 1e-4
     assert not equal(whole, Loop(runner, folder, **settings))  # something was learned
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+def test_published_weights_are_kept_once_per_version_that_samples(runner, taught, staleness):
+    folder, _ = taught
+    gc.collect()
+    table = load(folder).embed_tokens.embedding[...].shape
+    before = sum(leaf.shape == table for leaf in jax.live_arrays())
+    loop = Loop(runner, folder, iterations=5, staleness=staleness).run()
+    own = 3  # parameters and two moments
+    assert [count - before - own for count in loop.copies[1:-1]] == [max(staleness, 1)] * 3
 
 
 @pytest.mark.parametrize("kind", ["episode", "step"])
