@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sepsis_jax.pipelines.llm.memory_plan import Hardware, Plan
     from sepsis_jax.pipelines.llm.rl import RLOptions
     from sepsis_jax.pipelines.llm.setup import SupervisedOptions
-    from sepsis_jax.pipelines.llm.study import StudyOptions
+    from sepsis_jax.pipelines.llm.stages import StagesOptions
 
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
@@ -221,7 +221,7 @@ def stages(
 ) -> None:
     """All three stages in a row, each evaluated on fresh patients and on questions."""
     from sepsis_jax.pipelines.llm.memory_plan import Start, plan_bc, plan_rl, plan_sft
-    from sepsis_jax.pipelines.llm.study import run_study
+    from sepsis_jax.pipelines.llm.stages import run_stages
 
     options = _options(config, setting)
     if llm is not None:  # a tiny one fits everywhere
@@ -237,7 +237,7 @@ def stages(
     if dry_run:
         return
     with _alone(out), phases("all stages") as progress:
-        table = run_study(
+        table = run_stages(
             out, options, llm=llm, model=model, episodes=episodes, resume=resume,
             progress=progress,
         )  # fmt: skip
@@ -280,14 +280,14 @@ def _check(
         print_json({"fits": True, "peak_bytes": peaks, "device_bytes": memory})
 
 
-def _options(config: Path | None, setting: list[str] | None) -> StudyOptions:
+def _options(config: Path | None, setting: list[str] | None) -> StagesOptions:
     """The settings of all stages, of which each command takes its section; joins the job."""
     from policy.train.loop.distributed import start
-    from sepsis_jax.pipelines.llm.study import StudyOptions
+    from sepsis_jax.pipelines.llm.stages import StagesOptions
     from worldmodel.configuration import resolve_config
 
     start()
-    return resolve_config(StudyOptions, config, setting, source="--set")
+    return resolve_config(StagesOptions, config, setting, source="--set")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from policy.qwen3.config import RopeScaling, load_config
 from policy.testing.tiny_qwen3 import make_tiny
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.llm.setup import ModelOptions, open_policy
-from sepsis_jax.pipelines.llm.study import StudyOptions
+from sepsis_jax.pipelines.llm.stages import StagesOptions
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import save_world_model
@@ -183,7 +183,7 @@ def test_devices_that_cannot_be_shared_out_are_refused(monkeypatch):
 
 
 def test_a_seed_moves_every_seed():
-    before, after = StudyOptions(), StudyOptions(seed=7).seeded()
+    before, after = StagesOptions(), StagesOptions(seed=7).seeded()
 
     def seeds(options):
         return {

@@ -16,7 +16,7 @@ from sepsis_jax.pipelines.llm.memory_plan import (
     plan_sft,
 )
 from sepsis_jax.pipelines.llm.setup import ModelOptions
-from sepsis_jax.pipelines.llm.study import StudyOptions
+from sepsis_jax.pipelines.llm.stages import StagesOptions
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.configuration import resolve_config
 from worldmodel.errors import InputError
@@ -30,7 +30,7 @@ CARDS = {
 
 
 def settings(name, *changes):
-    return resolve_config(StudyOptions, Path(f"configs/{name}.yaml"), list(changes), source="test")
+    return resolve_config(StagesOptions, Path(f"configs/{name}.yaml"), list(changes), source="test")
 
 
 def test_every_configuration_of_the_real_model_has_a_card():

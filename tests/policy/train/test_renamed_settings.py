@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from policy.ppo import PPOConfig
-from sepsis_jax.pipelines.llm.study import StudyOptions
+from sepsis_jax.pipelines.llm.stages import StagesOptions
 from worldmodel.configuration import apply_overrides, from_mapping
 from worldmodel.errors import InputError
 
@@ -37,12 +37,12 @@ def test_an_earlier_name_is_refused_with_the_current_one(path):
     expected = f"{old}: renamed, now {RENAMED[path]}"
     assert refusal(path).endswith(expected) and "\n" not in refusal(path)
     with pytest.raises(InputError, match=expected):
-        from_mapping(StudyOptions, yaml.safe_load(nested(path.split("."))), source="file.yaml")
+        from_mapping(StagesOptions, yaml.safe_load(nested(path.split("."))), source="file.yaml")
 
 
 def refusal(path):
     with pytest.raises(InputError) as refused:
-        apply_overrides(StudyOptions(), [f"{path}=1"], source="--set")
+        apply_overrides(StagesOptions(), [f"{path}=1"], source="--set")
     return str(refused.value)
 
 

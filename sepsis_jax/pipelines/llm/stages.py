@@ -102,7 +102,7 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
-class StudyOptions:
+class StagesOptions:
     """Settings of all stages.
 
     Attributes:
@@ -132,7 +132,7 @@ class StudyOptions:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     seed: int = 0
 
-    def seeded(self) -> StudyOptions:
+    def seeded(self) -> StagesOptions:
         """The settings with `seed` added to those of all parts."""
 
         def moved(part: T, name: str = "seed", **more: object) -> T:
@@ -149,9 +149,9 @@ class StudyOptions:
         )
 
 
-def run_study(
+def run_stages(
     out: Path,
-    options: StudyOptions,
+    options: StagesOptions,
     *,
     llm: Path | None = None,
     model: Path | None = None,
@@ -194,13 +194,13 @@ def run_study(
 
 def _run_stages(
     out: Path,
-    options: StudyOptions,
+    options: StagesOptions,
     llm: Path | None,
     model: Path | None,
     episodes: Path | None,
     progress: Progress,
 ) -> pd.DataFrame:
-    """`run_study` in a folder that is its own."""
+    """`run_stages` in a folder that is its own."""
     episodes = episodes or _episodes(out / "episodes", options, progress)
     model = model or _world_model(out / "world_model", episodes, options, progress)
     start = llm or _tiny(out / START, episodes, model, options, progress)
@@ -284,7 +284,7 @@ def _run_stages(
 
 
 def _comparators(
-    out: Path, options: StudyOptions, model: Path, episodes: Path, progress: Progress
+    out: Path, options: StagesOptions, model: Path, episodes: Path, progress: Progress
 ) -> dict[str, np.ndarray]:
     """[N] true total reward of each patient by comparator, saved in `out`."""
     file = out / COMPARATORS
@@ -306,7 +306,7 @@ def _evaluate_stage(
     folder: Path,
     llm: Path,
     name: str,
-    options: StudyOptions,
+    options: StagesOptions,
     model: Path,
     episodes: Path,
     progress: Progress,
@@ -378,7 +378,7 @@ def _grades(questions: Sequence[Question], answers: Sequence[np.ndarray]) -> Jso
     return found
 
 
-def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
+def _episodes(folder: Path, options: StagesOptions, progress: Progress) -> Path:
     if not (folder / EPISODES_FILE).exists():
         make_synthetic_cohort(
             folder, patients=options.patients, seed=options.seed, progress=progress
@@ -386,7 +386,7 @@ def _episodes(folder: Path, options: StudyOptions, progress: Progress) -> Path:
     return folder
 
 
-def _world_model(folder: Path, episodes: Path, options: StudyOptions, progress: Progress) -> Path:
+def _world_model(folder: Path, episodes: Path, options: StagesOptions, progress: Progress) -> Path:
     if not (folder / PARAMS).exists():
 
         def tell(name: str, epoch: int, epochs: int, metrics: object) -> None:
@@ -398,7 +398,7 @@ def _world_model(folder: Path, episodes: Path, options: StudyOptions, progress: 
 
 
 def _tiny(
-    folder: Path, episodes: Path, model: Path, options: StudyOptions, progress: Progress
+    folder: Path, episodes: Path, model: Path, options: StagesOptions, progress: Progress
 ) -> Path:
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
