@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, world_model
+from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, study, world_model
 from sepsis_jax.commands.evaluate import evaluate
 from sepsis_jax.console import (
     DISCLAIMER,
@@ -113,6 +113,7 @@ app.command(
     epilog="Example: sepsis-jax evaluate --episodes runs/demo/cohort --model runs/demo/model "
     "--policy guideline --policy titration --out runs/evaluation --compare published",
 )(evaluate)
+app.add_typer(study.app, name="study")
 app.command(
     "simulate",
     epilog="Example: sepsis-jax simulate --model runs/model --episodes runs/synthetic "
