@@ -76,10 +76,11 @@ def test_all_stages(inputs, tmp_path, capsys):
     table = pd.read_csv(out / "stages.csv")
     stages = ["sft", "bc", "rl", "rl_episode"]
     without = ["rl, simulator shuffled", "rl, simulator none"]
-    assert table.stage.tolist() == ["clinician", "titration", *stages, *without]
+    expected = ["clinician", "titration", *stages[:3], *without, stages[3]]
+    assert table.stage.tolist() == expected
     assert (table.stays == 4).all() and table.mortality_auroc[2:].between(0, 1).all()
     values = table.set_index("stage").value
-    before = values[["sft", "bc", "bc", "rl", "rl"]].to_numpy()
+    before = values[["sft", "bc", "rl", "rl", "bc"]].to_numpy()
     np.testing.assert_allclose(table.gain[3:], values[3:].to_numpy() - before, atol=1e-9)
     for name in ("clinician", "titration"):
         less = table.set_index("stage")[f"less_{name}"]
