@@ -75,9 +75,8 @@ def test_all_stages(inputs, tmp_path, capsys):
     finish("policy", "stages", "--config", inputs / "small.yaml", *given, "--out", out)
     table = pd.read_csv(out / "stages.csv")
     stages = ["sft", "bc", "rl", "rl_episode"]
-    rows = [
-        f"{stage}{x}" for stage in stages for x in ("", ", simulator shuffled", ", simulator none")
-    ]
+    endings = ("", ", simulator shuffled", ", simulator none")
+    rows = [f"{stage}{ending}" for stage in stages[:3] for ending in endings] + stages[3:]
     assert table.stage.tolist() == ["clinician", "titration", *rows]
     assert (table.stays == 4).all() and table.mortality_auroc[2:].between(0, 1).all()
     values = table.set_index("stage").value

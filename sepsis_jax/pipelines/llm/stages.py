@@ -57,6 +57,7 @@ T = TypeVar("T")
 KIND = "sepsis-jax language model, all stages"
 TABLE, CURVES, COMPARATORS = "stages.csv", "curves.png", "comparators.json"
 START, SHUFFLED, NO_SIMULATOR = "start", "shuffled", "none"
+_STAGES = (START, "sft", "bc", "rl")
 _KEPT = ("episodes", "world_model", "start", "sft")  # what a study that fails leaves
 
 
@@ -74,7 +75,7 @@ class EvaluationOptions:
         samples of the whole distribution, treatment does not.
       without: how stages are also evaluated: "shuffled", the simulator answers with the futures of
         other treatments, and "none", there is no simulator.
-      without_stages: which stages; "start" is the model that is given.
+      without_stages: which stages, of "start", the model that is given, "sft", "bc" and "rl".
       without_patients: number of patients for these and for the stages before "bc", which have not
         learned to treat: the first ones.
     """
@@ -99,6 +100,11 @@ class EvaluationOptions:
         for one in self.without:
             if one not in (SHUFFLED, NO_SIMULATOR):
                 raise InputError(f"without: got {one!r}, expected {SHUFFLED} or {NO_SIMULATOR}")
+        unknown = set(self.without_stages) - set(_STAGES)
+        if unknown:
+            raise InputError(
+                f"without_stages: got {min(unknown)!r}, expected some of {', '.join(_STAGES)}"
+            )
 
 
 @dataclass(frozen=True)
