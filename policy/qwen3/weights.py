@@ -75,8 +75,11 @@ def load(
         loaded = []
         for name, variable in nnx.to_flat_state(state):
             array = tensors.read(name, variable.shape, param_dtype)
-            spec = param_spec(name, array.ndim)
-            placed = jax.device_put(array, NamedSharding(mesh, spec) if mesh else None)
+            if mesh is None:
+                placed = jax.device_put(array)
+            else:  # of several processes each puts its shards in place
+                where = NamedSharding(mesh, param_spec(name, array.ndim))
+                placed = jax.make_array_from_callback(array.shape, where, array.__getitem__)
             loaded.append((name, variable.replace(placed)))
         known = {"lm_head.weight"} if config.tie_word_embeddings else set()
         unknown = tensors.unread - known

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -117,10 +118,9 @@ class EmbeddedGenerator:
 
     def set_weights(self, model: Qwen3, version: str | None) -> None:
         """Sets the weights of all later batches; a running batch keeps the old ones."""
-        if self._mesh is not None:
-            graphdef, state = nnx.split(model)
-            model = nnx.merge(graphdef, shard(state, self._mesh))
-        self._weights = _Weights(model, version)
+        graphdef, state = nnx.split(model)
+        state = jax.device_put(state) if self._mesh is None else shard(state, self._mesh)
+        self._weights = _Weights(nnx.merge(graphdef, state), version)
 
     def release_weights(self) -> None:
         """Lets go of the weights, so that new ones take their memory; asked before, it fails."""

@@ -19,10 +19,10 @@ rl:
   runner:
     {max_steps: 2, templates: compact, concurrency: 4, forecast: {samples: 2}, dialogue:
       {memory: decision, max_invalid: 1,
-       sampling: {temperature: 1.0, top_p: 1.0, max_completion_length: 32}}}
+       sampling: {temperature: 1.0, top_p: 1.0, max_completion_length: 64}}}
   samples: 1
   agentic:
-    {iterations: 2, patients: 4, num_minibatches: 2, row_length: 512, micro_batch_size: 4,
+    {iterations: 2, patients: 4, num_minibatches: 2, row_length: 1024, micro_batch_size: 4,
      objective: {beta: 0.1}}
   learner: {learning_rate: 0.001, warmup_steps: 0}
 """

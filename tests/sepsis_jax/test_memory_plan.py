@@ -103,5 +103,5 @@ def test_a_dry_run_needs_no_weights(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "key-value cache" in shown and "there are 16.0 GiB (v5e)" in shown
     refuse(call(capsys, *line, "--set", "rl.runner.cache_tokens=0"), "rl.runner.concurrency: 64 ->")
-    refuse(call(capsys, *line[:-5]), "divide")
+    refuse(call(capsys, *line[:-4]), "divide")
     assert not out.exists()

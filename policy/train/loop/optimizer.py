@@ -121,12 +121,15 @@ def schedule(config: LearnerConfig) -> optax.Schedule:
 
 def optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     """AdamW, for gradients that are clipped already."""
-    return optax.adamw(
-        schedule(config),
-        b1=config.adam_beta1,
-        b2=config.adam_beta2,
-        weight_decay=config.weight_decay,
-        mask=partial(jax.tree.map_with_path, _is_matrix),
+    return optax.chain(
+        optax.identity(),  # where clipping has its place in the states of checkpoints
+        optax.adamw(
+            schedule(config),
+            b1=config.adam_beta1,
+            b2=config.adam_beta2,
+            weight_decay=config.weight_decay,
+            mask=partial(jax.tree.map_with_path, _is_matrix),
+        ),
     )
 
 

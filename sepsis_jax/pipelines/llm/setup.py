@@ -147,7 +147,9 @@ class TrainableModel:
 
     def without_arrays(self) -> TrainableModel:
         """The same with shapes alone, once a learner has copied the parameters."""
-        return replace(self, model=nnx.eval_shape(partial(nnx.clone, self.model)))
+        graphdef, state = nnx.split(self.model)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        return replace(self, model=nnx.merge(graphdef, shapes))
 
     def learner(self, loss: Loss, config: LearnerConfig) -> Learner:
         """A learner of it."""
