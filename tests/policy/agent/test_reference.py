@@ -10,7 +10,7 @@ import pytest
 
 from policy.agent.dialogue import DECISION, STAY, DialogueConfig
 from policy.agent.env_pool import EnvPool, reset_batch
-from policy.agent.forecast import ForecastConfig, Forecaster
+from policy.agent.forecast import ForecastConfig
 from policy.agent.prompts import Chart, Prompts, options
 from policy.agent.reference import Quirks, learned_env, make_forecaster
 from policy.agent.tools import SCHEMAS, load_schemas
