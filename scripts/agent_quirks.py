@@ -16,10 +16,11 @@ import argparse
 import asyncio
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from policy.agent.dialogue import COMPLETED, DialogueConfig, Stay, treat
@@ -99,8 +100,9 @@ def greedy(pool: EnvPool, slot: int) -> Script:
     def script(messages: Sequence[Message], seed: int) -> Reply:
         told = json.loads(messages[-1]["content"])
         if was_simulated(messages):
-            sofa, lactate = np.array(told).T
-            promised = step_reward(state["sofa"], sofa, state["lactate"], lactate)
+            sofa, lactate = jnp.asarray(told).T
+            before = {name: jnp.full_like(sofa, value) for name, value in state.items()}
+            promised = step_reward(before["sofa"], sofa, before["lactate"], lactate)
             return prescribe(messages, options[int(np.argmax(promised))])
         state.update(told)
         likely = pool.values(slot)
@@ -176,11 +178,11 @@ def compare(base: np.ndarray, other: np.ndarray, resamples: int = 2_000) -> dict
     """
     rng = np.random.default_rng(0)
     picks = rng.integers(0, base.shape[1], (resamples, base.shape[1]))
-    measures = {
-        "reward": lambda x: x[..., 0].mean(),
-        "mortality": lambda x: 100.0 * x[..., 1].mean(),
-        "adherence": lambda x: 100.0 * (1.0 - x[..., 3].sum() / x[..., 2].sum()),
-        "record": lambda x: 100.0 * (1.0 - x[..., 4].mean()),
+    measures: dict[str, Callable[[np.ndarray], float]] = {
+        "reward": lambda x: float(x[..., 0].mean()),
+        "mortality": lambda x: float(100.0 * x[..., 1].mean()),
+        "adherence": lambda x: float(100.0 * (1.0 - x[..., 3].sum() / x[..., 2].sum())),
+        "record": lambda x: float(100.0 * (1.0 - x[..., 4].mean())),
     }
     found = {}
     for name, measure in measures.items():

@@ -7,12 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
 from policy.serving.backend import ToolCall
+from policy.serving.client import MalformedError, member
 from policy.serving.tokens import ChatTokens, TokenBackend, write_call
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -86,25 +87,25 @@ def load_schemas(path: Path) -> tuple[Mapping[str, object], ...]:
     """
     try:
         tools = json.loads(path.read_text(encoding="utf-8"))
-        found = {_name(tool): set(_parameters(tool)) for tool in tools}
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: no list of tools in OpenAI's form ({error!r})") from None
-    expected = {_name(tool): set(_parameters(tool)) for tool in SCHEMAS}
+        if not isinstance(tools, list):
+            raise MalformedError("no list")
+        found = {_name(tool): _parameters(tool) for tool in tools}
+    except (ValueError, MalformedError) as error:
+        raise InputError(f"{path}: not tools in OpenAI's form ({error})") from None
+    expected = {_name(tool): _parameters(tool) for tool in SCHEMAS}
     if found != expected or len(tools) != len(expected):
         names = "; ".join(f"{name}({', '.join(sorted(expected[name]))})" for name in expected)
         raise InputError(f"{path}: expected the tools {names}, each once")
     return tuple(tools)
 
 
-# a schema is nested JSON
-def _name(tool: Mapping[str, Any]) -> str:
-    name: str = tool["function"]["name"]
-    return name
+def _name(tool: Mapping[str, object]) -> str:
+    return member(member(tool, "function", dict), "name", str)
 
 
-def _parameters(tool: Mapping[str, Any]) -> Mapping[str, object]:
-    properties: Mapping[str, object] = tool["function"]["parameters"]["properties"]
-    return properties
+def _parameters(tool: Mapping[str, object]) -> set[str]:
+    parameters = member(member(tool, "function", dict), "parameters", dict)
+    return set(member(parameters, "properties", dict))
 
 
 REASONS: dict[str, str] = {

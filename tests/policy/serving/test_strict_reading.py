@@ -203,7 +203,10 @@ def openai(tokens, server):
     return OpenAIBackend(ENDPOINT, ChatOptions(vllm=True), key="k")
 
 
-@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+LONG = pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])
+
+
+@pytest.mark.parametrize("count", [2_000, LONG])
 @pytest.mark.parametrize("path", [embedded, vllm, openai])
 def test_no_treatment_that_was_not_written(tokens, monkeypatch, path, count):
     server = FakeVLLM(tokens)
