@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from policy.qwen3.config import Qwen3Config
 from worldmodel.errors import InputError
@@ -41,7 +41,7 @@ def make_mesh(
     )
 
 
-def check_divisible(config: Qwen3Config, mesh: Mesh) -> None:
+def check_divisible(config: Qwen3Config, mesh: Mesh | AbstractMesh) -> None:
     """Makes sure that the axes of a model divide evenly.
 
     Raises:
@@ -61,7 +61,7 @@ def check_divisible(config: Qwen3Config, mesh: Mesh) -> None:
 
 
 # the structure is that of the tree
-def shardings(tree: object, mesh: Mesh) -> Any:
+def shardings(tree: object, mesh: Mesh | AbstractMesh) -> Any:
     """How each array of a tree lies on the mesh.
 
     Args:
@@ -87,7 +87,7 @@ def shard(tree: T, mesh: Mesh) -> T:
     return placed
 
 
-def abstract(make: Callable[[], T], mesh: Mesh) -> T:
+def abstract(make: Callable[[], T], mesh: Mesh | AbstractMesh) -> T:
     """Shapes, types and shardings of a tree that is never made.
 
     Args:

@@ -66,7 +66,8 @@ class Model:
 
     def frozen(self) -> Params:
         """Parameters that are not."""
-        params: Params = nnx.split(self.make(), self.trainable, ...)[2]
+        *_, rest = nnx.split(self.make(), self.trainable, ...)
+        params: Params = rest
         return params
 
     def on(self, mesh: tuple[int, int, int]) -> AbstractMesh:
@@ -145,7 +146,7 @@ def update(
     inner = figures.num_attention_heads * figures.head_dim / tensor
     outer = figures.num_key_value_heads * figures.head_dim / tensor
     hidden, wide_hidden = figures.hidden_size, figures.intermediate_size / tensor
-    scores = 4 * min(rows * figures.num_attention_heads * length**2, SCORES_AT_ONCE)
+    scores = 4.0 * min(rows * figures.num_attention_heads * length**2, SCORES_AT_ONCE)
     scores /= data * fsdp * tensor
     layer = tokens * size * (3 * wide_hidden + 3 * hidden + 2 * inner)
     saved = {

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 
@@ -269,7 +269,7 @@ class Plan(Generic[OptionsT]):
     ) -> Iterator[tuple[str, Callable[[OptionsT], OptionsT], str]]:
         before = _get(self.options, name)
         if before != value:
-            yield name, lambda options: _set(options, name, value), f"{before} -> {value}"
+            yield name, partial(_set, name=name, value=value), f"{before} -> {value}"
 
     def _lowered(
         self, name: str, unit: int
@@ -280,7 +280,7 @@ class Plan(Generic[OptionsT]):
         value = 1 << max(before // unit - 1, 1).bit_length() - 1
         while value >= 1:
             lower = value * unit
-            yield name, lambda options, to=lower: _set(options, name, to), f"{before} -> {lower}"
+            yield name, partial(_set, name=name, value=lower), f"{before} -> {lower}"
             value //= 2
 
 
@@ -293,7 +293,9 @@ def _get(options: object, name: str) -> object:
 def _set(options: OptionsT, name: str, value: object) -> OptionsT:
     first, _, rest = name.partition(".")
     inner = getattr(options, first)
-    return replace(options, **{first: _set(inner, rest, value) if rest else value})
+    # fields of several types
+    changed: Mapping[str, Any] = {first: _set(inner, rest, value) if rest else value}
+    return replace(options, **changed)
 
 
 def plan_sft(options: SFTOptions, start: Start, hardware: Hardware) -> Plan[SupervisedOptions]:
