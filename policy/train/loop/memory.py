@@ -66,8 +66,7 @@ class Model:
 
     def frozen(self) -> Params:
         """Parameters that are not."""
-        *_, rest = nnx.split(self.make(), self.trainable, ...)
-        params: Params = rest
+        params: Params = nnx.state(self.make(), nnx.Not(self.trainable))
         return params
 
     def on(self, mesh: tuple[int, int, int]) -> AbstractMesh:
