@@ -230,6 +230,9 @@ def command_of(words):
     command, words = CLI, list(words)
     while words and words[0] in inner(command):
         command = inner(command)[words.pop(0)]
+    default = getattr(command, "default_command", None)
+    if default and words and not words[0].startswith("-"):
+        command = inner(command)[default]
     return command, words
 
 

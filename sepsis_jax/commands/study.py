@@ -24,13 +24,15 @@ from sepsis_jax.runs import claimed
 class _RunByDefault(TyperGroup):
     """`study CONFIG` is `study run CONFIG`."""
 
+    default_command = "run"
+
     def resolve_command(
         self,
         ctx: Any,  # of the click that Typer brings along
         args: list[str],
     ) -> Any:
         if args and args[0] not in self.commands:
-            args = ["run", *args]
+            args = [self.default_command, *args]
         return super().resolve_command(ctx, args)
 
 

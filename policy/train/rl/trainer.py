@@ -9,6 +9,7 @@ not depend on the relative speed of generator and learner.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -356,6 +357,7 @@ class AgenticTrainer:
         """The model of a version, for the generator of this process."""
         if self.config.staleness < 2:  # nothing else is asked of the generator meanwhile
             self._publisher.release()
+        gc.collect()  # modules hold cycles, and a copy of the weights must not wait for them
         params = self._keep(version)
         if jax.process_count() > 1:
             params = whole(params)

@@ -84,6 +84,7 @@ class Loop:
 
     def run(self, checkpoints=None, until=None):
         async def report(number, figures, stays):
+            gc.collect()
             table = self.trainer.learner.state.params["embed_tokens"]["embedding"][...].shape
             self.copies.append(sum(leaf.shape == table for leaf in jax.live_arrays()))
             versions = {turn.reply.weight_version for stay in stays for turn in stay.turns}
@@ -136,8 +137,8 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(runner, taught, tmp_path,
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 def test_published_weights_are_kept_once_per_version_that_samples(runner, taught, staleness):
     folder, _ = taught
-    gc.collect()
     table = load(folder).embed_tokens.embedding[...].shape
+    gc.collect()
     before = sum(leaf.shape == table for leaf in jax.live_arrays())
     loop = Loop(runner, folder, iterations=5, staleness=staleness).run()
     own = 3  # parameters and two moments
