@@ -159,6 +159,7 @@ def _thoughts(text: str, in_thought: bool) -> tuple[list[str], list[str]]:
 
 def _call(body: str) -> tuple[str, str]:
     """Name and arguments; an empty name and the body itself where it is no call."""
+    body = body.strip()
     try:
         call = json.loads(body, object_pairs_hook=unique_names)
     except (ValueError, RecursionError):

@@ -202,7 +202,7 @@ def sampling(
     through = 3 * figures.hidden_size + 2 * figures.num_attention_heads * figures.head_dim
     mlp = read * size * 3 * figures.intermediate_size
     scores = min(read * figures.num_attention_heads * (prompt + new), SCORES_AT_ONCE)
-    attention = 2 * 4 * scores + 2 * per_layer * share
+    attention = 3 * 4 * scores
     return {
         "key-value cache": int(figures.num_hidden_layers * per_layer),
         "reading prompts": int((read * size * through + max(mlp, attention)) / share),

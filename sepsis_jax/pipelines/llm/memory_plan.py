@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import jax
 
@@ -293,9 +293,8 @@ def _get(options: object, name: str) -> object:
 def _set(options: OptionsT, name: str, value: object) -> OptionsT:
     first, _, rest = name.partition(".")
     inner = getattr(options, first)
-    # fields of several types
-    changed: Mapping[str, Any] = {first: _set(inner, rest, value) if rest else value}
-    return replace(options, **changed)
+    changed = {first: _set(inner, rest, value) if rest else value}
+    return replace(options, **changed)  # type: ignore[arg-type]
 
 
 def plan_sft(options: SFTOptions, start: Start, hardware: Hardware) -> Plan[SupervisedOptions]:

@@ -293,7 +293,7 @@ def test_what_the_servers_parser_takes_is_no_call_to_us(served, text, names):
     reply = asyncio.run(talk(ChatOptions(vllm=True, extra=extra)))
     assert [call.name for call in reply.tool_calls] == names
     spoken = ChatTokens.load(served.folders["a"]).text(reply.token_ids)
-    assert spoken == text
+    assert spoken.removesuffix("<|endoftext|>") == text  # either of two tokens ends it
 
 
 def test_the_server_is_found_to_be_one_that_can_be_read(served):

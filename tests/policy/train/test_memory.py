@@ -91,7 +91,7 @@ def test_qwen3_4b_on_tpus_takes_what_is_foretold(case):
     assert sum(parts.values()) == pytest.approx(planned["temporaries"], rel=0.1)
 
 
-@pytest.mark.parametrize(("rows", "prompt", "new"), [(16, 256, 64), (2, 1024, 32)])
+@pytest.mark.parametrize(("rows", "prompt", "new"), [(16, 256, 64), (2, 1024, 32), (8, 1024, 64)])
 def test_sampling_takes_what_is_foretold(rows, prompt, new):
     model = small()
     shapes = jax.eval_shape(lambda: nnx.split(model.make())[1])
