@@ -31,14 +31,17 @@ from policy.agent.reference import Quirks, learned_env, make_forecaster
 from policy.agent.scripted import Script, ScriptedBackend, prescribe, simulate, was_simulated
 from policy.agent.tools import MAX_OPTIONS
 from policy.agent.transcript import g1, g2
+from policy.base import Policy
 from policy.serving.backend import Message, Reply
 from policy.train.episodes import probabilities
 from sepsis_jax.pipelines.llm.setup import open_policy
 from sepsis_jax.runs import provenance
 from worldmodel.clinical.reward import step_reward
 from worldmodel.episode_files import load_episodes_for
+from worldmodel.episodes import Episodes
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.world_model import WorldModel
 from worldmodel.synthetic import patient_keys
 
 SWITCHES = ("recorded_forecast", "lagged_actions", "single_future", "published_scores",
@@ -69,9 +72,13 @@ def main() -> None:
         **{name: Quirks(**{name: True}).of_mode("corrected") for name in SWITCHES},
         ALL: Quirks().of_mode("reference"),
     }
+    world_model = load_world_model(arguments.model)
+    episodes = load_episodes_for(world_model, arguments.episodes).of_split("test")
+    episodes = episodes.select(slice(arguments.patients))
+    clone = open_policy("clinician", arguments.episodes)
     played = {}
     for name, quirks in variants.items():
-        played[name] = run(arguments, quirks)
+        played[name] = run(world_model, episodes, clone, quirks, arguments)
         print(f"{name}: mean total reward {played[name][..., 0].mean():.2f}", flush=True)
     rows = {name: compare(played[NONE], played[name]) for name in variants}
     for name, row in rows.items():
@@ -113,15 +120,17 @@ def greedy(pool: EnvPool, slot: int) -> Script:
     return script
 
 
-def run(arguments: argparse.Namespace, quirks: Quirks) -> np.ndarray:
+def run(
+    world_model: WorldModel,
+    episodes: Episodes,
+    clone: Policy,
+    quirks: Quirks,
+    arguments: argparse.Namespace,
+) -> np.ndarray:
     """[seeds, stays, 5] total reward, death, prescriptions, violations, and whether any differed.
 
     The last is whether the agent ever gave other than what was recorded.
     """
-    world_model = load_world_model(arguments.model)
-    episodes = load_episodes_for(world_model, arguments.episodes).of_split("test")
-    episodes = episodes.select(slice(arguments.patients))
-    clone = open_policy("clinician", arguments.episodes)
     env = learned_env(world_model, episodes, quirks, follow_record=True)
     stays = np.arange(episodes.num_stays, dtype=np.int32)
     recorded = np.asarray(episodes.action)

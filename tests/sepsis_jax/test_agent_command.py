@@ -89,6 +89,29 @@ def test_recorded_stays_live_in_the_world_model(capsys, cohort, model, tmp_path)
     assert len(entries) == 4 and entries[0]["metadata"]["real"]["outcome"] in ("release", "death")
 
 
+def test_the_published_inference_runs(capsys, cohort, model, tmp_path):
+    """With all quirks: the published terminal reward, and one noisy future without an interval."""
+    out = tmp_path / "reference"
+    result = call(
+        capsys, "agent", "run", "--model", model, "--episodes", cohort, "--patients", 4,
+        "--backend", "scripted", "--set", "split=train", "--set", "mode=reference", "--out", out,
+    )  # fmt: skip
+    assert result.status == 0, result.err
+    found = records(out).values()
+    assert {record["decisions"][-1]["reward"] for record in found} <= {-15.0, 15.0}
+    answers = [
+        message["content"]
+        for record in found
+        for turn in record["turns"]
+        for message in turn["messages"]
+        if message["content"].startswith("Predicted state")
+    ]
+    assert answers and not any(" to " in line for a in answers for line in a.splitlines()[1:])
+    options = json.loads((out / "manifest.json").read_text())["request"]["options"]
+    assert options["dialogue"]["sampling"]["max_completion_length"] == 8192
+    assert options["forecast"]["mode"] == "reference"
+
+
 def test_an_endpoint_treats(capsys, model, tmp_path, monkeypatch):
     function = {"name": "prescription", "arguments": '{"vasopressor": 1, "iv_fluid": 1}'}
     calls = [{"id": "c", "type": "function", "function": function}]
@@ -174,4 +197,9 @@ def test_bad_input(capsys, done, cohort, tmp_path):
     refuse(call(capsys, "agent", "run", "--llm", tmp_path / "none", *out), "none")
     refuse(call(capsys, "agent", "run", *FAST, "--episodes", cohort, *out), "model: recorded stays")
     refuse(call(capsys, "agent", "run", *FAST, "--set", "attempts=0", *out), "attempts")
+    refuse(
+        call(capsys, "agent", "run", *FAST, "--set", "quirks.lagged_actions=true", *out),
+        "lagged_actions", "recorded stays",
+    )  # fmt: skip
+    refuse(call(capsys, "agent", "run", *FAST, "--no-thinking", *out), "enable_thinking")
     assert not (tmp_path / "new").exists()
