@@ -214,7 +214,11 @@ def load_arrays(folder: Path, like: TreeT) -> TreeT:
     """
     import jax
 
-    abstract = _named(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like))
+    # Where each process reads what it needs for itself, whoever wrote it and on which devices.
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = _named(
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
+    )
     if not folder.is_dir():
         raise InputError(f"{folder}: missing; the checkpoint is incomplete")
     try:
@@ -230,9 +234,15 @@ def load_arrays(folder: Path, like: TreeT) -> TreeT:
 
 
 def _restore(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    import jax
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    # Else all processes of a job would wait for each other, though only some may read.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process-{own}"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
         metadata = checkpointer.metadata(folder)
         found = {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
         wanted = {name: tuple(leaf.shape) for name, leaf in abstract.items()}

@@ -140,11 +140,6 @@ def run_rl(
       InputError: inputs that cannot be read, another run in the folder, or a training that fails.
     """
     backend = backend or BackendOptions(kind=EMBEDDED, llm=str(llm))
-    if jax.process_count() > 1:
-        raise InputError(
-            f"stage III: {jax.process_count()} processes; it runs in one, since a world model "
-            "cannot be read by several at once yet"
-        )
     inputs = {"llm": llm, "model": model, "episodes": episodes}
     request = {
         "options": plain(options),
