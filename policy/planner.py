@@ -29,6 +29,7 @@ from policy.planner_advantage import (
     untrained_advantage,
 )
 from worldmodel import schema, struct
+from worldmodel.clinical import rules
 from worldmodel.configuration import require
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
@@ -78,6 +79,7 @@ class Planner(Policy):
         }[self.config.search]
         prior = self.prior(observation)
         values = search(self, key, observation, prior)
+        values -= self.config.rule_penalty * _breaks_rules(observation)
         supported = prior >= self.config.support * prior.max()
         return jnp.where(supported, values, _OUT)
 
@@ -115,6 +117,16 @@ def _one_step(
     mu = predict_next(planner.world_model, here)  # [E, 25, 39]
     gains = planner.advantage.of_actions(observation, mu, prior)
     return _cautious(gains, planner.config) + planner.config.prior_weight * _log(prior)
+
+
+def _breaks_rules(observation: Observation) -> jax.Array:
+    """[25] bool; which actions break G1 or G2."""
+    vasopressor, fluid = schema.action_levels(jnp.arange(schema.NUM_ACTIONS))
+    meanbp, lactate = (observation.dynamic[schema.INDEX[name]] for name in ("meanbp", "lactate"))
+    before, step = observation.vasopressor, observation.step
+    return rules.g1_untreated_hypoperfusion(
+        meanbp, lactate, vasopressor, fluid
+    ) | rules.g2_unneeded_escalation(meanbp, vasopressor, before, step)
 
 
 def _cautious(values: jax.Array, config: PlannerConfig) -> jax.Array:
@@ -275,6 +287,7 @@ class PlannerConfig:
         need about 0.5.
       risk: k, reward units per standard deviation over ensemble members.
       support: least probability of an action, as a share of the clinician's likeliest one's.
+      rule_penalty: reward units that an action against guideline rule G1 or G2 costs.
       gamma: discount per step.
       temperature: probabilities are softmax(J / temperature) over first actions; 0 for the best.
       ridge: of a learned advantage.
@@ -289,6 +302,7 @@ class PlannerConfig:
     prior_weight: float = 0.0
     risk: float = 0.0
     support: float = 0.01
+    rule_penalty: float = 0.0
     gamma: float = 0.99
     temperature: float = 0.0
     ridge: float = 100.0
@@ -309,7 +323,7 @@ class PlannerConfig:
             )
         if self.search == "sequential-halving" and self.candidates > schema.NUM_ACTIONS:
             raise InputError(f"candidates: got {self.candidates}, there are 25 first actions")
-        sizes = ("samples", "prior_weight", "risk", "temperature", "ridge")
+        sizes = ("samples", "prior_weight", "risk", "rule_penalty", "temperature", "ridge")
         require(self, "0 or more", lambda size: size >= 0, *sizes)
         require(self, "within [0, 1]", lambda share: 0 <= share <= 1, "support", "gamma")
 

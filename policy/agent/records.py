@@ -231,7 +231,13 @@ def _turns(turns: list[Turn]) -> list[dict[str, object]]:
     return [
         {
             "messages": list(turn.messages),
-            "reply": {**asdict(turn.reply), "prompt_ids": prompt, "restarts": restarts},
+            # Not `asdict`, which copies every token.
+            "reply": {
+                **vars(turn.reply),
+                "tool_calls": tuple(asdict(call) for call in turn.reply.tool_calls),
+                "prompt_ids": prompt,
+                "restarts": restarts,
+            },
             "seed": turn.seed,
             "opens": turn.opens,
             "refused": turn.refused,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from policy.qwen3.model import Qwen3, map_chunks, project
 
@@ -31,6 +32,7 @@ def token_logprobs(
     segments: Int[Array | np.ndarray, "B T"] | None = None,
     temperature: float | jax.Array = 1.0,
     choices: tuple[int, ...] = (),
+    wanted: Bool[Array | np.ndarray, "B T"] | None = None,
     remat: str = "none",
     chunk: int | None = None,
 ) -> TokenLogprobs:
@@ -41,20 +43,25 @@ def token_logprobs(
       positions, segments, remat: as for `Qwen3.hidden`.
       temperature: logits are divided by it; positive.
       choices: ids of C tokens, whose log-probabilities are wanted in the place of every token.
+      wanted: [B, T] tokens whose log-probabilities are wanted; all if not given. The output
+        projection, a tenth of Qwen3-4B's products and most of a tiny model's, is computed for few
+        others.
       chunk: as for `chunked_logprobs`.
 
     Returns:
-      [B, T] each, `choices` [B, T, C]; 0 for the first token of a segment, which nothing
-      predicts, and for padding.
+      [B, T] each, `choices` [B, T, C]; 0 for tokens that are not wanted, for the first one of a
+      segment, which nothing predicts, and for padding.
     """
     hidden = model.hidden(ids, positions=positions, segments=segments, remat=remat)
-    found = chunked_logprobs(
-        hidden[:, :-1], model.head(), ids[:, 1:],
-        temperature=temperature, choices=choices, chunk=chunk,
-    )  # fmt: skip
     if segments is None:
         segments = jnp.ones_like(ids)
     predicted = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0)
+    if wanted is not None:
+        predicted &= jnp.asarray(wanted)[:, 1:]
+    found = chunked_logprobs(
+        hidden[:, :-1], model.head(), ids[:, 1:], temperature=temperature, choices=choices,
+        wanted=None if wanted is None else predicted, chunk=chunk,
+    )  # fmt: skip
 
     def after_the_first(x: jax.Array) -> jax.Array:
         keep = predicted.reshape(predicted.shape + (1,) * (x.ndim - 2))
@@ -71,6 +78,7 @@ def chunked_logprobs(
     *,
     temperature: float | jax.Array = 1.0,
     choices: tuple[int, ...] = (),
+    wanted: Bool[Array, "B T"] | None = None,
     chunk: int | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of targets, and entropies, from final hidden states.
@@ -81,13 +89,16 @@ def chunked_logprobs(
       targets: [B, T] int token ids.
       temperature: logits are divided by it; positive.
       choices: as for `token_logprobs`.
+      wanted: [B, T] where values are wanted; all if not given. Elsewhere they mean nothing.
       chunk: columns whose logits [B, chunk, V] are in memory at once; as many as `LOGITS_AT_ONCE`
-        allows if not given. Rows are never mixed, so a batch split over devices stays so.
+        allows if not given, and an eighth of all at most where only some are wanted. Rows are never
+        mixed, so a batch split over devices stays so.
 
     Returns:
       [B, T] each, `choices` [B, T, C], float32.
     """
     batch, vocab = hidden.shape[0], head.shape[1]
+    size = chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
 
     def one(part: tuple[jax.Array, jax.Array]) -> TokenLogprobs:
         logprobs = jax.nn.log_softmax(project(part[0], head) / temperature)  # [B, chunk, V]
@@ -96,7 +107,16 @@ def chunked_logprobs(
         of_choices = logprobs[..., list(choices)] if choices else None
         return TokenLogprobs(logprob, entropy, of_choices)
 
-    result: TokenLogprobs = map_chunks(
-        one, (hidden, jnp.asarray(targets)), chunk or max(8, LOGITS_AT_ONCE // (batch * vocab))
-    )
+    if wanted is None:
+        result: TokenLogprobs = map_chunks(one, (hidden, jnp.asarray(targets)), size)
+        return result
+    size = min(size, -(-hidden.shape[1] // 8))
+    order = jnp.argsort(~wanted, axis=1, stable=True)  # those that are wanted come first
+
+    def in_order(x: jax.Array, order: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+    first = (in_order(hidden, order), in_order(jnp.asarray(targets), order))
+    found = map_chunks(one, first, size, used=jnp.max(jnp.sum(wanted, axis=1)))
+    result = jax.tree.map(partial(in_order, order=jnp.argsort(order, axis=1)), found)
     return result

@@ -441,7 +441,9 @@ def _attend(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 
 
-def map_chunks(f: Callable[[S], T], arrays: S, size: int) -> T:
+def map_chunks(
+    f: Callable[[S], T], arrays: S, size: int, *, used: Int[Array, ""] | None = None
+) -> T:
     """Applies f to pieces of the second axis, one after another, and concatenates the results.
 
     Args:
@@ -449,6 +451,7 @@ def map_chunks(f: Callable[[S], T], arrays: S, size: int) -> T:
         another. Its inner values are not kept for the backward pass but computed again.
       arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
       size: columns of a piece.
+      used: columns that matter; pieces without any are 0 and cost nothing. All if not given.
 
     Returns:
       PyTree of arrays [B, T, ...].
@@ -464,5 +467,20 @@ def map_chunks(f: Callable[[S], T], arrays: S, size: int) -> T:
     def join(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
 
-    result: T = jax.tree.map(join, jax.lax.map(jax.checkpoint(f), jax.tree.map(split, arrays)))
+    pieces = jax.tree.map(split, arrays)
+    if used is None:
+        found = jax.lax.map(jax.checkpoint(f), pieces)
+    else:
+        blank = jax.eval_shape(f, jax.tree.map(lambda x: x[0], pieces))
+
+        def where_used(numbered: tuple[jax.Array, S]) -> T:
+            number, piece = numbered
+            nothing: T = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+            result: T = jax.lax.cond(
+                number * size < used, jax.checkpoint(f), lambda _: nothing, piece
+            )
+            return result
+
+        found = jax.lax.map(where_used, (jnp.arange(count), pieces))
+    result: T = jax.tree.map(join, found)
     return result

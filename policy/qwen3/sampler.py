@@ -22,6 +22,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
 from policy.qwen3.model import Cache, Qwen3
+from policy.qwen3.prefix_cache import PrefixCache
+from policy.qwen3.sharding import constrain
 from worldmodel.errors import InputError
 from worldmodel.resources import bucket
 
@@ -60,12 +62,13 @@ def generate(
     stop_ids: Sequence[int] = (),
     min_rows: int = 1,
     mesh: Mesh | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> list[Drawn]:
     """Draws tokens after each prompt until a stop token or the limit.
 
-    One program is compiled per number of rows, longest prompt and most new tokens, each rounded
-    up to a power of two, and per whether any row has a `top_p` below 1. A limit beyond the model's
-    positions is lowered to what they allow.
+    One program is compiled per number of rows and most new tokens, rounded up to powers of two, per
+    longest prompt, of which there are four sizes per power of two, and per whether any row has a
+    `top_p` below 1. A limit beyond the model's positions is lowered to what they allow.
 
     Args:
       model: the model.
@@ -74,6 +77,8 @@ def generate(
       min_rows: fewer are filled up to as many, which saves programs where batches vary in size.
       mesh: that the model is laid out over; rows are split over its data and fsdp axes, and with
         them the cache.
+      prefixes: where it has the beginnings of all prompts in one batch, only what is new is read,
+        and it keeps what this batch reads and draws; of the same model and mesh.
 
     Raises:
       InputError: a prompt is empty, holds unknown ids, or leaves no room in the model's
@@ -89,12 +94,23 @@ def generate(
     limit[: len(draws)] = [
         min(draw.max_completion_length, context - len(draw.prompt_ids)) for draw in draws
     ]
-    ids = np.zeros((rows, min(bucket(int(length.max()), SMALLEST_BUCKET), context)), np.int32)
+    most = bucket(int(limit.max()), SMALLEST_BUCKET)
+    known = None if prefixes is None else prefixes.find([draw.prompt_ids for draw in draws])
+    start = np.zeros(rows, np.int32)
+    begun: Cache | None = None
+    width = read = min(bucket(int(length.max()), SMALLEST_BUCKET, digits=3), context)
+    if known is not None:
+        start[: len(draws)] = known.lengths
+        width = bucket(int((length - start).max()), SMALLEST_BUCKET)
+        source = np.zeros(rows, np.int32)
+        source[: len(draws)] = known.rows
+    ids = np.zeros((rows, width), np.int32)
     for row, draw in enumerate(draws):
-        ids[row, : length[row]] = draw.prompt_ids
+        ids[row, : length[row] - start[row]] = draw.prompt_ids[start[row] :]
     fill = [Draw((0,))] * (rows - len(draws))
     seeds = np.array([draw.seed % 2**64 for draw in [*draws, *fill]], np.uint64)
     settings = _Settings(
+        start=start,
         length=length,
         limit=limit,
         seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
@@ -108,10 +124,18 @@ def generate(
             [*stop_ids, *[-1] * (bucket(len(stop_ids), 8) - len(stop_ids))], np.int32
         ),
     )
-    most = bucket(int(limit.max()), SMALLEST_BUCKET)
     with _within(mesh):
-        out = jax.device_get(_generate(*nnx.split(model), ids, settings, most=most))
-    return [_of_row(out, row) for row in range(len(draws))]
+        if known is not None:
+            begun = _taken(known.cache, source, slots=read + most)
+        now = _generate(
+            *nnx.split(model), ids, settings, begun, most=most, keep=prefixes is not None
+        )
+        out = jax.device_get(now._replace(cache=None))
+    drawn = [_of_row(out, row) for row in range(len(draws))]
+    if prefixes is not None and now.cache is not None:  # all but the last token were read
+        every = zip(draws, drawn, strict=True)
+        prefixes.keep([(*a.prompt_ids, *b.token_ids)[:-1] for a, b in every], now.cache)
+    return drawn
 
 
 def _on_all(rows: int, mesh: Mesh | None) -> int:
@@ -125,7 +149,8 @@ def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
 
 
 class _Settings(NamedTuple, Generic[ArrayT]):
-    length: ArrayT  # [B]
+    start: ArrayT  # [B] tokens of the prompt that are in the cache already
+    length: ArrayT  # [B] of the prompt
     limit: ArrayT  # [B]
     seed: ArrayT  # [B, 2] uint32
     temperature: ArrayT  # [B]
@@ -137,25 +162,40 @@ class _State(NamedTuple):
     token: jax.Array  # [B] last drawn
     drawn: jax.Array  # [B] how many so far
     stopped: jax.Array  # [B]
-    cache: Cache
+    cache: Cache | None
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     model_logprobs: jax.Array  # [B, N]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "most"))
+@partial(jax.jit, static_argnames="slots")
+def _taken(cache: Cache, rows: jax.Array, *, slots: int) -> Cache:
+    """The cache of some rows [B], with as many slots as are needed now."""
+
+    def one(x: jax.Array) -> jax.Array:  # [L, B, S, K, D]
+        x = x[:, rows, :slots]
+        more = [(0, 0)] * x.ndim
+        more[2] = (0, slots - x.shape[2])
+        return constrain(jnp.pad(x, more), None, "batch", "length", "heads", None)
+
+    return Cache(one(cache.k), one(cache.v))
+
+
+@partial(jax.jit, static_argnames=("graphdef", "most", "keep"), donate_argnames="begun")
 def _generate(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     ids: jax.Array,
     settings: _Settings[jax.Array],
+    begun: Cache | None = None,
     *,
     most: int,
+    keep: bool = False,
 ) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
-    cache = model.empty_cache(batch, width + most)
-    last, cache = _read(model, ids, settings.length, cache)
+    cache = model.empty_cache(batch, width + most) if begun is None else begun
+    last, cache = _read(model, ids, settings.start, settings.length, cache)
 
     def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:
         token, logprob, model_logprob = jax.vmap(draw_token)(
@@ -182,7 +222,8 @@ def _generate(
 
     def advance(carry: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
         step, now = carry
-        hidden, cache = model.extend(now.token[:, None], settings.length + step - 1, now.cache)
+        at = settings.length + step - 1
+        hidden, cache = model.extend(now.token[:, None], at, now.cache)  # type: ignore[arg-type]
         return step + 1, draw(hidden[:, 0], step, now._replace(cache=cache))
 
     none = jnp.zeros(batch, jnp.int32)
@@ -190,7 +231,7 @@ def _generate(
     now = _State(none, none, none.astype(bool), cache, blank.astype(jnp.int32), blank, blank)
     now = draw(last, jnp.int32(0), now)
     _, now = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), now))
-    return now._replace(cache=None)  # type: ignore[arg-type]
+    return now if keep else now._replace(cache=None)
 
 
 def prefill_width(rows: int, width: int) -> int:
@@ -200,8 +241,14 @@ def prefill_width(rows: int, width: int) -> int:
     return part if part >= SMALLEST_BUCKET else width
 
 
-def _read(model: Qwen3, ids: jax.Array, length: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-    """Reads prompts [B, T] part by part: hidden states [B, D] of their last tokens, the cache."""
+def _read(
+    model: Qwen3, ids: jax.Array, begin: jax.Array, length: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Reads what is new of prompts, [B, T], part by part.
+
+    Returns:
+      Hidden states [B, D] of the last tokens, and the cache.
+    """
     batch, width = ids.shape
     part = prefill_width(batch, width)
 
@@ -209,8 +256,8 @@ def _read(model: Qwen3, ids: jax.Array, length: jax.Array, cache: Cache) -> tupl
         last, cache = carry
         start = number * part
         columns = jax.lax.dynamic_slice_in_dim(ids, start, part, axis=1)
-        hidden, cache = model.extend(columns, jnp.full(batch, start), cache)
-        at = length - 1 - start
+        hidden, cache = model.extend(columns, begin + start, cache)
+        at = length - 1 - begin - start
         here = (at >= 0) & (at < part)
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[:, None, None], axis=1)
         return jnp.where(here[:, None], found[:, 0], last), cache
@@ -383,7 +430,7 @@ def _pack(prompt: Sequence[int], continuations: Sequence[Sequence[int]]) -> _Row
 
 def _stack(rows: Sequence[_Row[list[int]]], mesh: Mesh | None) -> _Row[np.ndarray]:
     def padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
-        width = bucket(max(map(len, lists)), SMALLEST_BUCKET)
+        width = bucket(max(map(len, lists)), SMALLEST_BUCKET, digits=3)
         out = np.zeros((_on_all(bucket(len(lists)), mesh), width), np.int32)
         for row, values in zip(out, lists, strict=False):
             row[: len(values)] = values

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
+from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, generate, score
 from policy.qwen3.sharding import shard
 from policy.qwen3.weights import load
@@ -41,6 +42,14 @@ T = TypeVar("T")
 class _Weights(NamedTuple):
     model: Qwen3 | None  # None between two versions
     version: str | None
+    prefixes: PrefixCache | None  # of this version
+
+
+class _Kind(NamedTuple):
+    """Draws of one kind are in one batch."""
+
+    slots: tuple[int, int]  # of the cache, for the prompt and for new tokens
+    source: int | None  # batch that has the beginning of the prompt
 
 
 class EmbeddedGenerator:
@@ -56,6 +65,8 @@ class EmbeddedGenerator:
       cache_tokens: tokens that the cache of keys and values holds at most, new ones and padding
         included; batches of long prompts have fewer rows, and prompts of which it holds none are
         refused. 0 for no limit.
+      prefix_rows: rows whose keys and values are kept after they were drawn, so that the next turn
+        of a dialogue reads only what is new; the cache takes so many rows more. 0 for none.
       max_wait: seconds that a first request waits for others.
       lockstep: shared with the pool; batches then start by its rule and `max_wait` is not used.
       mesh: that the model is laid out over; rows are split over it too.
@@ -71,6 +82,7 @@ class EmbeddedGenerator:
         min_batch: int = 1,
         max_batch: int = 64,
         cache_tokens: int = 0,
+        prefix_rows: int = 0,
         max_wait: float = 0.005,
         lockstep: Lockstep | None = None,
         mesh: Mesh | None = None,
@@ -79,7 +91,8 @@ class EmbeddedGenerator:
         self.stop_ids = tuple(stop_ids)
         self.min_batch, self._max_batch, self._cache_tokens = min_batch, max_batch, cache_tokens
         self._config, self._mesh = model.config, mesh
-        self._weights = _Weights(model, version)
+        self._prefix_rows = prefix_rows
+        self._weights = self._with_prefixes(model, version)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="embedded-qwen3")
         batcher = partial(
             Batcher,
@@ -89,7 +102,7 @@ class EmbeddedGenerator:
             lockstep=lockstep,
         )
         self._draws: Batcher[Draw, Completion] = batcher(
-            _as_backend_error(self._draw), kind=_slots_of_draw, capacity=self._rows
+            _as_backend_error(self._draw), kind=self._kind, capacity=self._rows
         )
         self._scores: Batcher[Question, list[float]] = batcher(
             _as_backend_error(self._score), kind=_width_of_question, capacity=max_batch
@@ -120,11 +133,11 @@ class EmbeddedGenerator:
         """Sets the weights of all later batches; a running batch keeps the old ones."""
         graphdef, state = nnx.split(model)
         state = jax.device_put(state) if self._mesh is None else shard(state, self._mesh)
-        self._weights = _Weights(nnx.merge(graphdef, state), version)
+        self._weights = self._with_prefixes(nnx.merge(graphdef, state), version)
 
     def release_weights(self) -> None:
         """Lets go of the weights, so that new ones take their memory; asked before, it fails."""
-        self._weights = _Weights(None, None)
+        self._weights = _Weights(None, None, None)
 
     async def generate(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, seed: int
@@ -171,10 +184,10 @@ class EmbeddedGenerator:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
-        model, version = self._served()
+        model, version, prefixes = self._served()
         found = generate(
-            model, draws, stop_ids=self.stop_ids, mesh=self._mesh,
-            min_rows=min(self.min_batch, self._rows(_slots_of_draw(draws[0]))),
+            model, draws, stop_ids=self.stop_ids, mesh=self._mesh, prefixes=prefixes,
+            min_rows=min(self.min_batch, self._rows(self._kind(draws[0]))),
         )  # fmt: skip
         return [
             Completion(
@@ -189,17 +202,29 @@ class EmbeddedGenerator:
     def _score(self, questions: Sequence[Question]) -> list[list[float]]:
         return score(self._served()[0], questions, mesh=self._mesh)
 
-    def _rows(self, slots: Hashable) -> int:
-        """Rows of a batch at most, a power of two, for draws of so many slots."""
-        assert isinstance(slots, tuple)
-        fitting = self._cache_tokens // sum(slots) if self._cache_tokens else self._max_batch
+    def _kind(self, draw: Draw) -> _Kind:
+        prefixes = self._weights.prefixes
+        return _Kind(
+            _slots_of_draw(draw),
+            None if prefixes is None else prefixes.number_of(draw.prompt_ids),
+        )
+
+    def _rows(self, kind: Hashable) -> int:
+        """Rows of a batch at most, a power of two, for draws of a kind."""
+        assert isinstance(kind, _Kind)
+        fitting = self._cache_tokens // sum(kind.slots) if self._cache_tokens else self._max_batch
         return min(self._max_batch, 1 << (max(fitting, 1).bit_length() - 1))
 
-    def _served(self) -> tuple[Qwen3, str | None]:
-        model, version = self._weights
+    def _with_prefixes(self, model: Qwen3, version: str | None) -> _Weights:
+        return _Weights(
+            model, version, PrefixCache(self._prefix_rows) if self._prefix_rows else None
+        )
+
+    def _served(self) -> tuple[Qwen3, str | None, PrefixCache | None]:
+        model, version, prefixes = self._weights
         if model is None:
             raise BackendError("the generator has no weights: the next ones are not there yet")
-        return model, version
+        return model, version, prefixes
 
 
 def _as_backend_error(answer: Callable[[S], T]) -> Callable[[S], T]:

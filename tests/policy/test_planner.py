@@ -222,6 +222,21 @@ def test_a_rare_action_is_never_chosen(observation):
     assert made(one_step(prior_weight=5.0), Timid(), **towards(24))(KEY, observation).argmax() == 6
 
 
+def test_broken_rules_cost_their_penalty(observation):
+    well = observation.dynamic.at[schema.INDEX["meanbp"]].set(70.0)
+    poor = replace(
+        observation, dynamic=well.at[schema.INDEX["lactate"]].set(3.0),
+        vasopressor=jnp.int32(1), step=jnp.int32(2),
+    )  # fmt: skip
+    free, bound = (
+        made(one_step(support=0.0, rule_penalty=penalty)).action_values(KEY, poor)
+        for penalty in (0.0, 2.0)
+    )
+    vasopressor, fluid = np.divmod(np.arange(25), 5)
+    untreated, escalated = (vasopressor == 0) & (fluid == 0), vasopressor > 1
+    np.testing.assert_allclose(free - bound, 2.0 * (untreated | escalated), atol=1e-5)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_what_the_clinician_rules_out_is_no_number_lost(observation, weight):
     planner = made(one_step(prior_weight=weight), Constant(6), **towards(24))

@@ -182,7 +182,14 @@ def update(
 
 
 def sampling(
-    model: Model, mesh: tuple[int, int, int], *, rows: int, prompt: int, new: int, cache_tokens: int
+    model: Model,
+    mesh: tuple[int, int, int],
+    *,
+    rows: int,
+    prompt: int,
+    new: int,
+    cache_tokens: int,
+    prefix_rows: int = 0,
 ) -> dict[str, int]:
     """Bytes per device that a batch of the embedded sampler takes beside its weights, by part.
 
@@ -191,12 +198,13 @@ def sampling(
       mesh: of the sampler's devices.
       rows: of a batch at most.
       prompt, new: slots of the cache per row, for the longest prompt and for new tokens.
-      cache_tokens: as for `EmbeddedGenerator`.
+      cache_tokens, prefix_rows: as for `EmbeddedGenerator`.
     """
     figures = model.config
     data, fsdp, tensor = mesh
     share, size = data * fsdp * tensor, jnp.dtype(model.dtype).itemsize
     slots = min(rows * (prompt + new), cache_tokens or rows * (prompt + new))
+    slots += prefix_rows * (prompt + new)
     per_layer = 2 * slots * figures.num_key_value_heads * figures.head_dim * size / share
     read = rows * prefill_width(rows, prompt)
     through = 3 * figures.hidden_size + 2 * figures.num_attention_heads * figures.head_dim

@@ -23,6 +23,7 @@ from policy.train.loop.distributed import place_batch, place_state, whole
 from policy.train.loop.learner import Learner, require_finite
 from policy.train.losses import RolloutRows, mismatch
 from worldmodel import schema
+from worldmodel.resources import bucket
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,13 @@ class MinibatchUpdate:
     def _logprobs_of(
         self, model: Qwen3, rows: RolloutRows, levels: tuple[int, ...]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """[R, L] of the tokens, and [R, L, 5] of the levels in their places, if any are given.
+        """[R, L] of the model's tokens, [R, L, 5] of the levels in their places, if any are given.
 
         Rows are split over the learner's mesh like those of an update.
         """
         graphdef, state = nnx.split(model)
         batches = _micro_batches(rows, self._micro_batch_size)
-        read = (batches.ids, batches.positions, batches.segments)
+        read = (batches.ids, batches.positions, batches.segments, batches.mask)
         settings = (self._temperature, levels)
         mesh, found = self._learner.mesh, []
         for i in range(len(batches.ids)):
@@ -271,20 +272,22 @@ class MinibatchUpdate:
         return logprobs, choices
 
 
-@partial(jax.jit, static_argnums=(0, 5, 6))
+@partial(jax.jit, static_argnums=(0, 6, 7))
 def _logprobs(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     ids: jax.Array,
     positions: jax.Array,
     segments: jax.Array,
+    mask: jax.Array,
     temperature: float,
     levels: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array | None]:
     model = nnx.merge(graphdef, state)
     found = token_logprobs(
-        model, ids, positions=positions, segments=segments, temperature=temperature, choices=levels
-    )
+        model, ids, positions=positions, segments=segments, wanted=mask,
+        temperature=temperature, choices=levels,
+    )  # fmt: skip
     return found.logprob, found.choices
 
 
@@ -297,7 +300,7 @@ def _parts(rows: RolloutRows, count: int, *, seed: int) -> list[RolloutRows]:
 
 def _micro_batches(rows: RolloutRows, size: int) -> RolloutRows:
     """[A, size, L], filled up with empty rows; A is one of few numbers, so are the programs."""
-    count = _rounded(-(-len(rows.ids) // size)) * size
+    count = bucket(-(-len(rows.ids) // size), digits=3) * size
 
     def batched(leaf: np.ndarray) -> np.ndarray:
         pad = [(0, count - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)]
@@ -305,9 +308,3 @@ def _micro_batches(rows: RolloutRows, size: int) -> RolloutRows:
 
     result: RolloutRows = jax.tree.map(batched, rows)
     return result
-
-
-def _rounded(count: int) -> int:
-    """Up to three leading binary digits: 1 to 8, 10, 12, 14, 16, 20, ..."""
-    unit = 1 << max(count.bit_length() - 3, 0)
-    return -(-count // unit) * unit

@@ -178,7 +178,7 @@ def rl_budget(
     phases["sampling"] = memory.sampling(
         model, mesh, rows=bucket(runner.concurrency),
         prompt=min(bucket(config.row_length), start.config.max_position_embeddings),
-        new=new, cache_tokens=runner.cache_tokens,
+        new=new, cache_tokens=runner.cache_tokens, prefix_rows=runner.prefix_rows,
     )  # fmt: skip
     return Budget(kept, phases, together=config.staleness > 0)
 

@@ -276,6 +276,8 @@ class RunnerOptions:
       intervals: show 90% intervals of forecasts.
       concurrency: stays in treatment at the same time, in each process.
       cache_tokens: as for `EmbeddedGenerator`, of each process; 0 for no limit.
+      prefix_caching: keep the keys and values of the last turn of all dialogues in treatment; takes
+        twice the memory of the cache more.
       forecast: settings of simulations.
       dialogue: limits of dialogues, and sampling of replies.
       seed: of patients.
@@ -287,6 +289,7 @@ class RunnerOptions:
     intervals: bool = True
     concurrency: int = 64
     cache_tokens: int = 0
+    prefix_caching: bool = False
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
     dialogue: DialogueConfig = field(default_factory=lambda: DialogueConfig(memory=DECISION))
     seed: int = 0
@@ -295,6 +298,11 @@ class RunnerOptions:
         require(self, f"one of {WORLDS}", WORLDS.__contains__, "world")
         require(self, "at least 1", lambda n: n >= 1, "concurrency")
         require(self, "0 or more", lambda n: n >= 0, "cache_tokens")
+
+    @property
+    def prefix_rows(self) -> int:
+        """Rows that the sampler keeps: of two batches, since a dialogue may wait for one."""
+        return 2 * bucket(self.concurrency) if self.prefix_caching else 0
 
 
 def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
@@ -361,7 +369,7 @@ def open_generator(
     return EmbeddedGenerator(
         model, stop_ids=load_stop_ids(folder), name=str(folder),
         min_batch=max(rows // 8, 1), max_batch=rows, cache_tokens=options.cache_tokens,
-        lockstep=lockstep, mesh=mesh,
+        prefix_rows=options.prefix_rows, lockstep=lockstep, mesh=mesh,
     )  # fmt: skip
 
 
@@ -374,7 +382,12 @@ def evaluation_runner(runner: EpisodeRunner, options: RunnerOptions, *, seed: in
 PLANNER = "planner"
 
 
-def open_policy(name: str, episodes: Path | None = None, model: Path | None = None) -> Policy:
+def open_policy(
+    name: str,
+    episodes: Path | None = None,
+    model: Path | None = None,
+    planner: PlannerConfig | None = None,
+) -> Policy:
     """A simple policy such as guideline, a clone of the clinician, a planner, or of a folder.
 
     Args:
@@ -382,6 +395,7 @@ def open_policy(name: str, episodes: Path | None = None, model: Path | None = No
         which searches the world model with that clone; or a folder.
       episodes: recorded stays.
       model: world model of a planner.
+      planner: settings of a planner; the default ones if not given.
 
     Raises:
       InputError: none of these, or the clinician's records or the planner's model are missing.
@@ -392,7 +406,8 @@ def open_policy(name: str, episodes: Path | None = None, model: Path | None = No
         world_model = load_world_model(model)
         recorded = load_episodes_for(world_model, episodes)
         clinician = fit_clone(recorded, CloneConfig()).policy
-        return make_planner(recorded, world_model, None, clinician, PlannerConfig()).policy
+        config = planner or PlannerConfig()
+        return make_planner(recorded, world_model, None, clinician, config).policy
 
     def clone() -> Policy:
         if episodes is None:

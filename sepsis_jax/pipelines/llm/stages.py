@@ -409,7 +409,7 @@ def _tiny(
     if not (folder / "config.json").exists():
         progress("tiny model", 0.0)
         runner = open_runner(options.bc.runner, model, episodes)
-        demonstrator = open_policy(options.bc.demonstrator, episodes, model)
+        demonstrator = open_policy(options.bc.demonstrator, episodes, model, options.bc.planner)
         stays = runner.demonstrate(demonstrator, range(32), options.bc.demonstration)
         recorded = load_episodes(episodes).of_split("train")
         few = replace(options.sft.questions, count=min(40, options.sft.questions.count))

@@ -11,6 +11,7 @@ import numpy as np
 
 from policy.agent.records import RECORDS_FILE, from_record, last_attempts
 from policy.agent.tools import DecisionTokens
+from policy.planner import PlannerConfig
 from policy.qwen3.config import load_config
 from policy.serving.tokens import ChatTokens
 from policy.train.data.packing import Dialogue, cached, written
@@ -118,6 +119,8 @@ class BCOptions:
     Attributes:
       demonstrator: policy that is imitated: guideline, titration, clinician (cloned from the
         episodes), planner (that searches the world model), random, or the folder of a policy.
+      planner: settings of the planner, if it demonstrates; with a temperature above 0 it is
+        imitated by its preferences among all actions, not by the best one alone.
       patients: number of patients that the demonstrator treats.
       demonstration: how the demonstrator's dialogues are held.
       runner: environment and dialogue settings of the demonstrations.
@@ -134,6 +137,7 @@ class BCOptions:
     }
 
     demonstrator: str = "guideline"
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
     patients: int = 256
     demonstration: DemonstrationConfig = field(default_factory=DemonstrationConfig)
     runner: RunnerOptions = field(default_factory=RunnerOptions)
@@ -204,7 +208,7 @@ def run_bc(
             else:
                 assert model is not None
                 runner = open_runner(options.runner, model, episodes)
-                demonstrator = open_policy(options.demonstrator, episodes, model)
+                demonstrator = open_policy(options.demonstrator, episodes, model, options.planner)
                 stays = runner.demonstrate(demonstrator, np.arange(options.patients), how)
             return [one for stay in stays for one in written(stay, tokens, decisions)]
 

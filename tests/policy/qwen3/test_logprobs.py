@@ -53,6 +53,34 @@ def test_values_and_gradients(hidden, head, chunk):
     )
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_of_wanted_tokens_alone(hidden, head, share):
+    wanted = jnp.asarray(np.random.default_rng(1).random((2, 11)) < share)
+    weights = jnp.arange(22.0).reshape(2, 11)
+
+    def loss(hidden, head, wanted_only):
+        found = chunked_logprobs(
+            hidden, head, TARGETS, choices=(3, 7), wanted=wanted if wanted_only else None
+        )
+        each = weights * found.logprob + found.entropy + found.choices.sum(-1)
+        return jnp.sum(jnp.where(wanted, each, 0.0))
+
+    both = [jax.value_and_grad(loss, (0, 1))(hidden, head, only) for only in (True, False)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *both)
+
+
+def test_what_is_not_wanted_costs_nothing(hidden, head):
+    """Pieces without a wanted token are not computed: a NaN there would reach the gradient."""
+    wanted = jnp.zeros((2, 11), bool).at[:, 5].set(True)
+
+    def loss(hidden):
+        found = chunked_logprobs(hidden, head, TARGETS, wanted=wanted, chunk=1)
+        return found.logprob[:, 5].sum()
+
+    spoiled = hidden.at[:, 6:].set(jnp.nan)
+    assert np.isfinite(jax.grad(loss)(spoiled)).all()
+
+
 def test_no_array_of_all_logits(hidden):
     """Of a large vocabulary only a piece's logits exist, in both directions."""
     batch, length, vocab, chunk = 2, 64, 5000, 4

@@ -7,6 +7,8 @@ import pytest
 
 from policy import qwen3
 from policy.qwen3 import sampler
+from policy.qwen3.model import Cache
+from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sampler import Draw, draw_token, generate, nucleus, score
 from worldmodel.errors import InputError
 from worldmodel.resources import bucket
@@ -102,6 +104,53 @@ def test_one_program_per_bucket(model, drawn):
     programs = sampler._generate._cache_size()
     generate(model, [Draw((5,) * count, max_completion_length=count) for count in (1, 8, 32)])
     assert sampler._generate._cache_size() == programs
+
+
+def test_the_next_turn_reads_only_what_is_new(model, drawn):
+    prefixes = PrefixCache(rows=16)
+    first = generate(model, draws(), prefixes=prefixes)
+    assert first == drawn
+    asked = [
+        Draw((*ids, *reply.token_ids, *RNG.integers(0, 640, new).tolist()), seed=seed,
+             max_completion_length=NEW)
+        for seed, (ids, reply, new) in enumerate(zip(PROMPTS, first, (1, 9, 4), strict=True))
+    ]  # fmt: skip
+    for chosen in (asked, asked[::-1], asked[1:2]):
+        whole = generate(model, chosen)
+        found = prefixes.find([draw.prompt_ids for draw in chosen])
+        read = {
+            len(ids) + len(reply.token_ids) - 1 for ids, reply in zip(PROMPTS, first, strict=True)
+        }
+        assert read >= set(found.lengths.tolist())
+        part = generate(model, chosen, prefixes=prefixes)
+        for a, b in zip(whole, part, strict=True):
+            assert a.token_ids == b.token_ids
+            np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    # The third turn begins with the second; beside a prompt that is new, all is read.
+    third = Draw((*asked[1].prompt_ids, *part[0].token_ids, 5), max_completion_length=NEW)
+    assert prefixes.find([third.prompt_ids]).lengths == len(third.prompt_ids) - 2
+    together = [third, Draw((9, 8, 7), max_completion_length=NEW)]
+    assert prefixes.find([draw.prompt_ids for draw in together]) is None
+    for a, b in zip(
+        generate(model, together), generate(model, together, prefixes=prefixes), strict=True
+    ):
+        assert a.token_ids == b.token_ids
+
+
+def test_a_prefix_is_all_that_a_row_read_and_drew():
+    def cache(rows):
+        return Cache(jnp.zeros((1, rows, 8, 1, 2)), jnp.zeros((1, rows, 8, 1, 2)))
+
+    prefixes = PrefixCache(rows=4)
+    prefixes.keep([(1, 2, 3), (1, 2)], cache(2))
+    assert prefixes.find([(1, 2, 3)]).lengths == 2  # at least one token is new
+    assert prefixes.find([(1, 2, 3, 4)]).rows == 0
+    assert prefixes.find([(1,)]) is None and prefixes.find([(1, 3, 2)]) is None
+    prefixes.keep([(7, 8)], cache(2))
+    assert [prefixes.number_of(ids) for ids in [(1, 2, 9), (7, 8, 9), (9, 9, 9)]] == [0, 1, None]
+    assert prefixes.find([(1, 2, 9), (7, 8, 9)]) is None  # not in one batch
+    prefixes.keep([(5, 6)], cache(4))
+    assert prefixes.number_of((7, 8, 9)) is None  # the older ones had to go
 
 
 def test_stop_tokens_end_rows(model, drawn):

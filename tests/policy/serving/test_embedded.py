@@ -116,6 +116,29 @@ def test_new_weights_answer_with_their_version(folder, model):
     assert nnx.graphdef(other) == nnx.graphdef(model)  # so nothing was compiled again
 
 
+def test_turns_go_on_from_the_cache_until_the_weights_change(folder, model, monkeypatch):
+    widths = []
+    real = sampler._generate
+    monkeypatch.setattr(
+        sampler, "_generate", lambda *a, **k: widths.append(a[2].shape[1]) or real(*a, **k)
+    )
+    found = {}
+    for rows in (0, 16):
+        widths.clear()
+        generator = embedded_generator(model, stop_ids=[], prefix_rows=rows)
+        prompts = [list(range(10, 100 + row)) for row in range(5)]
+        first = ask_all(generator, prompts)
+        more = [p + list(r.token_ids) + [7] for p, r in zip(prompts, first, strict=True)]
+        found[rows] = [reply.token_ids for reply in ask_all(generator, more)]
+        if rows:
+            generator.set_weights(qwen3.load(folder), "1")
+            assert [reply.token_ids for reply in ask_all(generator, more)] == found[0]
+            assert widths == [96, 32, 112]
+        else:
+            assert widths == [96, 112]
+    assert found[0] == found[16]
+
+
 def test_a_bad_request_fails_alone_and_says_why(model):
     generator = embedded_generator(model, stop_ids=[2])
 

@@ -98,7 +98,8 @@ def test_sampling_takes_what_is_foretold(rows, prompt, new):
     graphdef = nnx.graphdef(nnx.eval_shape(model.make))
     row = jnp.zeros(rows)
     settings = _Settings(
-        length=row.astype(jnp.int32), limit=row.astype(jnp.int32),
+        start=row.astype(jnp.int32), length=row.astype(jnp.int32),
+        limit=row.astype(jnp.int32),
         seed=jnp.zeros((rows, 2), jnp.uint32), temperature=row, top_p=None,
         stop_ids=jnp.zeros(8, jnp.int32),
     )  # fmt: skip
