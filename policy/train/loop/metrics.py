@@ -1,7 +1,8 @@
-"""Metrics of a training run: JSON lines, TensorBoard, tokens per second and MFU."""
+"""Metrics of a training run: JSON lines, TensorBoard, W&B, tokens per second and MFU."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from policy.qwen3.config import Qwen3Config
 from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
+    import wandb
     from tensorboardX import SummaryWriter
 
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
@@ -37,11 +39,16 @@ class Report:
     metrics: dict[str, float]  # of the loss
 
 
+WANDB_PROJECT = "WANDB_PROJECT"
+
+
 class MetricsLog:
     """A folder's metrics: one JSON line per report, and event files of TensorBoard.
 
     `metrics.jsonl` depends on data and seeds only, so that a resumed run has the same file;
-    `timing.jsonl` has measured times. With several processes only the first writes.
+    `timing.jsonl` has measured times. With several processes only the first writes. Where the
+    environment names a `WANDB_PROJECT`, metrics go to Weights & Biases too, by its own variables
+    (`WANDB_MODE=offline` needs no network).
 
     Args:
       folder: made if need be.
@@ -50,7 +57,7 @@ class MetricsLog:
       throughput: adds what it says to the timing.
 
     Raises:
-      InputError: the folder cannot be written.
+      InputError: the folder cannot be written, or W&B is wanted and is not installed.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class MetricsLog:
         self._throughput = throughput
         self._files: dict[str, IO[str]] = {}
         self._events: SummaryWriter | None = None
+        self._wandb: wandb.Run | None = None
         if jax.process_index() != 0:
             return
         from tensorboardX import SummaryWriter  # imports torch, where that is installed
@@ -72,6 +80,8 @@ class MetricsLog:
             self._events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=purge)
         except OSError as error:
             raise InputError(f"{self.folder}: cannot write metrics here ({error})") from None
+        if project := os.environ.get(WANDB_PROJECT):
+            self._wandb = _wandb_run(project, self.folder)
 
     def report(self, report: Report) -> None:
         """Writes a learner's report; to be given to `Learner.run`."""
@@ -109,6 +119,8 @@ class MetricsLog:
             for name, value in {**values, **(timing or {})}.items():
                 self._events.add_scalar(name, value, step)
             self._events.flush()
+            if self._wandb is not None:
+                self._wandb.log({**values, **(timing or {})}, step=step)
         except OSError as error:
             raise InputError(
                 f"{self.folder}: cannot write metrics ({error}); make room on the disk and start "
@@ -121,6 +133,8 @@ class MetricsLog:
             file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -137,6 +151,19 @@ def tokens_read(batch: object) -> int:
         for path, leaf in leaves
         if path and getattr(path[-1], "name", getattr(path[-1], "key", None)) == "segments"
     )
+
+
+def _wandb_run(project: str, folder: Path) -> wandb.Run:
+    """The run of a folder: a resumed training goes on with the run that it began."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            f"{WANDB_PROJECT}: is set, but wandb is not installed; pip install "
+            "sepsis-jax[wandb], or unset it"
+        ) from None
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    return wandb.init(project=project, dir=folder, id=name, name=folder.parent.name, resume="allow")
 
 
 def _opened(path: Path, resume_at: int) -> IO[str]:

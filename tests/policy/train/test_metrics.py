@@ -1,6 +1,7 @@
 """The log beside what went in, the file after a resume, FLOPs beside published figures."""
 
 import json
+import sys
 from dataclasses import replace
 
 import pytest
@@ -81,6 +82,28 @@ def test_a_resumed_log_is_the_log_of_one_run(tmp_path):
     assert file.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     MetricsLog(tmp_path / "parts").close()
     assert file.read_bytes() == b""
+
+
+def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "sepsis")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in (1, 2):
+        with MetricsLog(tmp_path / "run" / "metrics", resume_at=step - 1) as log:
+            log.report(report_of(step))
+    found = sorted((tmp_path / "run" / "metrics" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(found) == 2 and len({path.name for path in found}) == 1  # one run, resumed
+    for path in found:
+        assert all(name in path.read_bytes() for name in (b"entropy", b"grad_norm", b"seconds"))
+
+
+def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "sepsis")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        InputError, match=r"wandb is not installed; pip install sepsis-jax\[wandb\]"
+    ):
+        MetricsLog(tmp_path)
 
 
 def test_a_folder_that_cannot_be(tmp_path):
