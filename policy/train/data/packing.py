@@ -78,6 +78,7 @@ def written(
     stay: Stay,
     tokens: ChatTokens,
     decisions: DecisionTokens | None = None,
+    tools: Callable[[bool], Sequence[Mapping[str, object]]] = schemas,
 ) -> list[Dialogue]:
     """Training sequences of a stay, tokenised for another model.
 
@@ -86,6 +87,7 @@ def written(
       tokens: of the model that is to learn.
       decisions: of the model's tokens, if prescriptions are to be learned by the probabilities
         that the demonstrator gave all actions (`Decision.values`).
+      tools: those of a dialogue with or without a simulator, as `Prompts.tools` of the templates.
 
     Returns:
       One dialogue per conversation. Replies that were refused are read and not learned, so that a
@@ -96,13 +98,13 @@ def written(
     """
     if not stay.turns:
         raise InputError(f"stay {stay.patient}: no turn to learn from")
-    judged, tools = judged_by_turn(stay), schemas(stay.can_simulate)
+    judged, told = judged_by_turn(stay), tools(stay.can_simulate)
     found: list[list[_Part]] = []
     for number, turn in enumerate(stay.turns):
         begins = turn.opens or not found
         if begins:
             found.append([])
-        prompt = (tokens.first if begins else tokens.more)(turn.messages, tools)
+        prompt = (tokens.first if begins else tokens.more)(turn.messages, told)
         reply_ids = [*tokens.encode(reply_text(turn.reply)), tokens.end_id]
         found[-1] += [_Part(prompt), _Part(reply_ids, not turn.refused, judged.get(number))]
     return [_joined(parts, decisions) for parts in found]

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from policy.agent.prompts import Prompts
 from policy.agent.records import RECORDS_FILE, from_record, last_attempts
 from policy.agent.tools import DecisionTokens
 from policy.planner import PlannerConfig
@@ -203,14 +204,16 @@ def run_bc(
 
         def make() -> list[Dialogue]:
             if records is not None:
+                tools = Prompts(options.runner.templates).tools
                 found = last_attempts(records / RECORDS_FILE).values()
                 stays = accepted([from_record(record) for record in found], options.rejection)
             else:
                 assert model is not None
                 runner = open_runner(options.runner, model, episodes)
+                tools = runner.prompts.tools
                 demonstrator = open_policy(options.demonstrator, episodes, model, options.planner)
                 stays = runner.demonstrate(demonstrator, np.arange(options.patients), how)
-            return [one for stay in stays for one in written(stay, tokens, decisions)]
+            return [one for stay in stays for one in written(stay, tokens, decisions, tools)]
 
         source = records / RECORDS_FILE if records is not None else None
         dialogues = list(

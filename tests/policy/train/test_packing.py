@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policy.agent import prompts
 from policy.agent.dialogue import Stay, Turn
 from policy.agent.tools import SCHEMAS
 from policy.serving.backend import STOP, Completion, Reply, Sampling, ToolCall
@@ -105,6 +106,22 @@ def test_thoughts_and_words_survive_writing():
 def test_a_stay_without_turns_teaches_nothing(tokens):
     with pytest.raises(InputError, match="no turn"):
         written(Stay(5), tokens)
+
+
+def test_the_tools_of_ones_own_templates_are_what_is_learned(tokens, tmp_path):
+    """A model is trained on the tools that it is told of when it treats."""
+    for template in (prompts._OWN / "compact").iterdir():
+        (tmp_path / template.name).write_bytes(template.read_bytes())
+    told = json.loads(json.dumps(SCHEMAS))
+    told[0]["function"]["description"] = "Ask the oracle."
+    (tmp_path / "tools.json").write_text(json.dumps(told))
+    stay = stay_of(0, 1)
+    (usual,), (own,) = (
+        written(stay, tokens, tools=prompts.Prompts(templates).tools)
+        for templates in ("compact", tmp_path)
+    )
+    texts = [tokens.text(one.ids.tolist()) for one in (usual, own)]
+    assert ["Ask the oracle." in text for text in texts] == [False, True]
 
 
 def dialogue(*turns, start=0):
