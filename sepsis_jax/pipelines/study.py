@@ -21,6 +21,7 @@ from sepsis_jax.pipelines.policy_comparison import (
     ComparisonOptions,
     compare_policies,
 )
+from sepsis_jax.pipelines.study_coverage import coverage_of
 from sepsis_jax.pipelines.study_stages import Stage, plan, run_all
 from sepsis_jax.report.evaluation import TITLES
 from sepsis_jax.runs import JsonDict, Progress, plain, silent
@@ -30,6 +31,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.training import TrainConfig
 
+COVERAGE = "coverage.csv"
 ASKED = ("sft", "bc", "rl")  # stages of the language model that are asked in recorded states
 
 
@@ -98,6 +100,8 @@ def study_plan(out: Path, options: StudyOptions) -> dict[str, dict[str, str]]:
 def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> pd.DataFrame:
     """Runs what is not done of a study; writes `seed-N/` and tables over the seeds.
 
+    With several seeds and known true values `coverage.csv` has how often intervals hold them.
+
     Args:
       out: folder of the study, or of an earlier run of it.
       options: settings.
@@ -126,6 +130,14 @@ def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> 
     }  # fmt: skip
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False)
+    coverage = coverage_of(
+        {
+            seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / "policies.csv")
+            for seed in options.seeds
+        }
+    )
+    if coverage is not None and len(options.seeds) > 1:
+        coverage.to_csv(out / COVERAGE, index=False)
     return tables["policies"]
 
 
