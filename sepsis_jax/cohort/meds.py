@@ -114,7 +114,9 @@ def _find_events(work: Workspace, data: Path) -> RawTable:
     except duckdb.Error as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: unreadable ({reason}); write it again") from None
-    return RawTable(_EVENTS, str(folder), reader, {row[0]: str(row[1]) for row in found}, files)
+    columns = {row[0]: str(row[1]) for row in found}
+    remedy = "mend the data, or leave the column out of the map: numbers of stays are whole numbers"
+    return RawTable(_EVENTS, str(folder), reader, columns, files, remedy=remedy)
 
 
 def _match_columns(events: RawTable, concepts: ConceptMap) -> tuple[dict[str, str], list[str]]:

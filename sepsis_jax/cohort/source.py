@@ -102,6 +102,7 @@ class RawTable:
       columns: names of the columns found there, with DuckDB's types.
       files: files behind it.
       aliases: what errors call a column, where that is not its name.
+      remedy: what to do where a value does not fit its column.
     """
 
     name: str
@@ -110,6 +111,7 @@ class RawTable:
     columns: dict[str, str]
     files: tuple[Path, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    remedy: str = "the file is damaged or altered, download it again"
 
 
 def attach_source(connection: duckdb.DuckDBPyConnection, data: Path) -> dict[str, RawTable]:
@@ -169,8 +171,7 @@ def reading(table: RawTable) -> Iterator[None]:
         yield
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise InputError(
-            f"{table.place}: a value does not fit its column ({_explain(error)}); "
-            "the file is damaged or altered, download it again"
+            f"{table.place}: a value does not fit its column ({_explain(error)}); {table.remedy}"
         ) from None
     except duckdb.IOException as error:
         # Trouble with the working folder is not the table's fault.

@@ -213,7 +213,7 @@ def table(
     seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
-    """Episodes from a table of one's own; what it lacks is derived. docs/cohort.md has more."""
+    """Episodes from a table of one's own; what it lacks is derived. `cohort template` has one."""
     from sepsis_jax.pipelines.episodes import make_own_cohort
     from worldmodel.errors import InputError, TableError
 
@@ -260,6 +260,39 @@ def check(
         print_json({"rows": len(rows), "problems": problems})
     if problems:
         raise typer.Exit(2)
+
+
+@app.command("drift", epilog="Example: sepsis-jax cohort drift runs/a runs/b --out runs/drift")
+def drift(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of episodes.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    out: Out,
+    config: Config = None,
+    setting: Setting = None,
+    seed: OtherSeed = None,
+    json: Json = False,
+) -> None:
+    """How the patients of B differ from those of A: values, measuring, treatment and outcome."""
+    from sepsis_jax.pipelines.drift import DriftConfig, as_json, run_drift
+    from worldmodel.configuration import resolve_config
+
+    options = with_seed(resolve_config(DriftConfig, config, setting, source="--set"), seed)
+    with claimed(out), phases("drift") as progress:
+        found = run_drift(first, second, out, options, progress)
+    print_table(
+        "What differs most, B less A in standard deviations",
+        ("quantity", "kind", "A", "B", "difference", "low", "high", "KS", "q"),
+        [
+            (row.name, row.kind, row.mean_a, row.mean_b, row.smd, row.smd_low, row.smd_high,
+             row.ks, row.q)
+            for row in found.quantities.head(15).itertuples(index=False)
+        ],
+    )  # fmt: skip
+    for sentence in found.words:
+        console.print(sentence)
+    console.print(f"{out / 'drift.csv'}, actions.csv, drift.json, drift.png.  {DISCLAIMER}")
+    if json:
+        print_json({"out": str(out), **as_json(found)})
 
 
 def _own_options(
