@@ -86,6 +86,8 @@ def build_cohort(
         tables = attach_source(work.connection, data) if meds is None else meds.tables
         clock.start("read stays and infections", 0.02)
         counts: JsonDict = {"stays": reading.read_stays(work, tables)}
+        if meds is not None:
+            counts["stays"] |= meds.counts
         release = describe_release(work.connection, data) if meds is None else meds.release
         counts["infections"] = reading.read_infections(work, tables)
         sepsis3.narrow_scope(work)

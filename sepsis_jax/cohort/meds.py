@@ -29,6 +29,11 @@ _NUMBERED = ("stay", "hospital_stay", "order", "specimen")
 _FIXED = {"subject_id": "BIGINT", "time": "TIMESTAMP", "code": "VARCHAR"}
 # What the columns of the tables are called in the data.
 _ALIASES = {"valueuom": "unit", "rateuom": "unit", "amountuom": "unit", "value": "numeric_value"}
+_CODING_DAYS = 30
+# Sections whose events count only within a stay.
+_PLACED = {
+    "stay": ("chart", "output", "vasoactives", "fluids"), "hospital_stay": ("diagnoses",),
+}  # fmt: skip
 _SECONDS = {"min": 60, "hour": 3600, "day": 86400}
 _CODE_COLUMNS = {
     "code": "VARCHAR", "section": "VARCHAR", "concept": "VARCHAR", "entry": "INTEGER",
@@ -45,11 +50,13 @@ class MedsSource:
     Attributes:
       tables: the tables of a cohort by name, of which views `raw_<name>` have been made.
       release: name and version of the data set, folder and map.
+      counts: events that lie in no stay, where the data have no numbers of stays.
       notes: concepts without any event, and columns that the data lack, in sentences.
     """
 
     tables: dict[str, RawTable]
     release: JsonDict
+    counts: JsonDict
     notes: list[str]
 
 
@@ -82,12 +89,12 @@ def attach_meds(work: Workspace, data: Path, concepts: ConceptMap) -> MedsSource
             "AND (section <> 'patients' OR concept = 'weight_at_infusion') "
             "AND subject_id IN (SELECT subject_id FROM meds_icu)"
         )
+    counts: JsonDict = {}
     if "stay" not in columns:
-        _place_in_stays(work, "stay", "meds_icu", ("stay_id", "intime", "outtime"))
+        counts |= _place_in_stays(work, "stay", "meds_icu", ("stay_id", "intime", "outtime"))
     if "hospital_stay" not in columns:
-        _place_in_stays(
-            work, "hospital_stay", "meds_hospital", ("hadm_id", "admittime", "dischtime")
-        )
+        names = ("hadm_id", "admittime", "dischtime")
+        counts |= _place_in_stays(work, "hospital_stay", "meds_hospital", names)
     _name_statuses(work, concepts)
     _time_rates(work)
     work.run("meds_events")
@@ -98,7 +105,7 @@ def attach_meds(work: Workspace, data: Path, concepts: ConceptMap) -> MedsSource
         for module in TABLES.values()
         for name in module
     }
-    return MedsSource(tables, _describe(data, concepts), notes)
+    return MedsSource(tables, _describe(data, concepts), counts, notes)
 
 
 def _find_events(work: Workspace, data: Path) -> RawTable:
@@ -151,9 +158,9 @@ def _view(work: Workspace, events: RawTable, columns: dict[str, str]) -> None:
         return f"CAST({value} AS {'BIGINT' if role in _NUMBERED else 'VARCHAR'})"
 
     # The standard's numbers have 32 bits: the shortest decimal is what was recorded.
-    number = "e.numeric_value"
-    if events.columns["numeric_value"] == "FLOAT":
-        number = f"CAST({number} AS VARCHAR)"
+    short = events.columns["numeric_value"] == "FLOAT"
+    number = "CAST(e.numeric_value AS VARCHAR)" if short else "e.numeric_value"
+    is_number = "coalesce(isfinite(CAST(e.numeric_value AS DOUBLE)), false)"
     text = "e.text_value" if "text_value" in events.columns else "NULL"
     fixed = ", ".join(f"CAST(e.{name} AS {kind}) AS {name}" for name, kind in _FIXED.items())
     work.execute(
@@ -162,8 +169,8 @@ def _view(work: Workspace, events: RawTable, columns: dict[str, str]) -> None:
     )
     work.execute(
         f"CREATE TEMP VIEW meds_selected AS SELECT {fixed}, c.section, c.concept, c.entry, c.part, "
-        f"c.item, CAST({number} AS DOUBLE) AS value, "
-        "CASE WHEN c.with_text OR e.numeric_value IS NULL "
+        f"c.item, CASE WHEN {is_number} THEN CAST({number} AS DOUBLE) END AS value, "
+        f"CASE WHEN c.with_text OR NOT {is_number} "
         f"THEN CAST({text} AS VARCHAR) END AS text, "
         f"coalesce(c.told_unit, nullif({column('unit')}, 'UNK'), c.other_unit) AS unit, "
         f"{column('stay')} AS stay, {column('hospital_stay')} AS hospital_stay, "
@@ -267,15 +274,27 @@ def _parent_codes(work: Workspace, data: Path) -> dict[str, list[str]]:
         raise InputError(f"{file}: unreadable ({reason}); write it again") from None
 
 
-def _place_in_stays(work: Workspace, column: str, stays: str, names: tuple[str, str, str]) -> None:
-    """Gives each event the number of the stay that its time lies in."""
+def _place_in_stays(
+    work: Workspace, column: str, stays: str, names: tuple[str, str, str]
+) -> JsonDict:
+    """Gives each event the number of the stay that its time lies in; counts of those in none."""
     number, begin, end = names
+    # Diagnoses may be coded some time after the stay.
+    last = f"s.{end} + to_days(CASE WHEN r.concept = 'icd' THEN {_CODING_DAYS} ELSE 0 END)"
     work.execute(
         f"CREATE OR REPLACE TABLE meds_rows AS SELECT r.* REPLACE ("
-        f"CASE WHEN r.time <= s.{end} THEN s.{number} END AS {column}) FROM meds_rows AS r "
+        f"CASE WHEN r.time <= {last} THEN s.{number} END AS {column}) FROM meds_rows AS r "
         f"ASOF LEFT JOIN (FROM {stays} WHERE {end} > {begin}) AS s "
         f"ON r.subject_id = s.subject_id AND r.time >= s.{begin}"
     )
+    sections = ", ".join(f"'{section}'" for section in _PLACED[column])
+    return {
+        f"events of {section} in no {column.replace('_', ' ')}": int(rows)
+        for section, rows in work.rows(
+            f"SELECT section, count(*) FROM meds_rows WHERE {column} IS NULL "
+            f"AND section IN ({sections}) GROUP BY section ORDER BY section"
+        )
+    }
 
 
 def _name_statuses(work: Workspace, concepts: ConceptMap) -> None:

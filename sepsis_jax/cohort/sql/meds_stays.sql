@@ -51,18 +51,23 @@ SELECT subject_id, stay_id, intime, outtime
 FROM meds_icu
 WHERE NOT EXISTS (FROM begun);
 
+-- Without a number an ICU stay is part of the hospital stay that it shares most time with.
 CREATE TEMP VIEW raw_icustays AS
-SELECT
-    i.subject_id,
-    CASE
-        WHEN getvariable('told_hospital_stay') THEN i.hospital_stay
-        WHEN i.intime <= h.dischtime THEN h.hadm_id
-    END AS hadm_id,
-    i.stay_id,
-    i.intime,
-    i.outtime
+SELECT subject_id, hospital_stay AS hadm_id, stay_id, intime, outtime
+FROM meds_icu
+WHERE getvariable('told_hospital_stay')
+UNION ALL
+SELECT i.subject_id, h.hadm_id, i.stay_id, i.intime, i.outtime
 FROM meds_icu AS i
-ASOF LEFT JOIN meds_hospital AS h ON i.subject_id = h.subject_id AND i.intime >= h.admittime;
+LEFT JOIN meds_hospital AS h
+    ON i.subject_id = h.subject_id AND i.intime < h.dischtime AND i.outtime > h.admittime
+WHERE NOT getvariable('told_hospital_stay')
+QUALIFY
+    row_number() OVER (
+        PARTITION BY i.stay_id
+        ORDER BY least(i.outtime, h.dischtime) - greatest(i.intime, h.admittime) DESC NULLS LAST,
+            h.hadm_id
+    ) = 1;
 
 CREATE TABLE meds_deaths AS
 SELECT subject_id, min(time) AS time FROM meds_moves

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -275,6 +277,40 @@ def test_two_codes_of_one_concept_both_count(tmp_path, feature):
     # Four hours of 90 and twice 60.
     assert feature(load_episodes(tmp_path / "out"), "heart_rate")[1] == 80
     assert report.counts["charts"]["repeated rows"] == 1
+
+
+def test_hospital_stays_are_found_by_time(tmp_path):
+    """The ICU stay that began before the patient was registered; diagnoses coded afterwards."""
+    patient = other_patient(1)
+    patient.rows = [row for row in patient.rows if row["code"] != "ICD10/I50.9"]
+    for begin, end in ((-900, -800), (0.2, 70)):
+        patient.add(begin, "REGISTERED")
+        patient.add(end, "LEFT")
+    patient.add(-10, "MAP", 9.0)
+    patient.add(-790, "ICD10/N18")  # of the earlier stay: Charlson index 2
+    patient.add(71, "ICD10/I50.9")
+    patient.add(900, "ICD10/C78")
+    names = {"hospital_admission": "REGISTERED", "hospital_discharge": "LEFT"}
+    concepts = write_events(tmp_path / "meds", patient, concepts=changed("stays", **names))
+    report = build_cohort(tmp_path / "meds", tmp_path / "out", OPTIONS, concepts=concepts)
+    # Age 60 gives two points of its own, heart failure one.
+    assert load_episodes(tmp_path / "out").static.tolist() == [[60.0, 1.0, 3.0]]
+    assert report.counts["stays"] == {
+        "events of chart in no stay": 1, "events of diagnoses in no hospital stay": 1,
+    }  # fmt: skip
+
+
+def test_a_number_that_is_not_finite_is_none(tmp_path):
+    patient = other_patient(1)
+    concepts = write_events(tmp_path / "meds", patient)
+    build_cohort(tmp_path / "meds", tmp_path / "first", OPTIONS, concepts=concepts)
+    times = pa.array([ADMITTED + pd.Timedelta(hours=5)] * 2, pa.timestamp("us"))
+    numbers = pa.array(np.array([np.nan, np.inf], np.float32))
+    names = ("subject_id", "time", "code", "numeric_value")
+    table = pa.table([pa.array([1, 1]), times, pa.array(["URINE", "SALINE BOLUS"]), numbers], names)
+    pq.write_table(table, tmp_path / "meds" / "data" / "more.parquet")
+    build_cohort(tmp_path / "meds", tmp_path / "second", OPTIONS, concepts=concepts)
+    assert_same(load_episodes(tmp_path / "first"), load_episodes(tmp_path / "second"))
 
 
 SPLITS_OF_MEDS = {"train": "train", "tuning": "validation", "held_out": "test"}
