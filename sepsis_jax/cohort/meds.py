@@ -132,7 +132,7 @@ def _match_columns(events: RawTable, concepts: ConceptMap) -> tuple[dict[str, st
     if missing:
         raise InputError(
             f"{events.place}: column {missing[0]} missing (it has {', '.join(events.columns)}); "
-            "give data of MEDS 0.3 or newer"
+            "give data with the columns of the current standard"
         )
     columns, notes = {}, []
     for role, (name, may_lack) in concepts.columns.items():
