@@ -22,7 +22,7 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from sepsis_jax.pipelines.verdicts import auroc, spread
-from sepsis_jax.report.drift import drift_figure
+from sepsis_jax.report.drift import drift_figure, drift_words
 from sepsis_jax.report.policies import plain
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
@@ -187,7 +187,7 @@ def compare_cohorts(
     actions = _compare_actions(a, b, config, random)
     progress("classifier", 0.5)
     separation = _separate(a, b, config, random)
-    return Drift(quantities, actions, separation, _words(quantities, actions, separation))
+    return Drift(quantities, actions, separation, drift_words(quantities, actions, separation))
 
 
 def _same_edges(one: schema.DoseEdges, other: schema.DoseEdges) -> bool:
@@ -412,31 +412,3 @@ def _choose(stays: _Stays, most: int, random: np.random.Generator) -> _Stays:
         return stays
     index = np.sort(random.choice(len(stays.values), most, replace=False))
     return _Stays(stays.names, stays.values[index], stays.actions[index], stays.patient[index])
-
-
-def _words(
-    quantities: pd.DataFrame, actions: pd.DataFrame, separation: Separation, most: int = 5
-) -> list[str]:
-    """What moved most, in sentences."""
-    low, high = separation.low, separation.high
-    told = "cannot be told apart" if low <= 0.5 else "can be told apart"
-    words = [
-        f"Stays of A and B {told}: AUROC {separation.auroc:.2f} [{low:.2f}, {high:.2f}] "
-        "(0.5: alike)."
-    ]
-    moved = quantities[quantities["moved"]]
-    words.append(
-        f"{len(moved)} of {len(quantities)} quantities and {int(actions['moved'].sum())} of "
-        f"{len(actions)} treatments moved."
-    )
-    for row in plain(moved.head(most)):
-        what = "share of steps measured" if row["kind"] == "measured" else "mean"
-        words.append(
-            f"{row['name']}: {what} {row['mean_a']:.4g} in A, {row['mean_b']:.4g} in B"
-            + ("" if row["smd"] is None else f" ({row['smd']:+.2f} standard deviations)")
-            + "."
-        )
-    lost = quantities[(quantities["share_known_a"] > 0) != (quantities["share_known_b"] > 0)]
-    if len(lost):
-        words.append(f"In one of the cohorts only: {', '.join(lost['name'])}.")
-    return words

@@ -1,4 +1,4 @@
-"""The figure of two cohorts that are compared."""
+"""The figure of two cohorts that are compared, and what moved most in words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from sepsis_jax.report.figures import COLORS, save
+from sepsis_jax.report.policies import plain
 from worldmodel import schema
 
 _SHOWN = 25  # quantities
@@ -75,3 +76,38 @@ def drift_figure(
         f"{separation.auroc:.2f} [{separation.low:.2f}, {separation.high:.2f}] (0.5: alike)"
     )
     save(figure, path)
+
+
+def drift_words(
+    quantities: pd.DataFrame, actions: pd.DataFrame, separation: Separation, most: int = 5
+) -> list[str]:
+    """What moved most, in sentences.
+
+    Args:
+      quantities: rows (kind, name, mean and share_known of either, smd, moved), the largest first.
+      actions: rows (moved).
+      separation: of all quantities together.
+      most: quantities that get a sentence.
+    """
+    low, high = separation.low, separation.high
+    told = "cannot be told apart" if low <= 0.5 else "can be told apart"
+    words = [
+        f"Stays of A and B {told}: AUROC {separation.auroc:.2f} [{low:.2f}, {high:.2f}] "
+        "(0.5: alike)."
+    ]
+    moved = quantities[quantities["moved"]]
+    words.append(
+        f"{len(moved)} of {len(quantities)} quantities and {int(actions['moved'].sum())} of "
+        f"{len(actions)} treatments moved."
+    )
+    for row in plain(moved.head(most)):
+        what = "share of steps measured" if row["kind"] == "measured" else "mean"
+        words.append(
+            f"{row['name']}: {what} {row['mean_a']:.4g} in A, {row['mean_b']:.4g} in B"
+            + ("" if row["smd"] is None else f" ({row['smd']:+.2f} standard deviations)")
+            + "."
+        )
+    lost = quantities[(quantities["share_known_a"] > 0) != (quantities["share_known_b"] > 0)]
+    if len(lost):
+        words.append(f"In one of the cohorts only: {', '.join(lost['name'])}.")
+    return words
