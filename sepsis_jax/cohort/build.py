@@ -1,4 +1,4 @@
-"""From MIMIC-IV files to a folder of episodes."""
+"""From files of MIMIC-IV, or of a MEDS data set, to a folder of episodes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Int
 
 from sepsis_jax.cohort import binning, reading, sepsis3
+from sepsis_jax.cohort.concepts import ConceptMap
+from sepsis_jax.cohort.meds import attach_meds
 from sepsis_jax.cohort.options import CohortOptions
 from sepsis_jax.cohort.source import attach_source, describe_files, describe_release
 from sepsis_jax.cohort.workspace import Workspace, open_workspace
@@ -60,14 +62,16 @@ def build_cohort(
     out: Path | str,
     options: CohortOptions | None = None,
     progress: Progress = silent,
+    concepts: ConceptMap | None = None,
 ) -> CohortReport:
-    """Makes a folder of episodes from MIMIC-IV.
+    """Makes a folder of episodes from MIMIC-IV, or from a MEDS data set.
 
     Args:
-      data: folder with `hosp/` and `icu/`, or a DuckDB file.
+      data: folder with `hosp/` and `icu/`, or a DuckDB file; with `concepts` a MEDS data set.
       out: folder to write, atomically.
       options: choices; the defaults are in docs/cohort.md.
       progress: called with the name of each phase and the share done (0 to 1) before it.
+      concepts: what the codes of a MEDS data set mean.
 
     Raises:
       InputError: bad input or options, named in one line.
@@ -78,10 +82,13 @@ def build_cohort(
     clock = _Clock(progress)
     with open_workspace(out, options) as work:
         clock.start("find tables", 0.0)
-        tables = attach_source(work.connection, data)
+        meds = None if concepts is None else attach_meds(work, data, concepts)
+        tables = attach_source(work.connection, data) if meds is None else meds.tables
         clock.start("read stays and infections", 0.02)
         counts: JsonDict = {"stays": reading.read_stays(work, tables)}
-        release = describe_release(work.connection, data)
+        if meds is not None:
+            counts["stays"] |= meds.counts
+        release = describe_release(work.connection, data) if meds is None else meds.release
         counts["infections"] = reading.read_infections(work, tables)
         sepsis3.narrow_scope(work)
         reading.read_diagnoses(work, tables)
@@ -102,13 +109,13 @@ def build_cohort(
                 sepsis3.write_derived(work, folder)
         consort = [asdict(line) for line in sepsis3.choose_stays(work)]
         counts["cohort"] = sepsis3.count_doubts(work)
-        notes = _notes(work)
+        notes = _notes(work) + ([] if meds is None else meds.notes)
         clock.start("bin measurements", 0.8)
         episodes, edges, binned = _make_episodes(work)
         counts |= binned
     clock.start("write episodes", 0.95)
     manifest = {
-        "source": "mimic-iv",
+        "source": "mimic-iv" if meds is None else "meds",
         "release": release,
         "notes": notes,
         "options": options.to_dict(),
@@ -143,7 +150,7 @@ def _notes(work: Workspace) -> list[str]:
     notes = []
     if not work.scalar("SELECT count(dod) FROM patients"):
         notes.append(
-            "Column dod of patients is empty: deaths after the hospital stay are not known, "
+            "No patient has a date of death (dod): deaths after the hospital stay are not known, "
             "and died_90d counts deaths in hospital only."
         )
     return notes
@@ -203,7 +210,9 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         "FROM cohort AS c INNER JOIN charlson AS m USING (hadm_id) ORDER BY c.row"
     ).fetchnumpy()
     length = stays["steps"].astype(np.int32)
-    split = split_of(stays["subject_id"], options.split, options.seed)
+    split = _told_split(work, stays["subject_id"])
+    if split is None:
+        split = split_of(stays["subject_id"], options.split, options.seed)
     train = split == 0
     if not train.any():
         raise InputError(empty_training(len(length)))
@@ -253,6 +262,14 @@ def _make_episodes(work: Workspace) -> tuple[Episodes, schema.DoseEdges, JsonDic
         "split": stays_by_split(split),
     }
     return padded_episodes(fields), edges, counts
+
+
+def _told_split(work: Workspace, subject_ids: np.ndarray) -> np.ndarray | None:
+    """The source's own split of each patient, where it is to be kept."""
+    if not work.rows("SELECT 1 FROM duckdb_tables() WHERE table_name = 'subject_split'"):
+        return None
+    split = dict(work.rows("SELECT subject_id, split FROM subject_split"))
+    return np.array([split[patient] for patient in subject_ids.tolist()], np.int32)
 
 
 def stays_by_split(split: Int[np.ndarray, " N"]) -> dict[str, int]:

@@ -156,6 +156,28 @@ FLUIDS: dict[int, float] = {
     227533: 6.66,  # sodium bicarbonate 8.4% (ampoule)
     228341: 8.0,  # NaCl 23.4%
 }
+# One item of each kind of fluid, by the name that concept maps have for it.
+FLUID_NAMES: dict[str, int] = {
+    "sodium_chloride_0.9": 225158,
+    "sodium_chloride_0.45": 225159,
+    "sodium_chloride_3": 225161,
+    "sodium_chloride_23.4": 228341,
+    "lactated_ringer": 225828,
+    "solution": 225943,
+    "piggyback": 226089,
+    "red_cells": 225168,
+    "platelets": 225170,
+    "cryoprecipitate": 225171,
+    "plasma": 220970,
+    "albumin_5": 220864,
+    "albumin_25": 220862,
+    "dextrose_5_in_sodium_chloride_0.9": 225825,
+    "dextrose_5_in_sodium_chloride_0.45": 225823,
+    "dextrose_5_in_sodium_chloride_0.225": 225941,
+    "dextrose_5_in_lactated_ringer": 225827,
+    "mannitol": 227531,
+    "sodium_bicarbonate_8.4": 220995,
+}
 # Parts of antibiotic names, as lower case; drugs for eyes, ears and skin are left out by route
 # and form.
 _ANTIBIOTIC_NAMES = """
@@ -195,6 +217,8 @@ TOPICAL_DRUG_PARTS = ("cream", "desensitization", "ophth oint", "gel")
 VENTILATION_STATUSES = (
     "Tracheostomy", "InvasiveVent", "NonInvasiveVent", "HFNC", "SupplementalOxygen", "None",
 )  # fmt: skip
+# Text of a ventilator mode that names the status itself, of sources that tell it.
+STATUS_TEXT = "status: {}"
 # item -> status -> charted texts. Some texts end in a blank in MIMIC-IV.
 VENTILATION_TERMS: dict[int, dict[str, tuple[str, ...]]] = {
     OXYGEN_DEVICE: {

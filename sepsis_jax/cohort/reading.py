@@ -98,7 +98,7 @@ def read_chart(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
             "CREATE TABLE chart AS SELECT subject_id, stay_id, charttime, itemid, "
             f"CASE WHEN itemid IN ({texts}) OR valuenum IS NULL THEN value END AS value, "
             "value IS NOT NULL AS has_value, valuenum, valueuom, "
-            f"CASE WHEN itemid = {items.OXYGEN_DEVICE} THEN storetime END AS storetime, "
+            f"CASE WHEN itemid = {items.OXYGEN_DEVICE} THEN storetime END AS storetime, code, "
             "CAST(NULL AS VARCHAR) AS problem, false AS censored FROM raw_chartevents "
             f"WHERE itemid IN ({_listed(items.CHART_ITEMS)}) "
             "AND subject_id IN (SELECT subject_id FROM stays)"
@@ -122,7 +122,8 @@ def read_labs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
             "CREATE TABLE lab AS SELECT subject_id, hadm_id, specimen_id, itemid, charttime, "
             "CASE WHEN itemid = getvariable('specimen_type') OR valuenum IS NULL THEN value END "
             "AS value, valuenum, valueuom, CASE WHEN valuenum IS NULL THEN comments END "
-            "AS comments, CAST(NULL AS VARCHAR) AS problem, false AS censored FROM raw_labevents "
+            "AS comments, code, CAST(NULL AS VARCHAR) AS problem, false AS censored "
+            "FROM raw_labevents "
             f"WHERE itemid IN ({_listed(items.LAB_ITEMS)}) "
             "AND subject_id IN (SELECT subject_id FROM stays)"
         )
@@ -142,7 +143,7 @@ def read_outputs(work: Workspace, tables: dict[str, RawTable]) -> JsonDict:
     """
     with reading(tables["outputevents"]), work.joined_as_written():
         work.execute(
-            "CREATE TABLE urine_rows AS SELECT stay_id, charttime, itemid, value, valueuom, "
+            "CREATE TABLE urine_rows AS SELECT stay_id, charttime, itemid, value, valueuom, code, "
             "CAST(NULL AS VARCHAR) AS problem FROM raw_outputevents "
             f"WHERE itemid IN ({_listed(items.URINE_ITEMS)}) "
             "AND stay_id IN (SELECT stay_id FROM stays)"
@@ -213,9 +214,10 @@ def _stop_at_unknown_units(work: Workspace, table: RawTable, unknown: list[JsonD
     """Raises an `InputError` for the first unknown unit, unless the options drop such rows."""
     if unknown and work.options.unknown_units == "error":
         first = unknown[0]
+        column = table.aliases.get(first["column"], first["column"])
         more = f" (and {len(unknown) - 1} more such units)" if len(unknown) > 1 else ""
         raise InputError(
-            f"{table.place}: column {first['column']} has unit {first['unit']!r} for "
+            f"{table.place}: column {column} has unit {first['unit']!r} for "
             f"{first['item']} in {first['rows']} rows{more}, which is not known; mend the unit, or "
             "use unknown_units='drop' to leave such rows out and count them"
         )
@@ -302,13 +304,14 @@ def _convert(
     """Brings a column into the schema's units; values of unknown units become a problem."""
     changed: list[tuple[object, ...]] = []
     unknown: list[JsonDict] = []
-    for item, unit, rows in work.rows(
-        f"SELECT itemid, valueuom, count(*) FROM {name} WHERE {column} IS NOT NULL "
+    for item, unit, rows, code in work.rows(
+        f"SELECT itemid, valueuom, count(*), min(code) FROM {name} WHERE {column} IS NOT NULL "
         f"AND itemid IN ({_listed(quantities)}) GROUP BY ALL ORDER BY ALL"
     ):
         found = conversion(quantities[item], unit, items.CHART_UNITS.get(item))
         if found is None:
-            label = f"{quantities[item]} item {item}"
+            told = f"item {item}" if code is None else f"code {code}"
+            label = f"{quantities[item]} {told}"
             unknown.append({"column": "valueuom", "item": label, "unit": unit, "rows": rows})
             changed.append((item, unit, None, None, "unknown unit"))
         elif found != AS_IS:

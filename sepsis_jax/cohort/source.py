@@ -11,9 +11,9 @@ import gzip
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import duckdb
@@ -46,7 +46,7 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
         "labevents": {
             "subject_id": _ID, "hadm_id": _ID, "specimen_id": _ID, "itemid": "INTEGER",
             "charttime": _TIME, "value": _TEXT, "valuenum": _NUMBER, "valueuom": _TEXT,
-            "comments": _TEXT,
+            "comments": _TEXT, "code": _TEXT,
         },
     },
     "icu": {
@@ -56,6 +56,7 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
         "chartevents": {
             "subject_id": _ID, "stay_id": _ID, "charttime": _TIME, "storetime": _TIME,
             "itemid": "INTEGER", "value": _TEXT, "valuenum": _NUMBER, "valueuom": _TEXT,
+            "code": _TEXT,
         },
         "inputevents": {
             "stay_id": _ID, "starttime": _TIME, "endtime": _TIME, "itemid": "INTEGER",
@@ -64,16 +65,17 @@ TABLES: dict[str, dict[str, dict[str, str]]] = {
         },
         "outputevents": {
             "stay_id": _ID, "charttime": _TIME, "itemid": "INTEGER", "value": _NUMBER,
-            "valueuom": _TEXT,
+            "valueuom": _TEXT, "code": _TEXT,
         },
     },
 }  # fmt: skip
-# Columns that an extract may lack; they count as empty then.
+# Columns that an extract may lack; they count as empty then. MIMIC-IV has no `code`: other sources
+# have several codes of what is one item here.
 OPTIONAL: dict[str, tuple[str, ...]] = {
-    "labevents": ("comments",),
-    "chartevents": ("storetime", "valueuom"),
+    "labevents": ("comments", "code"),
+    "chartevents": ("storetime", "valueuom", "code"),
     "inputevents": ("orderid",),
-    "outputevents": ("valueuom",),
+    "outputevents": ("valueuom", "code"),
 }
 
 _HINT = "get MIMIC-IV 2.2 to 3.1 from PhysioNet and give the folder that holds hosp/ and icu/"
@@ -99,6 +101,8 @@ class RawTable:
       reader: SQL expression to select from.
       columns: names of the columns found there, with DuckDB's types.
       files: files behind it.
+      aliases: what errors call a column, where that is not its name.
+      remedy: what to do where a value does not fit its column.
     """
 
     name: str
@@ -106,6 +110,8 @@ class RawTable:
     reader: str
     columns: dict[str, str]
     files: tuple[Path, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    remedy: str = "the file is damaged or altered, download it again"
 
 
 def attach_source(connection: duckdb.DuckDBPyConnection, data: Path) -> dict[str, RawTable]:
@@ -165,8 +171,7 @@ def reading(table: RawTable) -> Iterator[None]:
         yield
     except (duckdb.ConversionException, duckdb.InvalidInputException) as error:
         raise InputError(
-            f"{table.place}: a value does not fit its column ({_explain(error)}); "
-            "the file is damaged or altered, download it again"
+            f"{table.place}: a value does not fit its column ({_explain(error)}); {table.remedy}"
         ) from None
     except duckdb.IOException as error:
         # Trouble with the working folder is not the table's fault.
@@ -257,9 +262,9 @@ def _csv_table(name: str, file: Path, types: dict[str, str]) -> RawTable:
         raise InputError(f"{file}: empty; download it again")
     # Times are read as text, so that an offset from UTC is seen (`_typed`).
     kinds = {column: types.get(column, _TEXT).replace(_TIME, _TEXT) for column in header}
-    columns = ", ".join(f"{_quoted(column)}: '{kind}'" for column, kind in kinds.items())
+    columns = ", ".join(f"{quoted(column)}: '{kind}'" for column, kind in kinds.items())
     reader = (
-        f"read_csv({_quoted(str(file))}, auto_detect=false, header=true, delim=',', quote='\"', "
+        f"read_csv({quoted(str(file))}, auto_detect=false, header=true, delim=',', quote='\"', "
         f"escape='\"', columns={{{columns}}})"
     )
     return RawTable(name, str(file), reader, kinds, (file,))
@@ -268,7 +273,7 @@ def _csv_table(name: str, file: Path, types: dict[str, str]) -> RawTable:
 def _parquet_table(
     connection: duckdb.DuckDBPyConnection, name: str, place: Path, parts: tuple[Path, ...]
 ) -> RawTable:
-    reader = f"read_parquet([{', '.join(_quoted(str(part)) for part in parts)}])"
+    reader = f"read_parquet([{', '.join(quoted(str(part)) for part in parts)}])"
     return RawTable(name, str(place), reader, _columns(connection, reader, str(place)), parts)
 
 
@@ -276,7 +281,7 @@ def _duckdb_finder(
     connection: duckdb.DuckDBPyConnection, data: Path
 ) -> Callable[[str, str], RawTable]:
     try:
-        connection.execute(f"ATTACH {_quoted(str(data))} AS source (READ_ONLY)")
+        connection.execute(f"ATTACH {quoted(str(data))} AS source (READ_ONLY)")
     except duckdb.Error as error:
         raise InputError(
             f"{data}: not a readable DuckDB file ({_explain(error)}); {_HINT}"
@@ -324,7 +329,8 @@ def _check_columns(table: RawTable, needed: dict[str, str]) -> None:
         )
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A text of SQL."""
     return "'" + text.replace("'", "''") + "'"
 
 

@@ -152,12 +152,16 @@ class Workspace:
         self.create(
             "ventilation_terms",
             ("itemid", "term", "rank"),
-            (
+            [
                 (item, term, items.VENTILATION_STATUSES.index(status))
                 for item, statuses in items.VENTILATION_TERMS.items()
                 for status, terms in statuses.items()
                 for term in terms
-            ),
+            ]
+            + [
+                (items.VENTILATOR_MODE, items.STATUS_TEXT.format(status), rank)
+                for rank, status in enumerate(items.VENTILATION_STATUSES)
+            ],
         )
         self.create(
             "ne_factors",

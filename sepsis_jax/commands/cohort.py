@@ -28,11 +28,22 @@ from sepsis_jax.runs import claimed
 from worldmodel.configuration import LARGEST
 
 if TYPE_CHECKING:
+    from sepsis_jax.cohort import CohortOptions, CohortReport
     from sepsis_jax.cohort.own_table import OwnCohort, OwnTableOptions
 
 app = typer.Typer(
-    help="Make episodes from MIMIC-IV or from the synthetic world.", no_args_is_help=True
+    help="Make episodes from MIMIC-IV, other records or the synthetic world.", no_args_is_help=True
 )
+CohortSetting = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "--option",
+        "-o",
+        help="A setting as NAME=VALUE, such as -o step_hours=2 "
+        "-o vasopressor_factors=ai-clinician; docs/cohort.md lists them.",
+    ),
+]
 
 
 @app.command(
@@ -45,38 +56,76 @@ def mimic_iv(
         typer.Option("--data", help="MIMIC-IV: a folder with hosp/ and icu/, or a DuckDB file."),
     ],
     out: Out,
-    option: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            "--option",
-            "-o",
-            help="A setting as NAME=VALUE, such as -o step_hours=2 "
-            "-o vasopressor_factors=ai-clinician; docs/cohort.md lists them.",
-        ),
-    ] = None,
+    option: CohortSetting = None,
     config: Config = None,
     seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
     """Sepsis-3 stays of MIMIC-IV (2.2 to 3.1) as episodes of 4-hour steps."""
-    from sepsis_jax.cohort import CohortOptions, build_cohort
+    from sepsis_jax.cohort import build_cohort
+
+    options = _cohort_options(option, config, seed)
+    with claimed(out), phases("cohort") as progress:
+        report = build_cohort(data, out, options, progress)
+    _say_built(report, options, json=json)
+
+
+@app.command(
+    "meds",
+    epilog="Example: sepsis-jax cohort meds --data mimic-iv-meds --map configs/meds_mimic_iv.yaml "
+    "--out runs/cohort",
+)
+def meds(
+    data: Annotated[
+        Path, typer.Option("--data", help="A MEDS data set: a folder that holds data/.")
+    ],
+    concept_map: Annotated[
+        Path,
+        typer.Option(
+            "--map",
+            help="YAML of what the codes mean; configs/meds_template.yaml explains its parts.",
+        ),
+    ],
+    out: Out,
+    option: CohortSetting = None,
+    config: Config = None,
+    seed: OtherSeed = None,
+    json: Json = False,
+) -> None:
+    """Sepsis-3 stays of any hospital as episodes, from MEDS files and a map of their codes."""
+    from sepsis_jax.cohort import build_cohort
+    from sepsis_jax.cohort.concepts import load_concept_map
+
+    options = _cohort_options(option, config, seed)
+    concepts = load_concept_map(concept_map)
+    with claimed(out), phases("cohort") as progress:
+        report = build_cohort(data, out, options, progress, concepts)
+    _say_built(report, options, json=json)
+
+
+def _cohort_options(
+    option: list[str] | None, config: Path | None, seed: int | None
+) -> CohortOptions:
+    from sepsis_jax.cohort import CohortOptions
     from worldmodel.configuration import resolve_config
 
     overrides = [*(option or []), *([f"seed={seed}"] if seed is not None else [])]
-    options = resolve_config(CohortOptions, config, overrides, source="--option")
-    with claimed(out), phases("cohort") as progress:
-        report = build_cohort(data, out, options, progress)
+    return resolve_config(CohortOptions, config, overrides, source="--option")
+
+
+def _say_built(report: CohortReport, options: CohortOptions, *, json: bool) -> None:
     print_table(
         "Who is in the cohort",
         ("step", "excluded", "remaining"),
         [(line["reason"], line["excluded"], line["remaining"]) for line in report.consort],
     )
-    console.print(f"{report.stays} stays, {report.rows} steps of {options.step_hours} h in {out}")
+    console.print(
+        f"{report.stays} stays, {report.rows} steps of {options.step_hours} h in {report.path}"
+    )
     for note in report.notes:
         console.print(note)
     if json:
-        print_json({"out": str(out), "stays": report.stays, "rows": report.rows,
+        print_json({"out": str(report.path), "stays": report.stays, "rows": report.rows,
                     "consort": report.consort, "notes": report.notes})  # fmt: skip
 
 
@@ -164,7 +213,7 @@ def table(
     seed: OtherSeed = None,
     json: Json = False,
 ) -> None:
-    """Episodes from a table of one's own; what it lacks is derived. docs/cohort.md has more."""
+    """Episodes from a table of one's own; what it lacks is derived. `cohort template` has one."""
     from sepsis_jax.pipelines.episodes import make_own_cohort
     from worldmodel.errors import InputError, TableError
 
@@ -211,6 +260,39 @@ def check(
         print_json({"rows": len(rows), "problems": problems})
     if problems:
         raise typer.Exit(2)
+
+
+@app.command("drift", epilog="Example: sepsis-jax cohort drift runs/a runs/b --out runs/drift")
+def drift(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of episodes.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    out: Out,
+    config: Config = None,
+    setting: Setting = None,
+    seed: OtherSeed = None,
+    json: Json = False,
+) -> None:
+    """How the patients of B differ from those of A: values, measuring, treatment and outcome."""
+    from sepsis_jax.pipelines.drift import DriftConfig, as_json, run_drift
+    from worldmodel.configuration import resolve_config
+
+    options = with_seed(resolve_config(DriftConfig, config, setting, source="--set"), seed)
+    with claimed(out), phases("drift") as progress:
+        found = run_drift(first, second, out, options, progress)
+    print_table(
+        "What differs most, B less A in standard deviations",
+        ("quantity", "kind", "A", "B", "difference", "low", "high", "KS", "q"),
+        [
+            (row.name, row.kind, row.mean_a, row.mean_b, row.smd, row.smd_low, row.smd_high,
+             row.ks, row.q)
+            for row in found.quantities.head(15).itertuples(index=False)
+        ],
+    )  # fmt: skip
+    for sentence in found.words:
+        console.print(sentence)
+    console.print(f"{out / 'drift.csv'}, actions.csv, drift.json, drift.png.  {DISCLAIMER}")
+    if json:
+        print_json({"out": str(out), **as_json(found)})
 
 
 def _own_options(

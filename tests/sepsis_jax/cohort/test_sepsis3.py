@@ -172,7 +172,9 @@ def test_an_empty_date_of_death_is_said(build):
     episodes, report = build(tiny)
     assert episodes.died_in_hospital.tolist() == episodes.died_90d.tolist() == [True, True]
     (note,) = report.notes
-    assert note.startswith("Column dod of patients is empty") and report.manifest["notes"] == [note]
+    assert note.startswith("No patient has a date of death (dod)") and report.manifest["notes"] == [
+        note
+    ]
     told = "deaths in hospital that hospital_expire_flag does not tell"
     assert report.counts["stays"][told] == 1
 
