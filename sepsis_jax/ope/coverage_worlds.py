@@ -22,7 +22,9 @@ from sepsis_jax.ope.benchmark import mixed, sample
 from sepsis_jax.ope.data import OPEData, from_episodes
 from sepsis_jax.ope.fqe import key_features
 from worldmodel import schema
-from worldmodel.envs import icu_sepsis
+from worldmodel.envs.icu_sepsis import icu_sepsis
+from worldmodel.envs.tables import MDP, best_policy
+from worldmodel.envs.tables import true_value as exact_value
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, generate, true_value
@@ -93,10 +95,10 @@ def labels(distances: tuple[float, ...]) -> dict[str, tuple[bool, float]]:
 
 
 @cache
-def icu() -> tuple[icu_sepsis.MDP, np.ndarray]:
+def icu() -> tuple[MDP, np.ndarray]:
     """ICU-Sepsis and its best policy [S, A]."""
-    world = icu_sepsis.icu_sepsis()
-    return world, icu_sepsis.best_policy(world)
+    world = icu_sepsis()
+    return world, best_policy(world)
 
 
 def _icu_policies(distances: tuple[float, ...]) -> dict[str, np.ndarray]:
@@ -121,10 +123,10 @@ def truth(cell: Cell, distances: tuple[float, ...], *, patients: int, seed: int)
     if cell.world == "icu_sepsis":
         world, _ = icu()
         values = {
-            name: icu_sepsis.true_value(world, policy, horizon=HORIZON)
+            name: exact_value(world, policy, horizon=HORIZON)
             for name, policy in _icu_policies(distances).items()
         }
-        return Truth(values, icu_sepsis.true_value(world, world.clinician, horizon=HORIZON))
+        return Truth(values, exact_value(world, world.clinician, horizon=HORIZON))
     params = _params(cell)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     values = {

@@ -32,7 +32,7 @@ from sepsis_jax.ope.hidden_causes import (
 from sepsis_jax.ope.robustness import confounding_table, evaluate_groups, worst_case
 from sepsis_jax.report.ope import trust_words
 from tests.sepsis_jax.ope.samples import random_case
-from worldmodel.envs.icu_sepsis import best_policy, small_mdp
+from worldmodel.envs.tables import best_policy, small_mdp
 from worldmodel.errors import InputError
 
 QUICK = {"key": jax.random.key(0), "n_bootstrap": 0, "tail_levels": ()}
