@@ -120,7 +120,7 @@ def test_bad_settings():
         Setting(stays=5)
     with pytest.raises(InputError, match="world: got 'both', expected one of synthetic"):
         BenchmarkOptions(world="both")
-    with pytest.raises(InputError, match="confounding: got .0.5,., expected 0 among them"):
+    with pytest.raises(InputError, match="confounding: got"):
         BenchmarkOptions(confounding=(0.5,))
 
 
