@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -24,6 +25,14 @@ from worldmodel.files import write_json
 SHOWN = {"wis": "WIS", "dr": "DR", "wdr": "WDR", "dm": "DM", MODEL: "model"}
 KEPT = ["estimator", "estimate", "low", "high", "truth", "ess", "expected_ess", "habit", "trust",
         "reason"]  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A setting, a data set, and a row per estimator."""
+
+    setting: Setting
+    seed: int
+    table: pd.DataFrame
 
 
 def main() -> None:
@@ -37,15 +46,20 @@ def main() -> None:
     begin, cells = time.perf_counter(), []
     for setting in SETTINGS:
         for seed in range(arguments.seeds):
-            table = judge(setting, seed)[KEPT]
-            rows = json.loads(table.to_json(orient="records"))
-            cells.append({"setting": asdict(setting), "seed": seed, "rows": rows})
+            cells.append(Cell(setting, seed, judge(setting, seed)[KEPT]))
             print(f"{len(cells)}/{len(SETTINGS) * arguments.seeds} {_name(setting)}", flush=True)
     print(_by_seed(cells[: arguments.seeds]))
     print(_by_setting(cells, arguments.seeds))
     result = {
         "command": "python scripts/bench_gumbel_max.py", "seeds": arguments.seeds,
-        "hardware": hardware(), "seconds": time.perf_counter() - begin, "cells": cells,
+        "hardware": hardware(), "seconds": time.perf_counter() - begin,
+        "cells": [
+            {
+                "setting": asdict(cell.setting), "seed": cell.seed,
+                "rows": json.loads(cell.table.to_json(orient="records")),
+            }
+            for cell in cells
+        ],
     }  # fmt: skip
     if arguments.json:
         write_json(arguments.json, result)
@@ -58,13 +72,13 @@ def _name(setting: Setting) -> str:
     return f"{setting.stays} | {hidden} | {setting.clinician} | {setting.policy} | {judged}"
 
 
-def _by_seed(cells: list[dict]) -> str:
+def _by_seed(cells: list[Cell]) -> str:
     lines = [f"| seed | true value | {' | '.join(SHOWN.values())} | trusted |"]
     lines.append("| --- " * (len(SHOWN) + 3) + "|")
     for cell in cells:
-        table = pd.DataFrame(cell["rows"]).set_index("estimator")
+        table = cell.table.set_index("estimator")
         values = [_estimate(table.loc[name]) for name in SHOWN]
-        row = [cell["seed"], f"{table['truth'].iloc[0]:.2f}", *values, _trusted(table)]
+        row = [cell.seed, f"{table['truth'].iloc[0]:.2f}", *values, _trusted(table)]
         lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
@@ -78,19 +92,19 @@ def _trusted(table: pd.DataFrame) -> str:
     return f"{int(table['trust'].sum())} of {len(table)}"
 
 
-def _by_setting(cells: list[dict], seeds: int) -> str:
+def _by_setting(cells: list[Cell], seeds: int) -> str:
     lines = ["| stays | hidden | clinician | policy | judged by | true value | "
              f"{' | '.join(SHOWN.values())} | WIS covers | ESS | habit | trusted |"]  # fmt: skip
     lines.append("| --- " * (len(SHOWN) + 10) + "|")
     for first in range(0, len(cells), seeds):
         group = cells[first : first + seeds]
-        table = pd.concat([pd.DataFrame(cell["rows"]) for cell in group])
+        table = pd.concat([cell.table for cell in group])
         means = table.groupby("estimator")[["estimate", "truth", "ess", "habit"]].mean()
         wis = table[table["estimator"] == "wis"]
         covers = int(((wis["low"] <= wis["truth"]) & (wis["truth"] <= wis["high"])).sum())
         values = [f"{means.loc[name, 'estimate']:.2f}" for name in SHOWN]
         line = [
-            _name(Setting(**group[0]["setting"])), f"{means.loc['wis', 'truth']:.2f}", *values,
+            _name(group[0].setting), f"{means.loc['wis', 'truth']:.2f}", *values,
             f"{covers} of {seeds}", f"{means.loc['wis', 'ess']:.0f}",
             f"{means.loc['wis', 'habit']:.1f}", _trusted(table),
         ]  # fmt: skip

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
@@ -164,7 +164,7 @@ def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> I
     """Pools by horizon, each of `at_once` data sets (default: all)."""
     world = icu_sepsis()
     for horizon in dict.fromkeys(options.horizons):
-        seen = Seen(np.arange(len(world.start)), world.clinician, best_policy(world))
+        seen = whole(world)
         setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}
         yield from _table_pools(world, seen, setting, horizon, options, at_once)
 
@@ -172,19 +172,14 @@ def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> I
 def gumbel_max_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
     """Pools by horizon, with the whole state recorded (confounding 0) or part of it hidden (1).
 
-    Where it is hidden, the better policy is the best of the process that the records suggest, and
-    the clinician's probabilities are those given the recorded part, without error of estimation.
+    Where it is hidden, policies and the clinician are those of the recorded part (`partly`).
     """
     world = gumbel_max.gumbel_max()
     for horizon in dict.fromkeys(options.horizons):
         for hidden in dict.fromkeys(dial > 0 for dial in options.confounding):
+            seen = whole(world)
             if hidden:
-                part = recorded(world, *gumbel_max.visible(HIDDEN))
-                start = np.bincount(part.number, world.start, part.states)
-                shown = suggested(expected_counts(world, part, horizon=horizon), start)
-                seen = Seen(part.number, shown.clinician, learned(shown))
-            else:
-                seen = Seen(np.arange(len(world.start)), world.clinician, best_policy(world))
+                seen = partly(world, gumbel_max.visible(HIDDEN), horizon)
             setting = {"world": "gumbel_max", "confounding": float(hidden), "horizon": horizon}
             yield from _table_pools(world, seen, setting, horizon, options, at_once)
 
@@ -196,6 +191,33 @@ class Seen(NamedTuple):
     clinician: np.ndarray  # [Z, A]
     best: np.ndarray  # [Z, A]
 
+    def mixed(self, share: float, better: bool) -> Float[np.ndarray, "S A"]:
+        """[S, A] the clinician with a share of the better policy, or of a uniform one."""
+        other = self.best if better else np.full_like(self.best, 1 / self.best.shape[1])
+        found: np.ndarray = ((1 - share) * self.clinician + share * other)[self.number]
+        return found
+
+
+def whole(world: MDP) -> Seen:
+    """All is recorded; the better policy is the best of the process."""
+    return Seen(np.arange(len(world.start)), world.clinician, best_policy(world))
+
+
+def partly(world: MDP, visible: tuple[Int[np.ndarray, " S"], int], horizon: int) -> Seen:
+    """A part is recorded; the better policy is the best of the process that the records suggest.
+
+    The clinician's probabilities are those given the recorded part, without error of estimation.
+
+    Args:
+      world: whose rewards are -1 for death and 1 for discharge.
+      visible: number of what is recorded of each state, and how many numbers there are.
+      horizon: of the stays.
+    """
+    part = recorded(world, *visible)
+    start = np.bincount(part.number, world.start, part.states)
+    shown = suggested(expected_counts(world, part, horizon=horizon), start)
+    return Seen(part.number, shown.clinician, learned(shown))
+
 
 def _table_pools(
     world: MDP,
@@ -205,12 +227,11 @@ def _table_pools(
     options: BenchmarkOptions,
     at_once: int | None,
 ) -> Iterator[Pool]:
-    uniform = np.full_like(seen.best, 1 / seen.best.shape[1])
     policies, distance = {}, {}
     for share in options.distances:
-        for other, name in ((seen.best, "best"), (uniform, "random")):
+        for better, name in ((True, "best"), (False, "random")):
             label = f"{name} {share:g}"
-            policies[label] = ((1 - share) * seen.clinician + share * other)[seen.number]
+            policies[label] = seen.mixed(share, better)
             distance[label] = share
     clinician = seen.clinician[seen.number]
     fitting = {"method": "tabular", "num_states": len(seen.best)}
