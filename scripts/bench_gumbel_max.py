@@ -20,11 +20,10 @@ import pandas as pd
 
 from sepsis_jax.benchmark.hardware import hardware
 from sepsis_jax.ope.learned_policies import MODEL, SETTINGS, Setting, judge
+from sepsis_jax.runs import JsonDict
 from worldmodel.files import write_json
 
 SHOWN = {"wis": "WIS", "dr": "DR", "wdr": "WDR", "dm": "DM", MODEL: "model"}
-KEPT = ["estimator", "estimate", "low", "high", "truth", "ess", "expected_ess", "habit", "trust",
-        "reason"]  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -40,30 +39,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="file for all rows")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--seeds", type=int, default=5, help="data sets per setting")
     arguments = parser.parse_args()
     begin, cells = time.perf_counter(), []
     for setting in SETTINGS:
         for seed in range(arguments.seeds):
-            cells.append(Cell(setting, seed, judge(setting, seed)[KEPT]))
+            cells.append(Cell(setting, seed, judge(setting, seed)))
             print(f"{len(cells)}/{len(SETTINGS) * arguments.seeds} {_name(setting)}", flush=True)
     print(_by_seed(cells[: arguments.seeds]))
     print(_by_setting(cells, arguments.seeds))
     result = {
         "command": "python scripts/bench_gumbel_max.py", "seeds": arguments.seeds,
         "hardware": hardware(), "seconds": time.perf_counter() - begin,
-        "cells": [
-            {
-                "setting": asdict(cell.setting), "seed": cell.seed,
-                "rows": json.loads(cell.table.to_json(orient="records")),
-            }
-            for cell in cells
-        ],
+        "cells": [_kept(cell) for cell in cells],
     }  # fmt: skip
     if arguments.json:
         write_json(arguments.json, result)
     print(json.dumps({name: result[name] for name in ("command", "seeds", "seconds")}))
+
+
+def _kept(cell: Cell) -> JsonDict:
+    table = cell.table.set_index("estimator")
+    wis = table.loc["wis"]
+    return {
+        **asdict(cell.setting), "seed": cell.seed, "true_value": round(float(wis["truth"]), 4),
+        **{name: round(float(wis[name]), 3) for name in ("ess", "expected_ess", "habit")},
+        "estimates": {
+            name: " ".join(f"{table.loc[name, x]:.4g}" for x in ("estimate", "low", "high"))
+            for name in SHOWN
+        },
+        "trusted": _trusted(table), "against_wis": wis["reason"],
+    }  # fmt: skip
 
 
 def _name(setting: Setting) -> str:
