@@ -39,13 +39,14 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of finished parts")
     parser.add_argument("--json", type=Path, help="file for the scores")
-    parser.add_argument("--world", nargs="+", choices=WORLDS, default=list(WORLDS))
+    parser.add_argument("--world", nargs="+", choices=WORLDS, default=["icu_sepsis", "synthetic"])
     parser.add_argument("--clinician", nargs="+", choices=CLINICIANS, default=list(CLINICIANS))
     parser.add_argument("--stays", nargs="+", type=int, default=[300, 725, 2000])
     parser.add_argument("--distances", nargs="+", type=float, default=[0.05, 0.1, 0.3])
     parser.add_argument(
         "--dial", nargs="+", type=float, default=[0.0],
-        help="of confounding in the synthetic world; ICU-Sepsis has none",
+        help="of confounding in the synthetic world; above 0 the gumbel-max simulator hides "
+        "diabetes and glucose; ICU-Sepsis has none",
     )  # fmt: skip
     parser.add_argument("--data-sets", type=int, default=500, help="per cell")
     parser.add_argument("--truth-patients", type=int, default=100_000, help="synthetic world")
@@ -67,7 +68,7 @@ def main() -> None:
     cells = [
         Cell(world, clinician, stays, dial)
         for world in arguments.world
-        for dial in (arguments.dial if world == "synthetic" else [0.0])
+        for dial in ([0.0] if world == "icu_sepsis" else arguments.dial)
         for clinician in arguments.clinician
         for stays in arguments.stays
     ]

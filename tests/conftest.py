@@ -76,6 +76,7 @@ OPTIMIZED = (
     "tests/policy/train/test_taught_qwen3.py",
     "tests/sepsis_jax/benchmark/",
     "tests/sepsis_jax/test_llm_",
+    "tests/worldmodel/envs/test_gumbel_max.py",
     "tests/worldmodel/envs/test_icu_sepsis.py",
 )
 

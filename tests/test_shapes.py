@@ -9,7 +9,7 @@ from jaxtyping import TypeCheckError
 from policy.qwen3.model import rotary
 from sepsis_jax.ope.weights import cumulate
 from worldmodel.clinical import reward, rules, sofa
-from worldmodel.envs.icu_sepsis import exact, small_mdp
+from worldmodel.envs.tables import exact, small_mdp
 from worldmodel.models.windows import encode_action
 
 

@@ -62,7 +62,8 @@ class SepsisGymEnv(gymnasium.Env):
     Args:
       env: over any dynamics.
       features: from an `Observation` to a float32 vector; by default `state_features` with
-        the world's scaler, 49 numbers, or the number of the state for ICU-Sepsis.
+        the world's scaler, 49 numbers, or the number of the state where states are
+        discrete.
       observation_space: of the values of `features`, where given.
 
     Raises:
@@ -106,12 +107,12 @@ class SepsisGymEnv(gymnasium.Env):
         """One step.
 
         Raises:
-          InputError: the action is no integer from 0 to 24.
+          InputError: the action is no integer from 0 to A - 1.
           ResetNeeded: there was no reset before.
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
-        number = jnp.asarray(_checked_actions(action, ()))
+        number = jnp.asarray(_checked_actions(action, (), self.env.num_actions))
         self._state, seen = _step(
             self.env, self._encoder.features, self._state, jnp.asarray(number)
         )
@@ -212,12 +213,12 @@ class SepsisVectorEnv(VectorEnv):
         """One step of every sub-environment, with actions [N].
 
         Raises:
-          InputError: an action is no integer from 0 to 24, or there are not N.
+          InputError: an action is no integer from 0 to A - 1, or there are not N.
           ResetNeeded: there was no reset before.
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
-        numbers = jnp.asarray(_checked_actions(actions, (self.num_envs,)))
+        numbers = jnp.asarray(_checked_actions(actions, (self.num_envs,), self._env.num_actions))
         self._state, seen = _step_all(
             self._env, self._encoder.features, self._state, jnp.asarray(numbers)
         )
@@ -328,15 +329,15 @@ def _seed_key(seed: int | None, random: np.random.Generator) -> jax.Array:
     return jax.random.key(int(random.integers(_SEEDS)) if seed is None else seed)
 
 
-def _checked_actions(actions: object, shape: tuple[int, ...]) -> np.ndarray:
+def _checked_actions(actions: object, shape: tuple[int, ...], num_actions: int) -> np.ndarray:
     array = np.asarray(actions)
     if array.shape != shape or not np.issubdtype(array.dtype, np.integer):
         raise InputError(
             f"action: got {array.dtype} of shape {array.shape}, expected integers of shape {shape}"
         )
-    bad = (array < 0) | (array >= SepsisEnv.num_actions)
+    bad = (array < 0) | (array >= num_actions)
     if bad.any():
-        raise InputError(f"action: got {array[bad].flat[0]}, expected 0 to 24")
+        raise InputError(f"action: got {array[bad].flat[0]}, expected 0 to {num_actions - 1}")
     return array.astype(np.int32)
 
 

@@ -15,7 +15,7 @@ with them have the top bit set.
     branch key                     NOISE, POLICY_CHOICE, OUTCOME; nothing is counted here
     episode key (environments)     what its dynamics fold in: the patient key's numbers, or
                                    stay id (as the run key) and START, or START_STATE and
-                                   step + 1 (ICU-Sepsis); besides, UNROLL, then step;
+                                   step + 1 (discrete states); besides, UNROLL, then step;
                                    COUNTERFACTUAL + step, then sample
     key of `AutoReset`             EPISODES, then the number of the episode -> episode key
     key of a seed (pipelines)      AGENT_FORECASTS, LLM_FORECASTS; a world key made from the same
@@ -45,7 +45,7 @@ START: Final = np.uint32(2**32 - 1)  # stay, row and ensemble member that an epi
 # Key of consecutive episodes.
 EPISODES: Final = np.uint32(0x5E951500)
 
-# ICU-Sepsis: the start state is drawn with the number of step 0, step t with t + 1.
+# Discrete states: the start state is drawn with the number of step 0, step t with t + 1.
 START_STATE: Final = np.uint32(0)
 
 # Branch key: one step of one simulated branch.

@@ -74,36 +74,42 @@ def _caller(kind: type) -> Callable[..., jax.Array]:
     return call
 
 
-INVALID_ACTION = -2  # stands for the draw from what is no distribution over the 25 actions
+INVALID_ACTION = -2  # stands for the draw from what is no distribution over the actions
 _SUM = 1e-3  # by which a sum of probabilities may differ from 1
 
 
-def draw_action(policy: PolicyFn, key: jax.Array, observation: Observation) -> Int[Array, ""]:
-    """[] int32 joint action of one patient, drawn from a policy; the key is consumed.
+def draw_action(
+    policy: PolicyFn,
+    key: jax.Array,
+    observation: Observation,
+    num_actions: int = schema.NUM_ACTIONS,
+) -> Int[Array, ""]:
+    """[] int32 action of one patient, drawn from a policy; the key is consumed.
 
-    `INVALID_ACTION` where the policy gives no 25 finite probabilities that sum to 1: compiled
-    programs cannot raise an error, and `refuse_invalid` does once they have run.
+    `INVALID_ACTION` where the policy gives no `num_actions` finite probabilities that sum to 1:
+    compiled programs cannot raise an error, and `refuse_invalid` does once they have run.
 
     Raises:
       InputError: the policy gives an array of another shape.
     """
     own, draw = jax.random.split(key)
     probs = jnp.asarray(policy(own, observation))
-    if probs.shape != (schema.NUM_ACTIONS,):
+    if probs.shape != (num_actions,):
         raise InputError(
-            f"policy: gives an array of shape {probs.shape}, expected ({schema.NUM_ACTIONS},), "
-            "the probabilities of the joint actions"
+            f"policy: gives an array of shape {probs.shape}, expected ({num_actions},), "
+            "the probabilities of the actions"
         )
     fair = jnp.isfinite(probs).all() & (probs >= 0).all() & (jnp.abs(probs.sum() - 1) < _SUM)
     action = jax.random.categorical(draw, jnp.log(probs)).astype(jnp.int32)
     return jnp.where(fair, action, INVALID_ACTION)
 
 
-def refuse_invalid(bad: np.ndarray | jax.Array) -> None:
+def refuse_invalid(bad: np.ndarray | jax.Array, num_actions: int = schema.NUM_ACTIONS) -> None:
     """Raises an error where a policy gave no distribution.
 
     Args:
       bad: bool of any shape, for each draw whether it was invalid; not traced.
+      num_actions: that the policy chooses from.
 
     Raises:
       InputError: one of them is true.
@@ -111,7 +117,7 @@ def refuse_invalid(bad: np.ndarray | jax.Array) -> None:
     count = int(np.asarray(bad).sum())
     if count:
         raise InputError(
-            f"policy: in {count} of {bad.size} cases it gives no {schema.NUM_ACTIONS} finite "
+            f"policy: in {count} of {bad.size} cases it gives no {num_actions} finite "
             "probabilities that sum to 1 (NaN, infinite or negative ones, or another sum); no "
             "action can be drawn from them"
         )

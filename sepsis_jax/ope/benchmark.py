@@ -1,8 +1,9 @@
 """Benchmark of all estimators against true values, over many data sets.
 
-Two worlds: the synthetic patient (values by Monte Carlo, continuous state, confounding on a dial)
-and ICU-Sepsis (values by dynamic programming, discrete state). Target policies are mixtures of the
-clinician with a better and a worse policy; the share of the other policy is the distance.
+Three worlds: the synthetic patient (values by Monte Carlo, continuous state, confounding on a
+dial), ICU-Sepsis (values by dynamic programming, discrete state) and the gumbel-max simulator (the
+same, the whole state recorded or not). Target policies are mixtures of the clinician with a better
+and a worse policy; the share of the other policy is the distance.
 
 Recorded stays of decision processes with discrete states, and their exact values.
 """
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from policy.base import action_probs
 from policy.clinician import BehaviorConfig, fit_behavior
@@ -26,13 +27,17 @@ from sepsis_jax.ope.estimators import Values
 from sepsis_jax.ope.evaluate import evaluate
 from sepsis_jax.ope.fitted import fit
 from sepsis_jax.ope.fqe import key_features
-from worldmodel.envs import icu_sepsis
-from worldmodel.envs.icu_sepsis import MDP, exact
+from sepsis_jax.ope.hidden_state import expected_counts, learned, recorded, suggested
+from worldmodel.envs import gumbel_max
+from worldmodel.envs.icu_sepsis import icu_sepsis
+from worldmodel.envs.tables import MDP, best_policy, exact
+from worldmodel.envs.tables import true_value as exact_value
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Observation, Params, generate, random_policy, titration, true_value
 from worldmodel.synthetic import clinician as clinicians
 
-WORLDS = ("synthetic", "icu_sepsis", "both")
+WORLDS = ("synthetic", "icu_sepsis", "gumbel_max", "all")
+HIDDEN = ("diabetes", "glucose")  # in the gumbel-max simulator, as in its paper
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,12 @@ class BenchmarkOptions:
     """Settings.
 
     Attributes:
-      world: "synthetic", "icu_sepsis" or "both".
+      world: "synthetic", "icu_sepsis", "gumbel_max" or "all".
       sizes: stays per data set.
       distances: shares of the other policy in the target policy.
-      horizons: of ICU-Sepsis, in steps; the synthetic world has its own.
+      horizons: of processes with discrete states, in steps; the synthetic world has its own.
       confounding: dials of the synthetic world; above 0 the clinician's probabilities are fitted.
+        In the gumbel-max simulator diabetes and glucose are hidden wherever a dial is above 0.
       repeats: data sets per setting.
       n_bootstrap: resamples.
       interval: method.
@@ -52,7 +58,7 @@ class BenchmarkOptions:
       seed: of everything.
     """
 
-    world: str = "both"
+    world: str = "all"
     sizes: tuple[int, ...] = (100, 300, 1000)
     distances: tuple[float, ...] = (0.05, 0.1, 0.3)
     horizons: tuple[int, ...] = (8, 20)
@@ -69,6 +75,11 @@ class BenchmarkOptions:
         for name in ("sizes", "distances", "horizons", "confounding"):
             if not getattr(self, name):
                 raise InputError(f"{name}: expected at least one")
+        if 0 not in self.confounding:
+            raise InputError(
+                f"confounding: got {self.confounding}, expected 0 among them: the summary is of "
+                "settings without confounding"
+            )
         if min(self.sizes) < 20 or self.repeats < 2:
             raise InputError(
                 f"sizes, repeats: got {self.sizes}, {self.repeats}; expected at least 20 stays and "
@@ -151,26 +162,86 @@ def synthetic_pools(options: BenchmarkOptions, at_once: int | None = None) -> It
 
 def icu_sepsis_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
     """Pools by horizon, each of `at_once` data sets (default: all)."""
-    world = icu_sepsis.icu_sepsis()
-    best = icu_sepsis.best_policy(world)
-    uniform = np.full_like(best, 1 / best.shape[1])
+    world = icu_sepsis()
+    for horizon in dict.fromkeys(options.horizons):
+        seen = whole(world)
+        setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}
+        yield from _table_pools(world, seen, setting, horizon, options, at_once)
+
+
+def gumbel_max_pools(options: BenchmarkOptions, at_once: int | None = None) -> Iterator[Pool]:
+    """Pools by horizon, with the whole state recorded (confounding 0) or part of it hidden (1).
+
+    Where it is hidden, policies and the clinician are those of the recorded part (`partly`).
+    """
+    world = gumbel_max.gumbel_max()
+    for horizon in dict.fromkeys(options.horizons):
+        for hidden in dict.fromkeys(dial > 0 for dial in options.confounding):
+            seen = whole(world)
+            if hidden:
+                seen = partly(world, gumbel_max.visible(HIDDEN), horizon)
+            setting = {"world": "gumbel_max", "confounding": float(hidden), "horizon": horizon}
+            yield from _table_pools(world, seen, setting, horizon, options, at_once)
+
+
+class Seen(NamedTuple):
+    """What is recorded of a process with discrete states, and policies of it."""
+
+    number: np.ndarray  # [S] recorded state of each state
+    clinician: np.ndarray  # [Z, A]
+    best: np.ndarray  # [Z, A]
+
+    def mixed(self, share: float, better: bool) -> Float[np.ndarray, "S A"]:
+        """[S, A] the clinician with a share of the better policy, or of a uniform one."""
+        other = self.best if better else np.full_like(self.best, 1 / self.best.shape[1])
+        found: np.ndarray = ((1 - share) * self.clinician + share * other)[self.number]
+        return found
+
+
+def whole(world: MDP) -> Seen:
+    """All is recorded; the better policy is the best of the process."""
+    return Seen(np.arange(len(world.start)), world.clinician, best_policy(world))
+
+
+def partly(world: MDP, visible: tuple[Int[np.ndarray, " S"], int], horizon: int) -> Seen:
+    """A part is recorded; the better policy is the best of the process that the records suggest.
+
+    The clinician's probabilities are those given the recorded part, without error of estimation.
+
+    Args:
+      world: whose rewards are -1 for death and 1 for discharge.
+      visible: number of what is recorded of each state, and how many numbers there are.
+      horizon: of the stays.
+    """
+    part = recorded(world, *visible)
+    start = np.bincount(part.number, world.start, part.states)
+    shown = suggested(expected_counts(world, part, horizon=horizon), start)
+    return Seen(part.number, shown.clinician, learned(shown))
+
+
+def _table_pools(
+    world: MDP,
+    seen: Seen,
+    setting: Mapping[str, object],
+    horizon: int,
+    options: BenchmarkOptions,
+    at_once: int | None,
+) -> Iterator[Pool]:
     policies, distance = {}, {}
     for share in options.distances:
-        for other, name in ((best, "best"), (uniform, "random")):
+        for better, name in ((True, "best"), (False, "random")):
             label = f"{name} {share:g}"
-            policies[label] = (1 - share) * world.clinician + share * other
+            policies[label] = seen.mixed(share, better)
             distance[label] = share
-    fitting = {"method": "tabular", "num_states": len(world.start)}
-    for horizon in dict.fromkeys(options.horizons):
-        truth = {
-            name: icu_sepsis.true_value(world, policy, horizon=horizon)
-            for name, policy in policies.items()
-        }
-        setting = {"world": "icu_sepsis", "confounding": 0.0, "horizon": horizon}
-        for repeats, first, stays in _parts(options, at_once):
-            drawn = sample(world, stays, horizon=horizon, seed=(options.seed, first))
-            probs = {name: jnp.asarray(drawn.probs(policy)) for name, policy in policies.items()}
-            yield Pool(setting, repeats, drawn.data, probs, truth, distance, fitting, drawn.state)
+    clinician = seen.clinician[seen.number]
+    fitting = {"method": "tabular", "num_states": len(seen.best)}
+    truth = {name: exact_value(world, policy, horizon=horizon) for name, policy in policies.items()}
+    for repeats, first, stays in _parts(options, at_once):
+        drawn = sample(world, stays, horizon=horizon, seed=(options.seed, first))
+        data = drawn.under(clinician)
+        probs = {name: jnp.asarray(drawn.probs(policy)) for name, policy in policies.items()}
+        state = seen.number[drawn.state].astype(np.int32)
+        yield Pool(setting, repeats, data, probs, truth, distance, fitting, state)
 
 
 def run_pool(
@@ -221,11 +292,21 @@ class Sample(NamedTuple):
 
     data: OPEData
     state: np.ndarray  # [N, T] int32, 0 on padding
+    last: np.ndarray  # [N] state after the last step
 
     def probs(self, policy: Float[np.ndarray, "S A"]) -> Float[np.ndarray, "N T A"]:
         """[N, T, A] probabilities of a policy [S, A] along the stays."""
         found: np.ndarray = policy[self.state].astype(np.float32)
         return found
+
+    def under(self, clinician: Float[np.ndarray, "S A"]) -> OPEData:
+        """The stays with other probabilities [S, A] of the clinician."""
+        probs, action = self.probs(clinician), np.asarray(self.data.action)
+        taken = np.take_along_axis(probs, action[..., None], -1)[..., 0]
+        taken = np.where(np.asarray(self.data.alive), taken, 1.0)
+        return replace(
+            self.data, behavior_prob=jnp.asarray(taken), behavior_probs=jnp.asarray(probs)
+        )
 
 
 def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -> Sample:
@@ -261,7 +342,7 @@ def sample(mdp: MDP, stays: int, *, horizon: int, seed: int | tuple[int, ...]) -
         behavior_prob=jnp.asarray(np.where(alive, taken, 1.0)),
         behavior_probs=jnp.asarray(probs),
     )
-    return Sample(data, state)
+    return Sample(data, state, now)
 
 
 def exact_values(

@@ -22,7 +22,7 @@ from sepsis_jax.ope.coverage_worlds import (
     cross_fit,
     draw,
     fitted_stays,
-    icu,
+    tables,
 )
 from sepsis_jax.ope.data import Inspected, inspect
 from sepsis_jax.ope.diagnostics import Limits, verdict
@@ -70,10 +70,10 @@ def judged(cell: Cell, drawn: Drawn, *, seed: int, limits: Limits | None = None)
     data = drawn.data
     fold = fold_of(jax.random.key(seed), cell.stays, 2)
     stacked = np.stack(list(drawn.probs.values()))
-    fitted = _values(drawn, jnp.asarray(stacked), fold)
+    fitted = _values(cell, drawn, jnp.asarray(stacked), fold)
     clinician = None
     if cell.clinician == "fitted":
-        rows = cross_fit(drawn, np.random.default_rng(seed))
+        rows = cross_fit(cell, drawn, np.random.default_rng(seed))
         taken = np.take_along_axis(rows, np.asarray(data.action)[..., None], -1)[..., 0]
         alive = np.asarray(data.alive)
         data = replace(
@@ -88,12 +88,15 @@ def judged(cell: Cell, drawn: Drawn, *, seed: int, limits: Limits | None = None)
     return _rows(found, order, stacked, fitted, drawn, clinician, limits)
 
 
-def _values(drawn: Drawn, probs: jax.Array, fold: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+def _values(
+    cell: Cell, drawn: Drawn, probs: jax.Array, fold: jax.Array
+) -> tuple[np.ndarray, np.ndarray]:
     """[K, N, T] cross-fitted Q of the action taken and V: tabular, or linear."""
-    if drawn.state is not None:
+    known = tables(cell)
+    if known is not None:
         found = tabular(
             drawn.data, jnp.asarray(drawn.state), probs, fold,
-            num_states=len(icu()[1]), gamma=1.0, folds=2,
+            num_states=len(known.seen.best), gamma=1.0, folds=2,
         )  # fmt: skip
     else:
         basis = jnp.asarray(action_basis(probs.shape[-1]))

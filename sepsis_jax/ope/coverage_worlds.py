@@ -1,7 +1,8 @@
 """Worlds whose true values are known, and data sets drawn from them, for counts of coverage.
 
-Policies mix the clinician with a better policy (the optimal one in ICU-Sepsis, titration in the
-synthetic world) and with a uniform one; the share of the other policy is the distance.
+Policies mix the clinician with a better policy (the optimal one where states are discrete,
+titration in the synthetic world) and with a uniform one; the share of the other policy is the
+distance.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from jaxtyping import Float, Int
 from scipy.special import expit, softmax
 
 from policy.base import action_probs
-from sepsis_jax.ope.benchmark import mixed, sample
+from sepsis_jax.ope.benchmark import HIDDEN, Seen, mixed, partly, sample, whole
 from sepsis_jax.ope.data import OPEData, from_episodes
 from sepsis_jax.ope.fqe import key_features
 from worldmodel import schema
-from worldmodel.envs import icu_sepsis
+from worldmodel.envs import gumbel_max
+from worldmodel.envs.icu_sepsis import icu_sepsis
+from worldmodel.envs.tables import MDP
+from worldmodel.envs.tables import true_value as exact_value
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.synthetic import Params, generate, true_value
 
-WORLDS, CLINICIANS = ("icu_sepsis", "synthetic"), ("true", "fitted")
+WORLDS, CLINICIANS = ("icu_sepsis", "synthetic", "gumbel_max"), ("true", "fitted")
 HORIZON = 20  # steps
 
 
@@ -36,10 +40,11 @@ class Cell:
     """A setting.
 
     Attributes:
-      world: "icu_sepsis" or "synthetic".
+      world: "icu_sepsis", "synthetic" or "gumbel_max".
       clinician: "true" or "fitted".
       stays: per data set.
-      dial: of confounding in the synthetic world: how far the clinician follows what is hidden.
+      dial: of confounding in the synthetic world: how far the clinician follows what is hidden. In
+        the gumbel-max simulator diabetes and glucose are hidden above 0.
     """
 
     world: str
@@ -53,10 +58,10 @@ class Cell:
                 raise InputError(
                     f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(allowed)}"
                 )
-        if self.stays < 20 or (self.dial and self.world != "synthetic"):
+        if self.stays < 20 or (self.dial and self.world == "icu_sepsis"):
             raise InputError(
                 f"stays, dial: got {self.stays}, {self.dial}; expected at least 20 "
-                "stays, and confounding in the synthetic world alone"
+                "stays, and no confounding in ICU-Sepsis"
             )
 
 
@@ -72,7 +77,7 @@ class Drawn(NamedTuple):
 
     data: OPEData  # the clinician's probabilities are the true ones
     probs: dict[str, np.ndarray]
-    state: np.ndarray | None  # of ICU-Sepsis
+    state: np.ndarray | None  # [N, T] recorded, where states are discrete
     inputs: np.ndarray  # [N, T, D] of the fitted clinician
 
     def part(self, rows: slice) -> Drawn:
@@ -92,20 +97,44 @@ def labels(distances: tuple[float, ...]) -> dict[str, tuple[bool, float]]:
     }
 
 
+class Tables(NamedTuple):
+    """A process with discrete states, what is recorded of it, and inputs of a fitted clinician."""
+
+    world: MDP
+    seen: Seen
+    inputs: np.ndarray  # [S, D]
+
+    def policies(self, distances: tuple[float, ...]) -> dict[str, np.ndarray]:
+        """[S, A] policies by name."""
+        return {
+            name: self.seen.mixed(share, better)
+            for name, (better, share) in labels(distances).items()
+        }
+
+
+def tables(cell: Cell) -> Tables | None:
+    """The process of a cell; None for the synthetic world."""
+    return None if cell.world == "synthetic" else _tables(cell.world, cell.dial > 0)
+
+
 @cache
-def icu() -> tuple[icu_sepsis.MDP, np.ndarray]:
-    """ICU-Sepsis and its best policy [S, A]."""
-    world = icu_sepsis.icu_sepsis()
-    return world, icu_sepsis.best_policy(world)
-
-
-def _icu_policies(distances: tuple[float, ...]) -> dict[str, np.ndarray]:
-    world, best = icu()
-    uniform = np.full_like(best, 1 / best.shape[1])
-    return {
-        name: (1 - share) * world.clinician + share * (best if better else uniform)
-        for name, (better, share) in labels(distances).items()
-    }
+def _tables(name: str, hidden: bool) -> Tables:
+    if name == "icu_sepsis":
+        world = icu_sepsis()
+        assert world.sofa is not None
+        inputs = np.stack([np.ones_like(world.sofa), world.sofa / 10], -1)
+        return Tables(world, whole(world), inputs)
+    world = gumbel_max.gumbel_max()
+    variables = HIDDEN if hidden else ()
+    seen = whole(world)
+    if hidden:
+        seen = partly(world, gumbel_max.visible(variables), HORIZON)
+    columns = [np.ones((gumbel_max.NUM_STATES, 1))]
+    for variable, levels in gumbel_max.LEVELS.items():
+        if variable not in variables:
+            others = tuple(other for other in gumbel_max.LEVELS if other != variable)
+            columns.append(np.eye(levels)[gumbel_max.visible(others)[0]][:, 1:])
+    return Tables(world, seen, np.concatenate(columns, 1))
 
 
 def _synthetic_policies(distances: tuple[float, ...]) -> dict[str, jax.tree_util.Partial]:
@@ -117,14 +146,14 @@ def _synthetic_policies(distances: tuple[float, ...]) -> dict[str, jax.tree_util
 
 
 def truth(cell: Cell, distances: tuple[float, ...], *, patients: int, seed: int) -> Truth:
-    """True values: exact in ICU-Sepsis, of `patients` simulated stays in the synthetic world."""
-    if cell.world == "icu_sepsis":
-        world, _ = icu()
+    """True values: exact where states are discrete, else of `patients` simulated stays."""
+    known = tables(cell)
+    if known is not None:
         values = {
-            name: icu_sepsis.true_value(world, policy, horizon=HORIZON)
-            for name, policy in _icu_policies(distances).items()
+            name: exact_value(known.world, policy, horizon=HORIZON)
+            for name, policy in known.policies(distances).items()
         }
-        return Truth(values, icu_sepsis.true_value(world, world.clinician, horizon=HORIZON))
+        return Truth(values, exact_value(known.world, known.world.clinician, horizon=HORIZON))
     params = _params(cell)
     key = jax.random.fold_in(jax.random.key(seed), 1)
     values = {
@@ -142,14 +171,15 @@ def _params(cell: Cell) -> Params:
 def draw(cell: Cell, first: int, count: int, distances: tuple[float, ...], seed: int) -> Drawn:
     """The data sets first ... first + count - 1 of a cell; any part is the same in every run."""
     stays = count * cell.stays
-    if cell.world == "icu_sepsis":
-        world, _ = icu()
-        drawn = sample(world, stays, horizon=HORIZON, seed=(seed, cell.stays, first))
-        probs = {name: drawn.probs(policy) for name, policy in _icu_policies(distances).items()}
-        assert world.sofa is not None
-        score = world.sofa[drawn.state] / 10
-        inputs = np.stack([np.ones_like(score), score], -1).astype(np.float32)
-        return Drawn(jax.tree.map(np.asarray, drawn.data), probs, drawn.state, inputs)
+    known = tables(cell)
+    if known is not None:
+        drawn = sample(known.world, stays, horizon=HORIZON, seed=(seed, cell.stays, first))
+        probs = {name: drawn.probs(policy) for name, policy in known.policies(distances).items()}
+        data = drawn.under(known.seen.clinician[known.seen.number])
+        return Drawn(
+            jax.tree.map(np.asarray, data), probs, known.seen.number[drawn.state],
+            known.inputs[drawn.state].astype(np.float32),
+        )  # fmt: skip
     key = jax.random.fold_in(jax.random.key(seed), 2)
     episodes, hidden = generate(
         key, stays, params=_params(cell), keep_latent=False, first_patient=first * cell.stays
@@ -198,16 +228,18 @@ def fitted_stays(stays: int) -> int:
     return stays - stays // _FOLDS
 
 
-def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T A"]:
+def cross_fit(cell: Cell, drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T A"]:
     """[N, T, A] probabilities of each stay from a fit to the other folds."""
     alive, action = np.asarray(drawn.data.alive), np.asarray(drawn.data.action)
     fold = rng.permutation(len(alive)) % _FOLDS
-    out = np.empty((*alive.shape, schema.NUM_ACTIONS), np.float32)
+    known = tables(cell)
+    actions = schema.NUM_ACTIONS if known is None else known.seen.best.shape[1]
+    out = np.empty((*alive.shape, actions), np.float32)
     for f in range(_FOLDS):
         used = alive & (fold != f)[:, None]
-        if drawn.state is not None:
-            state = drawn.state
-            out[fold == f] = _counts(state[used], action[used], len(icu()[1]))[state[fold == f]]
+        if known is not None and drawn.state is not None:
+            state, size = drawn.state, known.seen.best.shape
+            out[fold == f] = _counts(state[used], action[used], size)[state[fold == f]]
             continue
         out[fold == f] = joint_probabilities(
             drawn.inputs[fold == f], *fit_levels(drawn.inputs[used], action[used])
@@ -216,12 +248,12 @@ def cross_fit(drawn: Drawn, rng: np.random.Generator) -> Float[np.ndarray, "N T 
 
 
 def _counts(
-    state: Int[np.ndarray, " M"], action: Int[np.ndarray, " M"], states: int
+    state: Int[np.ndarray, " M"], action: Int[np.ndarray, " M"], size: tuple[int, ...]
 ) -> Float[np.ndarray, "S A"]:
     """Counts of actions by state, shrunk to their overall frequency."""
-    counts = np.zeros((states, schema.NUM_ACTIONS))
+    counts = np.zeros(size)
     np.add.at(counts, (state, action), 1.0)
-    overall = (counts.sum(0) + 1) / (counts.sum() + schema.NUM_ACTIONS)
+    overall = (counts.sum(0) + 1) / (counts.sum() + size[1])
     counts += _PRIOR * overall
     found: np.ndarray = counts / counts.sum(1, keepdims=True)
     return found

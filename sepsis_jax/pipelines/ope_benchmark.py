@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 
 from sepsis_jax.ope.benchmark import (
     BenchmarkOptions,
+    gumbel_max_pools,
     icu_sepsis_pools,
     run_pool,
     synthetic_pools,
@@ -45,14 +46,16 @@ def run_benchmark(
       One row per world and estimator.
     """
     check_replaceable(Path(out), MARKER)
-    makers = []
-    if options.world != "icu_sepsis":
-        makers.append((synthetic_pools, len(set(options.confounding))))
-    if options.world != "synthetic":
-        makers.append((icu_sepsis_pools, len(set(options.horizons))))
+    horizons = len(set(options.horizons))
+    makers = {
+        "synthetic": (synthetic_pools, len(set(options.confounding))),
+        "icu_sepsis": (icu_sepsis_pools, horizons),
+        "gumbel_max": (gumbel_max_pools, horizons * len({d > 0 for d in options.confounding})),
+    }
+    chosen = [makers[name] for name in makers if options.world in (name, "all")]
     pools = -(-options.repeats // DATA_SETS_AT_ONCE)
-    total, done, parts = pools * sum(count for _, count in makers), 0, []
-    for maker, _ in makers:
+    total, done, parts = pools * sum(count for _, count in chosen), 0, []
+    for maker, _ in chosen:
         progress("worlds and true values", done / total)
         for pool in maker(options, DATA_SETS_AT_ONCE):
             label = f"{pool.setting['world']}, horizon {pool.setting['horizon']}"

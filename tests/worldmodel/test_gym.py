@@ -23,7 +23,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 from worldmodel.gym import SepsisGymEnv, SepsisVectorEnv  # noqa: E402
 
 CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
-SOURCES = ("learned", "synthetic", "icu_sepsis")
+SOURCES = ("learned", "synthetic", "icu_sepsis", "gumbel_max")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def envs():
         "learned": SepsisEnv.learned(world, episodes, horizon=3, max_steps=6),
         "synthetic": SepsisEnv.synthetic(),
         "icu_sepsis": SepsisEnv.icu_sepsis(),
+        "gumbel_max": SepsisEnv.gumbel_max(hidden=("diabetes",)),
     }
 
 

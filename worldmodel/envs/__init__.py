@@ -1,4 +1,4 @@
-"""Environments in which septic patients are treated, over three sources of dynamics.
+"""Environments in which septic patients are treated, over four sources of dynamics.
 
 The names below are imported on first use, so that `import worldmodel.envs` costs nothing.
 """

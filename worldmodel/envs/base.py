@@ -65,7 +65,7 @@ class Dynamics(Protocol):
         ...
 
     def step(self, state: Any, action: jax.Array) -> tuple[Any, Timestep]:
-        """One step under an action [] 0-24; undefined once the episode has terminated."""
+        """One step under an action [] from 0; undefined once the episode has terminated."""
         ...
 
 
@@ -108,7 +108,12 @@ StateT = TypeVar("StateT")
 
 
 class Environment(Protocol[StateT]):
-    """The methods that `unroll` needs, as `SepsisEnv` and `AutoReset` have them."""
+    """What `unroll` needs, as `SepsisEnv` and `AutoReset` have it."""
+
+    @property
+    def num_actions(self) -> int:
+        """Number of actions A."""
+        ...
 
     def reset(self, key: jax.Array) -> tuple[StateT, Timestep]:
         """The first state and timestep of a key []."""
@@ -123,7 +128,7 @@ class Environment(Protocol[StateT]):
 class FollowActions:
     """Fixed actions in place of a policy in `unroll`: the action of step t is `actions[t]`."""
 
-    actions: jax.Array  # [T] int32 joint actions
+    actions: jax.Array  # [T] int32 actions
 
 
 class Trajectory(NamedTuple):
@@ -152,7 +157,7 @@ def unroll(
 
     Args:
       env: one patient's environment, such as `SepsisEnv` or `AutoReset`.
-      policy: `(key, observation) -> [25]` probabilities. `FollowActions` plays fixed actions.
+      policy: `(key, observation) -> [A]` probabilities. `FollowActions` plays fixed actions.
       key: [] of the environment's reset; ignored for the reset where `start` is given.
       num_steps: steps T.
       policy_key: [] that the policy's keys are folded from; by default `key`. The key of step t is
@@ -166,7 +171,7 @@ def unroll(
 
     Raises:
       InputError: the observations hold fewer past rows than the policy needs, or the policy gives
-        no 25 finite probabilities that sum to 1; within `jax.jit` the action is `INVALID_ACTION`
+        no A finite probabilities that sum to 1; within `jax.jit` the action is `INVALID_ACTION`
         and the reward NaN instead.
     """
     state, first = env.reset(key) if start is None else start
@@ -178,7 +183,7 @@ def unroll(
             return policy.actions[number]
         if isinstance(observation, Observation):  # otherwise it is the number of a state
             observation = recent(observation, rows)
-        return draw_action(policy, jax.random.fold_in(own, number), observation)
+        return draw_action(policy, jax.random.fold_in(own, number), observation, env.num_actions)
 
     def step(
         carry: tuple[StateT, Timestep], number: jax.Array
@@ -190,5 +195,5 @@ def unroll(
 
     (state, _), (actions, timesteps) = jax.lax.scan(step, (state, first), jnp.arange(num_steps))
     if not isinstance(actions, jax.core.Tracer):
-        refuse_invalid(actions == INVALID_ACTION)
+        refuse_invalid(actions == INVALID_ACTION, env.num_actions)
     return state, Trajectory(first, actions, timesteps)

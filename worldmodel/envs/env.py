@@ -22,8 +22,8 @@ from jaxtyping import Array, Int
 
 from worldmodel import keys, schema, struct
 from worldmodel.clinical import reward
+from worldmodel.envs import gumbel_max, icu_sepsis
 from worldmodel.envs.base import Dynamics, Timestep, first_timestep, reward_terms
-from worldmodel.envs.icu_sepsis import MAX_STEPS, icu_sepsis_dynamics
 from worldmodel.envs.learned import LearnedDynamics, learned_dynamics
 from worldmodel.envs.stays import RecurrentDynamics
 from worldmodel.episodes import Episodes
@@ -121,14 +121,19 @@ class EnvState:
 class SepsisEnv:
     """An environment over any source of dynamics, for one patient.
 
-    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`). Values cannot be checked
-    inside jit: a step with another number has a reward of NaN. `worldmodel.gym` refuses it.
+    The 25 actions are `5 * vasopressor + fluid` (`schema.action_index`), but for the gumbel-max
+    simulator, which has 8 of its own. Values cannot be checked inside jit: a step with another
+    number has a reward of NaN. `worldmodel.gym` refuses it.
     """
 
     dynamics: Dynamics
     max_steps: int | None = struct.field(pytree_node=False, default=None)
 
-    num_actions = schema.NUM_ACTIONS
+    @property
+    def num_actions(self) -> int:
+        """Number of actions A."""
+        own: int = getattr(self.dynamics, "num_actions", schema.NUM_ACTIONS)
+        return own
 
     @classmethod
     def learned(
@@ -222,13 +227,38 @@ class SepsisEnv:
         return cls(dynamics, _checked(max_steps))
 
     @classmethod
-    def icu_sepsis(cls, *, max_steps: int | None = MAX_STEPS) -> SepsisEnv:
+    def icu_sepsis(cls, *, max_steps: int | None = icu_sepsis.MAX_STEPS) -> SepsisEnv:
         """The ICU-Sepsis benchmark (Choudhary, Gupta & Thomas 2024).
 
         Raises:
           InputError: the package `icu-sepsis` is not installed, or `max_steps` is below 1.
         """
-        return cls(icu_sepsis_dynamics(), _checked(max_steps))
+        return cls(icu_sepsis.icu_sepsis_dynamics(), _checked(max_steps))
+
+    @classmethod
+    def gumbel_max(
+        cls,
+        *,
+        hidden: tuple[str, ...] = (),
+        capped_glucose: bool = True,
+        max_steps: int | None = gumbel_max.MAX_STEPS,
+    ) -> SepsisEnv:
+        """The gumbel-max sepsis simulator (Oberst & Sontag 2019), with its own 8 actions.
+
+        They are `4 * antibiotics + 2 * ventilation + vasopressor`. `Info.support` is the
+        probability under the paper's physician.
+
+        Args:
+          hidden: variables of `gumbel_max.LEVELS` that are not seen; the paper hides "diabetes" and
+            "glucose". The observation is the number of what is seen (`gumbel_max.visible`).
+          capped_glucose: as published; see `gumbel_max.gumbel_max`.
+          max_steps: truncates longer episodes.
+
+        Raises:
+          InputError: an unknown variable, or `max_steps` is below 1.
+        """
+        dynamics = gumbel_max.gumbel_max_dynamics(hidden=hidden, capped_glucose=capped_glucose)
+        return cls(dynamics, _checked(max_steps))
 
     def reset(
         self, key: jax.Array, stay: Int[Array, ""] | None = None
@@ -253,11 +283,11 @@ class SepsisEnv:
 
         Args:
           state: from `reset` or `step`.
-          action: [] int32, 0-24.
+          action: [] int32, from 0 to `num_actions` - 1.
         """
         action = jnp.asarray(action, jnp.int32)
         dynamics, timestep = self.dynamics.step(state.dynamics, action)
-        known = (action >= 0) & (action < schema.NUM_ACTIONS)
+        known = (action >= 0) & (action < self.num_actions)
         timestep = replace(timestep, reward=jnp.where(known, timestep.reward, jnp.nan))
         taken = state.taken + 1
         if self.max_steps is not None:
@@ -334,6 +364,11 @@ class AutoReset:
         if self.mode not in AUTORESETS:
             raise InputError(f"mode: got {self.mode!r}, expected one of {AUTORESETS}")
 
+    @property
+    def num_actions(self) -> int:
+        """Number of actions A."""
+        return self.env.num_actions
+
     def reset(self, key: jax.Array) -> tuple[AutoResetState, Timestep]:
         """The first episode of a key []."""
         state, timestep = self.env.reset(episode_key(key, 0))
@@ -348,7 +383,7 @@ class AutoReset:
     def step(
         self, state: AutoResetState, action: Int[Array, ""]
     ) -> tuple[AutoResetState, Timestep]:
-        """One step under an action [] 0-24, or a reset; see the class docstring."""
+        """One step under an action [], or a reset; see the class docstring."""
         over = state.env.last.done
         moved, timestep = self.env.step(state.env, action)
         ends = timestep.done if self.mode == SAME_STEP else over

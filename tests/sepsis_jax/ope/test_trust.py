@@ -32,7 +32,7 @@ from sepsis_jax.ope.hidden_causes import (
 from sepsis_jax.ope.robustness import confounding_table, evaluate_groups, worst_case
 from sepsis_jax.report.ope import trust_words
 from tests.sepsis_jax.ope.samples import random_case
-from worldmodel.envs.icu_sepsis import best_policy, small_mdp
+from worldmodel.envs.tables import best_policy, small_mdp
 from worldmodel.errors import InputError
 
 QUICK = {"key": jax.random.key(0), "n_bootstrap": 0, "tail_levels": ()}
@@ -318,12 +318,15 @@ needs_icu = pytest.mark.skipif(
 )
 
 
-@needs_icu
-def test_counts_of_coverage_ask_the_verdict_of_evaluate():
+@pytest.mark.parametrize(
+    ("world", "dial"),
+    [pytest.param("icu_sepsis", 0.0, marks=needs_icu), ("gumbel_max", 0.0), ("gumbel_max", 1.0)],
+)
+def test_counts_of_coverage_ask_the_verdict_of_evaluate(world, dial):
     from sepsis_jax.ope.coverage import judged
     from sepsis_jax.ope.coverage_worlds import Cell, draw
 
-    cell = Cell("icu_sepsis", "true", 300)
+    cell = Cell(world, "true", 300, dial)
     drawn = draw(cell, 0, 1, (0.05,), seed=0)
     rows = judged(cell, drawn, seed=0).query("estimator == 'wis'")
     table = evaluate(drawn.data, drawn.probs, estimators=["wis"], **QUICK)
@@ -340,7 +343,7 @@ def test_counts_of_coverage_of_a_fitted_clinician_ask_evaluate_too():
     cell = Cell("synthetic", "fitted", 400)
     drawn = draw(cell, 0, 1, (0.1,), seed=0)
     rows = judged(cell, drawn, seed=0).query("estimator == 'wis'")
-    given = cross_fit(drawn, np.random.default_rng(0))
+    given = cross_fit(cell, drawn, np.random.default_rng(0))
     taken = np.take_along_axis(given, np.asarray(drawn.data.action)[..., None], -1)[..., 0]
     taken = np.where(np.asarray(drawn.data.alive), taken, 1.0)
     data = replace(drawn.data, behavior_probs=given, behavior_prob=taken, features=drawn.inputs)
@@ -351,6 +354,23 @@ def test_counts_of_coverage_of_a_fitted_clinician_ask_evaluate_too():
                    "mean_ratio", "clinician_share"):  # fmt: skip
         wanted = pytest.approx(table[column].to_numpy(), rel=5e-3, abs=5e-3)
         assert rows[column].to_numpy() == wanted, column
+
+
+def test_what_is_hidden_in_the_simulator_is_not_fitted_either():
+    from sepsis_jax.ope.coverage import judged
+    from sepsis_jax.ope.coverage_worlds import Cell, cross_fit, draw, truth
+
+    cell = Cell("gumbel_max", "fitted", 1000, 1.0)
+    drawn = draw(cell, 0, 1, (0.05,), seed=0)
+    assert drawn.inputs.shape[-1] == 1 + 2 + 2 + 1 + 3  # neither diabetes nor glucose
+    found = cross_fit(cell, drawn, np.random.default_rng(0))
+    alive = np.asarray(drawn.data.alive)
+    near = np.abs(found - np.asarray(drawn.data.behavior_probs))[alive]
+    assert found.shape[-1] == 8 and near.mean() < 0.02
+    rows = judged(cell, drawn, seed=0)
+    known = truth(cell, (0.05,), patients=0, seed=0)
+    assert known.clinician == pytest.approx(0.3118, abs=1e-4)
+    assert (rows["reason"] != "").all()
 
 
 def test_the_fitted_clinician_comes_as_near_to_the_truth_as_its_size_allows():

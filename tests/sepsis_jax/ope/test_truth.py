@@ -10,7 +10,8 @@ import pytest
 from sepsis_jax.ope import Fitted, estimate, evaluate, fit, make_batch, weigh
 from sepsis_jax.ope.benchmark import exact_values, sample
 from sepsis_jax.ope.estimators import columns
-from worldmodel.envs.icu_sepsis import best_policy, icu_sepsis, small_mdp, true_value
+from worldmodel.envs.icu_sepsis import icu_sepsis
+from worldmodel.envs.tables import best_policy, small_mdp, true_value
 
 HORIZON = 8
 

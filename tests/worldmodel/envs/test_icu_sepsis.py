@@ -1,4 +1,4 @@
-"""ICU-Sepsis gives the returns that its authors published (Choudhary et al. 2024, Table 2)."""
+"""ICU-Sepsis gives the returns and lengths that its authors published (Choudhary et al. 2024)."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,8 @@ import pytest
 
 from tests.worldmodel.envs.unrolling import keys_of, play_all, play_table
 from worldmodel import SepsisEnv
-from worldmodel.envs.icu_sepsis import best_policy, icu_sepsis
+from worldmodel.envs.icu_sepsis import icu_sepsis
+from worldmodel.envs.tables import best_policy
 
 EPISODES, STEPS = 24_000, 100
 
@@ -22,20 +23,33 @@ def mdp():
     return icu_sepsis(exploration=0.0)
 
 
+def policy_of(mdp, name):
+    if name == "optimal":
+        return best_policy(mdp, horizon=100, gamma=1.0)
+    return mdp.clinician if name == "expert" else np.full(mdp.clinician.shape, 0.04)
+
+
+def mean_length(mdp, policy):
+    """Exact mean number of steps, without a limit."""
+    on = ~mdp.terminal
+    ahead = np.einsum("sa,sat->st", policy, mdp.transition)[np.ix_(on, on)]
+    return mdp.start[on] @ np.linalg.solve(np.eye(on.sum()) - ahead, np.ones(on.sum()))
+
+
 @pytest.mark.parametrize(
-    ("name", "published"), [("random", 0.78), ("expert", 0.78), ("optimal", 0.88)]
+    ("name", "value", "steps"),
+    [("random", 0.78, 9.45), ("expert", 0.78, 9.22), ("optimal", 0.88, 10.99)],
 )
-def test_published_returns(env, mdp, name, published):
-    policy = {
-        "random": lambda: np.full(mdp.clinician.shape, 0.04),
-        "expert": lambda: mdp.clinician,
-        "optimal": lambda: best_policy(mdp, horizon=100, gamma=1.0),
-    }[name]()
-    total, _, done = play_table(
+def test_published_returns_and_lengths(env, mdp, name, value, steps):
+    policy = policy_of(mdp, name)
+    total, length, done = play_table(
         env, keys_of(jax.random.key(1), EPISODES), jnp.asarray(policy, jnp.float32), STEPS
     )
     assert float(done.mean()) > 0.999
-    assert abs(float(total.mean()) - published) < 0.01
+    assert abs(float(total.mean()) - value) < 0.01
+    exact = mean_length(mdp, policy)
+    assert abs(exact - steps) < 0.02  # 9.462, 9.238 and 10.992: published ones were simulated
+    assert abs(float(length.mean()) - exact) < 4 * float(length.std()) / EPISODES**0.5
 
 
 def test_transitions_are_the_tables(env, mdp):
