@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,16 +87,37 @@ def _prescriptions(
 HEADLINE_RATES = ("adherence", "unsafe", "underdosing", "overdosing")
 
 
-def rates_with_intervals(
+class RuleCounts(NamedTuple):
+    """Of each of N stays, how many of its prescriptions are expected to be of a kind."""
+
+    of_kind: dict[str, np.ndarray]  # [N] by name of `HEADLINE_RATES`
+    rows: np.ndarray  # [N] prescriptions
+
+    def rates(self, stays: np.ndarray | None = None) -> dict[str, tuple[float, float, float]]:
+        """Percent of the prescriptions, as (estimate, low, high) by name of `HEADLINE_RATES`.
+
+        95% intervals are by the delta method over stays.
+
+        Args:
+          stays: [N] mask of at least two stays; None for all.
+        """
+        chosen = slice(None) if stays is None else stays
+        found = {}
+        for name, counts in self.of_kind.items():
+            share, influence = share_of(counts[chosen], self.rows[chosen])
+            low, high = delta(np.asarray(share), influence)
+            found[name] = (100.0 * share, 100.0 * float(low), 100.0 * float(high))
+        return found
+
+
+def rule_counts(
     episodes: Episodes,
     probs: np.ndarray,
     *,
     step_hours: float,
     dose_edges: schema.DoseEdges,
-) -> dict[str, tuple[float, float, float]]:
-    """Percent of a policy's prescriptions in recorded states, as (estimate, low, high).
-
-    Exact over the policy's 25 probabilities; 95% intervals by the delta method over stays.
+) -> RuleCounts:
+    """A policy's prescriptions in recorded states, exact over its 25 probabilities.
 
     Args:
       episodes: N recorded stays, at least two.
@@ -102,7 +125,7 @@ def rates_with_intervals(
       step_hours, dose_edges: as for `prescribed_rates`.
 
     Returns:
-      The rates of `HEADLINE_RATES`: adherence to G1 and G2, underdosing and overdosing as
+      Counts of `HEADLINE_RATES`: adherence to G1 and G2, underdosing and overdosing as
       `SafetyConfig` defines them, and unsafe, their sum.
     """
     valid = np.asarray(episodes.valid)
@@ -121,9 +144,4 @@ def rates_with_intervals(
         "underdosing": counts["underdosing"],
         "overdosing": counts["overdosing"],
     }
-    found = {}
-    for name in HEADLINE_RATES:
-        share, influence = share_of(parts[name], rows)
-        low, high = delta(np.asarray(share), influence)
-        found[name] = (100.0 * share, 100.0 * float(low), 100.0 * float(high))
-    return found
+    return RuleCounts({name: parts[name] for name in HEADLINE_RATES}, rows)
