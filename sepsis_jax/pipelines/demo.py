@@ -262,7 +262,8 @@ def _effects_section(metrics: JsonDict, folder: Path, figures: Path) -> Section:
                   ("† clinicians hardly ever give this, so the model extrapolates.",)),
             Table("Agreement over the 25 treatments",
                   ("of what", "rank correlation (Spearman)", "mean absolute error"), rows,
-                  "agreement"),
+                  "agreement", notes=("Errors of death are shares; others are in the unit of the "
+                                      "figure above.",)),
             Table("Giving each patient what the model rates best: what truly comes of it",
                   ("who chooses", "true total reward", "true mortality, %"), chosen, "choice"),
         ),

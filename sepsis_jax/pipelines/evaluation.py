@@ -16,19 +16,18 @@ from policy.base import Policy
 from policy.registry import CLINICIAN
 from sepsis_jax.ope.diagnostics import Limits
 from sepsis_jax.ope.intervals import ends, mean_of
-from sepsis_jax.ope.robustness import SMALLEST, groups
 from sepsis_jax.pipelines.episodes import SOURCE, of_split, taken
 from sepsis_jax.pipelines.example_futures import ExampleFutures, example_futures
 from sepsis_jax.pipelines.llm.evaluation import FAILED_RETURN
 from sepsis_jax.pipelines.ope import evaluate_policies
 from sepsis_jax.pipelines.ope_estimates import OPEOptions
-from sepsis_jax.pipelines.policy_rates import HEADLINE_RATES, RuleCounts, rule_counts
+from sepsis_jax.pipelines.policy_rates import HEADLINE_RATES, group_table, rule_counts
 from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation, recorded_returns
 from sepsis_jax.pipelines.verdicts import read_checks
 from sepsis_jax.pipelines.world_model_table import calibration_table, world_model_table
 from sepsis_jax.report.evaluation import Findings, write_report
 from sepsis_jax.report.policies import action_shares
-from sepsis_jax.runs import JsonDict, Progress, provenance, silent
+from sepsis_jax.runs import MANIFEST, JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episode_files import (
@@ -37,7 +36,6 @@ from worldmodel.episode_files import (
     load_episodes_for,
     load_manifest,
 )
-from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file
 from worldmodel.models.checkpoint import load_world_model
@@ -128,6 +126,7 @@ def evaluate_all(
     episodes = load_episodes_for(world_model, episodes_path)
     chosen, _ = of_split(episodes, options.split)
     runs = {name: Path(folder) for name, folder in map(_named, treated)}
+    audited = None if audit is None else read_checks(audit)
     truths = {name: _true_of_run(folder) for name, folder in runs.items()}
     others = [text for text in policies if text != CLINICIAN]
     fitted = behavior != _RECORDED
@@ -173,7 +172,7 @@ def evaluate_all(
         facts = provenance(
             episodes={"path": str(episodes_path),
                       "sha256": digest_file(episodes_path / EPISODES_FILE)},
-            policies=list(policies), model=None if model is None else str(model),
+            policies=list(policies), model=None if model is None else _identity(Path(model)),
             behavior=behavior, treated=list(treated),
             stages=None if stages is None else str(stages),
             audit=None if audit is None else str(audit), cohort=manifest.get("command"),
@@ -187,8 +186,8 @@ def evaluate_all(
                 ess_by_step=found.table.attrs["ess_step"],
                 needed=max(ope.effective, Limits.effective_share * chosen.num_stays),
                 shares={name: action_shares(p, valid) for name, p in given.items()},
-                groups=group_table(chosen, found.groups, counts),
-                checks=found.checks if audit is None else read_checks(audit),
+                groups=group_table(chosen, recorded_returns(chosen), found.groups, counts),
+                checks=found.checks if audited is None else audited,
                 facts=facts, world_model=of_model, calibration=bins, stages=of_stages,
                 futures=examples, dialogues=_dialogues([*map(_agent_run, others), *runs.items()]),
                 published=published,
@@ -256,52 +255,6 @@ def policy_table(
     return table
 
 
-def group_table(
-    episodes: Episodes, estimates: pd.DataFrame, counts: Mapping[str, RuleCounts]
-) -> pd.DataFrame:
-    """Rules and estimates by kind of patient.
-
-    Args:
-      episodes: N recorded stays.
-      estimates: of `sepsis_jax.ope.robustness.evaluate_groups`.
-      counts: by policy.
-
-    Returns:
-      Rows (group, policy) with stays, small (too few to say anything), mortality (percent);
-      adherence and unsafe with _low and _high; wis with _low and _high, trust and reason. Of the
-      clinician who made the records WIS is the mean of the group's own returns.
-    """
-    returns, died = recorded_returns(episodes), np.asarray(episodes.died_90d)
-    rated = "estimator" in estimates  # any group is large enough
-    by = (
-        estimates[estimates["estimator"] == "wis"].set_index(["group", "policy"]) if rated else None
-    )
-    rows = []
-    for group, mask in groups(episodes).items():
-        stays = int(mask.sum())
-        for name, of in counts.items():
-            row: JsonDict = {"group": group, "policy": name, "stays": stays}
-            row |= {"small": stays < SMALLEST, "mortality": np.nan}
-            row |= dict.fromkeys((*ends("adherence"), *ends("unsafe"), *ends("wis")), np.nan)
-            row |= {"trust": False, "reason": "too few stays" if row["small"] else ""}
-            if not row["small"]:
-                row["mortality"] = 100.0 * float(died[mask].mean())
-                rates = of.rates(mask)
-                for rate in ("adherence", "unsafe"):
-                    row |= dict(zip(ends(rate), rates[rate], strict=True))
-                if by is not None and (group, name) in by.index:
-                    own = by.loc[(group, name)]
-                    value = (own["estimate"], own["low"], own["high"])
-                    row |= {"trust": bool(own["trust"]), "reason": own["reason"]}
-                    row |= dict(zip(ends("wis"), value, strict=True))
-                elif name == CLINICIAN:
-                    mean = mean_of(returns[mask])
-                    row |= dict(zip(ends("wis"), (mean.value, mean.low, mean.high), strict=True))
-                    row["trust"] = True
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
 def stage_table(stages: Path, policies: pd.DataFrame) -> pd.DataFrame:
     """One row per stage of training: off-policy estimates, rules, and predictions.
 
@@ -362,6 +315,15 @@ def _dialogues(given: Sequence[tuple[str, Path]]) -> dict[str, list[Record]]:
         name: records
         for name, records in found.items()
         if any(record["status"] == COMPLETED for record in records)
+    }
+
+
+def _identity(model: Path) -> JsonDict:
+    """A world model's folder, and the hash of the manifest that says what it was trained on."""
+    manifest = model / MANIFEST
+    return {
+        "path": str(model),
+        "manifest_sha256": digest_file(manifest) if manifest.is_file() else None,
     }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
-from sepsis_jax.ope.intervals import delta, share_of
+from policy.registry import CLINICIAN
+from sepsis_jax.ope.intervals import delta, ends, mean_of, share_of
+from sepsis_jax.ope.robustness import SMALLEST, groups
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.safety import (
@@ -145,3 +149,53 @@ def rule_counts(
         "overdosing": counts["overdosing"],
     }
     return RuleCounts({name: parts[name] for name in HEADLINE_RATES}, rows)
+
+
+def group_table(
+    episodes: Episodes,
+    returns: np.ndarray,
+    estimates: pd.DataFrame,
+    counts: Mapping[str, RuleCounts],
+) -> pd.DataFrame:
+    """Rules and estimates by kind of patient.
+
+    Args:
+      episodes: N recorded stays.
+      returns: [N] total reward of each.
+      estimates: of `sepsis_jax.ope.robustness.evaluate_groups`.
+      counts: by policy.
+
+    Returns:
+      Rows (group, policy) with stays, small (too few to say anything), mortality (percent);
+      adherence and unsafe with _low and _high; wis with _low and _high, trust and reason. Of the
+      clinician who made the records WIS is the mean of the group's own returns.
+    """
+    died = np.asarray(episodes.died_90d)
+    rated = "estimator" in estimates  # any group is large enough
+    by = (
+        estimates[estimates["estimator"] == "wis"].set_index(["group", "policy"]) if rated else None
+    )
+    rows = []
+    for group, mask in groups(episodes).items():
+        stays = int(mask.sum())
+        for name, of in counts.items():
+            row: dict[str, object] = {"group": group, "policy": name, "stays": stays}
+            row |= {"small": stays < SMALLEST, "mortality": np.nan}
+            row |= dict.fromkeys((*ends("adherence"), *ends("unsafe"), *ends("wis")), np.nan)
+            row |= {"trust": False, "reason": "too few stays" if row["small"] else ""}
+            if not row["small"]:
+                row["mortality"] = 100.0 * float(died[mask].mean())
+                rates = of.rates(mask)
+                for rate in ("adherence", "unsafe"):
+                    row |= dict(zip(ends(rate), rates[rate], strict=True))
+                if by is not None and (group, name) in by.index:
+                    own = by.loc[(group, name)]
+                    value = (own["estimate"], own["low"], own["high"])
+                    row |= {"trust": bool(own["trust"]), "reason": own["reason"]}
+                    row |= dict(zip(ends("wis"), value, strict=True))
+                elif name == CLINICIAN:
+                    mean = mean_of(returns[mask])
+                    row |= dict(zip(ends("wis"), (mean.value, mean.low, mean.high), strict=True))
+                    row["trust"] = True
+            rows.append(row)
+    return pd.DataFrame(rows)

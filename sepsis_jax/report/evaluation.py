@@ -80,7 +80,7 @@ class Findings:
       ess_by_step: effective sample size by step of the weights of each policy.
       needed: effective sample size below which no estimate is trusted.
       shares: [5, 5] percent of decisions by pair of doses, by policy.
-      groups: of `pipelines.evaluation.group_table`.
+      groups: of `pipelines.policy_rates.group_table`.
       checks: of the audit.
       facts: the manifest of the report.
       world_model: of `pipelines.world_model_table.world_model_table`.

@@ -110,7 +110,8 @@ _FACTS = {
     "treated": "runs over synthetic patients", "stages": "stages of training",
     "stays": "stays evaluated", "split": "split", "samples": "futures per stay and member",
     "patients": "fresh synthetic patients", "seed": "seed", "ope": "off-policy evaluation",
-    "sha256": "SHA-256", "path": "folder", "cohort": "cohort made by", "audit": "audit",
+    "sha256": "SHA-256", "manifest_sha256": "SHA-256 of its manifest", "path": "folder",
+    "cohort": "cohort made by", "audit": "audit",
 }  # fmt: skip
 
 

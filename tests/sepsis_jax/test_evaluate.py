@@ -9,7 +9,9 @@ import pytest
 
 from policy.registry import make
 from sepsis_jax.ope.agent_runs import at_temperature, read_run
+from sepsis_jax.pipelines import ope
 from sepsis_jax.pipelines.evaluation import policy_table
+from sepsis_jax.pipelines.ope import open_policies
 from sepsis_jax.pipelines.policy_rates import (
     prescribed_rates,
     rule_counts,
@@ -135,8 +137,12 @@ def test_a_run_in_simulation_is_no_policy_of_records(capsys, cohort, model, tmp_
     )
 
 
-def test_all_tables(capsys, cohort, model, asked, tmp_path):
+def test_all_tables(capsys, cohort, model, asked, tmp_path, monkeypatch):
     """Every row and column, the truth beside the estimates, and nothing that was not given."""
+    opened = []
+    monkeypatch.setattr(
+        ope, "open_policies", lambda *given: opened.append(given) or open_policies(*given)
+    )
     fast = ("--backend", "scripted", "--templates", "compact", "--set", "forecast.samples=3")
     finish("agent", "run", "--model", model, "--patients", 5, *fast, "--out", tmp_path / "free")
     stages = tmp_path / "stages"
@@ -154,6 +160,7 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path):
         "samples=1", "--set", "ope.n_bootstrap=100", "--out", out, "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
+    assert len(opened) == 1  # probabilities are computed once
     table = pd.read_csv(out / "policies.csv").set_index("policy")
     assert table.index.tolist() == ["clinician", "guideline", "random", "rl"]
     assert table["true"].notna().all() and table.loc["guideline", "adherence"] == 100
@@ -169,12 +176,16 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path):
     error = of_model.loc[("world model", "state MAE")]
     assert error.low < error.value < error.high
     page = (out / "report.html").read_text()
+    assert "Example dialogues" in page and "Futures of single patients" in page
+    assert "rl: patient" in page
     assert "SepsisAgent" in page and "no estimate of the value" in page
     tables = json.loads((out / "tables.json").read_text())
     assert {"world_model", "policies", "stages", "rank_correlation"} <= set(tables)
     assert r"\toprule" in (out / "policies.tex").read_text()
     refuse(call(capsys, "evaluate", "--episodes", cohort, "--out", tmp_path / "no", "--compare",
                 "mine"), "published")  # fmt: skip
+    refuse(call(capsys, "evaluate", "--episodes", cohort, "--out", tmp_path / "no", "--audit",
+                tmp_path), "audit.json")  # fmt: skip
 
 
 def test_nothing_is_made_up_where_nothing_is_known():

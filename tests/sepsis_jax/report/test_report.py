@@ -13,9 +13,9 @@ import pytest
 from scipy.stats import binomtest
 
 from sepsis_jax.ope.intervals import wilson
-from sepsis_jax.pipelines.evaluation import group_table, policy_table
+from sepsis_jax.pipelines.evaluation import policy_table
 from sepsis_jax.pipelines.example_futures import PLANS, START_STEP, ExampleFutures, example_futures
-from sepsis_jax.pipelines.policy_rates import RuleCounts
+from sepsis_jax.pipelines.policy_rates import RuleCounts, group_table
 from sepsis_jax.pipelines.study import over_seeds
 from sepsis_jax.pipelines.verdicts import Check, read_checks
 from sepsis_jax.report import words
@@ -92,7 +92,7 @@ def findings(cohort, *, full):
         episodes=episodes, manifest=load_manifest(cohort), split="test",
         policies=policies(known=full), ess_by_step={"wd3qne": [9.0, 4.0, 2.0]}, needed=250.0,
         shares={"clinician": np.full((5, 5), 4.0), "wd3qne": 100.0 * np.eye(5) / 5},
-        groups=group_table(chosen, pd.DataFrame({"group": ["x"]}), counts),
+        groups=group_table(chosen, np.zeros(count), pd.DataFrame({"group": ["x"]}), counts),
         checks=[Check("90% intervals of meanbp", "pass", 0.1, None, 0.2, "From urine_24h.")],
         facts={"command": "sepsis-jax evaluate", "stays": count, "seed": 3,
                "versions": {"jax": "1"}},
