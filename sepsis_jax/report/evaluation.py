@@ -53,13 +53,13 @@ _TEXT = {
 }  # fmt: skip
 _TRUTH = (
     "The patients are synthetic, so the true value of every policy that can be run is known from "
-    "fresh patients of the same world: diamonds in the figure, the last column of the table."
+    "fresh patients of the same world: diamonds in the figure, the first column of the table."
 )
 COLUMNS = {
-    "policies": ("dr", "wis", "wpdis", "wpdis_alive", "less_clinician", "ess", "trust", "adherence",
-                 "underdosing", "overdosing", "true"),
-    "stages": ("dr", "wis", "wpdis", "adherence", "unsafe", "mortality_auroc", "mortality_auprc",
-               "vasopressor_auroc", "vasopressor_auprc", "true", "valid"),
+    "policies": ("true", "wis", "trust", "ess", "less_clinician", "dr", "wpdis", "wpdis_alive",
+                 "adherence", "underdosing", "overdosing"),
+    "stages": ("true", "valid", "dr", "wis", "wpdis", "adherence", "unsafe", "mortality_auroc",
+               "mortality_auprc", "vasopressor_auroc", "vasopressor_auprc"),
 }  # fmt: skip
 SHORT = {
     "policies": ("wis", "less_clinician", "ess", "trust", "adherence", "true"),
@@ -194,9 +194,10 @@ def _policies(found: Findings, figures: Path) -> Section:
 
 def _published(name: str, table: pd.DataFrame) -> Table:
     columns = [words.column(column) for column in table.columns]
+    places = [4 if name.endswith(("auroc", "auprc")) else 2 for name in table.columns[1:]]
     rows = [
-        (words.stage(row.iloc[0]), *(f"{row[c]:.{digits(c)}f}" for c in table.columns[1:]))
-        for _, row in table.iterrows()
+        (words.stage(row[0]), *(f"{x:.{n}f}" for x, n in zip(row[1:], places, strict=True)))
+        for row in table.itertuples(index=False)
     ]
     title = "Published (SepsisAgent), not comparable blindly"
     return Table(title, columns, rows, f"published_{name}", table, paper.CAVEATS)
@@ -337,12 +338,12 @@ def _cell(row: pd.Series, name: str) -> object:
     return f"{value:.{places}f} ({low:.{places}f} to {high:.{places}f})"
 
 
-_PERCENT = ("adherence", "unsafe", "underdosing", "overdosing", "valid", "observed", "ess")
+_ONE_DECIMAL = ("adherence", "valid", "observed", "ess")
 
 
 def digits(name: str, value: float = 0.0) -> int:
-    """Decimals: one of percent, two of total rewards, three of measures between 0 and 1."""
-    if name in _PERCENT:
+    """Decimals: one of large percents, two of rewards and rare faults, three of AUROC and AUPRC."""
+    if name in _ONE_DECIMAL:
         return 1
     if name == "value":  # of a world model, in units of its own
         return 1 if abs(value) >= 20 else 2 if abs(value) >= 1 else 3
