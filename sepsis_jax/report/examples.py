@@ -115,11 +115,14 @@ _FACTS = {
 }  # fmt: skip
 
 
+_MANY = 60  # rows that are not unfolded at once
+
+
 def provenance_section(facts: JsonDict) -> Section:
     """Where the figures come from: the manifest, in words."""
     rows = [(words, _said(value)) for words, value in _flat(facts)]
     text = "The same command on the same files with the same versions writes the same bytes."
-    table = Table("", ("what", "value"), rows, "provenance")
+    table = Table("", ("what", "value"), rows, "provenance", folded=len(rows) > _MANY)
     return Section("Where it comes from", (text,), tables=(table,))
 
 
