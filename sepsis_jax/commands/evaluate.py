@@ -54,6 +54,14 @@ def evaluate(
         Path | None,
         typer.Option("--stages", help="Folder of `sepsis-jax policy stages`, for the last table."),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit",
+            help="Folder of `sepsis-jax audit`, whose verdicts are shown; those of the episodes "
+            "alone if not given.",
+        ),
+    ] = None,
     compare: Annotated[
         str | None,
         typer.Option("--compare", help="published: the figures of the paper beside ours."),
@@ -62,7 +70,7 @@ def evaluate(
     setting: Setting = None,
     json: Json = False,
 ) -> None:
-    """World model, policies and stages of training: every table of the paper, with intervals."""
+    """World model, policies and stages of training: every table of the paper, and a report."""
     from sepsis_jax.pipelines.evaluation import EvaluationOptions, evaluate_all
     from sepsis_jax.report.evaluation import SHORT, TITLES, cells
     from sepsis_jax.report.ope import records
@@ -81,6 +89,7 @@ def evaluate(
             behavior=behavior,
             treated=treated or [],
             stages=stages,
+            audit=audit,
             published=compare is not None,
             options=options,
             progress=progress,

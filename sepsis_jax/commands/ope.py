@@ -85,7 +85,7 @@ def evaluate(
             model=model,
             options=options,
             progress=progress,
-        )
+        ).table
     rows = records(table)
     columns = ("policy", "estimator", "estimate", "low", "high", "difference", "ess")
     print_table(

@@ -64,6 +64,7 @@ def run(
     from sepsis_jax.pipelines.study import StudyOptions, run_study, study_plan
     from sepsis_jax.report.evaluation import SHORT
     from sepsis_jax.report.ope import records
+    from sepsis_jax.report.words import column
     from worldmodel.configuration import resolve_config
 
     options = resolve_config(StudyOptions, config, setting, source="--set")
@@ -83,11 +84,11 @@ def run(
     shown = [name for name in SHORT["policies"] if name in table]
     print_table(
         f"Policies, mean over {len(options.seeds)} seed(s)",
-        ("policy", *(name.replace("_", " ") for name in shown)),
+        ("policy", *map(column, shown)),
         [tuple(row[name] for name in ("policy", *shown)) for row in records(table)],
     )
     first = out / f"seed-{options.seeds[0]}" / "evaluation" / "report.html"
-    console.print(f"{first}; tables over seeds: {out}/*.csv.  {DISCLAIMER}")
+    console.print(f"{first}; over seeds: {out / 'report.html'}.  {DISCLAIMER}")
     if json:
         print_json({"out": str(out), "policies": records(table)})
 

@@ -184,6 +184,8 @@ _MOSTLY = 0.9  # share of decisions
 
 def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
     """Prints mortality by plan, agreement with the truth, and what the model's choice is worth."""
+    from sepsis_jax.report.words import effect
+
     grid = {(row["vasopressor"], row["fluid"]): row for row in plans}
     levels = sorted({row["fluid"] for row in plans})
     print_table(
@@ -199,7 +201,7 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
         "Agreement over the 25 treatments",
         ("of", "Spearman", "mean error"),
         [
-            (name, *("none" if value is None else value for value in row.values()))
+            (effect(name), *("none" if value is None else value for value in row.values()))
             for name, row in metrics.items()
             if _is_score(row)
         ],
@@ -207,7 +209,7 @@ def show_futures(metrics: JsonDict, plans: list[JsonDict]) -> None:
     print_table(
         "Giving, per patient, what the model rates best: true outcome",
         ("who chooses", "total reward", "mortality"),
-        [(name, *row.values()) for name, row in metrics.items() if _is_value(row)],
+        [(effect(name), *row.values()) for name, row in metrics.items() if _is_value(row)],
     )
     if not all(row["supported"] for row in plans):
         console.print("* hardly ever chosen by the clinician: the model extrapolates")

@@ -32,6 +32,11 @@ def mean_of(numbers: Num[np.ndarray, " N"]) -> Mean:
     return Mean(mean, error, mean - 1.96 * error, mean + 1.96 * error)
 
 
+def ends(name: str) -> tuple[str, str, str]:
+    """Names of the columns that hold a value and the two ends of its interval."""
+    return name, f"{name}_low", f"{name}_high"
+
+
 def share_of(part: Num[np.ndarray, " N"], whole: Num[np.ndarray, " N"]) -> tuple[float, np.ndarray]:
     """Sum of a part [N] by the sum of the whole [N], and its influences [N] (delta method).
 
@@ -39,6 +44,15 @@ def share_of(part: Num[np.ndarray, " N"], whole: Num[np.ndarray, " N"]) -> tuple
     """
     share = float(part.sum() / whole.sum())
     return share, (part - share * whole) / whole.mean()
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95% interval of a share of `count` independent events (Wilson 1927)."""
+    z = 1.96
+    scale = 1 + z**2 / count
+    middle = (share + z**2 / (2 * count)) / scale
+    half = z / scale * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    return float(middle - half), float(middle + half)
 
 
 def percentile(resampled: Float[np.ndarray, " B *b"], alpha: float = 0.05) -> Interval:

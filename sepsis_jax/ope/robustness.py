@@ -85,7 +85,7 @@ SMALLEST = 30  # stays; smaller groups are named but not evaluated
 
 
 def groups(episodes: Episodes) -> dict[str, np.ndarray]:
-    """[N] masks by name: age, sex, shock and ventilation at any time in the first 24 hours."""
+    """[N] masks by name: age, sex, SOFA of the first row; the rest at any time in 24 hours."""
     first = np.asarray(episodes.valid) & (np.arange(episodes.num_steps) < 6)
     dynamic = np.asarray(episodes.dynamic)
     treated = np.asarray(episodes.vasopressor) > 0
@@ -99,13 +99,15 @@ def groups(episodes: Episodes) -> dict[str, np.ndarray]:
         "no shock": ~shock,
         "ventilated": ventilated,
         "not ventilated": ~ventilated,
+        f"lactate > {LACTATE_LIMIT:g} mmol/L": (first & acid).any(1),
+        f"lactate <= {LACTATE_LIMIT:g} mmol/L": ~(first & acid).any(1),
+        **_severity(episodes),
     }
 
 
 def groups_at(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
     """[N] masks by name, of what is known in the row `step`, which all stays reach."""
     charlson = np.asarray(episodes.static)[:, 2]
-    score = np.asarray(episodes.sofa)[:, 0]
     low = np.asarray(episodes.dynamic)[:, step, schema.INDEX["meanbp"]] < MAP_TARGET
     before = np.asarray(episodes.vasopressor)[:, :step]
     shock = low | (before[:, -1:] > 0).any(1)
@@ -115,9 +117,7 @@ def groups_at(episodes: Episodes, step: int) -> dict[str, np.ndarray]:
         **_people(episodes),
         f"Charlson index <= {burden:g}": charlson <= burden,
         f"Charlson index > {burden:g}": charlson > burden,
-        "SOFA at admission < 6": score < 6,
-        "SOFA at admission 6 to 9": (score >= 6) & (score < 10),
-        "SOFA at admission >= 10": score >= 10,
+        **_severity(episodes),
         "shock": shock,
         "no shock": ~shock,
     }
@@ -131,6 +131,16 @@ def _people(episodes: Episodes) -> dict[str, np.ndarray]:
         "age >= 65": age >= 65,
         "female": male == 0,
         "male": male == 1,
+    }
+
+
+def _severity(episodes: Episodes) -> dict[str, np.ndarray]:
+    """[N] masks by name: SOFA of the first row."""
+    score = np.asarray(episodes.sofa)[:, 0]
+    return {
+        "SOFA at admission < 6": score < 6,
+        "SOFA at admission 6 to 9": (score >= 6) & (score < 10),
+        "SOFA at admission >= 10": score >= 10,
     }
 
 

@@ -11,39 +11,61 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy import registry
+from policy.registry import CLINICIAN
 from sepsis_jax.pipelines import world_model
-from sepsis_jax.pipelines.episodes import make_synthetic_cohort
-from sepsis_jax.pipelines.futures import FuturesConfig, compare_futures, mortality_rows
+from sepsis_jax.pipelines.episodes import make_synthetic_cohort, taken
+from sepsis_jax.pipelines.example_futures import (
+    HORIZON,
+    PLANS,
+    START_STEP,
+    chosen_stays,
+    example_futures,
+)
+from sepsis_jax.pipelines.futures import MARKER, FuturesConfig, compare_futures, mortality_rows
 from sepsis_jax.pipelines.leakage import audit_episodes
 from sepsis_jax.pipelines.verdicts import check_rows, section, summary_line
-from sepsis_jax.pipelines.world_model import FEATURES, OUTCOME_TITLES, simulate_patient
-from sepsis_jax.report.figures import training_figure
+from sepsis_jax.pipelines.world_model import FEATURES, simulate_patient
+from sepsis_jax.pipelines.world_model_table import calibration_table
+from sepsis_jax.report import words
+from sepsis_jax.report.evaluation import FIGURES, actions_section, calibration_parts
+from sepsis_jax.report.examples import futures_section, provenance_section
 from sepsis_jax.report.html import (
-    OUTCOME_COLUMNS,
-    STATE_COLUMNS,
     Section,
     Table,
     outcome_rows,
     state_rows,
     write_page,
 )
-from sepsis_jax.runs import JsonDict
+from sepsis_jax.report.panels import effect_panels, training_panels
+from sepsis_jax.report.patients import patient_sections
+from sepsis_jax.report.policies import action_shares
+from sepsis_jax.report.tables import write_tables
+from sepsis_jax.runs import JsonDict, provenance
 from worldmodel import schema
-from worldmodel.episode_files import load_dose_edges, load_episodes
+from worldmodel.episode_files import (
+    EPISODES_FILE,
+    load_dose_edges,
+    load_episodes,
+    load_manifest,
+)
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import check_replaceable, write_json
-from worldmodel.models.training import EpochProgress, TrainConfig
+from worldmodel.files import check_replaceable, digest_file, write_json
+from worldmodel.models.evaluation import predict_split
+from worldmodel.models.training import EpochProgress, TrainConfig, Trained
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import require_rollouts, rollout
 
 COHORT = "cohort"  # the folder that marks a demo
-HORIZON = 6
-START_STEP = 2
 FRESH_PATIENTS = 600  # of the comparison with the truth
-HYPOTENSION = 58.0  # mmHg: in need of treatment, and treatable
-PLANS = ("clinician", "nothing=0,0", "fluids=0,3", "vasopressor=2,1", "both=2,3;2,1")
+RULES = ("guideline", "titration")  # policies whose prescriptions are shown beside the clinician's
+_LEAD = (
+    "A world model of sepsis, trained on the patients below, plays out what becomes of a patient "
+    "under treatments that were not given. This page shows who the patients are, how good the "
+    "model is, what it says of single patients, and where the truth is known, whether that is so.",
+)
 Phase = Callable[[str], None]
 
 
@@ -61,8 +83,8 @@ def run_demo(
     """Runs everything and writes `out/report.html` beside the parts.
 
     Args:
-      out: folder for cohort/, model/, simulation/, (synthetic only) effects/, report.html and
-        summary.json.
+      out: folder for cohort/, model/, simulation/, (synthetic only) effects/, report.html with
+        its tables/ and figures/, and summary.json.
       data: MIMIC-IV; None for the synthetic world.
       patients: synthetic patients.
       samples: futures per plan, rounded up to a multiple of the ensemble size.
@@ -78,7 +100,7 @@ def run_demo(
     check_replaceable(out, COHORT)
     require_rollouts(samples, patients=1, plans=len(PLANS), horizon=HORIZON, features=len(FEATURES))
     say("1/5 cohort")
-    cohort_section = _make_cohort(out / COHORT, data, patients, seed)
+    _make_cohort(out / COHORT, data, patients, seed)
     say("2/5 world model")
     episodes = load_episodes(out / COHORT)
     edges = load_dose_edges(out / COHORT)
@@ -89,20 +111,23 @@ def run_demo(
         config or default_config(episodes.num_stays, seed),
         progress=training_progress,
     )
-    training_figure(trained.history, out / "world_model.png")
     members = trained.world_model.num_members
     samples = -(-samples // members) * members
-    say("3/5 futures of one patient")
-    test = episodes.of_split("test")
-    stay = hypotensive_stay(test, step=START_STEP, horizon=HORIZON)
-    outcomes = simulate_patient(
+    say("3/5 futures of three patients")
+    test, manifest = episodes.of_split("test"), load_manifest(out / COHORT)
+    chosen = chosen_stays(test)
+    if not chosen:
+        raise InputError(
+            f"no test stay is recorded for {START_STEP + HORIZON} steps; use a larger cohort"
+        )
+    stay = int(np.asarray(test.stay_id)[next(iter(chosen))])
+    simulate_patient(
         trained.world_model, test, out / "simulation",
         stay_id=stay, step=START_STEP, plans=PLANS, horizon=HORIZON, samples=samples, seed=seed,
     )  # fmt: skip
+    examples = example_futures(trained.world_model, test, manifest, samples=samples, seed=seed)
     say("4/5 speed")
     speed = rollout_speed(trained.world_model, test, stay)
-    sections = [cohort_section, section(checks), _model_section(trained.metrics, out)]
-    sections.append(_futures_section(outcomes, stay, samples, speed, out))
     summary: JsonDict = {
         "stays": episodes.num_stays,
         "audit": summary_line(checks),
@@ -111,12 +136,25 @@ def run_demo(
         "branch_steps_per_second": speed,
     }
     say("5/5 report")
+    figures = out / FIGURES
+    sections = [
+        *patient_sections(episodes, manifest, split="test"),
+        _model_section(trained, episodes, figures),
+        futures_section(examples, figures),
+    ]
     if data is None:
         asked = FuturesConfig(patients=FRESH_PATIENTS, seed=seed + 1000)
         summary["futures"] = compare_futures(out / "model", out / "effects", asked)
         summary["plans"] = mortality_rows(out / "effects")
-        sections.append(_effects_section(summary["futures"], summary["plans"], out))
-    write_page(out / "report.html", "sepsis-jax: a first look", sections)
+        sections.append(_effects_section(summary["futures"], out / "effects", figures))
+    facts = provenance(
+        episodes={"path": str(out / COHORT), "sha256": digest_file(out / COHORT / EPISODES_FILE)},
+        samples=samples, seed=seed, patients=patients if data is None else None,
+        branch_steps_per_second=f"{speed:,.0f}",
+    )  # fmt: skip
+    sections += [_actions_section(test, figures), section(checks), provenance_section(facts)]
+    write_tables(out / "tables", sections)
+    write_page(out / "report.html", "sepsis-jax: a first look", sections, _LEAD)
     write_json(out / "summary.json", summary)
     return summary
 
@@ -128,18 +166,6 @@ def default_config(stays: int, seed: int) -> TrainConfig:
         return replace(config, members=3)
     few = replace(config.stays, epochs=60, batch_size=16, learning_rate=1e-3, patience=8)
     return replace(config, stays=few)
-
-
-def hypotensive_stay(episodes: Episodes, *, step: int, horizon: int) -> int:
-    """The stay_id with a MAP nearest to `HYPOTENSION` at `step`, recorded to `step + horizon`."""
-    length = np.asarray(episodes.length)
-    usable = np.flatnonzero(length >= step + horizon)
-    if not len(usable):
-        raise InputError(
-            f"no test stay is recorded for {step + horizon} steps; use a larger cohort"
-        )
-    meanbp = np.asarray(episodes.dynamic)[usable, step, schema.INDEX["meanbp"]]
-    return int(np.asarray(episodes.stay_id)[usable[np.argmin(np.abs(meanbp - HYPOTENSION))]])
 
 
 def rollout_speed(world_model: WorldModel, episodes: Episodes, stay: int) -> float:
@@ -158,82 +184,92 @@ def rollout_speed(world_model: WorldModel, episodes: Episodes, stay: int) -> flo
     return len(plans) * samples * HORIZON / float(np.median(seconds[1:]))
 
 
-def _make_cohort(path: Path, data: str | Path | None, patients: int, seed: int) -> Section:
+def _make_cohort(path: Path, data: str | Path | None, patients: int, seed: int) -> None:
     if data is None:
-        summary = make_synthetic_cohort(path, patients=patients, seed=seed)
-        return Section(
-            "Patients",
-            ("Synthetic: a mechanistic sepsis patient, treated by a stochastic clinician with "
-             "known action probabilities. No record of a person is involved.",),
-            tables=(Table("Cohort", ("", "value"), list(summary.items())),),
-        )  # fmt: skip
+        make_synthetic_cohort(path, patients=patients, seed=seed)
+        return
     from sepsis_jax.cohort import CohortOptions, build_cohort
 
-    report = build_cohort(data, path, replace(CohortOptions(), seed=seed))
-    rows = [(line["reason"], line["excluded"], line["remaining"]) for line in report.consort]
-    return Section(
-        "Patients",
-        (f"Sepsis-3 stays of MIMIC-IV: {report.stays} stays, {report.rows} steps.",),
-        tables=(Table("Who is in the cohort", ("step", "excluded", "remaining"), rows),),
-    )
+    build_cohort(data, path, replace(CohortOptions(), seed=seed))
 
 
-def _model_section(metrics: JsonDict, out: Path) -> Section:
+def _model_section(trained: Trained, episodes: Episodes, figures: Path) -> Section:
+    metrics = trained.metrics
     title = f"{metrics['split']} split: {metrics['stays']} stays, {metrics['transitions']} steps"
+    bins = calibration_table(predict_split(trained.world_model, episodes))
+    pictures, tables = calibration_parts(bins, figures)
     return Section(
         "World model",
-        ("Trained to predict the patient four hours ahead and death within 90 days. Errors are in "
-         "standard deviations (z-scores), over values really measured in the next step.",),
-        pictures=((out / "world_model.png", "Loss by epoch."),),
-        tables=(
-            Table(f"Next state, {title}", STATE_COLUMNS, state_rows(metrics)),
-            Table("Death within 90 days", OUTCOME_COLUMNS, outcome_rows(metrics)),
+        ("Trained to predict the patient four hours ahead and death within 90 days. Errors "
+         "(and CRPS, that of the whole distribution) are in standard deviations, over values "
+         "really measured in the next step unless the column says that filled-in ones count "
+         "too.",),
+        (training_panels(trained.history, figures), *pictures),
+        (
+            Table(f"Next state, {title}",
+                  ("model", "mean absolute error", "the same, filled-in values too",
+                   "negative log likelihood", "CRPS", "in the 90% interval, share",
+                   "ventilation, AUROC"), state_rows(metrics), "next_state"),
+            Table("Death within 90 days",
+                  ("model and rows", "AUROC", "AUPRC", "Brier score", "calibration error",
+                   "died, share"), outcome_rows(metrics), "mortality"),
+            *tables,
         ),
     )  # fmt: skip
 
 
-def _futures_section(
-    outcomes: pd.DataFrame, stay: int, samples: int, speed: float, out: Path
-) -> Section:
-    columns = OUTCOME_TITLES[: outcomes.shape[1]]
-    return Section(
-        "Counterfactual futures of one patient",
-        (f"Stay {stay} of the test split, in shock at step {START_STEP}. Every "
-         f"plan meets the same {samples} noise samples. This machine simulates {speed:,.0f} "
-         "branch-steps per second.",),
-        pictures=((out / "simulation" / "fan_chart.png",
-                   "Median, 50% and 90% of futures under each plan; black: what was recorded."),),
-        tables=(Table("Outcomes by plan", columns, list(outcomes.itertuples(index=False))),),
-    )  # fmt: skip
+def _actions_section(episodes: Episodes, figures: Path) -> Section:
+    valid = np.asarray(episodes.valid)
+    probs = {CLINICIAN: taken(episodes)}
+    probs |= {name: np.asarray(registry.make(name).action_probs(episodes)) for name in RULES}
+    shares = {name: action_shares(of, valid) for name, of in probs.items()}
+    return actions_section(shares, figures)
 
 
-def _effects_section(metrics: JsonDict, plans: list[JsonDict], out: Path) -> Section:
-    names = (
-        "mortality",
-        "mortality_shock",
-        "reward",
-        "lactate",
-        "meanbp",
-        "output_4hourly",
-        "sofa",
-    )
-    scores = [(name, metrics[name]["spearman"], metrics[name]["error"]) for name in names]
+_SCORES = ("mortality", "mortality_supported", "mortality_unsupported", "mortality_shock", "reward",
+           "lactate", "meanbp", "output_4hourly", "sofa")  # fmt: skip
+
+
+def _effects_section(metrics: JsonDict, folder: Path, figures: Path) -> Section:
+    plans = mortality_rows(folder)
+    rows = [
+        (words.effect(name), *(None if x is None else f"{x:.3f}" for x in metrics[name].values()))
+        for name in _SCORES
+    ]
     chosen = [
-        (who.replace("_", " "), metrics[who]["reward"], metrics[who]["mortality"])
+        (
+            words.effect(who),
+            f"{metrics[who]['reward']:.2f}",
+            f"{100 * metrics[who]['mortality']:.1f}",
+        )
         for who in ("chosen_by_model", "clinician", "best_constant_plan")
+    ]
+    levels = [name.lower() for name in schema.LEVEL_NAMES]
+    cells = {(row["vasopressor"], row["fluid"]): _true_and_learned(row) for row in plans}
+    grid = [
+        (level, *(cells[i, j] for j in range(schema.NUM_LEVELS))) for i, level in enumerate(levels)
     ]
     return Section(
         "Is it true?",
         (f"In the synthetic world the truth is known. {metrics['patients']} patients that the "
-         "model has not seen get each of the 25 treatments for 24 hours, then the clinician goes "
-         "on: what really happens, beside what the model said. Each dot is one treatment.",),
-        pictures=((out / "effects" / "futures.png", "Learned against true effects at 24 hours."),),
-        tables=(
-            Table("Death within 90 days by treatment",
-                  ("vasopressor", "fluid", "true", "learned", "support"),
-                  [tuple(row.values()) for row in plans]),
-            Table("Agreement over the 25 treatments", ("of", "Spearman", "mean error"), scores),
-            Table("Giving, per patient, what the model rates best",
-                  ("who chooses", "true reward", "true mortality"), chosen),
+         f"model has not seen get each of the 25 treatments for {metrics['held_hours']:g} hours, "
+         "then the clinician goes on: what really happens, beside what the model said.",),
+        (effect_panels(pd.read_csv(folder / MARKER), figures),),
+        (
+            Table("Death within 90 days, %: true / predicted",
+                  ("vasopressor", *(f"fluid {level}" for level in levels)), grid,
+                  "mortality_by_treatment", pd.DataFrame(plans),
+                  ("† clinicians hardly ever give this, so the model extrapolates.",)),
+            Table("Agreement over the 25 treatments",
+                  ("of what", "rank correlation (Spearman)", "mean absolute error"), rows,
+                  "agreement", notes=("Errors of death are shares; others are in the unit of the "
+                                      "figure above.",)),
+            Table("Giving each patient what the model rates best: what truly comes of it",
+                  ("who chooses", "true total reward", "true mortality, %"), chosen, "choice"),
         ),
     )  # fmt: skip
+
+
+def _true_and_learned(row: JsonDict) -> str:
+    mark = "" if row["supported"] else " †"
+    return f"{100 * row['mortality_true']:.0f} / {100 * row['mortality_learned']:.0f}{mark}"

@@ -1,4 +1,4 @@
-"""The tables of the paper: world model, policies, and stages of training."""
+"""The tables of the paper, and a report: world model, policies, and stages of training."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ import numpy as np
 import pandas as pd
 
 from policy.agent.dialogue import COMPLETED
-from policy.agent.records import RECORDS_FILE, last_attempts
+from policy.agent.records import RECORDS_FILE, Record, last_attempts
 from policy.base import Policy
 from policy.registry import CLINICIAN
-from sepsis_jax.ope.intervals import mean_of
+from sepsis_jax.ope.diagnostics import Limits
+from sepsis_jax.ope.intervals import ends, mean_of
 from sepsis_jax.pipelines.episodes import SOURCE, of_split, taken
+from sepsis_jax.pipelines.example_futures import ExampleFutures, example_futures
 from sepsis_jax.pipelines.llm.evaluation import FAILED_RETURN
-from sepsis_jax.pipelines.ope import evaluate_policies, open_policies
+from sepsis_jax.pipelines.ope import evaluate_policies
 from sepsis_jax.pipelines.ope_estimates import OPEOptions
-from sepsis_jax.pipelines.policy_rates import HEADLINE_RATES, rates_with_intervals
-from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation
-from sepsis_jax.pipelines.world_model_table import world_model_table
-from sepsis_jax.report.evaluation import write_tables
-from sepsis_jax.runs import JsonDict, Progress, provenance, silent
+from sepsis_jax.pipelines.policy_rates import HEADLINE_RATES, group_table, rule_counts
+from sepsis_jax.pipelines.policy_values import TrueWorld, rank_correlation, recorded_returns
+from sepsis_jax.pipelines.verdicts import read_checks
+from sepsis_jax.pipelines.world_model_table import calibration_table, world_model_table
+from sepsis_jax.report.evaluation import Findings, write_report
+from sepsis_jax.report.policies import action_shares
+from sepsis_jax.runs import MANIFEST, JsonDict, Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.configuration import require
 from worldmodel.episode_files import (
@@ -35,8 +39,10 @@ from worldmodel.episode_files import (
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file
 from worldmodel.models.checkpoint import load_world_model
+from worldmodel.models.evaluation import predict_split
 
 MARKER = "tables.json"
+EXAMPLE_SAMPLES = 300  # futures per plan of a single patient
 ESTIMATORS = ("dr", "wis", "wpdis", "wpdis_alive")
 OF_STAGES = ("mortality_auroc", "mortality_auprc", "vasopressor_auroc", "vasopressor_auprc")
 _ROW_OF_RECORDS = "on_policy"
@@ -85,6 +91,7 @@ def evaluate_all(
     behavior: str = "recorded",
     treated: Sequence[str] = (),
     stages: str | Path | None = None,
+    audit: str | Path | None = None,
     published: bool = False,
     options: EvaluationOptions | None = None,
     progress: Progress = silent,
@@ -93,8 +100,8 @@ def evaluate_all(
 
     Args:
       episodes_path: folder of recorded stays.
-      out: folder to write: world_model, policies and stages, each as .csv and .tex, tables.json,
-        report.html, manifest.json, and `ope`, the whole off-policy evaluation.
+      out: folder to write: report.html, every table in it as .csv and .tex, tables.json, its
+        figures, manifest.json, and `ope`, the whole off-policy evaluation.
       policies: as for `sepsis_jax.pipelines.ope.evaluate_policies`; names may have blanks. The
         clinician is always there.
       model: world model, for the first table.
@@ -102,6 +109,8 @@ def evaluate_all(
       treated: NAME=FOLDER of an agent's run over synthetic patients, for its true value.
       stages: folder of `policy stages`, for the last table; policies named like its stages
         (`start`, `sft`, `bc`, `rl`) are its rows.
+      audit: folder of `sepsis-jax audit`, whose verdicts are shown; those of the episodes alone
+        if not given.
       published: set the figures of the paper beside ours.
       options: settings.
       progress: called with (phase, share done).
@@ -116,49 +125,74 @@ def evaluate_all(
     world_model = None if model is None else load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path)
     chosen, _ = of_split(episodes, options.split)
-    truths = {name: _true_of_run(Path(folder)) for name, folder in map(_named, treated)}
+    runs = {name: Path(folder) for name, folder in map(_named, treated)}
+    audited = None if audit is None else read_checks(audit)
+    truths = {name: _true_of_run(folder) for name, folder in runs.items()}
     others = [text for text in policies if text != CLINICIAN]
     fitted = behavior != _RECORDED
-    probs, runnable = open_policies(others, chosen, None, OPEOptions(soften="none"))
+    step_hours = float(manifest.get("step_hours", schema.STEP_HOURS))
     with atomic_folder(out, marker=MARKER) as folder:
         progress("off-policy evaluation", 0.05)
         ope = OPEOptions(**{**vars(options.ope), "split": options.split, "seed": options.seed})
         named = [*([CLINICIAN] if fitted else []), *others]
-        estimates = evaluate_policies(
+        found = evaluate_policies(
             episodes_path, folder / "ope", named, behavior=behavior, options=ope
         )
         progress("rules", 0.5)
-        rates = {
-            name: rates_with_intervals(
-                chosen, np.asarray(table),
-                step_hours=manifest.get("step_hours", schema.STEP_HOURS),
-                dose_edges=load_dose_edges(episodes_path),
+        given = {name: np.asarray(p) for name, p in found.probs.items() if name != CLINICIAN}
+        given = {CLINICIAN: taken(chosen)} | given
+        counts = {
+            name: rule_counts(
+                chosen, table, step_hours=step_hours, dose_edges=load_dose_edges(episodes_path)
             )
-            for name, table in ({CLINICIAN: taken(chosen)} | dict(probs)).items()
-        }  # fmt: skip
+            for name, table in given.items()
+        }
         if manifest.get("source") == SOURCE:
             progress("true values", 0.6)
-            truths |= _true_values(runnable, manifest, options)
-        table = policy_table(estimates, rates, truths)
-        of_model = None
+            truths |= _true_values(found.runnable, manifest, options)
+        rates = {name: of.rates() for name, of in counts.items()}
+        table = policy_table(found.table, rates, truths)
+        of_model = bins = None
+        examples: list[ExampleFutures] = []
         if world_model is not None:
             progress("world model", 0.75)
+            predicted = predict_split(world_model, episodes, split=options.split)
             of_model = world_model_table(
-                world_model, episodes, split=options.split, samples=options.samples,
+                world_model, episodes, predicted, split=options.split, samples=options.samples,
                 seed=options.seed,
             )  # fmt: skip
+            bins = calibration_table(predicted)
+            progress("futures of single patients", 0.9)
+            examples = example_futures(
+                world_model, chosen, manifest, samples=EXAMPLE_SAMPLES, seed=options.seed
+            )
         of_stages = None if stages is None else stage_table(Path(stages), table)
         progress("writing", 0.95)
         tables = Tables(of_model, table, of_stages)
         facts = provenance(
             episodes={"path": str(episodes_path),
                       "sha256": digest_file(episodes_path / EPISODES_FILE)},
-            policies=list(policies), model=None if model is None else str(model),
+            policies=list(policies), model=None if model is None else _identity(Path(model)),
             behavior=behavior, treated=list(treated),
             stages=None if stages is None else str(stages),
+            audit=None if audit is None else str(audit), cohort=manifest.get("command"),
             stays=chosen.num_stays, **{**vars(options), "ope": vars(ope)},
         )  # fmt: skip
-        write_tables(folder, tables._asdict(), facts, published=published)
+        valid = np.asarray(chosen.valid)
+        write_report(
+            folder,
+            Findings(
+                episodes=episodes, manifest=manifest, split=options.split, policies=table,
+                ess_by_step=found.table.attrs["ess_step"],
+                needed=max(ope.effective, Limits.effective_share * chosen.num_stays),
+                shares={name: action_shares(p, valid) for name, p in given.items()},
+                groups=group_table(chosen, recorded_returns(chosen), found.groups, counts),
+                checks=found.checks if audited is None else audited,
+                facts=facts, world_model=of_model, calibration=bins, stages=of_stages,
+                futures=examples, dialogues=_dialogues([*map(_agent_run, others), *runs.items()]),
+                published=published,
+            ),
+        )  # fmt: skip
     progress("done", 1.0)
     return tables
 
@@ -205,9 +239,9 @@ def policy_table(
         elif by_record:
             row |= {"trust": True, "reason": "the records are its own"}
         for rate in HEADLINE_RATES:
-            row |= dict(zip(_ends(rate), rates[name][rate], strict=True))
+            row |= dict(zip(ends(rate), rates[name][rate], strict=True))
         if name in truths:
-            row |= dict(zip(_ends("true"), truths[name], strict=True))
+            row |= dict(zip(ends("true"), truths[name], strict=True))
         rows.append(row)
     table = pd.DataFrame(rows)
     if "true" in table:
@@ -238,24 +272,20 @@ def stage_table(stages: Path, policies: pd.DataFrame) -> pd.DataFrame:
     for _, stage in found[found["completed"].notna()].iterrows():
         row: JsonDict = {"stage": stage["stage"]}
         for name in estimates:
-            for column in _ends(name):
+            for column in ends(name):
                 known = stage["stage"] in of_policies.index
                 row[column] = of_policies.loc[stage["stage"], column] if known else np.nan
         for name in OF_STAGES:
-            for column in _ends(name):
+            for column in ends(name):
                 row[column] = stage.get(column, np.nan)
-        row |= dict(zip(_ends("true"), (stage["value"], stage["low"], stage["high"]), strict=True))
+        row |= dict(zip(ends("true"), (stage["value"], stage["low"], stage["high"]), strict=True))
         row |= {"valid": stage["valid"], "treated_adherence": stage["adherence"]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _ends(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
-
-
 def _with_interval(name: str, own: pd.DataFrame, estimator: str) -> dict[str, float]:
-    columns = _ends(name)
+    columns = ends(name)
     if estimator not in own.index:
         return dict.fromkeys(columns, np.nan)
     found = own.loc[estimator]
@@ -267,6 +297,34 @@ def _named(text: str) -> tuple[str, str]:
     if not (name and sign and folder):
         raise InputError(f"treated {text!r}: expected NAME=FOLDER of an agent's run")
     return name, folder
+
+
+def _agent_run(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    return name, Path(file)
+
+
+def _dialogues(given: Sequence[tuple[str, Path]]) -> dict[str, list[Record]]:
+    """Records of the policies that are runs of agents, where any stay was completed."""
+    found = {
+        name: list(last_attempts(folder / RECORDS_FILE).values())
+        for name, folder in given
+        if (folder / RECORDS_FILE).is_file()
+    }
+    return {
+        name: records
+        for name, records in found.items()
+        if any(record["status"] == COMPLETED for record in records)
+    }
+
+
+def _identity(model: Path) -> JsonDict:
+    """A world model's folder, and the hash of the manifest that says what it was trained on."""
+    manifest = model / MANIFEST
+    return {
+        "path": str(model),
+        "manifest_sha256": digest_file(manifest) if manifest.is_file() else None,
+    }
 
 
 def _true_of_run(folder: Path) -> tuple[float, float, float]:

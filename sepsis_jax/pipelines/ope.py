@@ -54,7 +54,7 @@ def evaluate_policies(
     model: str | Path | None = None,
     options: OPEOptions | None = None,
     progress: Progress = silent,
-) -> pd.DataFrame:
+) -> Evaluation:
     """Evaluates policies on recorded stays and writes tables, a report and a manifest.
 
     Args:
@@ -69,8 +69,7 @@ def evaluate_policies(
       progress: called with (phase, share done).
 
     Returns:
-      The table of `sepsis_jax.ope.evaluate`, with rows "world_model" where one is given; its
-      attribute "audit" says in one line what the audit of the episodes found.
+      The estimates and what they were made of.
     """
     options = options or OPEOptions()
     check_replaceable(Path(out), MARKER)
@@ -83,12 +82,12 @@ def evaluate_policies(
     known = _behavior(behavior, all_stays, chosen, keys.behavior, options)
     full = None if known.probs is None else known.probs[chosen]
     fits = known.fits
-    probs, runnable = open_policies(policy, episodes, full, options)
-    if fits:
-        runnable[CLINICIAN] = fits[0].policy
+    probs, runnable = open_policies(policy, episodes, full)
+    run_in_model = {**runnable, CLINICIAN: fits[0].policy} if fits else runnable
     result = estimate_policies(
-        episodes, probs, runnable, keys=keys, options=options, behavior_probs=full,
-        clinician=known.estimated, world_model=world_model, progress=progress,
+        episodes, softened(probs, policy, full, options), run_in_model, keys=keys,
+        options=options, behavior_probs=full, clinician=known.estimated, world_model=world_model,
+        progress=progress,
     )  # fmt: skip
     progress("audit", 0.85)
     checks = audit_episodes(
@@ -109,7 +108,26 @@ def evaluate_policies(
     )  # fmt: skip
     _write(Path(out), result, fits, checks, manifest)
     progress("done", 1.0)
-    return result.table
+    return Evaluation(result.table, result.groups, probs, runnable, checks)
+
+
+class Evaluation(NamedTuple):
+    """Off-policy estimates of K policies, and what they were made of.
+
+    Attributes:
+      table: of `sepsis_jax.ope.evaluate`, with rows "world_model" where one was given; its
+        attribute "audit" says in one line what the audit of the episodes found.
+      groups: of `sepsis_jax.ope.robustness.evaluate_groups`.
+      probs: [N, T, 25] of every policy as it was given, not softened.
+      runnable: policies that can be run in a world.
+      checks: of the episodes.
+    """
+
+    table: pd.DataFrame
+    groups: pd.DataFrame
+    probs: Mapping[str, np.ndarray | jax.Array]
+    runnable: Mapping[str, Policy]
+    checks: Sequence[Check]
 
 
 class _Behavior(NamedTuple):
@@ -144,7 +162,7 @@ def _behavior(
 
 
 def open_policies(
-    given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None, options: OPEOptions
+    given: Sequence[str], episodes: Episodes, behavior: np.ndarray | None
 ) -> tuple[dict[str, np.ndarray | jax.Array], dict[str, Policy]]:
     """Probabilities [N, T, 25] of all policies, and those that can be run in a world.
 
@@ -152,7 +170,6 @@ def open_policies(
       given: as for `evaluate_policies`.
       episodes: N recorded stays.
       behavior: [N, T, 25] of the clinician; None if they are not known.
-      options: how probabilities are softened.
 
     Raises:
       InputError: none is given, a name comes twice, or a file cannot be read.
@@ -178,10 +195,31 @@ def open_policies(
             table = runnable[name].action_probs(episodes)
         else:
             table = policies.read_probabilities(Path(file), episodes)
-        # Softening mends policies that hardly ever do what the clinician does.
-        rule = "none" if not sign and name == CLINICIAN else options.soften
-        probs[name] = policies.soften(table, rule, options.soften_share, behavior)
+        probs[name] = table
     return probs, runnable
+
+
+def softened(
+    probs: Mapping[str, np.ndarray | jax.Array],
+    given: Sequence[str],
+    behavior: np.ndarray | None,
+    options: OPEOptions,
+) -> dict[str, np.ndarray | jax.Array]:
+    """Probabilities as they are weighted, those of the built-in clinician as they are.
+
+    Softening mends policies that hardly ever do what the clinician does.
+
+    Args:
+      probs, given, behavior: of `open_policies`, and its arguments.
+      options: how probabilities are softened.
+    """
+    return {
+        name: policies.soften(
+            table, "none" if name == CLINICIAN and CLINICIAN in given else options.soften,
+            options.soften_share, behavior,
+        )
+        for name, table in probs.items()
+    }  # fmt: skip
 
 
 def _write(

@@ -20,7 +20,7 @@ from sepsis_jax.ope.benchmark import (
     synthetic_pools,
 )
 from sepsis_jax.report.figures import accuracy_figure
-from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.report.html import Picture, Section, Table, write_page
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel.files import atomic_folder, check_replaceable, write_json
 
@@ -78,14 +78,14 @@ def run_benchmark(
     return short
 
 
-def _pictures(scores: pd.DataFrame, folder: Path) -> list[tuple[Path, str]]:
+def _pictures(scores: pd.DataFrame, folder: Path) -> list[Picture]:
     """RMSE and coverage by size and by distance, one picture per world and dial."""
     pictures = []
     for (world, confounding, horizon), group in scores.groupby(SETTING[:3], sort=False):
         label = f"{world}, horizon {horizon}, confounding {confounding:g}"
         path = folder / f"{world}_{horizon}_{confounding:g}.png"
         accuracy_figure(group, SHOWN, label, path)
-        pictures.append((path, f"RMSE and coverage: {label}"))
+        pictures.append(Picture.of(path, f"RMSE and coverage: {label}"))
     return pictures
 
 
@@ -94,7 +94,7 @@ def _page(
     short: pd.DataFrame,
     scores: pd.DataFrame,
     ranks: pd.DataFrame,
-    pictures: list[tuple[Path, str]],
+    pictures: list[Picture],
 ) -> None:
     def table(title: str, frame: pd.DataFrame) -> Table:
         return Table(title, list(frame.columns), list(frame.itertuples(index=False)))

@@ -16,7 +16,7 @@ from policy.registry import CLINICIAN
 from sepsis_jax.pipelines.episodes import of_split, taken
 from sepsis_jax.pipelines.policy_rates import RATES, prescribed_rates, simulated_rates
 from sepsis_jax.pipelines.policy_training import CloneConfig, fit_clone
-from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.report.html import Picture, Section, Table, write_page
 from sepsis_jax.report.policies import action_heat_map, action_shares, difference_heat_map
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel import schema
@@ -158,12 +158,13 @@ def _write(
         table.to_csv(folder / MARKER, index=False)
         write_json(folder / "manifest.json", manifest)
         title = f"What is given, {manifest['split']} split"
-        pictures = [(folder / "actions.png", "Share of decisions by pair of doses")]
-        action_heat_map(shares, title, pictures[0][0])
+        actions, difference = folder / "actions.png", folder / "difference.png"
+        pictures = [Picture.of(actions, "Share of decisions by pair of doses")]
+        action_heat_map(shares, title, actions)
         if others:
-            pictures.append((folder / "difference.png", "Policy less clinician"))
+            pictures.append(Picture.of(difference, "Policy less clinician"))
             title = f"Policy less clinician, {manifest['split']} split"
-            difference_heat_map(others, shares[CLINICIAN], title, pictures[1][0])
+            difference_heat_map(others, shares[CLINICIAN], title, difference)
         write_page(
             folder / "report.html", "Policies in recorded states",
             [Section(f"{manifest['stays']} stays", _TEXT, pictures, (description(table),))],

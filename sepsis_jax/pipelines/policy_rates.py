@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 
-from sepsis_jax.ope.intervals import delta, share_of
+from policy.registry import CLINICIAN
+from sepsis_jax.ope.intervals import delta, ends, mean_of, share_of
+from sepsis_jax.ope.robustness import SMALLEST, groups
 from worldmodel import schema
 from worldmodel.clinical import sofa
 from worldmodel.clinical.safety import (
@@ -85,16 +91,37 @@ def _prescriptions(
 HEADLINE_RATES = ("adherence", "unsafe", "underdosing", "overdosing")
 
 
-def rates_with_intervals(
+class RuleCounts(NamedTuple):
+    """Of each of N stays, how many of its prescriptions are expected to be of a kind."""
+
+    of_kind: dict[str, np.ndarray]  # [N] by name of `HEADLINE_RATES`
+    rows: np.ndarray  # [N] prescriptions
+
+    def rates(self, stays: np.ndarray | None = None) -> dict[str, tuple[float, float, float]]:
+        """Percent of the prescriptions, as (estimate, low, high) by name of `HEADLINE_RATES`.
+
+        95% intervals are by the delta method over stays.
+
+        Args:
+          stays: [N] mask of at least two stays; None for all.
+        """
+        chosen = slice(None) if stays is None else stays
+        found = {}
+        for name, counts in self.of_kind.items():
+            share, influence = share_of(counts[chosen], self.rows[chosen])
+            low, high = delta(np.asarray(share), influence)
+            found[name] = (100.0 * share, 100.0 * float(low), 100.0 * float(high))
+        return found
+
+
+def rule_counts(
     episodes: Episodes,
     probs: np.ndarray,
     *,
     step_hours: float,
     dose_edges: schema.DoseEdges,
-) -> dict[str, tuple[float, float, float]]:
-    """Percent of a policy's prescriptions in recorded states, as (estimate, low, high).
-
-    Exact over the policy's 25 probabilities; 95% intervals by the delta method over stays.
+) -> RuleCounts:
+    """A policy's prescriptions in recorded states, exact over its 25 probabilities.
 
     Args:
       episodes: N recorded stays, at least two.
@@ -102,7 +129,7 @@ def rates_with_intervals(
       step_hours, dose_edges: as for `prescribed_rates`.
 
     Returns:
-      The rates of `HEADLINE_RATES`: adherence to G1 and G2, underdosing and overdosing as
+      Counts of `HEADLINE_RATES`: adherence to G1 and G2, underdosing and overdosing as
       `SafetyConfig` defines them, and unsafe, their sum.
     """
     valid = np.asarray(episodes.valid)
@@ -121,9 +148,54 @@ def rates_with_intervals(
         "underdosing": counts["underdosing"],
         "overdosing": counts["overdosing"],
     }
-    found = {}
-    for name in HEADLINE_RATES:
-        share, influence = share_of(parts[name], rows)
-        low, high = delta(np.asarray(share), influence)
-        found[name] = (100.0 * share, 100.0 * float(low), 100.0 * float(high))
-    return found
+    return RuleCounts({name: parts[name] for name in HEADLINE_RATES}, rows)
+
+
+def group_table(
+    episodes: Episodes,
+    returns: np.ndarray,
+    estimates: pd.DataFrame,
+    counts: Mapping[str, RuleCounts],
+) -> pd.DataFrame:
+    """Rules and estimates by kind of patient.
+
+    Args:
+      episodes: N recorded stays.
+      returns: [N] total reward of each.
+      estimates: of `sepsis_jax.ope.robustness.evaluate_groups`.
+      counts: by policy.
+
+    Returns:
+      Rows (group, policy) with stays, small (too few to say anything), mortality (percent);
+      adherence and unsafe with _low and _high; wis with _low and _high, trust and reason. Of the
+      clinician who made the records WIS is the mean of the group's own returns.
+    """
+    died = np.asarray(episodes.died_90d)
+    rated = "estimator" in estimates  # any group is large enough
+    by = (
+        estimates[estimates["estimator"] == "wis"].set_index(["group", "policy"]) if rated else None
+    )
+    rows = []
+    for group, mask in groups(episodes).items():
+        stays = int(mask.sum())
+        for name, of in counts.items():
+            row: dict[str, object] = {"group": group, "policy": name, "stays": stays}
+            row |= {"small": stays < SMALLEST, "mortality": np.nan}
+            row |= dict.fromkeys((*ends("adherence"), *ends("unsafe"), *ends("wis")), np.nan)
+            row |= {"trust": False, "reason": "too few stays" if row["small"] else ""}
+            if not row["small"]:
+                row["mortality"] = 100.0 * float(died[mask].mean())
+                rates = of.rates(mask)
+                for rate in ("adherence", "unsafe"):
+                    row |= dict(zip(ends(rate), rates[rate], strict=True))
+                if by is not None and (group, name) in by.index:
+                    own = by.loc[(group, name)]
+                    value = (own["estimate"], own["low"], own["high"])
+                    row |= {"trust": bool(own["trust"]), "reason": own["reason"]}
+                    row |= dict(zip(ends("wis"), value, strict=True))
+                elif name == CLINICIAN:
+                    mean = mean_of(returns[mask])
+                    row |= dict(zip(ends("wis"), (mean.value, mean.low, mean.high), strict=True))
+                    row["trust"] = True
+            rows.append(row)
+    return pd.DataFrame(rows)

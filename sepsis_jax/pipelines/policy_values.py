@@ -314,7 +314,7 @@ def add_estimates(
     """
     options = OPEOptions(estimators=",".join(ESTIMATORS), seed=seed)
     others = [name for name in policies if name != CLINICIAN]
-    found = evaluate_policies(records, out, others, options=options)
+    found = evaluate_policies(records, out, others, options=options).table
     for estimator in ESTIMATORS:
         rows = found[found["estimator"] == estimator].set_index("policy")
         for column in ("estimate", "low", "high", "trust"):

@@ -22,9 +22,10 @@ from sepsis_jax.pipelines.policy_comparison import (
     compare_policies,
 )
 from sepsis_jax.pipelines.study_coverage import coverage_of
-from sepsis_jax.pipelines.study_stages import Stage, plan, run_all
+from sepsis_jax.pipelines.study_stages import Stage, plan, run_all, stages_done
 from sepsis_jax.report.evaluation import TITLES
-from sepsis_jax.runs import JsonDict, Progress, plain, silent
+from sepsis_jax.report.study import write_study
+from sepsis_jax.runs import JsonDict, Progress, plain, provenance, silent
 from worldmodel.configuration import load_config, require
 from worldmodel.episode_files import load_episodes
 from worldmodel.errors import InputError
@@ -98,7 +99,7 @@ def study_plan(out: Path, options: StudyOptions) -> dict[str, dict[str, str]]:
 
 
 def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> pd.DataFrame:
-    """Runs what is not done of a study; writes `seed-N/` and tables over the seeds.
+    """Runs what is not done of a study; writes `seed-N/`, tables over the seeds and their page.
 
     With several seeds and known true values `coverage.csv` has how often intervals hold them.
 
@@ -128,8 +129,8 @@ def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> 
         for name in TITLES
         if (out / f"seed-{options.seeds[0]}" / "evaluation" / f"{name}.csv").exists()
     }  # fmt: skip
-    for name, table in tables.items():
-        table.to_csv(out / f"{name}.csv", index=False)
+    done = {seed: stages_done(out / f"seed-{seed}") for seed in options.seeds}
+    write_study(out, tables, done, provenance(settings=plain(options)))
     coverage = coverage_of(
         {
             seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / "policies.csv")
@@ -191,7 +192,7 @@ def stages_of(out: Path, options: StudyOptions, seed: int) -> list[Stage]:
                   cohort, model, to, comparison, progress=progress)),
     ]  # fmt: skip
     rows = [f"{name}={policies / POLICIES / name}" for name in comparison.methods if name != "ppo"]
-    reads = ["cohort", "world_model", "policies"]
+    reads = ["cohort", "world_model", "audit", "policies"]
     if not options.without_language_model:
         more, asked = _of_language_model(out, options, seed)
         found += more
@@ -210,6 +211,7 @@ def stages_of(out: Path, options: StudyOptions, seed: int) -> list[Stage]:
                 model=model,
                 behavior=options.behavior,
                 stages=stages,
+                audit=out / "audit",
                 published=True,
                 options=evaluation,
                 progress=progress,

@@ -108,6 +108,11 @@ def run_all(out: Path, stages: Sequence[Stage], progress: Progress = silent) -> 
     return todo
 
 
+def stages_done(out: Path) -> dict[str, str]:
+    """Hash of each stage of a study that is done, in the order in which they were done."""
+    return dict(_ledger(out)["done"])
+
+
 def _folders(out: Path, name: str) -> list[Path]:
     """The stage's folder, and what an unfinished run keeps beside it."""
     return [path for path in (out / name, out / f"{name}.training") if path.exists()]

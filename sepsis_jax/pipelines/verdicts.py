@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,10 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int, Num
 from scipy.stats import norm
 
+from sepsis_jax.report import words
 from sepsis_jax.report.html import Section, Table
+from worldmodel.errors import InputError
+from worldmodel.files import read_json
 
 PASS, SUSPECT, FAIL, NOT_RUN = "pass", "suspect", "fail", "not run"
 LEAST_EVENTS = 10  # starts or deaths, and as many rows or stays without
@@ -77,22 +81,43 @@ def summary_line(checks: Sequence[Check]) -> str:
     return "; ".join([f"{passed} of {len(checks)} checks pass", *named])
 
 
-AUDIT_COLUMNS = ("check", "verdict", "value", "bound", "limit", "what was found")
+def read_checks(folder: str | Path) -> list[Check]:
+    """Checks of a folder that `sepsis-jax audit` wrote.
+
+    Raises:
+      InputError: it is no such folder.
+    """
+    file = Path(folder) / "audit.json"
+    if not file.is_file():
+        raise InputError(f"{folder}: holds no audit.json; name a folder of `sepsis-jax audit`")
+    found = read_json(file)
+    try:
+        return [Check(**row) for row in found["checks"]]
+    except (KeyError, TypeError):
+        raise InputError(f"{file}: not of `sepsis-jax audit`") from None
+
+
+AUDIT_COLUMNS = ("check", "verdict", "what was found", "value", "bound", "limit")
 
 
 def table_rows(checks: Sequence[Check]) -> list[tuple[object, ...]]:
     """Checks in the columns of `AUDIT_COLUMNS`."""
-    return [(one.name, one.verdict, one.value, one.bound, one.limit, one.text) for one in checks]
+    return [
+        (words.plain(one.name), one.verdict, words.plain(one.text), one.value, one.bound, one.limit)
+        for one in checks
+    ]
 
 
 def section(checks: Sequence[Check]) -> Section:
     """Checks as a part of a report."""
     return Section(
         "Audit",
-        (f"{summary_line(checks)}.",
+        (f"{words.plain(summary_line(checks))}.",
          "A check fails where its value is beyond the limit and the bound, an end of its interval, "
          "leaves little doubt; it is suspect where one of the two is so."),
-        tables=(Table("", AUDIT_COLUMNS, table_rows(checks)),),
+        tables=(
+            Table("", AUDIT_COLUMNS, table_rows(checks), "audit", pd.DataFrame(check_rows(checks))),
+        ),
     )  # fmt: skip
 
 

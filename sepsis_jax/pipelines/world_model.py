@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -97,6 +98,59 @@ OUTCOME_TITLES = (
 )  # fmt: skip
 
 
+class PatientFutures(NamedTuple):
+    """Futures of one recorded patient under K plans.
+
+    Attributes:
+      plans: in order.
+      table: of `trajectory_table`.
+      outcomes: of `outcome_table`.
+      recorded: recorded rows around the start: hour and a column per value.
+    """
+
+    plans: list[Plan]
+    table: pd.DataFrame
+    outcomes: pd.DataFrame
+    recorded: pd.DataFrame
+
+
+def patient_futures(
+    world_model: WorldModel,
+    stay: Episodes,
+    *,
+    step: int,
+    plans: Sequence[str],
+    horizon: int,
+    samples: int,
+    seed: int,
+    mode: str = "corrected",
+) -> PatientFutures:
+    """Simulates one stay; arguments as for `simulate_patient`.
+
+    Raises:
+      InputError: a malformed plan, or more futures than memory holds.
+    """
+    require_rollouts(samples, patients=1, plans=len(plans), horizon=horizon, features=len(FEATURES))
+    parsed = [parse_plan(text, horizon=horizon, stay=stay, step=step) for text in plans]
+    names = [plan.name for plan in parsed]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"plans: names must be given and differ, got {names}")
+    rollouts = rollout(
+        world_model,
+        jax.random.key(seed),
+        start_history(world_model, stay, step, recorded_sofa=mode == "reference"),
+        np.stack([plan.actions for plan in parsed]),
+        samples=samples,
+        features=FEATURES,
+        mode=mode,
+    )
+    hours = world_model.step_hours * (step + np.arange(horizon + 1))
+    recorded = _recorded(world_model, stay, step, horizon)
+    at_start = recorded[recorded["hour"] == hours[0]].iloc[0]
+    table = trajectory_table(rollouts, parsed, hours, at_start)
+    return PatientFutures(parsed, table, outcome_table(rollouts, parsed), recorded)
+
+
 def simulate_patient(
     world_model: WorldModel,
     episodes: Episodes,
@@ -135,33 +189,17 @@ def simulate_patient(
     check_mode(world_model, mode)
     clinician = any(is_clinician(text) for text in plans)
     stay = _find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
-    require_rollouts(samples, patients=1, plans=len(plans), horizon=horizon, features=len(FEATURES))
-    parsed = [parse_plan(text, horizon=horizon, stay=stay, step=step) for text in plans]
-    names = [plan.name for plan in parsed]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"plans: names must be given and differ, got {names}")
-    start = start_history(world_model, stay, step, recorded_sofa=mode == "reference")
-    rollouts = rollout(
-        world_model,
-        jax.random.key(seed),
-        start,
-        np.stack([plan.actions for plan in parsed]),
-        samples=samples,
-        features=FEATURES,
+    parsed, table, outcomes, recorded = patient_futures(
+        world_model, stay, step=step, plans=plans, horizon=horizon, samples=samples, seed=seed,
         mode=mode,
-    )
-    hours = world_model.step_hours * (step + np.arange(horizon + 1))
-    recorded = _recorded(world_model, stay, step, horizon)
-    at_start = recorded[recorded["hour"] == hours[0]].iloc[0]
-    table = trajectory_table(rollouts, parsed, hours, at_start)
-    outcomes = outcome_table(rollouts, parsed)
+    )  # fmt: skip
     identity = int(stay.stay_id[0])
     with atomic_folder(Path(out), marker=MARKER) as folder:
         table.to_csv(folder / "trajectories.csv", index=False)
         outcomes.to_csv(folder / "outcomes.csv", index=False)
         title = (
-            f"stay {identity} from hour {hours[0]:g}: {samples} simulated futures per plan "
-            "(median, 50% and 90%); black: recorded.  Not for clinical use."
+            f"stay {identity} from hour {table['hour'].min():g}: {samples} simulated futures per "
+            "plan (median, 50% and 90%); black: recorded.  Not for clinical use."
         )
         fan_chart(table, outcomes, recorded, title, folder / "fan_chart.png")
         plan_actions = {plan.name: plan.actions.tolist() for plan in parsed}

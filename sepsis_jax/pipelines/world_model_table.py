@@ -9,7 +9,7 @@ import pandas as pd
 from jaxtyping import Float, Int, Num, Shaped
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from sepsis_jax.ope.intervals import delta, mean_of, percentile, share_of
+from sepsis_jax.ope.intervals import delta, ends, mean_of, percentile, share_of, wilson
 from sepsis_jax.pipelines.audit import (
     STEPS,
     VALUES,
@@ -23,7 +23,6 @@ from worldmodel.models.evaluation import (
     MortalityScores,
     Predicted,
     expected_calibration_error,
-    predict_split,
 )
 from worldmodel.models.world_model import WorldModel
 
@@ -33,13 +32,20 @@ _RESAMPLES = 500
 
 
 def world_model_table(
-    world_model: WorldModel, episodes: Episodes, *, split: str, samples: int, seed: int
+    world_model: WorldModel,
+    episodes: Episodes,
+    found: Predicted,
+    *,
+    split: str,
+    samples: int,
+    seed: int,
 ) -> pd.DataFrame:
     """Errors, discrimination and calibration of a world model, beside two baselines.
 
     Args:
       world_model: to evaluate.
-      episodes: recorded stays; the baselines are fitted on their training split.
+      episodes: recorded stays.
+      found: of `worldmodel.models.evaluation.predict_split`, of the split.
       split: that is predicted.
       samples: simulated futures per stay and member, for the errors some steps ahead.
       seed: of noise and resamples.
@@ -51,9 +57,8 @@ def world_model_table(
       value, of the mean of the simulated futures under the clinician.
 
     Raises:
-      InputError: a split holds too little.
+      InputError: the split holds too little.
     """
-    found = predict_split(world_model, episodes, split=split)
     random = np.random.default_rng(seed)
     lines = [*_state_lines(found, random)]
     for when in ("last", "every"):
@@ -61,6 +66,33 @@ def world_model_table(
     config = AuditConfig(split=split, samples=samples, seed=seed)
     lines += _ahead_lines(world_model, episodes.of_split(split), config)
     return pd.DataFrame(lines, columns=["who", "metric", "value", "low", "high"])
+
+
+def calibration_table(found: Predicted, *, bins: int = 10) -> pd.DataFrame:
+    """Predicted and observed mortality, in groups of rows of equal size by predicted risk.
+
+    Args:
+      found: predictions of a split.
+      bins: number of groups.
+
+    Returns:
+      Columns when ("last" row of each stay, "every" row), who, predicted and observed (percent)
+      with observed_low and observed_high (Wilson's 95% interval, which counts stays and not
+      rows), rows, stays.
+    """
+    lines = []
+    for when, of in found.mortality.items():
+        for name, score in of.scores.items():
+            who = _LAST_SOFA if name == "last_value" else BASELINES[name]
+            for part in np.array_split(np.argsort(score, kind="stable"), bins):
+                if not len(part):
+                    continue
+                died, stays = float(of.died[part].mean()), len(np.unique(of.at[part, 0]))
+                low, high = wilson(died, stays)
+                lines.append((when, who, 100 * float(score[part].mean()), 100 * died, 100 * low,
+                              100 * high, len(part), stays))  # fmt: skip
+    columns = ["when", "who", "predicted", *ends("observed"), "rows", "stays"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 _Line = tuple[str, str, float, float, float]

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon
 
+from sepsis_jax.report import words
 from worldmodel import schema
 from worldmodel.clinical.rules import LACTATE_LIMIT, MAP_TARGET
 
@@ -22,13 +23,15 @@ matplotlib.use("Agg")
 
 # Okabe-Ito: distinguishable with colour blindness and in grey.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_DPI = 130
-_PANELS = (
-    ("meanbp", "mean arterial pressure, mmHg", MAP_TARGET),
-    ("lactate", "lactate, mmol/L", LACTATE_LIMIT),
-    ("sofa", "SOFA score", None),
-    ("output_4hourly", "urine, mL per step", None),
+PLAN_COLORS = dict(
+    zip(("clinician", "nothing", "fluids", "vasopressor", "both"), COLORS, strict=False)
 )
+"""Of the plans that the demo and the reports simulate; other plans get colours in order."""
+_DPI = 130
+VALUE_PANELS = (
+    ("meanbp", MAP_TARGET), ("lactate", LACTATE_LIMIT), ("sofa", None), ("output_4hourly", None),
+)  # fmt: skip
+"""Values of which futures are shown, with the limit that is drawn."""
 
 
 def fan_chart(
@@ -47,12 +50,9 @@ def fan_chart(
     figure, axes = plt.subplots(1, 5, figsize=(19, 4.2), width_ratios=(1, 1, 1, 1, 0.75))
     plans = list(dict.fromkeys(table["plan"]))
     start = table["hour"].min()
-    for axis, (feature, label, limit) in zip(axes[:-1], _PANELS, strict=True):
-        for color, plan in zip(_cycle(plans), plans, strict=True):
-            rows = table[(table["plan"] == plan) & (table["feature"] == feature)]
-            axis.fill_between(rows["hour"], rows["q05"], rows["q95"], color=color, alpha=0.12, lw=0)
-            axis.fill_between(rows["hour"], rows["q25"], rows["q75"], color=color, alpha=0.25, lw=0)
-            axis.plot(rows["hour"], rows["q50"], color=color, lw=1.8, label=plan)
+    colors = plan_colors(plans)
+    for axis, (feature, limit) in zip(axes[:-1], VALUE_PANELS, strict=True):
+        draw_bands(axis, table[table["feature"] == feature], colors, ground="white")
         before, after = past[past["hour"] <= start], past[past["hour"] >= start]
         axis.plot(before["hour"], before[feature], "o-", color="black", ms=3.5, lw=1)
         axis.plot(after["hour"], after[feature], "o:", color="black", ms=3, lw=0.8, mfc="white")
@@ -63,8 +63,8 @@ def fan_chart(
         bottom = min(shown["q05"].min(), past[feature].min())
         top = max(shown["q95"].median(), shown["q75"].max(), past[feature].max())
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
-        axis.set(xlabel="hours since ICU admission", title=label)
-    _mortality_panel(axes[-1], outcomes, plans)
+        axis.set(xlabel="hours since ICU admission", title=words.feature(feature))
+    _mortality_panel(axes[-1], outcomes, colors)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
@@ -72,10 +72,46 @@ def fan_chart(
     save(figure, path)
 
 
-def _mortality_panel(axis: Axes, outcomes: pd.DataFrame, plans: list[str]) -> None:
+def plan_colors(plans: Sequence[str]) -> dict[str, str]:
+    """One colour per plan, the same in every figure for plans that have a name of their own."""
+    free = [color for name, color in PLAN_COLORS.items() if name not in plans] or list(COLORS)
+    others = [plan for plan in plans if plan not in PLAN_COLORS]
+    found = {plan: free[i % len(free)] for i, plan in enumerate(others)}
+    return {plan: PLAN_COLORS.get(plan) or found[plan] for plan in plans}
+
+
+_WIDEST = 3.2
+
+
+def draw_bands(axis: Axes, rows: pd.DataFrame, colors: Mapping[str, str], *, ground: str) -> None:
+    """Bands of all plans below, then their medians on a halo.
+
+    Later medians are narrower, so that those below show where they are the same.
+
+    Args:
+      axis: to draw in.
+      rows: of one value: plan, hour, q05, q25, q50, q75, q95.
+      colors: by plan.
+      ground: colour of the halo.
+    """
+    for plan, own in rows.groupby("plan", sort=False):
+        color = colors[str(plan)]
+        axis.fill_between(own["hour"], own["q05"], own["q95"], color=color, alpha=0.07, lw=0)
+        axis.fill_between(own["hour"], own["q25"], own["q75"], color=color, alpha=0.16, lw=0)
+    width = _WIDEST
+    for plan, own in rows.groupby("plan", sort=False):
+        axis.plot(own["hour"], own["q50"], color=ground, lw=width + 1.2, zorder=2.5)
+        axis.plot(
+            own["hour"], own["q50"], color=colors[str(plan)], lw=width, zorder=2.6, label=plan
+        )
+        width = max(0.8 * width, 1.2)
+
+
+def _mortality_panel(axis: Axes, outcomes: pd.DataFrame, colors: Mapping[str, str]) -> None:
+    plans = list(colors)
     rows = outcomes.set_index("plan").loc[plans] * 100
     y = np.arange(len(plans))[::-1]
-    for position, color, plan in zip(y, _cycle(plans), plans, strict=True):
+    for position, (plan, color) in zip(y, colors.items(), strict=True):
         row = rows.loc[plan]
         axis.plot([row["mortality_q05"], row["mortality_q95"]], [position] * 2, color=color, lw=3)
         axis.plot(row["mortality_mean"], position, "o", color=color, ms=8)
@@ -107,34 +143,32 @@ def effects_figure(table: pd.DataFrame, path: Path) -> None:
     for axis in axes[len(names) :]:
         axis.axis("off")
     for axis, name in zip(axes, names, strict=False):
-        true, learned = table[f"{name}_true"], table[f"{name}_learned"]
-        for fluid in range(schema.NUM_LEVELS):
-            rows = table["fluid"] == fluid
-            axis.scatter(
-                true[rows], learned[rows], s=30 + 22 * table["vasopressor"][rows],
-                color=COLORS[fluid], alpha=0.8, label=f"fluid {schema.LEVEL_NAMES[fluid]}",
-            )  # fmt: skip
-        limits = [min(true.min(), learned.min()), max(true.max(), learned.max())]
-        axis.plot(limits, limits, color="grey", lw=0.8, ls="--")
-        unit = _UNITS.get(name) or schema.FEATURES[schema.INDEX[name]].unit
-        axis.set(xlabel=f"true, {unit}", ylabel=f"learned, {unit}", title=name)
+        draw_effect(axis, table, name, dot=30)
     axes[0].legend(fontsize=8, frameon=False, title="larger dot: more vasopressor")
     figure.tight_layout()
     save(figure, path)
 
 
-def training_figure(history: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Training and validation loss by epoch, one panel per model."""
-    figure, axes = plt.subplots(1, len(history), figsize=(4.6 * len(history), 3.2))
-    for axis, (name, records) in zip(np.atleast_1d(axes), history.items(), strict=True):
-        epochs = [record["epoch"] for record in records]
-        for color, key in zip(COLORS, ("train_loss", "validation_loss"), strict=False):
-            axis.plot(epochs, [record[key] for record in records], "o-", ms=3, color=color,
-                      label=key.removesuffix("_loss"))  # fmt: skip
-        axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
-        axis.legend(frameon=False)
-    figure.tight_layout()
-    save(figure, path)
+def draw_effect(axis: Axes, table: pd.DataFrame, name: str, *, dot: float) -> None:
+    """Learned against true mean of a quantity, a dot per treatment.
+
+    Args:
+      axis: to draw in.
+      table: as for `effects_figure`.
+      name: of the quantity.
+      dot: area of a dot without vasopressor.
+    """
+    true, learned = table[f"{name}_true"], table[f"{name}_learned"]
+    for fluid in range(schema.NUM_LEVELS):
+        rows = table["fluid"] == fluid
+        axis.scatter(
+            true[rows], learned[rows], s=dot * (1 + 0.7 * table["vasopressor"][rows]),
+            color=COLORS[fluid], alpha=0.8, label=f"fluid {schema.LEVEL_NAMES[fluid]}",
+        )  # fmt: skip
+    limits = [min(true.min(), learned.min()), max(true.max(), learned.max())]
+    axis.plot(limits, limits, color="grey", lw=0.8, ls="--")
+    unit = _UNITS.get(name) or schema.FEATURES[schema.INDEX[name]].unit
+    axis.set(xlabel=f"true, {unit}", ylabel=f"learned, {unit}", title=words.effect(name))
 
 
 def accuracy_figure(
@@ -169,10 +203,6 @@ def accuracy_figure(
     figure.suptitle(title)
     figure.tight_layout()
     save(figure, path)
-
-
-def _cycle(plans: list[str]) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(len(plans))]
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 
 from sepsis_jax.report.figures import COLORS, save
-from sepsis_jax.report.html import Section, Table, write_page
+from sepsis_jax.report.html import Picture, Section, Table, write_page
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -40,15 +40,16 @@ def write_comparison(
     )
     text = _text(manifest)
     (folder / "comparison.md").write_text(f"{where}\n\n{markdown(table)}\n\n{' '.join(text)}\n")
+    files = [folder / f"{name}.png" for name in ("comparison", "actions", "difference")]
     pictures = [
-        (folder / "comparison.png", "Values with 95% intervals; value against rules"),
-        (folder / "actions.png", "Share of decisions by pair of doses"),
-        (folder / "difference.png", "Share of decisions, policy less clinician"),
+        Picture.of(files[0], "Values with 95% intervals; value against rules"),
+        Picture.of(files[1], "Share of decisions by pair of doses"),
+        Picture.of(files[2], "Share of decisions, policy less clinician"),
     ]
-    comparison_figure(table, where, pictures[0][0])
-    action_heat_map(shares, "What is given", pictures[1][0])
+    comparison_figure(table, where, files[0])
+    action_heat_map(shares, "What is given", files[1])
     others = {name: share for name, share in shares.items() if name != "clinician"}
-    difference_heat_map(others, shares["clinician"], "Policy less clinician", pictures[2][0])
+    difference_heat_map(others, shares["clinician"], "Policy less clinician", files[2])
     rates = Table("Broken rules, % of prescriptions", ("policy", *_RATES), [
         (row["policy"], *(row[name] for name in _RATES)) for row in plain(table)
     ])  # fmt: skip

@@ -30,9 +30,9 @@ STAGES = pd.DataFrame(
 CAVEATS = (
     "Published figures come from other patients, another clinician's model and one run each, "
     "without intervals: a difference from ours says nothing by itself.",
-    "The published WPDIS gives every step a share of those still treated (`wpdis_alive` here). It "
+    "The published WPDIS gives every step a share of those still treated. It "
     "is no estimate of the value: the clinicians' own returns average 5.27, their WPDIS is 10.82. "
-    "`wpdis` here keeps the weights of stays that have ended and estimates the value.",
+    "The value by WPDIS above keeps the weights of stays that have ended and estimates the value.",
     "Published adherence counts prescriptions in stays that the policy itself led; ours counts "
     "what it prescribes in recorded states. Underdosing and overdosing are not defined in the "
     "paper; ours are those of Festor et al. (2022).",

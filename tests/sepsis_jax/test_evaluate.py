@@ -9,14 +9,17 @@ import pytest
 
 from policy.registry import make
 from sepsis_jax.ope.agent_runs import at_temperature, read_run
+from sepsis_jax.pipelines import ope
 from sepsis_jax.pipelines.evaluation import policy_table
+from sepsis_jax.pipelines.ope import open_policies
 from sepsis_jax.pipelines.policy_rates import (
     prescribed_rates,
-    rates_with_intervals,
+    rule_counts,
     simulated_rates,
 )
-from sepsis_jax.report.evaluation import cells, latex
+from sepsis_jax.report.evaluation import cells, named_table
 from sepsis_jax.report.published import POLICIES, STAGES
+from sepsis_jax.report.tables import latex
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel import schema
 from worldmodel.clinical.rules import g1_untreated_hypoperfusion
@@ -45,7 +48,7 @@ def test_temperature_works_level_by_level_as_the_sampler_draws():
 def test_rates_are_exact_and_equal_the_records(cohort):
     episodes = load_episodes(cohort)
     given = np.eye(25, dtype=np.float32)[np.asarray(episodes.action)]
-    found = rates_with_intervals(episodes, given, **EDGES)
+    found = rule_counts(episodes, given, **EDGES).rates()
     recorded = simulated_rates(episodes, schema.STEP_HOURS)
     assert found["adherence"][0] == pytest.approx(recorded["adherence"])
     assert found["adherence"][1] < found["adherence"][0] < found["adherence"][2]
@@ -55,14 +58,14 @@ def test_rates_are_exact_and_equal_the_records(cohort):
     zero = np.zeros_like(at["meanbp"])
     broken = np.asarray(g1_untreated_hypoperfusion(**at, vasopressor=zero, fluid=zero))
     valid = np.asarray(episodes.valid)
-    of_none = rates_with_intervals(episodes, none, **EDGES)
+    of_none = rule_counts(episodes, none, **EDGES).rates()
     assert of_none["adherence"][0] == pytest.approx(100 * (1 - broken[valid].mean()))
     assert of_none["overdosing"][0] == 0
     assert of_none["unsafe"][0] == pytest.approx(of_none["underdosing"][0])
     # Drawing from probabilities comes to the same.
     half = make("random").action_probs(episodes)
     drawn = prescribed_rates(jax.random.key(0), episodes, np.asarray(half), **EDGES)
-    assert rates_with_intervals(episodes, np.asarray(half), **EDGES)["adherence"][0] == (
+    assert rule_counts(episodes, np.asarray(half), **EDGES).rates()["adherence"][0] == (
         pytest.approx(drawn["adherence"], abs=1.0)
     )
 
@@ -134,8 +137,12 @@ def test_a_run_in_simulation_is_no_policy_of_records(capsys, cohort, model, tmp_
     )
 
 
-def test_all_tables(capsys, cohort, model, asked, tmp_path):
+def test_all_tables(capsys, cohort, model, asked, tmp_path, monkeypatch):
     """Every row and column, the truth beside the estimates, and nothing that was not given."""
+    opened = []
+    monkeypatch.setattr(
+        ope, "open_policies", lambda *given: opened.append(given) or open_policies(*given)
+    )
     fast = ("--backend", "scripted", "--templates", "compact", "--set", "forecast.samples=3")
     finish("agent", "run", "--model", model, "--patients", 5, *fast, "--out", tmp_path / "free")
     stages = tmp_path / "stages"
@@ -153,6 +160,7 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path):
         "samples=1", "--set", "ope.n_bootstrap=100", "--out", out, "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
+    assert len(opened) == 1  # probabilities are computed once
     table = pd.read_csv(out / "policies.csv").set_index("policy")
     assert table.index.tolist() == ["clinician", "guideline", "random", "rl"]
     assert table["true"].notna().all() and table.loc["guideline", "adherence"] == 100
@@ -168,12 +176,16 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path):
     error = of_model.loc[("world model", "state MAE")]
     assert error.low < error.value < error.high
     page = (out / "report.html").read_text()
+    assert "Example dialogues" in page and "Futures of single patients" in page
+    assert "rl: patient" in page
     assert "SepsisAgent" in page and "no estimate of the value" in page
     tables = json.loads((out / "tables.json").read_text())
-    assert set(tables) == {"world_model", "policies", "stages", "rank_correlation"}
+    assert {"world_model", "policies", "stages", "rank_correlation"} <= set(tables)
     assert r"\toprule" in (out / "policies.tex").read_text()
     refuse(call(capsys, "evaluate", "--episodes", cohort, "--out", tmp_path / "no", "--compare",
                 "mine"), "published")  # fmt: skip
+    refuse(call(capsys, "evaluate", "--episodes", cohort, "--out", tmp_path / "no", "--audit",
+                tmp_path), "audit.json")  # fmt: skip
 
 
 def test_nothing_is_made_up_where_nothing_is_known():
@@ -190,8 +202,9 @@ def test_nothing_is_made_up_where_nothing_is_known():
     assert table.loc["a", "wis"] == 7 and np.isnan(table.loc["a", "dr"])
     assert not table.loc["a", "trust"] and "true" not in table
     columns, rows = cells("policies", table.reset_index())
-    assert rows[1][columns.index("dr")] is None and "7.00 (6.00 to 8.00)" in rows[1]
-    assert "--" in latex(columns, rows) and r"7.00 (6.00 to 8.00)" in latex(columns, rows)
+    assert rows[1][columns.index("value, DR")] is None and "7.00 (6.00 to 8.00)" in rows[1]
+    written = latex(named_table("policies", table.reset_index(), ""))
+    assert "--" in written and r"7.00 (6.00 to 8.00)" in written
 
 
 def test_published_figures_are_those_of_the_paper():

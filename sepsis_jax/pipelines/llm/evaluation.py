@@ -13,7 +13,7 @@ from policy.agent.records import summarize, to_record
 from policy.serving.backend import Backend, Lockstep
 from policy.train.episodes import EpisodeRunner
 from policy.train.rl.advantages import breaks_rules
-from sepsis_jax.ope.intervals import delta, mean_of, share_of
+from sepsis_jax.ope.intervals import delta, ends, mean_of, share_of
 
 FAILED_RETURN = -15.0
 """Return of a failed stay, equal to that of a death, so that failures never improve the mean."""
@@ -107,7 +107,7 @@ def gains(before: Mapping[str, np.ndarray], after: Mapping[str, np.ndarray]) -> 
     )
     adherence = _percent((new - base, of_new - of_base))
     gain = interval("gain", after["returns"] - before["returns"])
-    return gain | dict(zip(_ends("adherence_gain"), adherence, strict=True))
+    return gain | dict(zip(ends("adherence_gain"), adherence, strict=True))
 
 
 def value_of(returns: np.ndarray) -> dict[str, float]:
@@ -119,11 +119,7 @@ def value_of(returns: np.ndarray) -> dict[str, float]:
 def interval(name: str, values: np.ndarray) -> dict[str, float]:
     """`NAME`, `NAME_low` and `NAME_high`: the mean of values [N] with its 95% interval."""
     found = mean_of(values)
-    return dict(zip(_ends(name), (found.value, found.low, found.high), strict=True))
-
-
-def _ends(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
+    return dict(zip(ends(name), (found.value, found.low, found.high), strict=True))
 
 
 def _adherence(broken: np.ndarray, prescriptions: np.ndarray) -> tuple[float, np.ndarray]:

@@ -12,7 +12,7 @@ from policy.simple import RandomPolicy
 from sepsis_jax.ope import ClinicianFit, InputPolicy, check, estimated_clinician, evaluate
 from sepsis_jax.ope.policies import read_probabilities, write_probabilities
 from sepsis_jax.pipelines import ope_estimates
-from sepsis_jax.pipelines.ope import _behavior, open_policies
+from sepsis_jax.pipelines.ope import _behavior, open_policies, softened
 from sepsis_jax.pipelines.ope_estimates import OPEOptions, estimate_policies, ope_keys
 from tests.sepsis_jax.ope.samples import random_case
 from tests.toy import toy_episodes
@@ -127,14 +127,16 @@ def test_softening_reaches_built_in_policies_and_nonsense_is_refused():
     episodes = toy_episodes()
     behavior = np.full((*episodes.valid.shape, 25), 0.04, np.float32)
     options = OPEOptions(soften="uniform", soften_share=0.5)
-    probs, _ = open_policies(["none", "clinician"], episodes, behavior, options)
+    given = ["none", "clinician"]
+    probs = softened(open_policies(given, episodes, behavior)[0], given, behavior, options)
     assert np.allclose(np.asarray(probs["none"])[0, 0, :2], [0.52, 0.02])
     assert np.allclose(probs["clinician"], behavior)
     for flawed in ({"soften": "nonsense"}, {"soften_share": 1.5}, {"soften_share": float("nan")}):
         with pytest.raises(InputError, match=next(iter(flawed))):
             OPEOptions(**flawed)
     with pytest.raises(InputError, match="needs the clinician"):
-        open_policies(["none"], episodes, None, OPEOptions(soften="clinician"))
+        softened(open_policies(["none"], episodes, None)[0], ["none"], None,
+                 OPEOptions(soften="clinician"))  # fmt: skip
 
 
 def test_no_stay_is_evaluated_with_a_clinician_that_saw_its_patient(monkeypatch):
