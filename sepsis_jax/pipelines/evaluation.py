@@ -43,7 +43,8 @@ from worldmodel.models.evaluation import predict_split
 
 MARKER = "tables.json"
 EXAMPLE_SAMPLES = 300  # futures per plan of a single patient
-ESTIMATORS = ("dr", "wis", "wpdis", "wpdis_alive")
+ESTIMATORS = ("dr", "wis", "wpdis", "wpdis_alive", "world_model")
+_OF_RECORDS = ("dr", "wis", "wpdis")  # equal to the mean return for who made the records
 OF_STAGES = ("mortality_auroc", "mortality_auprc", "vasopressor_auroc", "vasopressor_auprc")
 _ROW_OF_RECORDS = "on_policy"
 
@@ -104,7 +105,7 @@ def evaluate_all(
         figures, manifest.json, and `ope`, the whole off-policy evaluation.
       policies: as for `sepsis_jax.pipelines.ope.evaluate_policies`; names may have blanks. The
         clinician is always there.
-      model: world model, for the first table.
+      model: world model, for the first table, and in which policies that can be run are valued.
       behavior: as for `evaluate_policies`.
       treated: NAME=FOLDER of an agent's run over synthetic patients, for its true value.
       stages: folder of `policy stages`, for the last table; policies named like its stages
@@ -136,7 +137,7 @@ def evaluate_all(
         ope = OPEOptions(**{**vars(options.ope), "split": options.split, "seed": options.seed})
         named = [*([CLINICIAN] if fitted else []), *others]
         found = evaluate_policies(
-            episodes_path, folder / "ope", named, behavior=behavior, options=ope
+            episodes_path, folder / "ope", named, behavior=behavior, model=model, options=ope
         )
         progress("rules", 0.5)
         given = {name: np.asarray(p) for name, p in found.probs.items() if name != CLINICIAN}
@@ -213,10 +214,10 @@ def policy_table(
       truths: by policy, true value as (value, low, high); empty where nothing is known.
 
     Returns:
-      Columns policy; dr, wis, wpdis, wpdis_alive, each with _low and _high; less_clinician (of
-      WIS, paired) with _low and _high; ess, trust, reason; adherence, unsafe, underdosing,
-      overdosing with _low and _high; true with _low and _high. Records are their own estimate: a
-      clinician who made them needs no weights.
+      Columns policy; dr, wis, wpdis, wpdis_alive, world_model (value in a world model, if there is
+      one), each with _low and _high; less_clinician (of WIS, paired) with _low and _high; ess,
+      trust, reason; adherence, unsafe, underdosing, overdosing with _low and _high; true with _low
+      and _high. Records are their own estimate: a clinician who made them needs no weights.
     """
     rows: list[JsonDict] = []
     for name in rates:
@@ -226,7 +227,7 @@ def policy_table(
         if by_record:
             own = estimates.set_index("estimator").loc[[_ROW_OF_RECORDS]].iloc[:1]
         for estimator in ESTIMATORS:
-            source = _ROW_OF_RECORDS if by_record and estimator != "wpdis_alive" else estimator
+            source = _ROW_OF_RECORDS if by_record and estimator in _OF_RECORDS else estimator
             row |= _with_interval(estimator, own, source)
         headline = own.loc["wis"] if "wis" in own.index else None
         if headline is not None:
@@ -250,7 +251,7 @@ def policy_table(
             name: rank_correlation(
                 table.loc[known, name].to_numpy(), table.loc[known, "true"].to_numpy()
             )
-            for name in ("dr", "wis", "wpdis")
+            for name in (*_OF_RECORDS, "world_model")
         }
     return table
 

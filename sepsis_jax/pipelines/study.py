@@ -32,7 +32,6 @@ from worldmodel.errors import InputError
 from worldmodel.files import digest_file
 from worldmodel.models.training import TrainConfig
 
-COVERAGE = "coverage.csv"
 ASKED = ("sft", "bc", "rl")  # stages of the language model that are asked in recorded states
 
 
@@ -130,15 +129,15 @@ def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> 
         if (out / f"seed-{options.seeds[0]}" / "evaluation" / f"{name}.csv").exists()
     }  # fmt: skip
     done = {seed: stages_done(out / f"seed-{seed}") for seed in options.seeds}
-    write_study(out, tables, done, provenance(settings=plain(options)))
-    coverage = coverage_of(
-        {
-            seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / "policies.csv")
-            for seed in options.seeds
-        }
-    )
-    if coverage is not None and len(options.seeds) > 1:
-        coverage.to_csv(out / COVERAGE, index=False)
+    coverage = None
+    if len(options.seeds) > 1:
+        coverage = coverage_of(
+            {
+                seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / "policies.csv")
+                for seed in options.seeds
+            }
+        )
+    write_study(out, tables, done, provenance(settings=plain(options)), coverage)
     return tables["policies"]
 
 

@@ -57,7 +57,7 @@ _TRUTH = (
 )
 COLUMNS = {
     "policies": ("true", "wis", "trust", "ess", "less_clinician", "dr", "wpdis", "wpdis_alive",
-                 "adherence", "underdosing", "overdosing"),
+                 "world_model", "adherence", "underdosing", "overdosing"),
     "stages": ("true", "valid", "dr", "wis", "wpdis", "adherence", "unsafe", "mortality_auroc",
                "mortality_auprc", "vasopressor_auroc", "vasopressor_auprc"),
 }  # fmt: skip

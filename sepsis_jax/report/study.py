@@ -16,6 +16,9 @@ from sepsis_jax.report.tables import write_tables
 from sepsis_jax.runs import JsonDict
 
 REPORT = "report.html"
+_COVERAGE = {"intervals": 0, "covered": 0, "covered_low": 0, "covered_high": 0, "width": 1,
+             "rank": 2, "least_rank": 2}  # fmt: skip
+"""Columns of the table of coverage, with their digits after the point."""
 
 
 def write_study(
@@ -23,6 +26,7 @@ def write_study(
     tables: Mapping[str, pd.DataFrame],
     stages: Mapping[int, Mapping[str, str]],
     facts: JsonDict,
+    coverage: pd.DataFrame | None = None,
 ) -> None:
     """Writes report.html, and every table as .csv, .tex and in tables.json.
 
@@ -31,6 +35,7 @@ def write_study(
       tables: of `pipelines.study.over_seeds`, by name of `TITLES`.
       stages: by seed, the hash of each stage that is done.
       facts: where it comes from.
+      coverage: of `pipelines.study_coverage.coverage_of`, where the truth is known.
     """
     several = len(stages) > 1
     text = (
@@ -42,6 +47,8 @@ def write_study(
         Section(TITLES[name], (text,), tables=(_table(name, table, several),))
         for name, table in tables.items()
     ]
+    if coverage is not None:
+        sections.append(_coverage(coverage))
     names = list(dict.fromkeys(name for of in stages.values() for name in of))
     rows = [
         (f"{seed}", f"seed-{seed}/evaluation/{REPORT}", *(of.get(n, "")[:12] for n in names))
@@ -57,6 +64,28 @@ def write_study(
     sections = [*sections, seeds, provenance_section(facts)]
     write_tables(out, sections)
     write_page(out / REPORT, f"Study over {len(stages)} seed{'s' * several}", sections)
+
+
+def _coverage(table: pd.DataFrame) -> Section:
+    shown = ["estimator", "verdict", *(name for name in _COVERAGE if name in table)]
+    rows = [
+        tuple(
+            words.column(row[name]) if name == "estimator"
+            else row[name] if isinstance(row[name], str)
+            else None if not np.isfinite(row[name])
+            else f"{row[name]:.{_COVERAGE[name]}f}"
+            for name in shown
+        )
+        for _, row in table.iterrows()
+    ]  # fmt: skip
+    return Section(
+        "Do the intervals hold the truth?",
+        ("How many of the policies' 95% intervals hold the true value, over all seeds and policies "
+         "but the clinician, and how well each estimate orders the policies of a seed (Spearman's "
+         "correlation with their true values; its mean and least over seeds). The world model's "
+         "intervals tell of patients and noise, not of what the model has learned wrongly.",),
+        tables=(Table("", [words.column(name) for name in shown], rows, "coverage", table),),
+    )  # fmt: skip
 
 
 def _table(name: str, table: pd.DataFrame, several: bool) -> Table:

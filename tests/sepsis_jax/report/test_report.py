@@ -17,6 +17,7 @@ from sepsis_jax.pipelines.evaluation import policy_table
 from sepsis_jax.pipelines.example_futures import PLANS, START_STEP, ExampleFutures, example_futures
 from sepsis_jax.pipelines.policy_rates import RuleCounts, group_table
 from sepsis_jax.pipelines.study import over_seeds
+from sepsis_jax.pipelines.study_coverage import coverage_of
 from sepsis_jax.pipelines.verdicts import Check, read_checks
 from sepsis_jax.report import words
 from sepsis_jax.report.evaluation import Findings, write_report
@@ -313,6 +314,10 @@ def test_the_page_of_a_study_says_spreads_or_that_there_are_none(tmp_path):
     write_study(tmp_path, {"policies": over_seeds(of)}, done, {"command": "sepsis-jax study"})
     page = (tmp_path / "report.html").read_text()
     assert "6.00 ± 1.41" in page and "seed-1/evaluation/report.html" in page
+    assert raw_keys(page) == []
+    write_study(tmp_path, {"policies": over_seeds(of)}, done, {"command": "x"}, coverage_of(of))
+    page = (tmp_path / "report.html").read_text()
+    assert "hold the truth, %" in page and (tmp_path / "coverage.csv").exists()
     assert raw_keys(page) == []
     one = {0: of[0]}
     write_study(tmp_path, {"policies": over_seeds(one)}, {0: done[0]}, {"command": "x"})
