@@ -67,7 +67,7 @@ def generate(
     """Draws tokens after each prompt until a stop token or the limit.
 
     One program is compiled per number of rows and most new tokens, rounded up to powers of two, per
-    longest prompt, of which there are four sizes per power of two, and per whether any row has a
+    longest prompt, of which there are two sizes per power of two, and per whether any row has a
     `top_p` below 1. A limit beyond the model's positions is lowered to what they allow.
 
     Args:
@@ -98,7 +98,10 @@ def generate(
     known = None if prefixes is None else prefixes.find([draw.prompt_ids for draw in draws])
     start = np.zeros(rows, np.int32)
     begun: Cache | None = None
-    width = read = min(bucket(int(length.max()), SMALLEST_BUCKET, digits=3), context)
+    longest = int(length.max())
+    width = min(bucket(longest, SMALLEST_BUCKET, digits=2), context)
+    # Caches that are kept have few sizes, or else there would be a program for every pair of them.
+    slots = most + (width if prefixes is None else min(bucket(longest, SMALLEST_BUCKET), context))
     if known is not None:
         start[: len(draws)] = known.lengths
         width = bucket(int((length - start).max()), SMALLEST_BUCKET)
@@ -126,10 +129,11 @@ def generate(
     )
     with _within(mesh):
         if known is not None:
-            begun = _taken(known.cache, source, slots=read + most)
+            begun = _taken(known.cache, source, slots=slots)
         now = _generate(
-            *nnx.split(model), ids, settings, begun, most=most, keep=prefixes is not None
-        )
+            *nnx.split(model), ids, settings, begun,
+            most=most, slots=slots, keep=prefixes is not None,
+        )  # fmt: skip
         out = jax.device_get(now._replace(cache=None))
     drawn = [_of_row(out, row) for row in range(len(draws))]
     if prefixes is not None and now.cache is not None:  # all but the last token were read
@@ -181,7 +185,7 @@ def _taken(cache: Cache, rows: jax.Array, *, slots: int) -> Cache:
     return Cache(one(cache.k), one(cache.v))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "most", "keep"), donate_argnames="begun")
+@partial(jax.jit, static_argnames=("graphdef", "most", "slots", "keep"), donate_argnames="begun")
 def _generate(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
@@ -190,11 +194,12 @@ def _generate(
     begun: Cache | None = None,
     *,
     most: int,
+    slots: int,
     keep: bool = False,
 ) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
-    batch, width = ids.shape
-    cache = model.empty_cache(batch, width + most) if begun is None else begun
+    batch = len(ids)
+    cache = model.empty_cache(batch, slots) if begun is None else begun
     last, cache = _read(model, ids, settings.start, settings.length, cache)
 
     def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:

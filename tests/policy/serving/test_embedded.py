@@ -133,9 +133,9 @@ def test_turns_go_on_from_the_cache_until_the_weights_change(folder, model, monk
         if rows:
             generator.set_weights(qwen3.load(folder), "1")
             assert [reply.token_ids for reply in ask_all(generator, more)] == found[0]
-            assert widths == [96, 32, 112]
+            assert widths == [96, 32, 128]
         else:
-            assert widths == [96, 112]
+            assert widths == [96, 128]
     assert found[0] == found[16]
 
 

@@ -104,7 +104,9 @@ def test_sampling_takes_what_is_foretold(rows, prompt, new):
         stop_ids=jnp.zeros(8, jnp.int32),
     )  # fmt: skip
     ids = jnp.zeros((rows, prompt), jnp.int32)
-    planned = _generate.lower(graphdef, shapes, ids, settings, most=new).compile()
+    planned = _generate.lower(
+        graphdef, shapes, ids, settings, most=new, slots=prompt + new
+    ).compile()
     parts = memory.sampling(model, ONE, rows=rows, prompt=prompt, new=new, cache_tokens=0)
     slots = rows * (prompt + new)
     assert parts["key-value cache"] == 4 * slots * 2 * 2 * 64 * 4  # layers, k and v, heads, float32
