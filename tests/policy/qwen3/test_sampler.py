@@ -109,7 +109,9 @@ def test_one_program_per_bucket(model, drawn):
 def test_the_next_turn_reads_only_what_is_new(model, drawn):
     prefixes = PrefixCache(rows=16)
     first = generate(model, draws(), prefixes=prefixes)
-    assert first == drawn
+    for a, b in zip(first, drawn, strict=True):  # another program, so up to rounding
+        assert a.token_ids == b.token_ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
     asked = [
         Draw((*ids, *reply.token_ids, *RNG.integers(0, 640, new).tolist()), seed=seed,
              max_completion_length=NEW)
