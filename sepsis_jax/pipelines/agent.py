@@ -110,10 +110,11 @@ def open_backend(options: BackendOptions) -> Backend:
     from policy.serving.openai import REASONING_MODELS, ChatOptions, OpenAIBackend
 
     omit = REASONING_MODELS if options.reasoning else frozenset()
+    extra = _parameters(options.extra)  # before the server, for which minutes may be waited
     chat = ChatOptions(
         vllm=_checked(check_server(server)),
         omit=omit,
-        extra=_parameters(options.extra),
+        extra=extra,
         enable_thinking=options.enable_thinking,
     )
     return OpenAIBackend(server, chat)
