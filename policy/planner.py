@@ -123,10 +123,9 @@ def _breaks_rules(observation: Observation) -> jax.Array:
     """[25] bool; which actions break G1 or G2."""
     vasopressor, fluid = schema.action_levels(jnp.arange(schema.NUM_ACTIONS))
     meanbp, lactate = (observation.dynamic[schema.INDEX[name]] for name in ("meanbp", "lactate"))
-    before, step = observation.vasopressor, observation.step
-    return rules.g1_untreated_hypoperfusion(
-        meanbp, lactate, vasopressor, fluid
-    ) | rules.g2_unneeded_escalation(meanbp, vasopressor, before, step)
+    return rules.breaks_guideline(
+        meanbp, lactate, vasopressor, fluid, observation.vasopressor, observation.step
+    )
 
 
 def _cautious(values: jax.Array, config: PlannerConfig) -> jax.Array:

@@ -15,12 +15,12 @@ synthetic patients, the same for all. A run that was stopped goes on with the sa
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from policy.train.rl.advantages import COUNTERFACTUAL, EPISODE, STEP
 from policy.train.rl.trainer import ALL, SAMPLED
@@ -131,13 +131,10 @@ def train(
             folder, chosen, llm=clones[seed] / MODEL, model=stages / "world_model",
             episodes=stages / "episodes", resume=True,
         )  # fmt: skip
-    tokens, curve = 0.0, []
-    for text in (folder / METRICS / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        tokens += line.get("learned_tokens", 0.0)
-        if "held_out_value" in line:
-            curve.append((tokens, line["held_out_value"]))
-    return curve
+    lines = pd.read_json(folder / METRICS / "metrics.jsonl", lines=True)
+    tokens = lines["learned_tokens"].fillna(0.0).cumsum()
+    judged = lines["held_out_value"].notna()
+    return list(zip(tokens[judged], lines.loc[judged, "held_out_value"], strict=True))
 
 
 def draw(found: dict[str, dict[str, list[Curve]]], path: Path) -> None:

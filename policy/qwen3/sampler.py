@@ -107,6 +107,8 @@ def generate(
         width = bucket(int((length - start).max()), SMALLEST_BUCKET)
         source = np.zeros(rows, np.int32)
         source[: len(draws)] = known.rows
+        with _within(mesh):
+            begun = _taken(known.cache, source, slots=slots)
     ids = np.zeros((rows, width), np.int32)
     for row, draw in enumerate(draws):
         ids[row, : length[row] - start[row]] = draw.prompt_ids[start[row] :]
@@ -128,8 +130,6 @@ def generate(
         ),
     )
     with _within(mesh):
-        if known is not None:
-            begun = _taken(known.cache, source, slots=slots)
         now = _generate(
             *nnx.split(model), ids, settings, begun,
             most=most, slots=slots, keep=prefixes is not None,

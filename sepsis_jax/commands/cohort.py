@@ -28,7 +28,6 @@ from sepsis_jax.runs import claimed
 from worldmodel.configuration import LARGEST
 
 if TYPE_CHECKING:
-    from sepsis_jax.cohort import CohortOptions, CohortReport
     from sepsis_jax.cohort.own_table import OwnCohort, OwnTableOptions
 
 app = typer.Typer(
@@ -62,12 +61,7 @@ def mimic_iv(
     json: Json = False,
 ) -> None:
     """Sepsis-3 stays of MIMIC-IV (2.2 to 3.1) as episodes of 4-hour steps."""
-    from sepsis_jax.cohort import build_cohort
-
-    options = _cohort_options(option, config, seed)
-    with claimed(out), phases("cohort") as progress:
-        report = build_cohort(data, out, options, progress)
-    _say_built(report, options, json=json)
+    _build(data, out, option, config, seed, json=json)
 
 
 @app.command(
@@ -93,27 +87,28 @@ def meds(
     json: Json = False,
 ) -> None:
     """Sepsis-3 stays of any hospital as episodes, from MEDS files and a map of their codes."""
-    from sepsis_jax.cohort import build_cohort
+    _build(data, out, option, config, seed, json=json, concept_map=concept_map)
+
+
+def _build(
+    data: Path,
+    out: Path,
+    option: list[str] | None,
+    config: Path | None,
+    seed: int | None,
+    *,
+    json: bool,
+    concept_map: Path | None = None,
+) -> None:
+    from sepsis_jax.cohort import CohortOptions, build_cohort
     from sepsis_jax.cohort.concepts import load_concept_map
-
-    options = _cohort_options(option, config, seed)
-    concepts = load_concept_map(concept_map)
-    with claimed(out), phases("cohort") as progress:
-        report = build_cohort(data, out, options, progress, concepts)
-    _say_built(report, options, json=json)
-
-
-def _cohort_options(
-    option: list[str] | None, config: Path | None, seed: int | None
-) -> CohortOptions:
-    from sepsis_jax.cohort import CohortOptions
     from worldmodel.configuration import resolve_config
 
     overrides = [*(option or []), *([f"seed={seed}"] if seed is not None else [])]
-    return resolve_config(CohortOptions, config, overrides, source="--option")
-
-
-def _say_built(report: CohortReport, options: CohortOptions, *, json: bool) -> None:
+    options = resolve_config(CohortOptions, config, overrides, source="--option")
+    concepts = None if concept_map is None else load_concept_map(concept_map)
+    with claimed(out), phases("cohort") as progress:
+        report = build_cohort(data, out, options, progress, concepts)
     print_table(
         "Who is in the cohort",
         ("step", "excluded", "remaining"),

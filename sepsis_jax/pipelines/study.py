@@ -120,25 +120,20 @@ def run_study(out: Path, options: StudyOptions, progress: Progress = silent) -> 
             progress(f"seed {seed}, {phase}", (number + share) / len(options.seeds))
 
         run_all(folder, stages_of(folder, options, seed), tell)
-    tables = {
-        name: over_seeds({
-            seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / f"{name}.csv")
-            for seed in options.seeds
-        })
+    of_seeds = {
+        name: {seed: pd.read_csv(_table_file(out, seed, name)) for seed in options.seeds}
         for name in TITLES
-        if (out / f"seed-{options.seeds[0]}" / "evaluation" / f"{name}.csv").exists()
-    }  # fmt: skip
+        if _table_file(out, options.seeds[0], name).exists()
+    }
+    tables = {name: over_seeds(found) for name, found in of_seeds.items()}
     done = {seed: stages_done(out / f"seed-{seed}") for seed in options.seeds}
-    coverage = None
-    if len(options.seeds) > 1:
-        coverage = coverage_of(
-            {
-                seed: pd.read_csv(out / f"seed-{seed}" / "evaluation" / "policies.csv")
-                for seed in options.seeds
-            }
-        )
+    coverage = coverage_of(of_seeds["policies"]) if len(options.seeds) > 1 else None
     write_study(out, tables, done, provenance(settings=plain(options)), coverage)
     return tables["policies"]
+
+
+def _table_file(out: Path, seed: int, name: str) -> Path:
+    return out / f"seed-{seed}" / "evaluation" / f"{name}.csv"
 
 
 def over_seeds(tables: dict[int, pd.DataFrame]) -> pd.DataFrame:

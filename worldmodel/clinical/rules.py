@@ -40,6 +40,19 @@ def g2_unneeded_escalation(
     return (meanbp >= MAP_TARGET) & (vasopressor > previous_vasopressor) & (step > 0)
 
 
+def breaks_guideline(
+    meanbp: Num[Array, "*#b"],
+    lactate: Num[Array, "*#b"],
+    vasopressor: Num[Array, "*#b"],
+    fluid: Num[Array, "*#b"],
+    previous_vasopressor: Num[Array, "*#b"],
+    step: Num[Array, "*#b"],
+) -> Bool[Array, "*#b"]:
+    """G1 or G2, which are never broken by one prescription together."""
+    g1 = g1_untreated_hypoperfusion(meanbp, lactate, vasopressor, fluid)
+    return g1 | g2_unneeded_escalation(meanbp, vasopressor, previous_vasopressor, step)
+
+
 @dataclass(frozen=True)
 class Underdosing:
     """Hypotension left with no vasopressor and little fluid.

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, Num
 
 from policy.agent.dialogue import COMPLETED, Decision, Stay
 from worldmodel import schema
-from worldmodel.clinical.rules import g1_untreated_hypoperfusion, g2_unneeded_escalation
+from worldmodel.clinical.rules import breaks_guideline
 from worldmodel.configuration import require
 from worldmodel.errors import InputError
 
@@ -308,10 +308,11 @@ def breaks_rules(decisions: Sequence[Decision]) -> Bool[np.ndarray, " D"]:
         return np.array([getattr(decision, name) for decision in decisions])
 
     vasopressor, fluid = schema.action_levels(column("action"))
-    meanbp, before = column("meanbp"), column("previous_vasopressor")
-    g1 = g1_untreated_hypoperfusion(meanbp, column("lactate"), vasopressor, fluid)
-    g2 = g2_unneeded_escalation(meanbp, vasopressor, before, column("step"))
-    return np.asarray(g1 | g2)
+    found = breaks_guideline(
+        column("meanbp"), column("lactate"), vasopressor, fluid, column("previous_vasopressor"),
+        column("step"),
+    )  # fmt: skip
+    return np.asarray(found)
 
 
 def of_all_actions(decision: Decision, config: AdvantageConfig) -> Float[np.ndarray, " 25"]:
