@@ -41,7 +41,7 @@ _SHOWN = {
 
 @app.command(
     "run",
-    epilog="Example: sepsis-jax agent run --config configs/agent_tiny.yaml --llm runs/tiny "
+    epilog="Example: sepsis-jax agent run --config configs/agent_tiny.yaml --llm runs/tiny-llm "
     "--model runs/demo/model --out runs/agent",
 )
 def run(
@@ -142,7 +142,7 @@ def run(
         enable_thinking=thinking,
     )  # fmt: skip
     goes_on = f"the same command with --resume goes on in {out}"
-    with resumable(goes_on), claimed(out), phases("agent", log_every=30.0) as progress:
+    with resumable(goes_on), claimed(out), phases("agent") as progress:
         found = run_agent(
             out, options, chosen, model=model, episodes=episodes, behavior=behavior,
             resume=resume, progress=progress,

@@ -180,7 +180,7 @@ def sweep(
     share = Shard.parse(shard)
     part = f"{share.index}-of-{share.count}" if share.count > 1 else None
     goes_on = f"the same command with --resume goes on in {out}"
-    with resumable(goes_on), claimed(out, part=part), phases("sweep", log_every=60.0) as progress:
+    with resumable(goes_on), claimed(out, part=part), phases("sweep") as progress:
         result = run_sweep(
             episodes, model, out, options, behavior=behavior, shard=share, resume=resume,
             progress=progress,

@@ -45,7 +45,7 @@ app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=
 
 @app.command(
     "train",
-    epilog="Example: sepsis-jax world-model train --episodes runs/synthetic --out runs/model",
+    epilog="Example: sepsis-jax world-model train --episodes runs/demo/cohort --out runs/model",
 )
 def train(
     episodes: Episodes,
@@ -71,7 +71,8 @@ def train(
 
 @app.command(
     "evaluate",
-    epilog="Example: sepsis-jax world-model evaluate --model runs/model --episodes runs/synthetic",
+    epilog="Example: sepsis-jax world-model evaluate --model runs/demo/model "
+    "--episodes runs/demo/cohort",
 )
 def evaluate(
     model: Model,
@@ -99,7 +100,7 @@ def evaluate(
 
 @app.command(
     "effects",
-    epilog="Example: sepsis-jax world-model effects --model runs/model --out runs/effects",
+    epilog="Example: sepsis-jax world-model effects --model runs/demo/model --out runs/effects",
 )
 def effects(
     model: Model,
@@ -134,8 +135,8 @@ def effects(
 
 @app.command(
     "values",
-    epilog="Example: sepsis-jax world-model values --model runs/model --out runs/values "
-    "--policy none --policy clinician --policy titration --policy iql=runs/iql",
+    epilog="Example: sepsis-jax world-model values --model runs/demo/model --out runs/values "
+    "--policy none --policy clinician --policy titration --policy guideline",
 )
 def values(
     model: Model,
@@ -230,7 +231,7 @@ def _is_value(row: object) -> bool:
 
 @app.command(
     "export",
-    epilog="Example: sepsis-jax world-model export --model runs/model --out runs/published",
+    epilog="Example: sepsis-jax world-model export --model runs/reference --out runs/published",
 )
 def export(model: Model, out: Out, json: Json = False) -> None:
     """Write a model of the reference variant as SepsisAgent's folder of .pt files."""
