@@ -80,6 +80,13 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def show_plan(lines: Sequence[tuple[str, str]], json: bool) -> None:
+    """What a dry run found, as a table and, if wanted, as JSON."""
+    print_table("What it would take; nothing was written", ("what", "amount"), lines)
+    if json:
+        print_json(dict(lines))
+
+
 def with_seed(options: OptionsT, seed: int | None) -> OptionsT:
     """Settings with the seed of the command line, where one is given."""
     return options if seed is None else replace(options, seed=seed)
@@ -209,6 +216,10 @@ Setting = Annotated[
     typer.Option(
         "--set", "-o", help="A setting as NAME=VALUE, such as -o seed=1; repeat for more."
     ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say what it would take: work, time, memory, disk."),
 ]
 Json = Annotated[
     bool,

@@ -10,6 +10,7 @@ import typer
 from sepsis_jax.console import (
     DISCLAIMER,
     Config,
+    DryRun,
     Json,
     OtherSeed,
     Out,
@@ -20,6 +21,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
     resumable,
+    show_plan,
 )
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
@@ -125,6 +127,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
     ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Treat patients with a language model that proposes, simulates, refines and prescribes."""
@@ -141,6 +144,11 @@ def run(
         served_name=served_name, reasoning=reasoning, extra=tuple(extra or ()),
         enable_thinking=thinking,
     )  # fmt: skip
+    if dry_run:
+        from sepsis_jax.pipelines.dry_run import agent_lines
+
+        show_plan(agent_lines(options, chosen, episodes), json)
+        return
     goes_on = f"the same command with --resume goes on in {out}"
     with resumable(goes_on), claimed(out), phases("agent") as progress:
         found = run_agent(

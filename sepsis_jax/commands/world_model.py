@@ -9,6 +9,7 @@ import typer
 
 from sepsis_jax.console import (
     Config,
+    DryRun,
     Episodes,
     Json,
     Model,
@@ -22,6 +23,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
     resumable,
+    show_plan,
 )
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
@@ -52,6 +54,7 @@ def train(
     out: Out,
     config: Config = None,
     setting: Setting = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train State and Outcome Model. The same command again goes on where it was stopped."""
@@ -60,6 +63,11 @@ def train(
     from worldmodel.models.training import TrainConfig
 
     settings = resolve_config(TrainConfig, config, setting, source="--set")
+    if dry_run:
+        from sepsis_jax.pipelines.dry_run import training_lines
+
+        show_plan(training_lines(episodes, settings), json)
+        return
     goes_on = "the same command goes on where it was stopped"
     with resumable(goes_on), claimed(out), epochs("world model") as progress:
         trained = world_model.train(episodes, out, settings, progress=progress)

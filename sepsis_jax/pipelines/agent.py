@@ -160,6 +160,7 @@ def _parameters(texts: tuple[str, ...]) -> JsonDict:
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"
+SYNTHETIC_PATIENTS = 32  # if not told how many
 _PATIENT_BYTES = 16_384  # of a patient in the pool
 
 
@@ -384,7 +385,7 @@ def _unit(
     if episodes is None:
         if options.patients is not None:
             require_memory("patients", options.patients, _PATIENT_BYTES)
-        patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
+        patients = np.arange(options.patients or SYNTHETIC_PATIENTS, dtype=np.int32)
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
         return _Unit(env, patients, patient_keys(key, patients), None, None, {})
     assert world_model is not None
