@@ -360,6 +360,7 @@ def training_panels(history: Mapping[str, Sequence[Mapping[str, float]]], folder
             for color, key in zip(COLORS, ("train_loss", "validation_loss"), strict=False):
                 axis.plot(epochs, [record[key] for record in records], "o-", ms=3, color=color)
             axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(color=LINE)
         save_svg(figure, path)
         panels.append((path, f"Loss of the {name} model by epoch"))
