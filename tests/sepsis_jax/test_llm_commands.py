@@ -16,7 +16,7 @@ from policy.qwen3.config import RopeScaling, load_config
 from policy.testing.tiny_qwen3 import make_tiny
 from sepsis_jax.pipelines.episodes import make_synthetic_cohort
 from sepsis_jax.pipelines.llm.setup import ModelOptions, open_policy
-from sepsis_jax.pipelines.llm.stages import StagesOptions
+from sepsis_jax.pipelines.llm.stages import StagesOptions, _parts
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import save_world_model
@@ -217,3 +217,13 @@ def test_recorded_stays_replace_demonstrations(inputs, taught, tmp_path, capsys)
     assert (tmp_path / "bc" / "model" / "config.json").exists()
     none = ("--set", "bc.rejection.total_reward=1000", "--out", tmp_path / "none")
     refuse(call(capsys, *asked, *none), "good enough")
+
+
+def test_progress_of_all_stages_never_goes_back():
+    told = []
+    for part in _parts(lambda phase, share: told.append((share, phase)), ["rl_episode"]).values():
+        part("begins", 0.0)
+        part("ends", 1.0)
+    assert told == sorted(told, key=lambda one: one[0])
+    assert told[0] == (0.0, "records: begins") and told[-1][0] == pytest.approx(1.0)
+    assert [phase for _, phase in told].index("bc: begins") < len(told) / 2

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -207,9 +208,11 @@ def _run_stages(
     progress: Progress,
 ) -> pd.DataFrame:
     """`run_stages` in a folder that is its own."""
-    episodes = episodes or _episodes(out / "episodes", options, progress)
-    model = model or _world_model(out / "world_model", episodes, options, progress)
-    start = llm or _tiny(out / START, episodes, model, options, progress)
+    baselines = [f"rl_{kind}" for kind in options.baselines]
+    part = _parts(progress, baselines)
+    episodes = episodes or _episodes(out / "episodes", options, part["records"])
+    model = model or _world_model(out / "world_model", episodes, options, part["world model"])
+    start = llm or _tiny(out / START, episodes, model, options, part[START])
 
     runs: dict[str, tuple[Path, Callable[[Path], object]]] = {}
     sft, bc = out / "sft", out / "bc"
@@ -225,32 +228,32 @@ def _run_stages(
         )
         chosen = replace(options.rl, agentic=agentic)
         return lambda to: run_rl(
-            to, chosen, llm=bc / MODEL, model=model, progress=_named(progress, to.name), **common
+            to, chosen, llm=bc / MODEL, model=model, progress=part[to.name], **common
         )
 
     runs["sft"] = (
         sft,
-        lambda to: run_sft(to, options.sft, llm=start, progress=_named(progress, "sft"), **common),
+        lambda to: run_sft(to, options.sft, llm=start, progress=part["sft"], **common),
     )
     runs["bc"] = (
         bc,
         lambda to: run_bc(
-            to, options.bc, llm=sft / MODEL, model=model, progress=_named(progress, "bc"),
+            to, options.bc, llm=sft / MODEL, model=model, progress=part["bc"],
             **common,
         ),
     )  # fmt: skip
     main = options.rl.agentic.advantages
     runs["rl"] = (out / "rl", rl(main, options.rl.agentic.num_generations))
-    for kind in options.baselines:
-        name = f"rl_{kind}"
+    for name, kind in zip(baselines, options.baselines, strict=True):
         runs[name] = (out / name, rl(replace(main, kind=kind), options.baseline_num_generations))
-    comparators = _comparators(out, options, model, episodes, progress)
+    comparators = _comparators(out, options, model, episodes, part["comparators"])
     rows: list[JsonDict] = [{"stage": name, **value_of(one)} for name, one in comparators.items()]
     evaluations: dict[str, dict[str, np.ndarray]] = {}
 
     def add(name: str, before: str, llm: Path, simulator: str = "") -> None:
         folder = out / name
-        found = _evaluate_stage(folder, llm, name, options, model, episodes, progress, simulator)
+        tell = part[_evaluation_of(name)]
+        found = _evaluate_stage(folder, llm, name, options, model, episodes, tell, simulator)
         own = {one: np.array(found.pop(one)) for one in OF_STAYS}
         if simulator:
             name, before = f"{name}, simulator {simulator}", name
@@ -299,9 +302,9 @@ def _comparators(
     world = TrueWorld(
         config.patients, config.seed, confounding=0.0, max_steps=options.rl.runner.max_steps
     )
-    for name in config.comparators:
+    for number, name in enumerate(config.comparators):
         if name not in found:
-            progress(f"comparator {name}", 0.0)
+            progress(name, number / len(config.comparators))
             policy = None if name == CLINICIAN else open_policy(name, episodes, model)
             found[name] = world.outcome(policy).total.tolist()
             write_json(file, found)
@@ -326,7 +329,7 @@ def _evaluate_stage(
     plain = folder / "evaluation.json"
     file = folder / f"evaluation_{simulator}.json" if simulator else plain
     if not file.exists():
-        progress(f"{name}: evaluation", 0.0)
+        progress("with the simulator" if not simulator else f"simulator {simulator}", 0.0)
         settings, patients = options.rl.runner, options.evaluation.patients
         if simulator or name in (START, "sft"):
             patients = min(patients, options.evaluation.without_patients)
@@ -396,7 +399,7 @@ def _world_model(folder: Path, episodes: Path, options: StagesOptions, progress:
     if not (folder / PARAMS).exists():
 
         def tell(name: str, epoch: int, epochs: int, metrics: object) -> None:
-            progress(f"world model, {name}, epoch {epoch} of {epochs}", epoch / epochs)
+            progress(f"{name}, epoch {epoch} of {epochs}", epoch / epochs)
 
         config = default_config(load_episodes(episodes).num_stays, seed=options.seed)
         world_model_training.train(episodes, folder, config, progress=tell)
@@ -407,7 +410,7 @@ def _tiny(
     folder: Path, episodes: Path, model: Path, options: StagesOptions, progress: Progress
 ) -> Path:
     if not (folder / "config.json").exists():
-        progress("tiny model", 0.0)
+        progress("made", 0.0)
         runner = open_runner(options.bc.runner, model, episodes)
         demonstrator = open_policy(options.bc.demonstrator, episodes, model, options.bc.planner)
         stays = runner.demonstrate(demonstrator, range(32), options.bc.demonstration)
@@ -417,8 +420,40 @@ def _tiny(
     return folder
 
 
-def _named(progress: Progress, name: str) -> Progress:
-    return lambda phase, share: progress(f"{name}: {phase}", share)
+_MINUTES = {
+    "records": 1, "world model": 4, START: 1, "comparators": 2, "sft": 2, "bc": 18, "rl": 9,
+}  # fmt: skip
+_OF_EVALUATION = 2  # minutes
+
+
+def _evaluation_of(name: str) -> str:
+    return f"{name}, evaluation"
+
+
+def _parts(progress: Progress, baselines: Sequence[str]) -> dict[str, Progress]:
+    """By part of the work, its progress as a share of the whole; minutes are those of a tiny model.
+
+    Args:
+      progress: of the whole.
+      baselines: further runs of stage III.
+    """
+    minutes: dict[str, float] = {}
+    for name in (*_MINUTES, *baselines):
+        minutes[name] = _MINUTES.get(name, _MINUTES["rl"])
+        if name not in ("records", "world model", "comparators"):
+            minutes[_evaluation_of(name)] = _OF_EVALUATION
+    whole, begun = sum(minutes.values()), 0.0
+    found: dict[str, Progress] = {}
+    for name, own in minutes.items():
+        found[name] = partial(_of_part, progress, name, begun / whole, own / whole)
+        begun += own
+    return found
+
+
+def _of_part(
+    progress: Progress, name: str, begun: float, own: float, phase: str, share: float
+) -> None:
+    progress(f"{name}: {phase}", begun + own * share)
 
 
 def _lines(path: Path) -> Sequence[JsonDict]:
