@@ -16,6 +16,7 @@ import typer
 
 from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, study, world_model
 from sepsis_jax.commands.evaluate import evaluate
+from sepsis_jax.commands.explore import explore
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
@@ -124,6 +125,10 @@ app.command(
     epilog="Example: sepsis-jax sweep --model runs/model --episodes runs/synthetic "
     "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
 )(simulate.sweep)
+app.command(
+    "explore",
+    epilog="Example: sepsis-jax explore --model runs/demo/model --episodes runs/demo/cohort",
+)(explore)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
     bench.bench
 )
