@@ -67,13 +67,14 @@ def explore(
     listening = bound_socket(port)
     try:
         from sepsis_jax.explore.explorer import Explorer, Sources
+        from sepsis_jax.explore.patient import warm
 
         policies = ("guideline", "titration") if policy is None else tuple(policy)
         sources = Sources(model, episodes, policies, tuple(map(str, run or ())), samples, seed)
         with phases("explore", log_every=10.0) as progress:
             progress("reading", 0.0)
             explorer = Explorer(sources)
-            explorer.warm(progress)
+            warm(explorer, progress)
         given = os.environ.get(KEY_VARIABLE)
         key = given or new_key()
         port = int(listening.getsockname()[1])

@@ -190,7 +190,10 @@ def fan_charts(
         traces += [*lines, *_recorded(episodes, name, step, step_hours)]
         if futures.truth is not None:
             traces += _true_lines(futures.truth.rows, name, styles)
-        layout = _layout({"nticks": 7}, height=250)
+        limits = _fan_range(rows, traces)
+        ends = [line["y"][-1] for line in lines]
+        traces += _letters(list(styles.values()), lines[0]["x"][-1], ends, limits)
+        layout = _layout({"nticks": 7}, {"range": limits}, height=250)
         layout["shapes"] = [_rule("x", step * step_hours, "dash")]
         layout["shapes"] += [_rule("y", LIMITS[name], "dot")] if name in LIMITS else []
         charts.append(
@@ -204,8 +207,44 @@ def fan_charts(
     return charts
 
 
+def _fan_range(rows: pd.DataFrame, traces: Sequence[JsonDict]) -> list[float]:
+    """Holds all lines and middle halves; the far ends of wide bands may leave the chart."""
+    seen = [np.asarray(one["y"], float) for one in traces if one.get("fill") is None]
+    seen += [rows["q25"], rows["q75"], [rows["q95"].median(), rows["q05"].quantile(0.3)]]
+    every = np.concatenate(seen)
+    return _with_margins(float(every.min()), float(every.max()), 0.08)
+
+
+_APART = 0.075  # of the height of a chart, between letters
+
+
+def _letters(
+    styles: Sequence[Styled], x: float, ends: Sequence[float], limits: Sequence[float]
+) -> list[JsonDict]:
+    """The letters of plans right of the ends of their lines, moved apart where these are close."""
+    least = _APART * (limits[1] - limits[0])
+    order = np.argsort(ends, kind="stable")
+    places = np.asarray(ends, float)[order]
+    for k in range(1, len(places)):
+        places[k] = max(places[k], places[k - 1] + least)
+    places -= max(0.0, float((places - np.asarray(ends)[order]).mean()))
+    return [
+        {
+            "type": "scatter", "mode": "text", "x": [x], "y": [round(float(place), 4)],
+            "text": [f"<b>{styles[k].letter}</b>"], "textposition": "middle right",
+            "textfont": {"color": styles[k].css}, "cliponaxis": False, "hoverinfo": "skip",
+        }
+        for place, k in zip(places, order.tolist(), strict=True)
+    ]  # fmt: skip
+
+
+def _with_margins(low: float, high: float, share: float) -> list[float]:
+    margin = share * (high - low) or 1.0
+    return [round(low - margin, 4), round(high + margin, 4)]
+
+
 def _fan(own: pd.DataFrame, style: Styled) -> tuple[list[JsonDict], JsonDict]:
-    """Both bands of a plan, and its median with the letter at the end."""
+    """Both bands of a plan, and its median."""
     hours = own["hour"].tolist()
     bands = []
     for low, high, alpha in (("q05", "q95", 0.08), ("q25", "q75", 0.18)):
@@ -218,9 +257,7 @@ def _fan(own: pd.DataFrame, style: Styled) -> tuple[list[JsonDict], JsonDict]:
             }
         )  # fmt: skip
     line = {
-        "type": "scatter", "mode": "lines+text", "x": hours, "y": _rounded(own["q50"]),
-        "text": ["", *[""] * (len(hours) - 2), style.letter], "textposition": "middle right",
-        "textfont": {"color": style.css}, "cliponaxis": False,
+        "type": "scatter", "mode": "lines", "x": hours, "y": _rounded(own["q50"]),
         "line": {"color": style.css, "width": 2.6, "dash": style.dash},
         "customdata": np.round(own[["q25", "q75", "q05", "q95"]].to_numpy(float), 2).tolist(),
         "hovertemplate": f"{style.letter}, hour %{{x}}: median %{{y}}<br>half in "
@@ -289,7 +326,7 @@ def outcome_charts(futures: Futures, step: int, step_hours: float) -> list[Chart
             "mortality", "death within 90 days, %", styles,
             [[100 * row[f"mortality_{end}"] for end in ("q05", "mean", "q95")] for row in outcomes],
             None if died is None else [100.0 * one for one in died],
-            (100 * futures.by_member).tolist(), {"range": [-3, 103]},
+            (100 * futures.by_member).tolist(),
         ),
         _interval_chart(
             "reward", "expected total reward", styles,
@@ -322,11 +359,10 @@ def _survival_chart(
         )  # fmt: skip
         traces.append(
             {
-                "type": "scatter", "mode": "lines+markers+text",
+                "type": "scatter", "mode": "lines+markers",
                 "x": [hours[len(course) - 1], late], "y": _rounded([course[-1], alive]),
                 "line": {"color": style.css, "width": 1, "dash": "dot"},
-                "marker": {"color": style.css, "size": [0, 8]}, "text": ["", style.letter],
-                "textposition": "middle right", "textfont": {"color": style.css},
+                "marker": {"color": style.css, "size": [0, 8]},
                 "hovertemplate": f"{style.letter}, day 90: %{{y:.1f}}% alive<extra></extra>",
                 "cliponaxis": False,
             }
@@ -342,10 +378,13 @@ def _survival_chart(
                 }
             )  # fmt: skip
     ticks = hours[:: max(1, steps // 3)]
+    limits = _with_margins(min(min(one["y"]) for one in traces), 100.0, 0.08)
+    alive_late = [100 * (1 - one) for one in futures.outcomes["mortality_mean"]]
+    traces += _letters(styles, late + 0.03 * length, alive_late, limits)
     layout = _layout(
         {"tickvals": [*ticks, late], "ticktext": [*(f"{hour:g}" for hour in ticks), "day 90"],
          "range": [begin - 0.03 * length, late + 0.14 * length]},
-        {"range": [-4, 104]}, height=250,
+        {"range": limits}, height=250,
     )  # fmt: skip
     layout["shapes"] = [_rule("x", begin + 1.06 * length, "dot")]
     label = "Share alive by hour and at day 90 under each plan; the numbers are in the table below"
@@ -356,7 +395,6 @@ def _survival_chart(
 def _interval_chart(
     name: str, title: str, styles: Sequence[Styled], values: Sequence[Sequence[float]],
     truth: Sequence[float] | None, members: Sequence[Sequence[float]] | None = None,
-    x: JsonDict | None = None,
 ) -> Chart:  # fmt: skip
     """A row per plan: mean, 90% of the futures, members' means as ticks, the truth."""
     traces: list[JsonDict] = []
@@ -389,8 +427,9 @@ def _interval_chart(
                                      "line": {"width": 2}},
                           "hovertemplate": f"truth under {style.letter}: %{{x}}<extra></extra>"}
             )  # fmt: skip
+    every = [float(one) for trace in traces for one in trace["x"]]
     layout = _layout(
-        {"showgrid": True} | (x or {}),
+        {"showgrid": True, "range": _with_margins(min(every), max(every), 0.12)},
         {"tickvals": places, "ticktext": [style.letter for style in styles], "showgrid": False,
          "range": [-0.6, len(styles) - 0.3], "ticks": ""},
         height=250,

@@ -1,7 +1,7 @@
 """What the pages show: recorded stays, and their futures under plans, simulated once and kept.
 
-Every question about plans is one call of the same compiled rollout: 25 plans from one row of one
-stay. A new plan compiles nothing, and with common random numbers the futures of a plan do not
+Every question about plans is a call of one compiled rollout: the 25 plans of the grid and those
+beside it, from one row of one stay. A new plan compiles nothing, and with common random numbers the futures of a plan do not
 depend on those that are simulated with it.
 """
 
@@ -24,10 +24,10 @@ from policy.agent.records import RECORDS_FILE, Record, last_attempts
 from policy.base import Policy
 from policy.registry import CLINICIAN as CLONE
 from policy.registry import find_all
-from sepsis_jax.explore.address import PatientAddress, read_plan
+from sepsis_jax.explore.address import MOST_BESIDE, PatientAddress, read_plan
 from sepsis_jax.pipelines.example_futures import TrueCourses, true_courses
 from sepsis_jax.pipelines.world_model import outcome_table, trajectory_table
-from sepsis_jax.runs import JsonDict, Progress, silent
+from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.episode_files import load_episodes_for, load_manifest
 from worldmodel.episodes import Episodes
@@ -42,7 +42,7 @@ from worldmodel.simulate.statistics import disagreement
 VALUES = ("meanbp", "lactate", "output_4hourly", "heart_rate", "creatinine")
 """Values whose futures are drawn, beside SOFA."""
 DAY = 24.0  # hours that a plan lasts
-PLANS = schema.NUM_ACTIONS  # of every call
+PLANS = schema.NUM_ACTIONS + MOST_BESIDE  # of every call
 _KEPT = 40 * PLANS  # futures of plans that stay in memory, a few ten kB each
 _QUANTILES = (0.05, 0.95)
 
@@ -134,17 +134,6 @@ class Explorer:
         self._futures: OrderedDict[tuple[int, int, bytes], Rollouts] = OrderedDict()
         self._given: OrderedDict[tuple[str, int], np.ndarray] = OrderedDict()
 
-    def warm(self, progress: Progress = silent) -> None:
-        """Compiles everything that pages need, with the first stay."""
-        stay = next(iter(self.rows))
-        address = PatientAddress(stay, 0, (0,) * self.horizon)
-        progress("compiling the rollout", 0.0)
-        self.futures(address)
-        for number, name in enumerate(self.policies):
-            progress(f"compiling {name}", (1 + number) / (1 + len(self.policies)))
-            self.given(stay, name)
-        progress("done", 1.0)
-
     def row_of(self, stay: int, step: int = 0) -> int:
         """Position of a stay among the episodes.
 
@@ -191,10 +180,13 @@ class Explorer:
         self.row_of(address.stay, address.step)
         shown, repeats = self.shown_plans(address)
         variants = plan_variants(np.array(address.plan), address.edit)
-        every = self.simulated(address.stay, address.step, variants)
-        named = [Plan(schema.action_name(action), plan) for action, plan in enumerate(variants)]
         actions = np.stack([plan.actions for plan in shown])
-        found = self.simulated(address.stay, address.step, actions)
+        whole = self.simulated(address.stay, address.step, np.concatenate([variants, actions]))
+        every, found = (
+            jax.tree.map(lambda leaf, part=part: leaf[:, part], whole)
+            for part in (slice(len(variants)), slice(len(variants), None))
+        )
+        named = [Plan(schema.action_name(action), plan) for action, plan in enumerate(variants)]
         start = self._start_values(address.stay, address.step)
         hours = self.hours * (address.step + np.arange(self.horizon + 1))
         members = self.world_model.num_members
@@ -289,10 +281,9 @@ def plan_variants(plan: Int[np.ndarray, " H"], edit: int | None) -> Int[np.ndarr
       plan: [H] joint actions, kept in the other steps.
       edit: the step; None for all.
     """
-    plans = np.tile(np.asarray(plan), (PLANS, 1))
-    plans[:, slice(None) if edit is None else edit] = (
-        np.arange(PLANS)[:, None] if edit is None else np.arange(PLANS)
-    )
+    actions = np.arange(schema.NUM_ACTIONS)
+    plans = np.tile(np.asarray(plan), (len(actions), 1))
+    plans[:, slice(None) if edit is None else slice(edit, edit + 1)] = actions[:, None]
     return plans
 
 

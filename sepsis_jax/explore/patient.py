@@ -26,12 +26,13 @@ from sepsis_jax.explore.explorer import Explorer, Futures
 from sepsis_jax.explore.reproduce import patient_code
 from sepsis_jax.ope.simulated import SUPPORTED
 from sepsis_jax.report import words
+from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
 from worldmodel.episodes import Episodes
 from worldmodel.simulate.plans import CLINICIAN, Plan
 
 DISAGREEMENT = 0.05  # of mortality, between members: more is a warning
-PROJECTED = 0.02  # share of simulated values outside their range: more is a warning
+PROJECTED = 0.1  # share of simulated values outside their range: more is a warning
 SHADES = 10
 
 
@@ -121,6 +122,20 @@ def patient_page(explorer: Explorer, address: PatientAddress) -> dict[str, objec
         f"{main['total_reward']:.1f}.",
         "code": patient_code(explorer, address),
     }  # fmt: skip
+
+
+def warm(explorer: Explorer, progress: Progress = silent) -> None:
+    """Compiles everything that pages of patients need.
+
+    Args:
+      explorer: to ask about its first stay.
+      progress: called with (phase, share done).
+    """
+    progress("compiling the simulation", 0.0)
+    stay = next(iter(explorer.rows))
+    for plan in (0, 1):
+        patient_page(explorer, PatientAddress(stay, 0, (plan,) * explorer.horizon, edit=0))
+    progress("done", 1.0)
 
 
 GRID_TITLES = {
@@ -290,16 +305,14 @@ def _warnings(futures: Futures, styles: Sequence[Styled]) -> list[str]:
 def _fan_table(futures: Futures, styles: Sequence[Styled]) -> dict[str, object]:
     """Median and 90% of each value by plan and hour."""
     letters = dict(zip((plan.name for plan in futures.shown), styles, strict=True))
-    rows = []
-    for (plan, hour), own in futures.table.groupby(["plan", "hour"], sort=False):
-        by_name = own.set_index("feature")
-        cells = [letters[str(plan)].letter, f"{hour:g}"]
-        for name in FAN_VALUES:
-            median, low, high = (
-                _value(name, float(by_name.loc[name, column])) for column in ("q50", "q05", "q95")
-            )
+    found: dict[tuple[str, float], list[str]] = {}
+    by_value = {name: own for name, own in futures.table.groupby("feature")}
+    for name in FAN_VALUES:
+        for row in by_value[name].to_dict("records"):
+            median, low, high = (_value(name, row[column]) for column in ("q50", "q05", "q95"))
+            cells = found.setdefault((row["plan"], row["hour"]), [])
             cells.append(f"{median} ({low} to {high})")
-        rows.append(cells)
+    rows = [[letters[plan].letter, f"{hour:g}", *cells] for (plan, hour), cells in found.items()]
     return {"columns": ["plan", "hour", *(words.feature(name) for name in FAN_VALUES)],
             "rows": rows}  # fmt: skip
 
@@ -307,11 +320,13 @@ def _fan_table(futures: Futures, styles: Sequence[Styled]) -> dict[str, object]:
 def _outcome_table(futures: Futures, styles: Sequence[Styled], hours: float) -> dict[str, object]:
     table = futures.outcomes
     truth = None if futures.truth is None else futures.truth.outcomes
-    columns = ["plan", "death within 90 days, % (90% of futures)", "disagreement, SD, points",
-               "total reward (90% of futures)", f"alive after {hours * len(futures.shown[0].actions):g} h, %",
-               "steps with MAP below 65 mmHg, %", "steps ventilated, %",
-               "least probability of a step under clinicians, %"]  # fmt: skip
-    columns += [] if truth is None else ["in truth, by day 90", "true total reward"]
+    day = hours * len(futures.shown[0].actions)
+    columns = [
+        "plan", "death by day 90, % (90% of futures)", "SD of members, points",
+        "total reward (90%)", f"alive after {day:g} h, %", "steps with MAP below 65, %",
+        "steps ventilated, %", "clinicians' probability, least, %",
+    ]  # fmt: skip
+    columns += [] if truth is None else ["truth, day 90", "true reward"]
     rows = []
     for k, (style, row) in enumerate(zip(styles, table.to_dict("records"), strict=True)):
         low, mean, high = (100 * row[f"mortality_{end}"] for end in ("q05", "mean", "q95"))
