@@ -180,23 +180,26 @@ class Explorer:
         self.row_of(address.stay, address.step)
         shown, repeats = self.shown_plans(address)
         variants = plan_variants(np.array(address.plan), address.edit)
-        actions = np.stack([plan.actions for plan in shown])
-        whole = self.simulated(address.stay, address.step, np.concatenate([variants, actions]))
-        every, found = (
-            jax.tree.map(lambda leaf, part=part: leaf[:, part], whole)
-            for part in (slice(len(variants)), slice(len(variants), None))
-        )
+        # Always as many plans, as another number would be another program.
+        padded = [*shown, *[shown[-1]] * (1 + MOST_BESIDE - len(shown))]
         named = [Plan(schema.action_name(action), plan) for action, plan in enumerate(variants)]
+        asked = [*named, *padded]
+        whole = self.simulated(
+            address.stay, address.step, np.stack([plan.actions for plan in asked])
+        )
+        outcomes = _outcomes(whole, asked, self.world_model.num_members)
+        part = slice(len(named), len(named) + len(shown))
+        found: Rollouts = jax.tree.map(lambda leaf: leaf[:, part], whole)
         start = self._start_values(address.stay, address.step)
         hours = self.hours * (address.step + np.arange(self.horizon + 1))
         members = self.world_model.num_members
         mortality = np.asarray(found.mortality[0], np.float64)
         return Futures(
-            grid=_outcomes(every, named, members),
+            grid=outcomes.iloc[: len(named)],
             shown=shown,
             repeats=repeats,
             table=trajectory_table(found, shown, hours, start),
-            outcomes=_outcomes(found, shown, members),
+            outcomes=outcomes.iloc[part].reset_index(drop=True),
             survival=_survival(found),
             by_member=mortality.reshape(len(shown), -1, members).mean(1),
             truth=self._courses(address.stay, address.step, shown) if address.truth else None,
@@ -249,9 +252,16 @@ class Explorer:
         return pd.Series(values | {"sofa": float(history.sofa[0])})
 
     def _courses(self, stay: int, step: int, plans: Sequence[Plan]) -> TrueCourses | None:
-        return true_courses(
-            self.one(stay), step, plans, self.manifest, self.hours, values=VALUES
+        names = [plan.name for plan in plans]
+        more = range(1 + MOST_BESIDE - len(plans))
+        padded = [*plans, *(Plan(f"filling {i}", plans[-1].actions) for i in more)]
+        found = true_courses(
+            self.one(stay), step, padded, self.manifest, self.hours, values=VALUES
         )
+        if found is None:
+            return None
+        rows, outcomes = found.rows, found.outcomes
+        return TrueCourses(rows[rows["plan"].isin(names)], outcomes.iloc[: len(plans)])
 
     def clinician_probs(self, stay: int, step: int) -> Float[np.ndarray, " 25"] | None:
         """[25] probabilities of the model's own clinician in a row; None if it has none."""
