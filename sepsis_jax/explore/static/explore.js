@@ -70,7 +70,7 @@ async function drawAll() {
       await new Promise((done) => setTimeout(done));
     }
   }
-  document.body.dataset.drawn = String(mine);
+  document.body.dataset.drawn = location.href;
 }
 
 function redraw() {
