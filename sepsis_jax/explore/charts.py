@@ -101,9 +101,7 @@ def _rule(axis: str, value: float, dash: str, color: str = _NOTE) -> JsonDict:
     }  # fmt: skip
 
 
-def history_charts(
-    episodes: Episodes, step: int, step_hours: float, group: str
-) -> list[Chart]:
+def history_charts(episodes: Episodes, step: int, step_hours: float, group: str) -> list[Chart]:
     """Recorded values of one stay, imputed ones hollow, and its treatments.
 
     Args:
@@ -165,9 +163,7 @@ def history_charts(
     return charts
 
 
-def fan_charts(
-    futures: Futures, episodes: Episodes, step: int, step_hours: float
-) -> list[Chart]:
+def fan_charts(futures: Futures, episodes: Episodes, step: int, step_hours: float) -> list[Chart]:
     """Medians, middle 50% and 90% of the futures, beside the record and the truth.
 
     Args:
@@ -210,7 +206,8 @@ def fan_charts(
 def _fan_range(rows: pd.DataFrame, traces: Sequence[JsonDict]) -> list[float]:
     """Holds all lines and middle halves; the far ends of wide bands may leave the chart."""
     seen = [np.asarray(one["y"], float) for one in traces if one.get("fill") is None]
-    seen += [rows["q25"], rows["q75"], [rows["q95"].median(), rows["q05"].quantile(0.3)]]
+    ends = np.array([rows["q95"].median(), rows["q05"].quantile(0.3)])
+    seen += [rows["q25"].to_numpy(), rows["q75"].to_numpy(), ends]
     every = np.concatenate(seen)
     return _with_margins(float(every.min()), float(every.max()), 0.08)
 
@@ -273,7 +270,10 @@ def _recorded(episodes: Episodes, name: str, step: int, step_hours: float) -> li
     source = episodes.sofa if name == "sofa" else episodes.dynamic[..., schema.INDEX[name]]
     values = np.asarray(source)[0]
     last = min(length, step + round(24.0 / step_hours) + 1)
-    parts = ((max(0, step - _SOON), step + 1, "solid", "circle"), (step, last, "dot", "circle-open"))
+    parts = (
+        (max(0, step - _SOON), step + 1, "solid", "circle"),
+        (step, last, "dot", "circle-open"),
+    )
     return [
         {
             "type": "scatter", "mode": "lines+markers",
@@ -287,9 +287,7 @@ def _recorded(episodes: Episodes, name: str, step: int, step_hours: float) -> li
     ]  # fmt: skip
 
 
-def _true_lines(
-    rows: pd.DataFrame, name: str, styles: Mapping[str, Styled]
-) -> list[JsonDict]:
+def _true_lines(rows: pd.DataFrame, name: str, styles: Mapping[str, Styled]) -> list[JsonDict]:
     traces = []
     for plan, own in rows.groupby("plan", sort=False):
         style = styles[str(plan)]

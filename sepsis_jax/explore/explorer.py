@@ -144,9 +144,7 @@ class Explorer:
             raise InputError(f"stay {stay} is not among the {self.episodes.num_stays} episodes")
         row = self.rows[stay]
         if step >= self.length[row]:
-            raise InputError(
-                f"step: stay {stay} has rows 0 to {self.length[row] - 1}, got {step}"
-            )
+            raise InputError(f"step: stay {stay} has rows 0 to {self.length[row] - 1}, got {step}")
         return row
 
     def one(self, stay: int) -> Episodes:
@@ -255,9 +253,7 @@ class Explorer:
         names = [plan.name for plan in plans]
         more = range(1 + MOST_BESIDE - len(plans))
         padded = [*plans, *(Plan(f"filling {i}", plans[-1].actions) for i in more)]
-        found = true_courses(
-            self.one(stay), step, padded, self.manifest, self.hours, values=VALUES
-        )
+        found = true_courses(self.one(stay), step, padded, self.manifest, self.hours, values=VALUES)
         if found is None:
             return None
         rows, outcomes = found.rows, found.outcomes

@@ -93,15 +93,17 @@ def patient_page(explorer: Explorer, address: PatientAddress) -> dict[str, objec
         "length": length, "horizon": horizon, "address": address, "samples": explorer.samples,
         "members": explorer.world_model.num_members,
         "facts": _facts(stay, step, hours),
-        "before_stay": _stay_link(address, ids, row - 1), "after_stay": _stay_link(address, ids, row + 1),
+        "before_stay": _stay_link(address, ids, row - 1),
+        "after_stay": _stay_link(address, ids, row + 1),
         "before_step": address.link(step=step - 1) if step else None,
         "after_step": address.link(step=step + 1) if step + 1 < length else None,
         "histories": [(name, address.link(history=name), name == address.history)
                       for name in HISTORIES],
         "history": [_drawn(chart) for chart in charts],
         "history_table": _history_table(stay, address.history, hours),
-        "grid": _grid(address, futures), "grids": [(name, GRID_TITLES[name], address.link(grid=name),
-                                                   name == address.grid) for name in GRIDS],
+        "grid": _grid(address, futures),
+        "grids": [(name, GRID_TITLES[name], address.link(grid=name), name == address.grid)
+                  for name in GRIDS],
         "grid_title": GRID_TITLES[address.grid], "levels": schema.LEVEL_NAMES,
         "edits": _edits(address, hours),
         "setting": "all 24 hours" if address.edit is None else _span(address, hours, address.edit),
@@ -358,8 +360,7 @@ def _policies(explorer: Explorer, address: PatientAddress) -> list[Given]:
     if clinician is not None:
         rows.append(("clinician, as the world model clones it", clinician))
     rows += [
-        (words.policy(name), explorer.given(address.stay, name)[step])
-        for name in explorer.policies
+        (words.policy(name), explorer.given(address.stay, name)[step]) for name in explorer.policies
     ]
     found = []
     for name, probs in rows:

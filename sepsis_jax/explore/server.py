@@ -44,7 +44,11 @@ _HEADERS = {
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
 FRAGMENT = "x-fragment"  # header of requests for the inner part of a page
-_STATIC = {"explore.css": "text/css", "explore.js": "text/javascript", "theme.js": "text/javascript"}
+_STATIC = {
+    "explore.css": "text/css",
+    "explore.js": "text/javascript",
+    "theme.js": "text/javascript",
+}
 Scope = MutableMapping[str, object]
 Receive = Callable[[], Awaitable[MutableMapping[str, object]]]
 Send = Callable[[MutableMapping[str, object]], Awaitable[None]]
@@ -206,7 +210,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers or passes on one request."""
         from starlette.requests import Request
-        from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+        from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse
 
         if scope["type"] != "http":
             if scope["type"] == "lifespan":

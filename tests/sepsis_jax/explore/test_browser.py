@@ -17,7 +17,9 @@ from sepsis_jax.explore.explorer import Explorer
 from sepsis_jax.explore.server import bound_socket, create_app
 from tests.sepsis_jax.explore.conftest import KEY, PATIENT
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 MISSING = [name for name in ("playwright", "axe_playwright_python") if find_spec(name) is None]
 pytestmark = [
     pytest.mark.browser,
@@ -60,7 +62,9 @@ class Tab:
 
     def __init__(self, chromium, site, **options):
         self.site = site
-        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 900}} | options)
+        self.context = chromium.new_context(
+            **{"viewport": {"width": 1280, "height": 900}} | options
+        )
         self.page = self.context.new_page()
         self.page.set_default_timeout(WAIT)
         self.asked, self.complaints = [], []
@@ -229,7 +233,8 @@ def test_everything_is_reached_by_the_keyboard_alone(tab, stay):
     assert tab.focused() == "step"
     tab_to("cell-0")
     for key, cell in (("ArrowDown", 5), ("ArrowRight", 6), ("End", 9), ("ArrowRight", 9),
-                      ("PageDown", 24), ("Home", 20), ("ArrowUp", 15), ("ArrowUp", 10)):  # fmt: skip
+                      ("PageDown", 24), ("Home", 20), ("ArrowUp", 15),
+                      ("ArrowUp", 10)):  # fmt: skip
         press(key)
         assert tab.focused() == f"cell-{cell}"
     ring = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -310,7 +315,8 @@ def test_pages_fit_and_axe_finds_nothing(width, scheme, chromium, site, stay):
     tab = Tab(chromium, site, viewport={"width": width, "height": 900}, color_scheme=scheme)
     try:
         for path in (
-            "/?split=all", f"/patient?stay={stay}&step=2&plan=4,0;1,1&edit=1&with=clinician&with=0,0",
+            "/?split=all",
+            f"/patient?stay={stay}&step=2&plan=4,0;1,1&edit=1&with=clinician&with=0,0",
             f"/dialogue?run=run&patient={PATIENT}&decision=0", "/patient?stay=x",
         ):  # fmt: skip
             tab.open(path)

@@ -298,7 +298,7 @@ def test_the_page_of_a_patient_shows_grid_plans_and_numbers(client, explorer):
     assert "vasopressor medium, fluid low throughout" in answer.text
     figures = re.findall(r'<script type="application/json">(.*?)</script>', answer.text)
     assert len(figures) == 10 + 3 + len(FAN_VALUES) and all(map(json.loads, figures))
-    assert f'{100 * found.outcomes["mortality_mean"][0]:.1f} (' in answer.text
+    assert f"{100 * found.outcomes['mortality_mean'][0]:.1f} (" in answer.text
 
 
 def test_a_fragment_is_the_inner_part_of_the_same_page(client, explorer):
