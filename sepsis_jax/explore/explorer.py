@@ -1,8 +1,8 @@
 """What the pages show: recorded stays, and their futures under plans, simulated once and kept.
 
 Every question about plans is a call of one compiled rollout: the 25 plans of the grid and those
-beside it, from one row of one stay. A new plan compiles nothing, and with common random numbers the futures of a plan do not
-depend on those that are simulated with it.
+beside it, from one row of one stay. A new plan compiles nothing, and with common random numbers
+the futures of a plan do not depend on those that are simulated with it.
 """
 
 from __future__ import annotations

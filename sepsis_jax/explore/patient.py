@@ -164,12 +164,12 @@ def _facts(stay: Episodes, step: int, hours: float) -> list[tuple[str, str]]:
     age, male, charlson = np.asarray(stay.static)[0].tolist()
     dynamic = np.asarray(stay.dynamic)[0, step]
     action = int(np.asarray(stay.action)[0, step])
-    ended = "died" if bool(stay.died_90d[0]) else "alive"
+    ended = "died by day 90" if bool(stay.died_90d[0]) else "alive at day 90"
     return [
         ("age", f"{age:.0f} years"), ("sex", "male" if male else "female"),
         ("Charlson index", f"{charlson:.0f}"),
         ("recorded", f"{int(stay.length[0]) * hours:g} h"),
-        ("recorded outcome", f"{ended} at day 90"),
+        ("recorded outcome", ended),
         ("SOFA now", f"{float(stay.sofa[0, step]):.0f}"),
         ("MAP now", f"{dynamic[schema.INDEX['meanbp']]:.0f} mmHg"),
         ("lactate now", f"{dynamic[schema.INDEX['lactate']]:.1f} mmol/L"),
@@ -320,32 +320,40 @@ def _fan_table(futures: Futures, styles: Sequence[Styled]) -> dict[str, object]:
 
 
 def _outcome_table(futures: Futures, styles: Sequence[Styled], hours: float) -> dict[str, object]:
-    table = futures.outcomes
-    truth = None if futures.truth is None else futures.truth.outcomes
+    """A row per quantity, a column per plan."""
+    outcomes = futures.outcomes.to_dict("records")
     day = hours * len(futures.shown[0].actions)
-    columns = [
-        "plan", "death by day 90, % (90% of futures)", "SD of members, points",
-        "total reward (90%)", f"alive after {day:g} h, %", "steps with MAP below 65, %",
-        "steps ventilated, %", "clinicians' probability, least, %",
-    ]  # fmt: skip
-    columns += [] if truth is None else ["truth, day 90", "true reward"]
-    rows = []
-    for k, (style, row) in enumerate(zip(styles, table.to_dict("records"), strict=True)):
-        low, mean, high = (100 * row[f"mortality_{end}"] for end in ("q05", "mean", "q95"))
-        alive = None if futures.survival is None else 100 * futures.survival[k, -1]
-        cells = [
-            style.letter, f"{mean:.1f} ({low:.0f} to {high:.0f})",
-            _percent(row["disagreement"]),
-            f"{row['total_reward']:.2f} ({row['reward_q05']:.1f} to {row['reward_q95']:.1f})",
-            "not modelled" if alive is None else f"{alive:.1f}",
-            _percent(row["map_below_65"]), _percent(row["ventilation"]),
-            _percent(row["support"], 2),
-        ]  # fmt: skip
-        if truth is not None:
-            cells.append("died" if truth["true_died"].iloc[k] else "lived")
-            cells.append(f"{truth['true_reward'].iloc[k]:.1f}")
-        rows.append(cells)
-    return {"columns": columns, "rows": rows}
+    alive = ["not modelled"] * len(outcomes)
+    if futures.survival is not None:
+        alive = [f"{100 * share:.1f}" for share in futures.survival[:, -1]]
+    by_quantity = {
+        "death within 90 days, % (90% of futures)": [
+            f"{100 * row['mortality_mean']:.1f} ({100 * row['mortality_q05']:.0f} to "
+            f"{100 * row['mortality_q95']:.0f})"
+            for row in outcomes
+        ],
+        "disagreement of the ensemble, SD, points": [
+            _percent(row["disagreement"]) for row in outcomes
+        ],
+        "total reward (90% of futures)": [
+            f"{row['total_reward']:.2f} ({row['reward_q05']:.1f} to {row['reward_q95']:.1f})"
+            for row in outcomes
+        ],
+        f"alive after {day:g} h, %": alive,
+        "steps with MAP below 65 mmHg, %": [_percent(row["map_below_65"]) for row in outcomes],
+        "steps ventilated, %": [_percent(row["ventilation"]) for row in outcomes],
+        "least probability of a step under clinicians, %": [
+            _percent(row["support"], 2) for row in outcomes
+        ],
+    }
+    if futures.truth is not None:
+        truth = futures.truth.outcomes
+        by_quantity |= {
+            "in truth, by day 90": ["died" if died else "lived" for died in truth["true_died"]],
+            "true total reward": [f"{reward:.1f}" for reward in truth["true_reward"]],
+        }
+    columns = ["", *(f"plan {style.letter}" for style in styles)]
+    return {"columns": columns, "rows": [[name, *cells] for name, cells in by_quantity.items()]}
 
 
 def _percent(share: float, digits: int = 1) -> str:
