@@ -9,6 +9,7 @@ from sepsis_jax.explore.address import PatientAddress, plan_text
 from sepsis_jax.explore.charts import LETTERS
 from sepsis_jax.explore.explorer import VALUES, Explorer
 from sepsis_jax.report import words
+from worldmodel.simulate.plans import Plan
 
 _HEAD = '"""{title}  Research software. Not for clinical use."""\n'
 
@@ -44,7 +45,7 @@ def patient_code(explorer: Explorer, address: PatientAddress) -> str:
         f"stay = episodes.select(np.asarray(episodes.stay_id) == {address.stay})",
         "texts = [  # vasopressor,fluid per step; the last pair goes on",
         *(
-            f'    "{letter}={plan_text(plan.actions)}",  # {words.plan(plan.actions.tolist())}'
+            f'    "{letter}={plan_text(plan.actions)}",{_said(plan)}'
             for letter, plan in zip(LETTERS, shown, strict=False)
         ),
         "]",
@@ -135,6 +136,15 @@ def dialogue_code(folder: Path, patient: int, first: int, last: int, *, closes: 
 
 def _shows_truth(explorer: Explorer, address: PatientAddress) -> bool:
     return address.truth and explorer.knows_truth
+
+
+_LONGEST = 60  # letters of a comment
+
+
+def _said(plan: Plan) -> str:
+    """A plan in words, as a comment, unless it is long."""
+    text = words.plan(plan.actions.tolist())
+    return f"  # {text}" if len(text) <= _LONGEST else ""
 
 
 def _path(path: Path) -> str:
