@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hmac
-import logging
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -65,7 +64,7 @@ def check_installed() -> None:
     if missing:
         raise InputError(
             f"explore: needs {', '.join(missing)}; install it with: "
-            "pip install -c constraints.txt 'sepsis-jax[explore]'"
+            "pip install -c constraints.txt -e '.[explore]'"
         )
 
 
@@ -103,7 +102,6 @@ def serve(app: Starlette, listening: socket.socket) -> None:
 
     # Requests are not logged: the first one of a browser has the key in its address.
     config = uvicorn.Config(app, access_log=False, log_level="warning", server_header=False)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -442,7 +442,7 @@ def test_a_port_in_use_is_refused(capfd, folders):
 def test_without_the_extra_it_is_said_how_to_install_it(capfd, folders, monkeypatch):
     found = server.find_spec
     monkeypatch.setattr(server, "find_spec", lambda name: None if name == "plotly" else found(name))
-    refuse(explore_with(capfd, folders), "plotly", "pip install", "sepsis-jax[explore]")
+    refuse(explore_with(capfd, folders), "plotly", "pip install", ".[explore]")
 
 
 def test_wrong_folders_are_refused(capfd, folders, tmp_path):
