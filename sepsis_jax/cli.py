@@ -14,7 +14,18 @@ from typing import Annotated, Any
 
 import typer
 
-from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, study, world_model
+from sepsis_jax.commands import (
+    agent,
+    bench,
+    cohort,
+    ope,
+    policy,
+    runs,
+    simulate,
+    start,
+    study,
+    world_model,
+)
 from sepsis_jax.commands.evaluate import evaluate
 from sepsis_jax.commands.explore import explore
 from sepsis_jax.console import (
@@ -36,7 +47,6 @@ app = typer.Typer(
     name="sepsis-jax",
     help=f"Learn and audit sepsis treatment in simulation. {DISCLAIMER}",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
@@ -102,7 +112,7 @@ def demo(
 app.add_typer(cohort.app, name="cohort")
 app.command(
     "audit",
-    epilog="Example: sepsis-jax audit --episodes runs/synthetic --model runs/model "
+    epilog="Example: sepsis-jax audit --episodes runs/demo/cohort --model runs/demo/model "
     "--out runs/audit",
 )(cohort.audit)
 app.add_typer(world_model.app, name="world-model")
@@ -115,26 +125,31 @@ app.command(
     "--policy guideline --policy titration --out runs/evaluation --compare published",
 )(evaluate)
 app.add_typer(study.app, name="study")
+app.add_typer(runs.app, name="runs")
+app.command("init", epilog="Example: sepsis-jax init my-project")(start.init)
+app.command("tiny-llm", epilog="Example: sepsis-jax tiny-llm --teach --out runs/tiny-llm")(
+    start.tiny_llm
+)
 app.command(
     "simulate",
-    epilog="Example: sepsis-jax simulate --model runs/model --episodes runs/synthetic "
+    epilog="Example: sepsis-jax simulate --model runs/demo/model --episodes runs/demo/cohort "
     "--plan 'early=3,2;1,1' --plan 'rest=0,0' --out runs/futures",
 )(simulate.simulate)
 app.command(
     "sweep",
-    epilog="Example: sepsis-jax sweep --model runs/model --episodes runs/synthetic "
+    epilog="Example: sepsis-jax sweep --model runs/demo/model --episodes runs/demo/cohort "
     "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
 )(simulate.sweep)
 app.command(
     "explore",
     epilog="Example: sepsis-jax explore --model runs/demo/model --episodes runs/demo/cohort",
 )(explore)
-app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
+app.command("bench", epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench")(
     bench.bench
 )
-app.command("profile", epilog="Example: sepsis-jax profile --model runs/model --out runs/profile")(
-    bench.profile
-)
+app.command(
+    "profile", epilog="Example: sepsis-jax profile --model runs/demo/model --out runs/profile"
+)(bench.profile)
 
 
 # The class above all errors of usage; typer has it from click, or a copy of its own.
@@ -167,9 +182,12 @@ def main() -> None:
     """
     sys.unraisablehook = _interrupt_again
     signal.signal(signal.SIGTERM, _terminate)
+    if _COMPLETION in os.environ:  # a shell asks what may follow
+        app(prog_name=app.info.name)
     sys.exit(_status(sys.argv[1:]))
 
 
+_COMPLETION = "_SEPSIS_JAX_COMPLETE"  # Click's variable for a program of this name
 _terminated = threading.Event()
 
 

@@ -29,6 +29,8 @@ OptionsT = TypeVar("OptionsT", bound="DataclassInstance")  # with a field `seed`
 DISCLAIMER = "Research software. Not for clinical use."
 
 _FILE_WIDTH = 110  # where the output is no terminal
+LOG_EVERY = 30.0
+"""Seconds between lines of progress where the output is no terminal."""
 
 # Without markup: paths and plans may hold brackets.
 console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
@@ -78,6 +80,13 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def show_plan(lines: Sequence[tuple[str, str]], json: bool) -> None:
+    """What a dry run found, as a table and, if wanted, as JSON."""
+    print_table("What it would take; nothing was written", ("what", "amount"), lines)
+    if json:
+        print_json(dict(lines))
+
+
 def with_seed(options: OptionsT, seed: int | None) -> OptionsT:
     """Settings with the seed of the command line, where one is given."""
     return options if seed is None else replace(options, seed=seed)
@@ -92,26 +101,36 @@ def resumable(how: str) -> Iterator[None]:
         raise KeyboardInterrupt(how) from None
 
 
+class _Log:
+    """Lines about a job whose output is no terminal, `LOG_EVERY` seconds apart."""
+
+    def __init__(self) -> None:
+        self.begun = self.said = time.monotonic()
+
+    def line(self, what: str, share: float) -> None:
+        """Prints a line if it is time for one; `share` of the work is done."""
+        now = time.monotonic()
+        if now - self.said >= LOG_EVERY:
+            self.said = now
+            spent = now - self.begun
+            left = f", {spent * (1 - share) / share / 60:.0f} min left" if share > 0 else ""
+            errors.print(f"{what}: {share:.0%}, {spent / 60:.0f} min{left}", soft_wrap=True)
+
+
 @contextmanager
-def phases(title: str, *, log_every: float | None = None) -> Iterator[PhaseProgress]:
+def phases(title: str) -> Iterator[PhaseProgress]:
     """A progress bar for jobs that name their phases: `update(phase, share done)`.
 
-    Args:
-      title: of the job.
-      log_every: seconds between lines where the output is no terminal; None for no lines.
+    Where the output is no terminal there is a line every `LOG_EVERY` seconds instead.
     """
+    log = _Log()
     with _bar() as progress:
         task = progress.add_task(title, total=1.0)
-        begun = said = time.monotonic()
 
         def update(phase: str, share: float) -> None:
-            nonlocal said
             progress.update(task, description=f"{title}: {phase}", completed=share)
-            now = time.monotonic()
-            if log_every is not None and progress.disable and now - said >= log_every:
-                said = now
-                left = (now - begun) * (1 - share) / share if share else 0.0
-                errors.print(f"{title}: {phase}, {left / 60:.0f} min left", soft_wrap=True)
+            if progress.disable:
+                log.line(f"{title}: {phase}", share)
 
         yield update
         progress.update(task, description=title, completed=1.0)
@@ -119,19 +138,21 @@ def phases(title: str, *, log_every: float | None = None) -> Iterator[PhaseProgr
 
 @contextmanager
 def epochs(title: str) -> Iterator[Callable[[str, int, int, dict[str, float]], None]]:
-    """A progress bar per model for training: `update(model, epoch, epochs, metrics)`."""
+    """A progress bar per model for training: `update(model, epoch, epochs, metrics)`.
+
+    Where the output is no terminal there is a line every `LOG_EVERY` seconds instead.
+    """
+    logs: dict[str, _Log] = {}
     with _bar() as progress:
         tasks: JsonDict = {}
 
         def update(name: str, epoch: int, total: int, metrics: dict[str, float]) -> None:
             if name not in tasks:
-                tasks[name] = progress.add_task(f"{title}: {name}", total=total)
-            loss = metrics["validation_loss"]
-            progress.update(
-                tasks[name],
-                completed=epoch,
-                description=f"{title}: {name}, validation loss {loss:.4f}",
-            )
+                tasks[name], logs[name] = progress.add_task(title, total=total), _Log()
+            told = f"{title}: {name}, validation loss {metrics['validation_loss']:.4f}"
+            progress.update(tasks[name], completed=epoch, description=told)
+            if progress.disable:
+                logs[name].line(told, epoch / total)
 
         yield update
         for task in tasks.values():
@@ -195,6 +216,10 @@ Setting = Annotated[
     typer.Option(
         "--set", "-o", help="A setting as NAME=VALUE, such as -o seed=1; repeat for more."
     ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Only say what it would take: work, time, memory, disk."),
 ]
 Json = Annotated[
     bool,

@@ -10,6 +10,7 @@ import typer
 from sepsis_jax.console import (
     DISCLAIMER,
     Config,
+    DryRun,
     Json,
     OtherSeed,
     Out,
@@ -20,6 +21,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
     resumable,
+    show_plan,
 )
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
@@ -41,7 +43,7 @@ _SHOWN = {
 
 @app.command(
     "run",
-    epilog="Example: sepsis-jax agent run --config configs/agent_tiny.yaml --llm runs/tiny "
+    epilog="Example: sepsis-jax agent run --config configs/agent_tiny.yaml --llm runs/tiny-llm "
     "--model runs/demo/model --out runs/agent",
 )
 def run(
@@ -125,6 +127,7 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
     ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Treat patients with a language model that proposes, simulates, refines and prescribes."""
@@ -141,8 +144,13 @@ def run(
         served_name=served_name, reasoning=reasoning, extra=tuple(extra or ()),
         enable_thinking=thinking,
     )  # fmt: skip
+    if dry_run:
+        from sepsis_jax.pipelines.dry_run import agent_lines
+
+        show_plan(agent_lines(options, chosen, episodes), json)
+        return
     goes_on = f"the same command with --resume goes on in {out}"
-    with resumable(goes_on), claimed(out), phases("agent", log_every=30.0) as progress:
+    with resumable(goes_on), claimed(out), phases("agent") as progress:
         found = run_agent(
             out, options, chosen, model=model, episodes=episodes, behavior=behavior,
             resume=resume, progress=progress,

@@ -27,8 +27,8 @@ app = typer.Typer(help="Off-policy evaluation with intervals, diagnostics and ve
 
 @app.callback(
     invoke_without_command=True,
-    epilog="Example: sepsis-jax ope --episodes runs/synthetic --behavior gru --policy clinician "
-    "--policy random --policy mine=mine.parquet --out runs/ope",
+    epilog="Example: sepsis-jax ope --episodes runs/demo/cohort --behavior gru --policy clinician "
+    "--policy guideline --out runs/ope",
 )
 def evaluate(
     context: typer.Context,

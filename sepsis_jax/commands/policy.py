@@ -33,7 +33,8 @@ for _command, _epilog in policy_llm.COMMANDS.items():
 
 @app.command(
     "train",
-    epilog="Example: sepsis-jax policy train --method iql --episodes runs/synthetic --out runs/iql",
+    epilog="Example: sepsis-jax policy train --method iql --episodes runs/demo/cohort "
+    "--out runs/iql",
 )
 def train(
     episodes: Episodes,
@@ -90,8 +91,8 @@ def train(
 
 @app.command(
     "describe",
-    epilog="Example: sepsis-jax policy describe --policy runs/iql --policy guideline "
-    "--episodes runs/synthetic --out runs/description",
+    epilog="Example: sepsis-jax policy describe --policy titration --policy guideline "
+    "--episodes runs/demo/cohort --out runs/description",
 )
 def describe(
     episodes: Episodes,
@@ -132,7 +133,7 @@ def describe(
 @app.command(
     "compare",
     epilog="Example: sepsis-jax policy compare --config configs/policies_synthetic.yaml "
-    "--episodes runs/synthetic --model runs/model --out runs/policies",
+    "--episodes runs/demo/cohort --model runs/demo/model --out runs/policies",
 )
 def compare(
     episodes: Episodes,
@@ -169,8 +170,8 @@ def compare(
 
 @app.command(
     "export",
-    epilog="Example: sepsis-jax policy export --episodes runs/synthetic --format d3rlpy "
-    "--out runs/synthetic.npz",
+    epilog="Example: sepsis-jax policy export --episodes runs/demo/cohort --format d3rlpy "
+    "--out runs/transitions.npz",
 )
 def export(
     episodes: Episodes,

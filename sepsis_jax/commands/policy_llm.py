@@ -310,11 +310,11 @@ def _done(out: Path, loss: float | None, json: bool) -> None:
 
 
 COMMANDS: dict[Callable[..., None], str] = {
-    sft: "Example: sepsis-jax policy sft --llm models/Qwen3-4B --episodes runs/mimic "
+    sft: "Example: sepsis-jax policy sft --llm runs/tiny-llm --episodes runs/demo/cohort "
     "--out runs/sft",
-    bc: "Example: sepsis-jax policy bc --llm runs/sft/model --model runs/model "
-    "--set bc.demonstrator=runs/planner --out runs/bc",
-    rl: "Example: sepsis-jax policy rl --llm runs/bc/model --model runs/model --out runs/rl",
+    bc: "Example: sepsis-jax policy bc --llm runs/sft/model --model runs/demo/model "
+    "--set bc.demonstrator=titration --out runs/bc",
+    rl: "Example: sepsis-jax policy rl --llm runs/bc/model --model runs/demo/model --out runs/rl",
     stages: "Example: sepsis-jax policy stages --config configs/train_tiny_cpu.yaml "
     "--out runs/stages",
 }

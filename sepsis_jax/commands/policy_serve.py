@@ -13,7 +13,7 @@ import typer
 from sepsis_jax.console import DISCLAIMER, Json, console, errors, finite, phases, print_json
 from worldmodel.errors import InputError
 
-EPILOG = "Example: sepsis-jax policy serve --model runs/agent/weights --port 8000"
+EPILOG = "Example: sepsis-jax policy serve --model runs/tiny-llm --port 8000"
 
 
 def serve(
@@ -95,7 +95,7 @@ def serve(
     try:
         if key_file is not None or not from_variable:
             written = _write_key(server.key, key_file)
-        with phases("serve", log_every=10.0) as progress:
+        with phases("serve") as progress:
             server.start(progress)
         where = f"file {written}" if written else f"variable {KEY_VARIABLE}"
         console.print(f"{server.url}/v1 serves {options.served_name}; key: {where}", soft_wrap=True)

@@ -10,6 +10,7 @@ import typer
 from sepsis_jax.console import (
     DISCLAIMER,
     Config,
+    DryRun,
     Episodes,
     Json,
     Model,
@@ -23,6 +24,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
     resumable,
+    show_plan,
 )
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
@@ -157,6 +159,7 @@ def sweep(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with what an earlier run left in --out.")
     ] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Simulate patients x start times x plans x samples, and write statistics to Parquet."""
@@ -177,10 +180,15 @@ def sweep(
     }  # fmt: skip
     options = resolve_config(SweepOptions, config, setting, source="--set")
     options = replace(options, **{name: x for name, x in flags.items() if x is not None})
+    if dry_run:
+        from sepsis_jax.pipelines.dry_run import sweep_lines
+
+        show_plan(sweep_lines(episodes, model, options, behavior=behavior), json)
+        return
     share = Shard.parse(shard)
     part = f"{share.index}-of-{share.count}" if share.count > 1 else None
     goes_on = f"the same command with --resume goes on in {out}"
-    with resumable(goes_on), claimed(out, part=part), phases("sweep", log_every=60.0) as progress:
+    with resumable(goes_on), claimed(out, part=part), phases("sweep") as progress:
         result = run_sweep(
             episodes, model, out, options, behavior=behavior, shard=share, resume=resume,
             progress=progress,

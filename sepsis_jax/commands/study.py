@@ -41,7 +41,6 @@ app = typer.Typer(
     help="Cohort, audit, world model, policies, language model and all tables in one folder: "
     "`sepsis-jax study CONFIG`.",
 )
-_LOG_EVERY = 30.0  # seconds
 
 
 @app.command(
@@ -79,7 +78,7 @@ def run(
             print_json({"out": str(out), "stages": planned})
         return
     goes_on = "the same command goes on where it was stopped"
-    with resumable(goes_on), claimed(out), phases("study", log_every=_LOG_EVERY) as progress:
+    with resumable(goes_on), claimed(out), phases("study") as progress:
         table = run_study(out, options, progress)
     shown = [name for name in SHORT["policies"] if name in table]
     print_table(

@@ -9,6 +9,7 @@ import typer
 
 from sepsis_jax.console import (
     Config,
+    DryRun,
     Episodes,
     Json,
     Model,
@@ -22,6 +23,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
     resumable,
+    show_plan,
 )
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
@@ -45,13 +47,14 @@ app = typer.Typer(help="Train, judge and export world models.", no_args_is_help=
 
 @app.command(
     "train",
-    epilog="Example: sepsis-jax world-model train --episodes runs/synthetic --out runs/model",
+    epilog="Example: sepsis-jax world-model train --episodes runs/demo/cohort --out runs/model",
 )
 def train(
     episodes: Episodes,
     out: Out,
     config: Config = None,
     setting: Setting = None,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Train State and Outcome Model. The same command again goes on where it was stopped."""
@@ -60,6 +63,11 @@ def train(
     from worldmodel.models.training import TrainConfig
 
     settings = resolve_config(TrainConfig, config, setting, source="--set")
+    if dry_run:
+        from sepsis_jax.pipelines.dry_run import training_lines
+
+        show_plan(training_lines(episodes, settings), json)
+        return
     goes_on = "the same command goes on where it was stopped"
     with resumable(goes_on), claimed(out), epochs("world model") as progress:
         trained = world_model.train(episodes, out, settings, progress=progress)
@@ -71,7 +79,8 @@ def train(
 
 @app.command(
     "evaluate",
-    epilog="Example: sepsis-jax world-model evaluate --model runs/model --episodes runs/synthetic",
+    epilog="Example: sepsis-jax world-model evaluate --model runs/demo/model "
+    "--episodes runs/demo/cohort",
 )
 def evaluate(
     model: Model,
@@ -99,7 +108,7 @@ def evaluate(
 
 @app.command(
     "effects",
-    epilog="Example: sepsis-jax world-model effects --model runs/model --out runs/effects",
+    epilog="Example: sepsis-jax world-model effects --model runs/demo/model --out runs/effects",
 )
 def effects(
     model: Model,
@@ -134,8 +143,8 @@ def effects(
 
 @app.command(
     "values",
-    epilog="Example: sepsis-jax world-model values --model runs/model --out runs/values "
-    "--policy none --policy clinician --policy titration --policy iql=runs/iql",
+    epilog="Example: sepsis-jax world-model values --model runs/demo/model --out runs/values "
+    "--policy none --policy clinician --policy titration --policy guideline",
 )
 def values(
     model: Model,
@@ -230,7 +239,7 @@ def _is_value(row: object) -> bool:
 
 @app.command(
     "export",
-    epilog="Example: sepsis-jax world-model export --model runs/model --out runs/published",
+    epilog="Example: sepsis-jax world-model export --model runs/reference --out runs/published",
 )
 def export(model: Model, out: Out, json: Json = False) -> None:
     """Write a model of the reference variant as SepsisAgent's folder of .pt files."""

@@ -33,7 +33,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
-from worldmodel.resources import require_memory
+from worldmodel.resources import bucket, require_memory
 from worldmodel.synthetic import Config, patient_keys
 
 T = TypeVar("T")
@@ -80,10 +80,14 @@ class BackendOptions:
             raise InputError("enable_thinking: the scripted backend has no thoughts; leave it out")
 
 
-def open_backend(options: BackendOptions) -> Backend:
+def open_backend(options: BackendOptions, *, prefix_rows: int = 0) -> Backend:
     """A backend, ready to be asked; of a server it is checked first what it gives.
 
     Not within a running event loop.
+
+    Args:
+      options: which one.
+      prefix_rows: of an embedded model, as for `EmbeddedGenerator`.
 
     Raises:
       InputError: a folder that cannot be read, a key that is missing, a server that cannot be
@@ -98,7 +102,9 @@ def open_backend(options: BackendOptions) -> Backend:
     if options.kind == EMBEDDED:
         from policy.serving.embedded import EmbeddedGenerator
 
-        return TokenBackend(EmbeddedGenerator.from_folder(llm), load_tokens(options))
+        return TokenBackend(
+            EmbeddedGenerator.from_folder(llm, prefix_rows=prefix_rows), load_tokens(options)
+        )
     from policy.serving.vllm.check import check_server, require_logprobs
 
     server = endpoint(options)
@@ -160,6 +166,7 @@ def _parameters(texts: tuple[str, ...]) -> JsonDict:
 
 KIND = "sepsis-jax agent run"
 SUMMARY = "summary.json"
+SYNTHETIC_PATIENTS = 32  # if not told how many
 _PATIENT_BYTES = 16_384  # of a patient in the pool
 
 
@@ -182,6 +189,8 @@ class AgentOptions:
         comes with a warning.
       concurrency: stays in treatment at the same time.
       attempts: at a stay that fails.
+      prefix_caching: an embedded model keeps the keys and values of the last turn of all dialogues
+        in treatment and reads only what is new; takes the memory of twice as many contexts.
       probabilities: note those of all 25 prescriptions at each decision; needs a backend that
         works token by token (embedded or vllm).
       seed: of patients, noise and replies.
@@ -201,6 +210,7 @@ class AgentOptions:
     support_limit: float = 0.01
     concurrency: int = 256
     attempts: int = 2
+    prefix_caching: bool = False
     probabilities: bool = False
     seed: int = 0
     forecast: ForecastConfig = field(default_factory=ForecastConfig)
@@ -306,7 +316,10 @@ def run_agent(
         "backend": plain(backend),
         "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    language_model = open_backend(backend)
+    slots = min(options.concurrency, len(unit.patients))
+    language_model = open_backend(
+        backend, prefix_rows=2 * bucket(slots) if options.prefix_caching else 0
+    )
     scorer = None
     if options.probabilities:
         if not isinstance(language_model, TokenBackend):
@@ -384,7 +397,7 @@ def _unit(
     if episodes is None:
         if options.patients is not None:
             require_memory("patients", options.patients, _PATIENT_BYTES)
-        patients = np.arange(32 if options.patients is None else options.patients, dtype=np.int32)
+        patients = np.arange(options.patients or SYNTHETIC_PATIENTS, dtype=np.int32)
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
         return _Unit(env, patients, patient_keys(key, patients), None, None, {})
     assert world_model is not None

@@ -41,7 +41,7 @@ from sepsis_jax.report.panels import effect_panels, training_panels
 from sepsis_jax.report.patients import patient_sections
 from sepsis_jax.report.policies import action_shares
 from sepsis_jax.report.tables import write_tables
-from sepsis_jax.runs import JsonDict, provenance
+from sepsis_jax.runs import MANIFEST, JsonDict, provenance
 from worldmodel import schema
 from worldmodel.episode_files import (
     EPISODES_FILE,
@@ -150,8 +150,9 @@ def run_demo(
     facts = provenance(
         episodes={"path": str(out / COHORT), "sha256": digest_file(out / COHORT / EPISODES_FILE)},
         samples=samples, seed=seed, patients=patients if data is None else None,
-        branch_steps_per_second=f"{speed:,.0f}",
     )  # fmt: skip
+    write_json(out / MANIFEST, facts)
+    facts["branch_steps_per_second"] = f"{speed:,.0f}"
     sections += [_actions_section(test, figures), section(checks), provenance_section(facts)]
     write_tables(out / "tables", sections)
     write_page(out / "report.html", "sepsis-jax: a first look", sections, _LEAD)

@@ -27,8 +27,9 @@ from sepsis_jax.pipelines.ope_estimates import (
     ope_keys,
 )
 from sepsis_jax.pipelines.verdicts import Check, check_rows, section, summary_line
+from sepsis_jax.report.figures import forest_figure
 from sepsis_jax.report.html import write_page
-from sepsis_jax.report.ope import latex, records, sections
+from sepsis_jax.report.ope import HEADLINES, latex, records, sections
 from sepsis_jax.runs import Progress, provenance, silent
 from worldmodel import schema
 from worldmodel.episode_files import (
@@ -244,6 +245,10 @@ def _write(
         write_json(folder / "estimates.json", {"rows": records(table), **attrs})
         (folder / "estimates.tex").write_text(latex(table))
         write_json(folder / "manifest.json", manifest)
+        level = f"{100 * table.attrs['level']:g}% intervals"
+        title = f"{result.stays} stays; {level}.  Not for clinical use."
+        shown = table[table["estimator"].isin(HEADLINES)]
+        forest_figure(shown, title, folder / "forest.png")
         pd.DataFrame(check_rows(checks)).to_csv(folder / "audit.csv", index=False)
         parts = [*sections(tables), section(checks)]
         write_page(folder / "report.html", "Off-policy evaluation", parts)

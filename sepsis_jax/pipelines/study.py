@@ -17,7 +17,9 @@ from sepsis_jax.pipelines.evaluation import EvaluationOptions, evaluate_all
 from sepsis_jax.pipelines.llm.setup import MODEL
 from sepsis_jax.pipelines.llm.stages import StagesOptions, run_stages
 from sepsis_jax.pipelines.policy_comparison import (
+    CLONE,
     POLICIES,
+    PPO,
     ComparisonOptions,
     compare_policies,
 )
@@ -185,7 +187,8 @@ def stages_of(out: Path, options: StudyOptions, seed: int) -> list[Stage]:
               lambda to, progress: compare_policies(
                   cohort, model, to, comparison, progress=progress)),
     ]  # fmt: skip
-    rows = [f"{name}={policies / POLICIES / name}" for name in comparison.methods if name != "ppo"]
+    trained = [CLONE, *(name for name in comparison.methods if name != PPO)]
+    rows = [f"{name}={policies / POLICIES / name}" for name in trained]
     reads = ["cohort", "world_model", "audit", "policies"]
     if not options.without_language_model:
         more, asked = _of_language_model(out, options, seed)
@@ -245,7 +248,7 @@ def _of_language_model(
     asked = AgentOptions(
         split=options.evaluation.split, keep_to_record=True, probabilities=True,
         templates=runner.templates, intervals=runner.intervals, concurrency=runner.concurrency,
-        attempts=1, seed=seed, forecast=runner.forecast,
+        prefix_caching=runner.prefix_caching, attempts=1, seed=seed, forecast=runner.forecast,
         dialogue=replace(runner.dialogue, sampling=sampling),
     )  # fmt: skip
     rows = []

@@ -80,7 +80,7 @@ def run_sweep(
     todo = folder.begin(sweep.manifest, shard or Shard(), resume=resume)
     total = sum(map(sweep.grid.branch_steps, todo))
     progress_log = _ProgressLog(progress, len(todo), total)
-    rollouts = _RolloutCache(sweep)
+    rollouts = RolloutCache(sweep)
     for block in todo:
         folder.write(block, block_table(sweep, rollouts, block))
         progress_log.block(sweep.grid.branch_steps(block))
@@ -94,7 +94,7 @@ def run_sweep(
     return SweepResult(summary, len(todo), missing, total, seconds, sweep.manifest["groups"])
 
 
-class _RolloutCache:
+class RolloutCache:
     """The program of each section, compiled when it is first needed."""
 
     def __init__(self, sweep: Sweep):
@@ -103,6 +103,7 @@ class _RolloutCache:
         self._found: dict[object, ShardedRollout] = {}
 
     def of(self, number: int) -> ShardedRollout:
+        """The program of a section, by its number."""
         sweep, section = self._sweep, self._sweep.grid.sections[number]
         plans = len(sweep.plan_set.names)
         policy = None
@@ -123,7 +124,7 @@ class _RolloutCache:
         return self._found[key]
 
 
-def block_table(sweep: Sweep, rollouts: _RolloutCache, block: Block) -> pa.Table:
+def block_table(sweep: Sweep, rollouts: RolloutCache, block: Block) -> pa.Table:
     """Plays a block: one row per group, start by start."""
     options, world_model = sweep.options, sweep.world_model
     section = sweep.grid.sections[block.section]

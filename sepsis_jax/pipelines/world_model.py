@@ -199,7 +199,7 @@ def simulate_patient(
         outcomes.to_csv(folder / "outcomes.csv", index=False)
         title = (
             f"stay {identity} from hour {table['hour'].min():g}: {samples} simulated futures per "
-            "plan (median, 50% and 90%); black: recorded.  Not for clinical use."
+            "plan.  Not for clinical use."
         )
         fan_chart(table, outcomes, recorded, title, folder / "fan_chart.png")
         plan_actions = {plan.name: plan.actions.tolist() for plan in parsed}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 
 from sepsis_jax.report import words
@@ -27,6 +28,9 @@ PLAN_COLORS = dict(
     zip(("clinician", "nothing", "fluids", "vasopressor", "both"), COLORS, strict=False)
 )
 """Of the plans that the demo and the reports simulate; other plans get colours in order."""
+_MARKERS = "osD^vP*X"
+LARGEST_REWARD = 30.0
+"""Total reward that no stay can exceed by much; estimates beyond it are drawn at the edge."""
 _DPI = 130
 VALUE_PANELS = (
     ("meanbp", MAP_TARGET), ("lactate", LACTATE_LIMIT), ("sofa", None), ("output_4hourly", None),
@@ -37,7 +41,7 @@ VALUE_PANELS = (
 def fan_chart(
     table: pd.DataFrame, outcomes: pd.DataFrame, past: pd.DataFrame, title: str, path: Path
 ) -> None:
-    """Futures of one patient under several plans: median, 50% and 90% bands, and mortality.
+    """Futures of one patient under several plans: medians, 50% bands, 90% bars, and mortality.
 
     Args:
       table: rows (plan, hour, feature) with q05, q25, q50, q75, q95.
@@ -47,7 +51,8 @@ def fan_chart(
       title: of the figure.
       path: PNG to write.
     """
-    figure, axes = plt.subplots(1, 5, figsize=(19, 4.2), width_ratios=(1, 1, 1, 1, 0.75))
+    figure, grid = plt.subplots(3, 2, figsize=(7.2, 8.6))
+    axes, rest = grid.flat[:-1], grid.flat[-1]
     plans = list(dict.fromkeys(table["plan"]))
     start = table["hour"].min()
     colors = plan_colors(plans)
@@ -55,20 +60,28 @@ def fan_chart(
         draw_bands(axis, table[table["feature"] == feature], colors, ground="white")
         before, after = past[past["hour"] <= start], past[past["hour"] >= start]
         axis.plot(before["hour"], before[feature], "o-", color="black", ms=3.5, lw=1)
-        axis.plot(after["hour"], after[feature], "o:", color="black", ms=3, lw=0.8, mfc="white")
+        axis.plot(
+            after["hour"], after[feature], "o:", color="black", ms=3, lw=0.8, mfc="white", zorder=4
+        )
         axis.axvline(start, color="grey", lw=0.8, ls="--")
         if limit is not None:
             axis.axhline(limit, color="grey", lw=0.8, ls=":")
         shown = table[table["feature"] == feature]
         bottom = min(shown["q05"].min(), past[feature].min())
-        top = max(shown["q95"].median(), shown["q75"].max(), past[feature].max())
+        last = shown[shown["hour"] == shown["hour"].max()]
+        top = max(last["q95"].median(), shown["q75"].max(), past[feature].max())
         axis.set_ylim(bottom - 0.05 * (top - bottom), top + 0.1 * (top - bottom))
         axis.set(xlabel="hours since ICU admission", title=words.feature(feature))
     _mortality_panel(axes[-1], outcomes, colors)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    black = Line2D([], [], color="black", marker="o", ms=3.5, lw=1)
+    rest.legend(
+        [*handles, black], [*labels, "recorded"], loc="center", frameon=False, fontsize=11,
+        title="line: median; band: 50% of futures;\nbar at the end: 90%",
+    )  # fmt: skip
+    rest.axis("off")
+    figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+    figure.tight_layout()
     save(figure, path)
 
 
@@ -81,11 +94,13 @@ def plan_colors(plans: Sequence[str]) -> dict[str, str]:
 
 
 _WIDEST = 3.2
+_BAR_GAP = 0.05  # between bars, as a share of the hours simulated
 
 
 def draw_bands(axis: Axes, rows: pd.DataFrame, colors: Mapping[str, str], *, ground: str) -> None:
-    """Bands of all plans below, then their medians on a halo.
+    """The middle half of the futures as bands, medians above them on a halo, 90% as bars.
 
+    The bars stand side by side behind the last hour, where ranges that overlap can be told apart.
     Later medians are narrower, so that those below show where they are the same.
 
     Args:
@@ -94,10 +109,13 @@ def draw_bands(axis: Axes, rows: pd.DataFrame, colors: Mapping[str, str], *, gro
       colors: by plan.
       ground: colour of the halo.
     """
-    for plan, own in rows.groupby("plan", sort=False):
-        color = colors[str(plan)]
-        axis.fill_between(own["hour"], own["q05"], own["q95"], color=color, alpha=0.07, lw=0)
-        axis.fill_between(own["hour"], own["q25"], own["q75"], color=color, alpha=0.16, lw=0)
+    hours = rows["hour"].max() - rows["hour"].min()
+    for place, (plan, own) in enumerate(rows.groupby("plan", sort=False), start=1):
+        color, last = colors[str(plan)], own.iloc[-1]
+        axis.fill_between(own["hour"], own["q25"], own["q75"], color=color, alpha=0.18, lw=0)
+        beside = last["hour"] + place * _BAR_GAP * hours
+        axis.plot([beside] * 2, [last["q05"], last["q95"]], color=color, lw=2)
+        axis.plot(beside, last["q50"], "_", color=color, ms=7, mew=2)
     width = _WIDEST
     for plan, own in rows.groupby("plan", sort=False):
         axis.plot(own["hour"], own["q50"], color=ground, lw=width + 1.2, zorder=2.5)
@@ -219,6 +237,58 @@ _REWARD_PANELS = (
     ("adherence", "guideline adherence, %"),
     ("valid", "valid calls, %"),
 )
+
+
+def forest_figure(estimates: pd.DataFrame, title: str, path: Path) -> None:
+    """Every policy's value by each estimator with its interval; hollow where not trusted.
+
+    The dashed line is the mean return of the records.
+
+    Args:
+      estimates: of `sepsis_jax.ope.evaluate`: policy, estimator, estimate, low, high, trust;
+        those of a handful of estimators.
+      title: of the figure.
+      path: PNG to write.
+    """
+    policies = list(dict.fromkeys(estimates["policy"]))
+    recorded = estimates.loc[estimates["estimator"] == "on_policy", "estimate"]
+    estimates = estimates[estimates["estimator"] != "on_policy"]
+    kinds = list(dict.fromkeys(estimates["estimator"]))
+    height = 1.4 + len(policies) * (0.3 + 0.16 * len(kinds))
+    figure, axis = plt.subplots(figsize=(7.2, height))
+    found = estimates[np.isfinite(estimates["estimate"])]
+    seen = found.loc[found["estimate"].abs() <= LARGEST_REWARD, "estimate"]
+    low, high = (seen.min(), seen.max()) if len(seen) else (-LARGEST_REWARD, LARGEST_REWARD)
+    margin = 0.15 * (high - low) + 0.5
+    limits = (low - margin, high + margin)
+    for row in found.to_dict("records"):
+        color = COLORS[kinds.index(row["estimator"]) % len(COLORS)]
+        marker = _MARKERS[kinds.index(row["estimator"]) % len(_MARKERS)]
+        share = (kinds.index(row["estimator"]) + 0.5) / len(kinds) - 0.5
+        place = -policies.index(row["policy"]) - 0.75 * share
+        axis.plot([row["low"], row["high"]], [place] * 2, color=color, lw=1.6)
+        axis.plot(
+            np.clip(row["estimate"], *limits), place, marker, color=color, ms=6,
+            mfc=color if row["trust"] else "white", clip_on=False, zorder=3,
+        )  # fmt: skip
+    if len(recorded):
+        axis.axvline(recorded.iloc[0], color="grey", lw=0.9, ls="--")
+    for name in range(len(policies) - 1):
+        axis.axhline(-name - 0.5, color="0.85", lw=0.8)
+    axis.set(
+        xlim=limits, ylim=(0.5 - len(policies), 0.5), xlabel="value (expected return of a stay)",
+        yticks=-np.arange(len(policies)), yticklabels=policies,
+    )  # fmt: skip
+    handles = [
+        Line2D([], [], color=COLORS[i % len(COLORS)], marker=_MARKERS[i % len(_MARKERS)],
+                   label=kind)
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    hollow = Line2D([], [], color="grey", marker="o", mfc="white", ls="", label="not trusted")
+    figure.legend(handles=[*handles, hollow], loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=10)
+    figure.set_layout_engine("constrained")
+    save(figure, path)
 
 
 def reward_figure(courses: Mapping[str, pd.DataFrame], before: float, path: Path) -> None:

@@ -18,7 +18,14 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from sepsis_jax.report import words
-from sepsis_jax.report.figures import COLORS, VALUE_PANELS, draw_bands, draw_effect, plan_colors
+from sepsis_jax.report.figures import (
+    COLORS,
+    LARGEST_REWARD,
+    VALUE_PANELS,
+    draw_bands,
+    draw_effect,
+    plan_colors,
+)
 from sepsis_jax.report.html import Key, Picture
 from sepsis_jax.report.svg import INK, LINE, NOTE, PAGE, css, save_svg, themed
 from worldmodel import schema
@@ -42,7 +49,6 @@ def _ring(color: str) -> str:
 _DIAMOND = f"width:.62rem;height:.62rem;transform:rotate(45deg);background:{css(INK)}"
 
 
-_LARGEST = 30.0  # total reward that no stay can exceed by much
 _WRAPPED = 17  # letters of a policy's name beside a panel
 _ESTIMATES = ("wis", "dr", "wpdis")
 
@@ -59,8 +65,10 @@ def forest(policies: pd.DataFrame, folder: Path) -> Picture | None:
     if not names:
         return None
     values = policies[[*names, *(["true"] if known else [])]].to_numpy(float)
-    possible = values[np.abs(values) <= _LARGEST]
-    low, high = (possible.min(), possible.max()) if len(possible) else (-_LARGEST, _LARGEST)
+    possible = values[np.abs(values) <= LARGEST_REWARD]
+    low, high = (
+        (possible.min(), possible.max()) if len(possible) else (-LARGEST_REWARD, LARGEST_REWARD)
+    )
     margin = 0.35 * (high - low) + 1.0
     limits = float(low - margin), float(high + margin)
     panels = [(folder / f"value_{name}.svg", f"{words.column(name)} by policy") for name in names]
@@ -301,8 +309,9 @@ def fan_panels(
     if truth is not None:
         legend.append(Key("what truly happens, up to the ring", _line(NOTE, "dotted")))
     return Picture(
-        f"{who}. Lines are medians of the simulated futures, bands their middle 50% and 90%; "
-        "dotted grey: the usual limit. Mortality: mean and 90% of the futures.",
+        f"{who}. Lines are medians of the simulated futures, bands their middle 50%, "
+        "bars behind the end their 90%; dotted grey: the usual limit. Mortality: mean and 90% of "
+        "the futures.",
         panels, legend,
     )  # fmt: skip
 
@@ -351,6 +360,7 @@ def training_panels(history: Mapping[str, Sequence[Mapping[str, float]]], folder
             for color, key in zip(COLORS, ("train_loss", "validation_loss"), strict=False):
                 axis.plot(epochs, [record[key] for record in records], "o-", ms=3, color=color)
             axis.set(title=f"{name} model", xlabel="epoch", ylabel="loss")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(color=LINE)
         save_svg(figure, path)
         panels.append((path, f"Loss of the {name} model by epoch"))

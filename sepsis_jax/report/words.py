@@ -51,7 +51,7 @@ _POLICIES = {
     "none": "no treatment", "rl": "language model, after reinforcement learning",
     "sft": "language model, after patient dynamics",
     "bc": "language model, after demonstrations", "start": "language model, before training",
-    "wait": "wait",
+    "wait": "wait", "clone": "clinician, cloned from the records",
 }  # fmt: skip
 _KEYS = FEATURES | {"stay_id": "number"}
 _KEY = re.compile(rf"\b({'|'.join(sorted(_KEYS, key=len, reverse=True))})\b")

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import numpy as np
 import pytest
 
 from policy.agent.tools import prescription_arguments
@@ -53,6 +54,28 @@ def test_a_run_has_every_patient_once(done):
     assert summary["completed"] == 6 and summary["tool_calls"] == 2 * summary["decisions"]
     manifest = json.loads((done / "manifest.json").read_text())
     assert manifest["request"]["options"]["max_steps"] == 3
+
+
+def test_kept_keys_and_values_change_no_reply(capsys, model, tmp_path):
+    llm = make_tiny(tmp_path / "llm")
+    found = []
+    for kept in (False, True):
+        out = tmp_path / f"kept-{kept}"
+        run = ("agent", "run", "--model", model, "--patients", 3, "--llm", llm, "--out", out)
+        settings = (
+            "max_steps=1", "templates=compact", "attempts=1", "dialogue.max_invalid=2",
+            "dialogue.sampling.max_completion_length=12", f"prefix_caching={kept}",
+        )  # fmt: skip
+        words = [word for text in settings for word in ("--set", text)]
+        assert call(capsys, *run, *words).status == 2
+        found.append(records(out))
+    for patient, record in found[0].items():  # every stay fails, after three replies
+        pairs = list(zip(record["turns"], found[1][patient]["turns"], strict=True))
+        assert len(pairs) == 3
+        for one, other in pairs:
+            logprobs = [turn["reply"].pop("logprobs") for turn in (one, other)]
+            np.testing.assert_allclose(*logprobs, rtol=1e-5)
+            assert one == other
 
 
 def test_a_run_that_was_killed_goes_on(capsys, done, model, tmp_path):

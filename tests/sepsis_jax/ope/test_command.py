@@ -95,7 +95,7 @@ def test_command_writes_every_table(folder, episodes, tmp_path, monkeypatch, cap
     # The toy clinician is uniform, so both policies are the clinician.
     wis = table[table["estimator"] == "wis"].set_index("policy")
     assert wis["difference"].abs().max() < 1e-4
-    names = ("estimates.json", "estimates.tex", "confounding.csv", "subgroups.csv",
+    names = ("estimates.json", "estimates.tex", "forest.png", "confounding.csv", "subgroups.csv",
              "ess_by_step.csv", "audit.csv", "report.html", "manifest.json")  # fmt: skip
     assert all((out / name).exists() for name in names)
     assert json.loads((out / "manifest.json").read_text())["stays"] == 120
