@@ -71,7 +71,7 @@ def explore(
 
         policies = ("guideline", "titration") if policy is None else tuple(policy)
         sources = Sources(model, episodes, policies, tuple(map(str, run or ())), samples, seed)
-        with phases("explore", log_every=10.0) as progress:
+        with phases("explore") as progress:
             progress("reading", 0.0)
             explorer = Explorer(sources)
             warm(explorer, progress)
