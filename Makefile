@@ -70,10 +70,17 @@ $(VENV)/.installed: $(VENV)/.created pyproject.toml constraints.txt
 	$(BIN)/pip $(INSTALL) -c constraints.txt -e .
 	@touch $@
 
+# Tests of the pages in a browser run where there is one.
+CHROMIUM := $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+TEST_EXTRAS = test,parity
+ifneq ($(CHROMIUM),)
+TEST_EXTRAS := $(TEST_EXTRAS),browser
+endif
+
 # mimic-code's SQL (in the wheel of m4-infra) and the ICU-Sepsis MDP are needed as files only,
 # hence --no-deps. SCOPE-RL's estimators need what follows it, whose own pins clash with ours.
 $(VENV)/.installed-test: $(VENV)/.created pyproject.toml constraints.txt
-	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[test,parity]'
+	$(BIN)/pip $(INSTALL) -c constraints.txt -e '.[$(TEST_EXTRAS)]'
 	$(BIN)/pip $(INSTALL) -c constraints.txt --no-deps m4-infra icu-sepsis \
 		scope-rl d3rlpy gym seaborn pytorch-revgrad structlog dataclasses-json marshmallow \
 		typing-inspect

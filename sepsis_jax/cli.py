@@ -27,6 +27,7 @@ from sepsis_jax.commands import (
     world_model,
 )
 from sepsis_jax.commands.evaluate import evaluate
+from sepsis_jax.commands.explore import explore
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
@@ -139,6 +140,10 @@ app.command(
     epilog="Example: sepsis-jax sweep --model runs/demo/model --episodes runs/demo/cohort "
     "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
 )(simulate.sweep)
+app.command(
+    "explore",
+    epilog="Example: sepsis-jax explore --model runs/demo/model --episodes runs/demo/cohort",
+)(explore)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench")(
     bench.bench
 )

@@ -6,6 +6,7 @@ under every plan, and the clinician goes on where a plan ends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -79,7 +80,7 @@ def example_futures(
             for plan in plans
         ]
         start = table["hour"].min()
-        truth = _truth(stay, plans, manifest, world_model.step_hours)
+        truth = true_courses(stay, START_STEP, plans, manifest, world_model.step_hours)
         if truth is not None:
             outcomes = outcomes.merge(truth.outcomes, on="plan")
         found.append(
@@ -112,49 +113,78 @@ def chosen_stays(episodes: Episodes) -> dict[int, str]:
     return found
 
 
-class _TrueCourses(NamedTuple):
+class TrueCourses(NamedTuple):
+    """What truly happens to one synthetic stay under K plans.
+
+    Attributes:
+      rows: rows (plan, hour) from the start on with a column per value, while the stay lasts.
+      outcomes: a row per plan: true_died (by day 90) and true_reward (from the start on).
+    """
+
     rows: pd.DataFrame
-    outcomes: pd.DataFrame  # plan, true_died, true_reward
+    outcomes: pd.DataFrame
 
 
-def _truth(
-    stay: Episodes, plans: list[Plan], manifest: JsonDict, step_hours: float
-) -> _TrueCourses | None:
-    """What truly happens to a synthetic stay under each plan; None of any other stay."""
+def true_courses(
+    stay: Episodes,
+    step: int,
+    plans: Sequence[Plan],
+    manifest: JsonDict,
+    step_hours: float,
+    *,
+    values: Sequence[str] = FEATURES,
+) -> TrueCourses | None:
+    """Plays one stay again under each plan; None where it is not of the synthetic world.
+
+    Args:
+      stay: one recorded stay.
+      step: its row from which the plans are followed; the clinician goes on after them.
+      plans: of equal length.
+      manifest: of the stay's folder, which says whether and how it was simulated.
+      step_hours: length of a step.
+      values: features to return, beside SOFA.
+    """
     made = manifest.get("options", {})
     if manifest.get("source") != SOURCE or "seed" not in made:
         return None
-    episodes, truth = _played_again(stay, plans, made)
-    known = START_STEP + 1
+    episodes, truth = _played_again(stay, step, plans, made)
+    known = step + 1
     record = np.asarray(stay.dynamic)[0, :known]
     if not np.allclose(np.asarray(episodes.dynamic)[:, :known], record, _TOLERANCE, _TOLERANCE):
         return None
+    dynamic, sofa = np.asarray(episodes.dynamic), np.asarray(episodes.sofa)
+    length = np.asarray(episodes.length)
+    end = step + len(plans[0].actions)
     rows: list[JsonDict] = []
     for k, plan in enumerate(plans):
-        last = min(int(episodes.length[k]) - 1, START_STEP + HORIZON)
-        for step in range(START_STEP, last + 1):
-            values = {
-                name: float(episodes.dynamic[k, step, schema.INDEX[name]]) for name in FEATURES
-            }
-            values["sofa"] = float(episodes.sofa[k, step])
-            rows.append({"plan": plan.name, "hour": step * step_hours} | values)
+        for row in range(step, min(int(length[k]) - 1, end) + 1):
+            found = {name: float(dynamic[k, row, schema.INDEX[name]]) for name in values}
+            found["sofa"] = float(sofa[k, row])
+            rows.append({"plan": plan.name, "hour": row * step_hours} | found)
     outcomes = pd.DataFrame(
         {
             "plan": [plan.name for plan in plans],
             "true_died": np.asarray(episodes.died_90d),
-            "true_reward": np.asarray(truth.reward, np.float64)[:, START_STEP:].sum(1),
+            "true_reward": np.asarray(truth.reward, np.float64)[:, step:].sum(1),
         }
     )
-    return _TrueCourses(pd.DataFrame(rows), outcomes)
+    return TrueCourses(pd.DataFrame(rows), outcomes)
 
 
-def _played_again(stay: Episodes, plans: list[Plan], made: JsonDict) -> tuple[Episodes, Truth]:
+_BLOCK = 64  # stays that the world simulates at a time: a few plans of one patient
+
+
+def _played_again(
+    stay: Episodes, step: int, plans: Sequence[Plan], made: JsonDict
+) -> tuple[Episodes, Truth]:
     """One synthetic stay under each plan."""
     actions = np.full((len(plans), Config.horizon), FOLLOW_POLICY, np.int32)
-    actions[:, :START_STEP] = np.asarray(stay.action)[0, :START_STEP]
-    actions[:, START_STEP : START_STEP + HORIZON] = [plan.actions for plan in plans]
+    actions[:, :step] = np.asarray(stay.action)[0, :step]
+    until = min(step + len(plans[0].actions), Config.horizon)
+    actions[:, step:until] = [plan.actions[: until - step] for plan in plans]
     world = TrueWorld(2, int(made["seed"]), float(made.get("confounding", 0.0)))
     patients = np.repeat(np.asarray(stay.stay_id, np.int32), len(plans))
     return generate_patients(
-        jax.random.key(world.seed), patients, actions, params=world.params(), keep_latent=False
-    )
+        jax.random.key(world.seed), patients, actions, params=world.params(), keep_latent=False,
+        block=_BLOCK,
+    )  # fmt: skip

@@ -38,7 +38,7 @@ _SHORTEST = 4  # steps of the shortest arrays
 CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
 
 
-_PER_STEP, _PER_BRANCH = 6, 4  # arrays of `Rollouts` beside the features
+_PER_STEP, _PER_BRANCH = 7, 4  # arrays of `Rollouts` beside the features
 _COPIES = 3  # of the results at the same time, as they are put in order
 
 
@@ -88,6 +88,7 @@ class Rollouts:
     mode: str = struct.field(pytree_node=False)
     # Recurrent variant only:
     alive: jax.Array | None = None  # [P, K, S, H] probability that the stay has not ended
+    death: jax.Array | None = None  # [P, K, S, H] probability that the stay ends so in the step
     support: jax.Array | None = None  # [P, K, S, H] probability of the action, clinician
     later_reward: jax.Array | None = None  # [P, K, S] rewards after the horizon, clinician
 
@@ -229,7 +230,7 @@ def _padded(values: np.ndarray, steps: int) -> np.ndarray:
     return np.pad(values, widths)
 
 
-_BY_STEP = ("values", "sofa", "ventilation", "reward", "action", "alive", "support")
+_BY_STEP = ("values", "sofa", "ventilation", "reward", "action", "alive", "death", "support")
 
 
 def _cut(rollouts: Rollouts, horizon: int) -> Rollouts:
@@ -411,6 +412,7 @@ def _simulate(
             "reward": step.reward,
             "action": step.action,
             "alive": step.alive,
+            "death": step.death,
             "support": step.support,
         }
 

@@ -98,6 +98,7 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             reward=stay.alive * earned,
             projected=row.projected,
             alive=stay.alive,
+            death=carry.stay.alive * found.risks[..., 0],
             support=found.support,
         )
         if now.history is not None:

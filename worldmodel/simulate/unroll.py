@@ -36,6 +36,7 @@ class Step(NamedTuple):
     projected: jax.Array  # [...] int32 entries moved into range
     # Recurrent variant only:
     alive: jax.Array | None = None  # [...] probability that the stay goes on in the new row
+    death: jax.Array | None = None  # [...] probability that it ends in the step, with death
     support: jax.Array | None = None  # [...] probability of the action under the clinician
 
 

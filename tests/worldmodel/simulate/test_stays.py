@@ -46,11 +46,11 @@ def stays():
     return toy_episodes(12, STEPS)
 
 
-def random_world(stays, seed, members=1):
+def random_world(stays, seed, members=1, stay_steps=STEPS):
     """Every parameter is drawn, so that no zero hides a mistake."""
     scaler = Scaler.fit(stays, split=None)
     key = jax.random.key(seed)
-    world = init_world_model(key, scaler, CONFIG, members=members, stay_steps=STEPS)
+    world = init_world_model(key, scaler, CONFIG, members=members, stay_steps=stay_steps)
     models = (world.state_model, world.outcome_model)
     leaves, structure = jax.tree.flatten(models)
     keys = jax.random.split(key, len(leaves))
@@ -204,6 +204,29 @@ def test_every_stay_ends_with_the_window(world, stays):
     np.testing.assert_array_equal(alive[..., -1], 0.0)
     assert ((found.mortality > 0) & (found.mortality < 1)).all()
     np.testing.assert_allclose(found.later_reward, 0.0, atol=1e-6)
+
+
+def test_deaths_of_a_rollout_are_the_hazards_of_its_steps(world, stays):
+    start = start_history(world, stays.select(np.arange(3)), 1)
+    plans = np.array([[0, 3, 7, 7], [24, 0, 0, 1]])
+    found = rollout(world, jax.random.key(4), start, plans, samples=3)
+    death, alive = np.asarray(found.death), np.asarray(found.alive)
+    # The first hazards depend on the row and the treatment alone, not on what is drawn.
+    member = world.with_models(member_of(world))
+    kernel = pack_stays(member)
+    state = start_state(start, encode_past(kernel, start.memory))
+    quiet = jnp.zeros((3, world.noise_width))
+    for k, first in enumerate(plans[:, 0]):
+        _, step = step_stay(
+            member, kernel, state, start.static, start.step, jnp.full(3, first), quiet
+        )
+        risk, leaves = np.asarray(step.risks[:, 0]), np.asarray(step.risks[:, 1])
+        for s in range(3):
+            np.testing.assert_allclose(death[:, k, s, 0], risk, atol=1e-6)
+            np.testing.assert_allclose(alive[:, k, s, 0], (1 - risk) * (1 - leaves), atol=1e-6)
+    dead = death.cumsum(-1)
+    assert (death > 0).all() and (dead + alive < 1).all()
+    assert (np.asarray(found.mortality) > dead[..., -1]).all()
 
 
 def test_branches_do_not_depend_on_the_batch_and_share_noise(ensemble, stays):
