@@ -54,7 +54,7 @@ IDS: Mapping[str, str] = {
     "sepsis_jax/ICUSepsis-v0": "icu_sepsis",
     "sepsis_jax/GumbelMaxSepsis-v0": "gumbel_max",
 }
-"""Registered ids, and the constructor of `SepsisEnv` that takes the settings of `gymnasium.make`."""
+"""Registered ids, and the constructor of `SepsisEnv` that takes the settings."""
 
 _SEEDS = 2**31
 _MODES = {AutoresetMode.NEXT_STEP: NEXT_STEP, AutoresetMode.SAME_STEP: SAME_STEP}
