@@ -16,6 +16,8 @@ import typer
 
 from sepsis_jax.commands import agent, bench, cohort, ope, policy, simulate, study, world_model
 from sepsis_jax.commands.evaluate import evaluate
+from sepsis_jax.commands.mcp import EPILOG as MCP_EPILOG
+from sepsis_jax.commands.mcp import mcp
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
@@ -124,6 +126,7 @@ app.command(
     epilog="Example: sepsis-jax sweep --model runs/model --episodes runs/synthetic "
     "--plan constant --policy guideline --steps 0,2,4 --out runs/sweep",
 )(simulate.sweep)
+app.command("mcp", epilog=MCP_EPILOG)(mcp)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/model --out runs/bench")(
     bench.bench
 )

@@ -1,9 +1,10 @@
 """Patients of a loop that asks for one thing at a time and waits for it.
 
 Trainers such as TRL call the tools of one dialogue after those of another, so that requests never
-wait together (`policy.agent.env_pool` answers those that do). Here the first request after a step is
-answered for all patients and all treatments in one jitted call, and the others find their answers
-ready: speculative execution, for a simulator that costs less per patient the more there are.
+wait together (`policy.agent.env_pool` answers those that do). Here the first request after a step
+is answered for all patients and all treatments in one jitted call, and the others find their
+answers ready: speculative execution, for a simulator that costs less per patient the more there
+are.
 """
 
 from __future__ import annotations
@@ -45,9 +46,7 @@ class SpeculativePool:
       capacity: patients per jitted call.
     """
 
-    def __init__(
-        self, env: SepsisEnv, forecaster: Forecaster | None, *, capacity: int = CAPACITY
-    ):
+    def __init__(self, env: SepsisEnv, forecaster: Forecaster | None, *, capacity: int = CAPACITY):
         self._env, self._forecaster, self._capacity = env, forecaster, capacity
         self._states: EnvState | None = None  # of all slots, leaves [M, ...]
         self._unwritten: dict[int, _Row] = {}  # newer states than those of `_states`, by slot
@@ -190,16 +189,12 @@ def _resized(states: EnvState, rows: jax.Array) -> EnvState:
 
 @partial(jax.jit, donate_argnums=0)
 def _write(states: EnvState, source: EnvState, slots: jax.Array, rows: jax.Array) -> EnvState:
-    result: EnvState = jax.tree.map(
-        lambda old, new: old.at[slots].set(new[rows]), states, source
-    )
+    result: EnvState = jax.tree.map(lambda old, new: old.at[slots].set(new[rows]), states, source)
     return result
 
 
 @jax.jit
-def _every_step(
-    env: SepsisEnv, states: EnvState, slots: jax.Array
-) -> tuple[EnvState, Timestep]:
+def _every_step(env: SepsisEnv, states: EnvState, slots: jax.Array) -> tuple[EnvState, Timestep]:
     """States and time steps [B * 25, ...] after each action, by slot and then by action."""
     chosen = jax.tree.map(lambda leaf: jnp.repeat(leaf[slots], _ALL, 0), states)
     moved, timesteps = jax.vmap(env.step)(chosen, jnp.tile(jnp.arange(_ALL), len(slots)))

@@ -8,8 +8,8 @@
 
 A trainer samples the replies, calls the tools and computes advantages; the environment has the
 patient, the texts, the rules and the reward of `policy.agent.dialogue`, and neither imports the
-other. TRL calls tools one after another; `policy.agent.speculative_pool` makes one jitted call of those
-of a whole batch.
+other. TRL calls tools one after another; `policy.agent.speculative_pool` makes one jitted call of
+those of a whole batch.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def simulate_patient(
     check_replaceable(Path(out), MARKER)
     check_mode(world_model, mode)
     clinician = any(is_clinician(text) for text in plans)
-    stay = _find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
+    stay = find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
     parsed, table, outcomes, recorded = patient_futures(
         world_model, stay, step=step, plans=plans, horizon=horizon, samples=samples, seed=seed,
         mode=mode,
@@ -211,7 +211,18 @@ def simulate_patient(
     return outcomes
 
 
-def _find_stay(episodes: Episodes, stay_id: int | None, step: int, *, needed: int) -> Episodes:
+def find_stay(episodes: Episodes, stay_id: int | None, step: int, *, needed: int) -> Episodes:
+    """One stay.
+
+    Args:
+      episodes: where it is.
+      stay_id: which; None for the first one with enough steps.
+      step: row that it must reach, where any will do.
+      needed: steps that are enough.
+
+    Raises:
+      InputError: there is no such stay, or none reaches the row.
+    """
     length = np.asarray(episodes.length)
     if stay_id is None:
         if step >= length.max():

@@ -1,4 +1,4 @@
-"""Environments for TRL: what our own runner gives, in few jitted calls; TRL's trainer learns in them."""
+"""Environments for TRL give what our own runner gives, and TRL's trainer learns in them."""
 
 import asyncio
 import json
@@ -68,9 +68,7 @@ def told(stay):
 def treated(environments, patients=PATIENTS):
     """Environments after their stays, TRL's way: one call of each after the other; and answers."""
     made = [environments() for _ in patients]
-    firsts = [
-        one.reset(**row) for one, row in zip(made, environments.rows(patients), strict=True)
-    ]
+    firsts = [one.reset(**row) for one, row in zip(made, environments.rows(patients), strict=True)]
     answers = [[] for _ in made]
     for step in range(3):
         for one, said in zip(made, answers, strict=True):
