@@ -129,9 +129,15 @@ class _Workshop:
     """Trains policies into a folder; what is there with the same fingerprint is read instead."""
 
     def __init__(
-        self, folder: Path, episodes: Episodes, scaler: Scaler, inputs: dict[str, str | None]
+        self,
+        folder: Path,
+        episodes: Episodes,
+        scaler: Scaler,
+        inputs: dict[str, str | None],
+        source: str | None,
     ):
         self.folder, self.episodes, self.scaler, self.inputs = folder, episodes, scaler, inputs
+        self.source = source
 
     def make(
         self,
@@ -145,7 +151,7 @@ class _Workshop:
         inputs = {"episodes": self.inputs["episodes"], **inputs}
         if not known(path, fingerprint(method, config, **inputs)):
             trained = train()
-            write_policy(path, method, trained, config, inputs, self.episodes)
+            write_policy(path, method, trained, config, inputs, self.episodes, source=self.source)
         return load_policy(path)
 
 
@@ -187,7 +193,8 @@ def compare_policies(
         "episodes": digest_file(episodes_path / EPISODES_FILE),
         "model": digest_folder(model),
     }
-    shop = _Workshop(out / POLICIES, episodes, load_scaler(episodes_path), inputs)
+    scaler, source = load_scaler(episodes_path), manifest.get("source")
+    shop = _Workshop(out / POLICIES, episodes, scaler, inputs, source)
     policies = _train_all(shop, world_model, options, world, progress)
     outcomes: dict[str, Outcome] = {}
     for number, (name, policy) in enumerate(policies.items()):

@@ -30,8 +30,9 @@ from sepsis_jax.report.policies import (
     reliability_figure,
 )
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
+from worldmodel.cards import CARD, policy_card
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import EPISODES_FILE, load_episodes_for, load_scaler
+from worldmodel.episode_files import EPISODES_FILE, load_episodes_for, load_manifest, load_scaler
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
@@ -283,7 +284,8 @@ def train_policy(
         },
     }
     progress("writing", 0.92)
-    record = write_policy(out, method, trained, config, inputs, episodes)
+    source = load_manifest(episodes_path).get("source")
+    record = write_policy(out, method, trained, config, inputs, episodes, source=source)
     progress("done", 1.0)
     return record
 
@@ -295,8 +297,10 @@ def write_policy(
     config: DataclassInstance,
     inputs: dict[str, str | None],
     episodes: Episodes,
+    *,
+    source: str | None,
 ) -> JsonDict:
-    """Writes a policy with its record and pictures; the folder is written atomically.
+    """Writes a policy with its record, card and pictures; the folder is written atomically.
 
     Args:
       out: folder to write.
@@ -305,6 +309,7 @@ def write_policy(
       config: settings it was trained with.
       inputs: digests of what it was trained on, part of the fingerprint.
       episodes: with a test split, for the heat map.
+      source: of the episodes, as their manifest says it.
 
     Returns:
       The record.
@@ -317,7 +322,9 @@ def write_policy(
         **_facts(trained),
     }
     with atomic_folder(out, marker=MARKER) as folder:
-        save_policy(trained.policy, folder, manifest=provenance(**record))
+        manifest = provenance(**record, source=source)
+        save_policy(trained.policy, folder, manifest=manifest)
+        (folder / CARD).write_text(policy_card(manifest))
         if trained.losses is not None:
             trained.losses.to_csv(folder / "losses.csv", index=False)
             course_figure(trained.losses, f"{method}: training", folder / "losses.png")

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from sepsis_jax.report.figures import fan_chart
-from sepsis_jax.runs import JsonDict, provenance
+from sepsis_jax.runs import MANIFEST, JsonDict, provenance
 from worldmodel import schema
+from worldmodel.cards import CARD, world_model_card
 from worldmodel.episode_files import (
     EPISODES_FILE,
     load_dose_edges,
@@ -24,8 +25,20 @@ from worldmodel.episode_files import (
 )
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
-from worldmodel.models.checkpoint import PARAMS, save_world_model
+from worldmodel.files import (
+    atomic_folder,
+    check_replaceable,
+    digest_file,
+    read_json,
+    write_json,
+)
+from worldmodel.models.checkpoint import (
+    CONFIG,
+    PARAMS,
+    load_world_model,
+    save_pretrained,
+    save_world_model,
+)
 from worldmodel.models.training import EpochProgress, TrainConfig, Trained, train_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
@@ -81,8 +94,24 @@ def train(
         ),
     )
     write_json(out / "metrics.json", {**trained.metrics, "history": trained.history})
+    (out / CARD).write_text(world_model_card(read_json(out / MANIFEST)))
     shutil.rmtree(state_folder)
     return trained
+
+
+def export_pretrained(model: str | Path, out: str | Path) -> None:
+    """Writes a world model of any folder as the Hugging Face hub has them, with its figures.
+
+    Args:
+      model: folder to read, as `load_world_model`.
+      out: folder to write.
+    """
+    facts: JsonDict = {}
+    for name in (MANIFEST, CONFIG):
+        if (Path(model) / name).is_file():
+            facts |= read_json(Path(model) / name)
+    kept = {name: facts[name] for name in ("training", "metrics", "episodes") if name in facts}
+    save_pretrained(load_world_model(model), out, manifest=kept)
 
 
 def summary(metrics: JsonDict) -> JsonDict:

@@ -85,7 +85,9 @@ def test_help_shows_an_example(run, command):
 
 
 def test_a_trained_policy_comes_with_its_record_and_pictures(iql, cohort):
-    assert leftovers(iql) == ["actions.png", "arrays", "losses.csv", "losses.png", "policy.json"]
+    assert leftovers(iql) == [
+        "README.md", "actions.png", "arrays", "losses.csv", "losses.png", "policy.json",
+    ]  # fmt: skip
     record = json.loads((iql / "policy.json").read_text())
     assert record["method"] == "iql" and record["config"]["hidden"] == [8]
     assert record["command"].startswith("sepsis-jax policy train")
