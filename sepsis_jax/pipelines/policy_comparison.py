@@ -18,6 +18,7 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from policy.registry import CLINICIAN, SIMPLE
+from policy.train.loop.metrics import check_wandb
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policy_training import (
     CloneConfig,
@@ -184,6 +185,7 @@ def compare_policies(
     options = options or ComparisonOptions()
     episodes_path, model, out = Path(episodes_path), Path(model), Path(out)
     check_replaceable(out, POLICIES)
+    check_wandb()
     progress("reading", 0.0)
     manifest, world_model = load_manifest(episodes_path), load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path)

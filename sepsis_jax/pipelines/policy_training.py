@@ -22,6 +22,7 @@ from policy.offline.training import train_offline
 from policy.planner import Planner, PlannerConfig, fit_planner
 from policy.ppo import PPOConfig, train_ppo
 from policy.registry import CLINICIAN, TRAINED
+from policy.train.loop.metrics import check_wandb, log_courses
 from sepsis_jax.pipelines.episodes import of_split, taken
 from sepsis_jax.report.policies import (
     action_heat_map,
@@ -244,6 +245,7 @@ def train_policy(
         raise InputError(f"critic: search={search} of the planner uses none; leave it out")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
+    check_wandb()
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path)
@@ -344,6 +346,8 @@ def write_policy(
             "clinician, recorded": action_shares(taken(test), valid),
         }
         action_heat_map(shares, "What is given, test split", folder / "actions.png")
+    if trained.losses is not None:
+        log_courses(out, {method: trained.losses.to_dict("records")})
     return record
 
 

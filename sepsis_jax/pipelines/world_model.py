@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy.train.loop.metrics import check_wandb, log_courses
 from sepsis_jax.report.figures import fan_chart
 from sepsis_jax.runs import MANIFEST, JsonDict, provenance
 from worldmodel import schema
@@ -70,6 +71,7 @@ def train(
     episodes_path, out = Path(episodes_path), Path(out)
     manifest = load_manifest(episodes_path)
     check_replaceable(out, PARAMS)  # before hours of training, not after
+    check_wandb()
     state_folder = out.with_name(f"{out.name}.training")
     trained = train_world_model(
         load_episodes(episodes_path),
@@ -95,6 +97,7 @@ def train(
     )
     write_json(out / "metrics.json", {**trained.metrics, "history": trained.history})
     (out / CARD).write_text(world_model_card(read_json(out / MANIFEST)))
+    log_courses(out, trained.history)
     shutil.rmtree(state_folder)
     return trained
 
@@ -110,7 +113,7 @@ def export_pretrained(model: str | Path, out: str | Path) -> None:
     for name in (MANIFEST, CONFIG):
         if (Path(model) / name).is_file():
             facts |= read_json(Path(model) / name)
-    kept = {name: facts[name] for name in ("training", "metrics", "episodes") if name in facts}
+    kept: JsonDict = {n: facts[n] for n in ("training", "metrics", "episodes") if n in facts}
     save_pretrained(load_world_model(model), out, manifest=kept)
 
 
