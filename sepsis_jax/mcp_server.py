@@ -8,9 +8,9 @@ from __future__ import annotations
 import functools
 import hmac
 import inspect
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, ParamSpec
 
 from sepsis_jax.pipelines.patient_tools import PatientTools
 from sepsis_jax.runs import JsonDict
@@ -18,6 +18,7 @@ from worldmodel.errors import InputError
 
 if TYPE_CHECKING:
     from mcp.server import MCPServer
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
 KEY_VARIABLE = "SEPSIS_JAX_MCP_KEY"
 SHORTEST_KEY = 16  # characters
@@ -31,15 +32,9 @@ INSTRUCTIONS = (
 )
 
 P = ParamSpec("P")
-# of ASGI, whose messages have values of several types
-Message = MutableMapping[str, Any]
-App = Callable[
-    [Message, Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]],
-    Awaitable[None],
-]
 
 
-def make_server(tools: PatientTools) -> MCPServer[Any]:
+def make_server(tools: PatientTools) -> MCPServer[object]:
     """A server with the four tools, all of them read-only.
 
     Raises:
@@ -52,7 +47,7 @@ def make_server(tools: PatientTools) -> MCPServer[Any]:
         raise InputError(
             "mcp: the package is not installed; pip install 'sepsis-jax[mcp]'"
         ) from None
-    server: MCPServer[Any] = MCPServer(
+    server: MCPServer[object] = MCPServer(
         "sepsis-jax",
         instructions=INSTRUCTIONS,
         version=version("sepsis-jax"),
@@ -94,7 +89,7 @@ def serve_http(tools: PatientTools, port: int, key: str) -> None:
     uvicorn.run(app, host=HOST, port=port, log_level="warning")
 
 
-def http_app(tools: PatientTools, key: str) -> App:
+def http_app(tools: PatientTools, key: str) -> ASGIApp:
     """An ASGI application that refuses whoever does not bear the key."""
     if len(key) < SHORTEST_KEY:
         raise InputError(
@@ -105,11 +100,7 @@ def http_app(tools: PatientTools, key: str) -> App:
     app = server.streamable_http_app(json_response=True, stateless_http=True, host=HOST)
     wanted = f"Bearer {key}".encode()
 
-    async def checked(
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, wanted):

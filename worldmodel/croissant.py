@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from worldmodel import schema
-from worldmodel.cards import terms_of
+from worldmodel.cards import Manifest, terms_of
 from worldmodel.episodes import MASK_SUFFIX
 from worldmodel.files import digest_file
 
@@ -61,13 +60,9 @@ _MEANINGS = {
 }
 
 
-# JSON of any structure
-Json = dict[str, Any]
-
-
 def croissant(
-    folder: Path, table: str, columns: Mapping[str, object], manifest: Mapping[str, Any]
-) -> Json:
+    folder: Path, table: str, columns: Mapping[str, object], manifest: Manifest
+) -> dict[str, object]:
     """The JSON-LD of a data set.
 
     Args:
@@ -77,7 +72,7 @@ def croissant(
       manifest: of the folder.
     """
     terms = terms_of(manifest.get("source"))
-    found: Json = {
+    found: dict[str, object] = {
         "@context": _CONTEXT,
         "@type": "sc:Dataset",
         "conformsTo": "http://mlcommons.org/croissant/1.0",

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from worldmodel import croissant, schema
-from worldmodel.cards import CARD, data_card
+from worldmodel.cards import CARD, Manifest, data_card
 from worldmodel.episodes import COLUMNS, Episodes, from_table, table_problems, to_table
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, require_folder, write_json
@@ -223,7 +223,7 @@ def dose_edges_to_dict(edges: schema.DoseEdges) -> dict[str, list[float]]:
     return {"vasopressor_mcg_kg_min": list(edges.vasopressor), "fluid_ml": list(edges.fluid)}
 
 
-def dose_edges_of(manifest: Mapping[str, Any], *, source: str) -> schema.DoseEdges:
+def dose_edges_of(manifest: Manifest, *, source: str) -> schema.DoseEdges:
     """Dose edges from a manifest's `dose_edges`.
 
     Raises:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -201,12 +201,11 @@ def _described(world_model: WorldModel) -> dict[str, object]:
     }
 
 
-# JSON of any structure
-def _empty(manifest: Any, file: Path) -> WorldModel:
+def _empty(manifest: object, file: Path) -> WorldModel:
     """A world model as described, with shapes in place of arrays."""
     path = file.parent
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind != KIND:
+    if not isinstance(manifest, dict) or kind != KIND:
         raise InputError(f"{path}: not a world model (its {file.stem} says {kind!r})")
     if manifest.get("schema_version") != schema.SCHEMA_VERSION:
         raise InputError(
