@@ -28,6 +28,8 @@ from sepsis_jax.commands import (
 )
 from sepsis_jax.commands.evaluate import evaluate
 from sepsis_jax.commands.explore import explore
+from sepsis_jax.commands.mcp import EPILOG as MCP_EPILOG
+from sepsis_jax.commands.mcp import mcp
 from sepsis_jax.console import (
     DISCLAIMER,
     Json,
@@ -144,6 +146,7 @@ app.command(
     "explore",
     epilog="Example: sepsis-jax explore --model runs/demo/model --episodes runs/demo/cohort",
 )(explore)
+app.command("mcp", epilog=MCP_EPILOG)(mcp)
 app.command("bench", epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench")(
     bench.bench
 )

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = public_modules(ROOT)
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-OPTIONAL = {"stable_baselines3", "torch"}  # the extra `parity`
+OPTIONAL = {"mlcroissant", "stable_baselines3", "torch", "trl"}  # `parity` and `croissant`
 
 
 # Docstrings

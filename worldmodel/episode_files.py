@@ -4,7 +4,8 @@ A folder of episodes holds
 
 - `episodes.parquet`: one row per stay and step, in physical units;
 - `scaler.json`: the scaler fitted on the training split (`worldmodel.scaling.Scaler`);
-- `manifest.json`: schema version, step length, dose edges, counts and what made the folder.
+- `manifest.json`: schema version, step length, dose edges, counts and what made the folder;
+- `croissant.json` and `README.md`: files, fields, units and terms, for those who find the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from worldmodel import schema
+from worldmodel import croissant, schema
+from worldmodel.cards import CARD, Manifest, data_card
 from worldmodel.episodes import COLUMNS, Episodes, from_table, table_problems, to_table
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, require_folder, write_json
@@ -67,21 +69,25 @@ def save_episodes(
       InputError: something else is in the way, or no scaler can be fitted.
     """
     path = Path(path)
+    facts: dict[str, object] = {
+        "schema_version": schema.SCHEMA_VERSION,
+        "step_hours": step_hours,
+        "dose_edges": dose_edges_to_dict(dose_edges),
+        "units": {feature.name: feature.unit for feature in schema.FEATURES},
+        "stays": episodes.num_stays,
+        "rows": int(np.asarray(episodes.length).sum()),
+        **(manifest or {}),
+    }
+    table = to_table(episodes)
     with atomic_folder(path, marker=EPISODES_FILE) as folder:
-        to_table(episodes).to_parquet(folder / EPISODES_FILE, index=False)
+        table.to_parquet(folder / EPISODES_FILE, index=False)
         write_json(folder / "scaler.json", (scaler or Scaler.fit(episodes)).to_dict())
+        write_json(folder / "manifest.json", facts)
         write_json(
-            folder / "manifest.json",
-            {
-                "schema_version": schema.SCHEMA_VERSION,
-                "step_hours": step_hours,
-                "dose_edges": dose_edges_to_dict(dose_edges),
-                "units": {feature.name: feature.unit for feature in schema.FEATURES},
-                "stays": episodes.num_stays,
-                "rows": int(np.asarray(episodes.length).sum()),
-                **(manifest or {}),
-            },
+            folder / croissant.FILE,
+            croissant.croissant(folder, EPISODES_FILE, dict(table.dtypes), facts),
         )
+        (folder / CARD).write_text(data_card(facts))
     return path
 
 
@@ -217,7 +223,7 @@ def dose_edges_to_dict(edges: schema.DoseEdges) -> dict[str, list[float]]:
     return {"vasopressor_mcg_kg_min": list(edges.vasopressor), "fluid_ml": list(edges.fluid)}
 
 
-def dose_edges_of(manifest: Mapping[str, Any], *, source: str) -> schema.DoseEdges:
+def dose_edges_of(manifest: Manifest, *, source: str) -> schema.DoseEdges:
     """Dose edges from a manifest's `dose_edges`.
 
     Raises:

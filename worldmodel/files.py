@@ -199,7 +199,7 @@ def save_arrays(folder: Path, tree: object) -> None:
     import orbax.checkpoint as ocp  # slow to import; the command line imports this module
 
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, _named(tree))
+        checkpointer.save(folder, named_leaves(tree))
 
 
 def load_arrays(folder: Path, like: TreeT) -> TreeT:
@@ -216,7 +216,7 @@ def load_arrays(folder: Path, like: TreeT) -> TreeT:
 
     # Where each process reads what it needs for itself, whoever wrote it and on which devices.
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    abstract = _named(
+    abstract = named_leaves(
         jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
     )
     if not folder.is_dir():
@@ -256,7 +256,7 @@ def _restore(folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[st
         return result
 
 
-def _named(tree: object) -> dict[str, Any]:
+def named_leaves(tree: object) -> dict[str, Any]:
     """Leaves by their path, such as `0.gru.cells.1.weight_hidden.value`."""
     import jax
 

@@ -3,6 +3,11 @@
     env = SepsisGymEnv(SepsisEnv.learned(world_model, episodes))
     observation, info = env.reset(seed=0)
 
+Importing this module registers `IDS`, so that an environment can be had by its name, which may name
+the module too:
+
+    env = gymnasium.make("worldmodel.gym:sepsis_jax/Sepsis-v0", max_steps=18)
+
 Needs the package `gymnasium` (`pip install 'sepsis-jax[gym]'`). Nothing in the package imports
 this module. Agents in JAX train faster on `SepsisEnv` itself.
 """
@@ -18,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gymnasium import spaces
+from gymnasium.envs.registration import registry
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
+from worldmodel import schema
 from worldmodel.envs.base import REWARD_TERMS, Info, Timestep
 from worldmodel.envs.env import (
     NEXT_STEP,
@@ -32,12 +39,22 @@ from worldmodel.envs.env import (
     SepsisEnv,
     episode_key,
 )
+from worldmodel.episode_files import load_episodes_for
 from worldmodel.errors import InputError
+from worldmodel.models.checkpoint import load_world_model
 from worldmodel.observation import Observation, state_feature_bounds, state_features
 from worldmodel.scaling import Scaler
 
 # an `Observation`, or the number of a state.
 Features = Callable[[Any], jax.Array]
+
+IDS: Mapping[str, str] = {
+    "sepsis_jax/Sepsis-v0": "synthetic",
+    "sepsis_jax/LearnedSepsis-v0": "learned",
+    "sepsis_jax/ICUSepsis-v0": "icu_sepsis",
+    "sepsis_jax/GumbelMaxSepsis-v0": "gumbel_max",
+}
+"""Registered ids, and the constructor of `SepsisEnv` that takes the settings."""
 
 _SEEDS = 2**31
 _MODES = {AutoresetMode.NEXT_STEP: NEXT_STEP, AutoresetMode.SAME_STEP: SAME_STEP}
@@ -247,6 +264,58 @@ class SepsisVectorEnv(VectorEnv):
         return np.array(observation, self.observation_space.dtype)
 
 
+def make_single(*, source: str, **settings: object) -> SepsisGymEnv:
+    """What `gymnasium.make` calls: one patient of a world.
+
+    Args:
+      source: one of the values of `IDS`.
+      **settings: of the constructor of `SepsisEnv` of that name. "learned" takes `model`, the
+        folder of a world model, `episodes`, a folder of episodes to start from, and `split`, by
+        default "train".
+
+    Raises:
+      InputError: an unknown setting, or a folder that is missing or holds something else.
+    """
+    return SepsisGymEnv(_world(source, settings))
+
+
+def make_vector(
+    *,
+    source: str,
+    num_envs: int,
+    autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    **settings: object,
+) -> SepsisVectorEnv:
+    """What `gymnasium.make_vec` calls: N patients of a world in one compiled call.
+
+    Args:
+      source, **settings: as for `make_single`.
+      num_envs: patients N.
+      autoreset_mode: as for `SepsisVectorEnv`, or its value.
+    """
+    mode = AutoresetMode(autoreset_mode)
+    return SepsisVectorEnv(_world(source, settings), num_envs, autoreset_mode=mode)
+
+
+def _world(source: str, settings: dict[str, object]) -> SepsisEnv:
+    given = dict(settings)
+    parts: list[object] = []
+    try:
+        if source == "learned":
+            model = load_world_model(str(given.pop("model")))
+            stays = load_episodes_for(model, str(given.pop("episodes")))
+            split = str(given.pop("split", "train"))
+            if split not in (*schema.SPLITS, "all"):
+                raise InputError(f"split: got {split!r}, expected one of {schema.SPLITS} or all")
+            parts = [model, stays if split == "all" else stays.of_split(split)]
+        env: SepsisEnv = getattr(SepsisEnv, source)(*parts, **given)
+    except KeyError as error:
+        raise InputError(f"{error.args[0]}: give a folder") from None
+    except TypeError as error:
+        raise InputError(f"{source}: {error}") from None
+    return env
+
+
 def _encoder(
     env: SepsisEnv, features: Features | None, observation_space: spaces.Box | None
 ) -> _Encoder:
@@ -362,3 +431,17 @@ def _infos(info: Info, among: np.ndarray | bool = True) -> dict[str, object]:
         known = ~np.isnan(value) & among
         infos[name], infos[f"_{name}"] = np.where(known, value, 0).astype(value.dtype), known
     return infos
+
+
+def _register() -> None:
+    for name, source in IDS.items():
+        if name not in registry:  # a second import would warn
+            gymnasium.register(
+                name,
+                entry_point=f"{__name__}:{make_single.__name__}",
+                vector_entry_point=f"{__name__}:{make_vector.__name__}",
+                kwargs={"source": source},
+            )
+
+
+_register()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from policy.agent.env_pool import EnvPool
+from policy.agent.forecast import Forecast
 from policy.agent.prompts import Chart, Prompts, options
 from policy.agent.tools import (
     REASONS,
@@ -150,10 +151,140 @@ async def treat(
     return await _Dialogue(slot, patient, backend, pool, prompts, config, seed, scorer).run()
 
 
-class _FailedError(Exception):
+class FailedStayError(Exception):
+    """Raised when a stay has failed and can take no more calls.
+
+    Attributes:
+      reason: TOO_MANY_INVALID.
+    """
+
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)
         self.reason = reason
+
+
+class StaySession:
+    """The rules of one stay: what calls of the model do, what they are answered, what is refused.
+
+    It knows neither the model nor the pool: between `read` and `simulated` or `prescribed` the
+    caller asks the pool, and waits for it or not.
+
+    Args:
+      patient: identifier.
+      first: the first time step.
+      prompts: texts of the dialogue.
+      config: limits.
+      can_simulate: whether there is a simulator.
+    """
+
+    def __init__(
+        self,
+        patient: int,
+        first: Timestep,
+        prompts: Prompts,
+        config: DialogueConfig,
+        *,
+        can_simulate: bool,
+    ):
+        self.stay = Stay(patient, can_simulate=can_simulate)
+        self.chart = Chart.of(first)
+        self.done = False
+        self._prompts, self._config = prompts, config
+        self._simulations = self._invalid = 0  # at this decision
+
+    def first(self) -> list[dict[str, str]]:
+        """The messages that begin a conversation."""
+        return self._prompts.first(self.chart, can_simulate=self.stay.can_simulate)
+
+    def read(self, call: ToolCall, *, alone: bool = True) -> Simulate | Prescribe:
+        """What a call asks for, counted as a simulation where it is one.
+
+        Args:
+          call: of the model.
+          alone: whether it is the only one of its reply.
+
+        Raises:
+          InvalidCallError: it is to be refused.
+        """
+        if self.done:
+            raise InvalidCallError("stay_over")
+        asked = read_call(call)
+        if isinstance(asked, Prescribe):
+            if not alone:
+                raise InvalidCallError("not_alone")
+            return asked
+        if not self.stay.can_simulate:
+            raise InvalidCallError("unknown_tool")
+        if self._simulations >= self._config.max_simulations:
+            raise InvalidCallError("too_many_simulations")
+        self._simulations += 1
+        return asked
+
+    def simulated(self, asked: Simulate, forecast: Forecast) -> str:
+        """The answer of a simulation."""
+        self.stay.tool_calls += 1
+        return self._prompts.simulation(options(asked.actions, forecast))
+
+    def prescribed(
+        self,
+        asked: Prescribe,
+        given: int,
+        after: Timestep,
+        *,
+        probabilities: tuple[float, ...] | None = None,
+        values: tuple[float, ...] | None = None,
+    ) -> str:
+        """Notes a prescription; returns its answer.
+
+        Args:
+          asked: what was prescribed.
+          given: the joint action that was given.
+          after: the time step that followed.
+          probabilities, values: as in `Decision`.
+        """
+        stay, chart = self.stay, self.chart
+        stay.tool_calls += 1
+        stay.decisions.append(
+            Decision(
+                step=chart.step,
+                action=asked.action,
+                reward=float(after.reward),
+                sofa=chart.sofa[-1],
+                **{name: chart.number(name) for name in ("meanbp", "lactate", "pao2", "fio2")},
+                previous_vasopressor=chart.given.vasopressor,
+                simulations=self._simulations,
+                invalid=self._invalid,
+                probabilities=probabilities,
+                values=values,
+                turn=len(stay.turns) - 1,
+            )
+        )
+        self._simulations = self._invalid = 0
+        chart.add(given, after)
+        self.done = bool(after.done)
+        outcome = ""
+        if self.done:
+            stay.status = COMPLETED
+            stay.outcome, stay.mortality = _outcome(after)
+            outcome = _OUTCOMES[stay.outcome]
+        answer = self._prompts.prescription(chart, done=self.done, outcome=outcome)
+        if self.done:
+            stay.closing = answer
+        return answer
+
+    def refuse(self, reason: str) -> str:
+        """Counts what is refused; returns the answer.
+
+        Raises:
+          FailedStayError: it was one too many.
+        """
+        self.stay.invalid[reason] += 1
+        self._invalid += 1
+        if self._invalid > self._config.max_invalid:
+            raise FailedStayError(
+                TOO_MANY_INVALID, f"{self._invalid} invalid calls at t = {self.chart.step}"
+            )
+        return self._prompts.error(REASONS[reason])
 
 
 class _Dialogue:
@@ -170,35 +301,33 @@ class _Dialogue:
     ):
         self.slot, self.backend, self.pool, self.prompts = slot, backend, pool, prompts
         self.config, self.seed, self.scorer = config, seed, scorer
-        self.stay = Stay(patient, can_simulate=pool.can_simulate)
-        self.chart = Chart.of(pool.initial(slot))
-        self.simulations = self.invalid = 0  # at this decision
-        self.done = False
+        self.session = StaySession(
+            patient, pool.initial(slot), prompts, config, can_simulate=pool.can_simulate
+        )
+        self.stay = self.session.stay
         self.conversation: Conversation
         self.opens = True
 
     async def run(self) -> Stay:
         messages: Sequence[Message] = []
         try:
-            while not self.done:
+            while not self.session.done:
                 if self.opens:
                     messages = self._open()
                 reply = await self._ask(messages)
                 messages = await self._answer(reply)
-            self.stay.status = COMPLETED
         except BackendError as error:
             too_long = isinstance(error, ContextError)
             self.stay.failure = TOO_LONG if too_long else NO_BACKEND
             self.stay.detail = str(error)
-        except _FailedError as failure:
+        except FailedStayError as failure:
             self.stay.failure, self.stay.detail = failure.reason, str(failure)
         return self.stay
 
     def _open(self) -> Sequence[Message]:
         """Opens a conversation and returns its first messages."""
-        can_simulate = self.pool.can_simulate
-        self.conversation = self.backend.open(self.prompts.tools(can_simulate))
-        return self.prompts.first(self.chart, can_simulate=can_simulate)
+        self.conversation = self.backend.open(self.prompts.tools(self.pool.can_simulate))
+        return self.session.first()
 
     async def _ask(self, messages: Sequence[Message]) -> Reply:
         turn = f"{self.seed}:{self.stay.patient}:{len(self.stay.turns)}"
@@ -229,24 +358,13 @@ class _Dialogue:
         if reply.finish_reason == LENGTH:
             return self._refuse("truncated")
         try:
-            asked = read_call(call)
+            asked = self.session.read(call, alone=len(reply.tool_calls) == 1)
         except InvalidCallError as error:
             return self._refuse(error.reason)
         if isinstance(asked, Simulate):
-            return await self._simulate(asked)
-        if len(reply.tool_calls) > 1:
-            return self._refuse("not_alone")
+            forecast = await self.pool.simulate(self.slot, asked.actions)
+            return self.session.simulated(asked, forecast)
         return await self._prescribe(asked, reply)
-
-    async def _simulate(self, asked: Simulate) -> str:
-        if not self.pool.can_simulate:
-            return self._refuse("unknown_tool")
-        if self.simulations >= self.config.max_simulations:
-            return self._refuse("too_many_simulations")
-        self.simulations += 1
-        forecast = await self.pool.simulate(self.slot, asked.actions)
-        self.stay.tool_calls += 1
-        return self.prompts.simulation(options(asked.actions, forecast))
 
     async def _prescribe(self, asked: Prescribe, reply: Reply) -> str:
         probabilities = None
@@ -255,52 +373,14 @@ class _Dialogue:
         values = self.pool.values(self.slot)
         given = self.pool.given(self.slot, asked.action)
         after = await self.pool.prescribe(self.slot, asked.action)
-        self.stay.tool_calls += 1
-        self.stay.decisions.append(self._decision(asked.action, after, probabilities, values))
-        self.simulations = self.invalid = 0
-        self.chart.add(given, after)
-        self.done = bool(after.done)
         self.opens = self.config.memory == DECISION
-        outcome = ""
-        if self.done:
-            self.stay.outcome, self.stay.mortality = _outcome(after)
-            outcome = _OUTCOMES[self.stay.outcome]
-        answer = self.prompts.prescription(self.chart, done=self.done, outcome=outcome)
-        if self.done:
-            self.stay.closing = answer
-        return answer
-
-    def _decision(
-        self,
-        action: int,
-        after: Timestep,
-        probabilities: tuple[float, ...] | None,
-        values: tuple[float, ...] | None,
-    ) -> Decision:
-        chart = self.chart
-        return Decision(
-            step=chart.step,
-            action=action,
-            reward=float(after.reward),
-            sofa=chart.sofa[-1],
-            **{name: chart.number(name) for name in ("meanbp", "lactate", "pao2", "fio2")},
-            previous_vasopressor=chart.given.vasopressor,
-            simulations=self.simulations,
-            invalid=self.invalid,
-            probabilities=probabilities,
-            values=values,
-            turn=len(self.stay.turns) - 1,
+        return self.session.prescribed(
+            asked, given, after, probabilities=probabilities, values=values
         )
 
     def _refuse(self, reason: str) -> str:
         self.stay.turns[-1] = replace(self.stay.turns[-1], refused=True)
-        self.stay.invalid[reason] += 1
-        self.invalid += 1
-        if self.invalid > self.config.max_invalid:
-            raise _FailedError(
-                TOO_MANY_INVALID, f"{self.invalid} invalid calls at t = {self.chart.step}"
-            )
-        return self.prompts.error(REASONS[reason])
+        return self.session.refuse(reason)
 
 
 def _outcome(after: Timestep) -> tuple[str, float | None]:

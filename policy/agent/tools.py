@@ -124,6 +124,7 @@ REASONS: dict[str, str] = {
     "truncated": "the reply was cut off before it ended",
     "too_many_simulations": "no more simulations at this decision; prescribe",
     "not_alone": "a prescription must be the only call of a reply",
+    "stay_over": "the stay is over",
 }
 """Reasons of refusals, with the message to the model."""
 

@@ -241,13 +241,29 @@ def _is_value(row: object) -> bool:
     "export",
     epilog="Example: sepsis-jax world-model export --model runs/reference --out runs/published",
 )
-def export(model: Model, out: Out, json: Json = False) -> None:
+def export(
+    model: Model,
+    out: Out,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--pretrained",
+            help="A Hugging Face folder instead, of any variant: config.json, model.safetensors, "
+            "README.md.",
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
     """Write a model of the reference variant as SepsisAgent's folder of .pt files."""
+    from sepsis_jax.pipelines.world_model import export_pretrained
     from worldmodel.models.checkpoint import load_world_model
     from worldmodel.models.reference import save_reference
 
     with claimed(out):
-        save_reference(load_world_model(model), out)
+        if pretrained:
+            export_pretrained(model, out)
+        else:
+            save_reference(load_world_model(model), out)
     console.print(f"written to {out}")
     if json:
         print_json({"out": str(out)})

@@ -18,6 +18,7 @@ from policy.offline.algorithms import NAMES as OFFLINE
 from policy.offline.algorithms import OfflineConfig
 from policy.planner import PlannerConfig
 from policy.registry import CLINICIAN, SIMPLE
+from policy.train.loop.metrics import check_wandb
 from sepsis_jax.pipelines.episodes import SOURCE, of_split
 from sepsis_jax.pipelines.policy_training import (
     CloneConfig,
@@ -129,9 +130,15 @@ class _Workshop:
     """Trains policies into a folder; what is there with the same fingerprint is read instead."""
 
     def __init__(
-        self, folder: Path, episodes: Episodes, scaler: Scaler, inputs: dict[str, str | None]
+        self,
+        folder: Path,
+        episodes: Episodes,
+        scaler: Scaler,
+        inputs: dict[str, str | None],
+        source: str | None,
     ):
         self.folder, self.episodes, self.scaler, self.inputs = folder, episodes, scaler, inputs
+        self.source = source
 
     def make(
         self,
@@ -145,7 +152,7 @@ class _Workshop:
         inputs = {"episodes": self.inputs["episodes"], **inputs}
         if not known(path, fingerprint(method, config, **inputs)):
             trained = train()
-            write_policy(path, method, trained, config, inputs, self.episodes)
+            write_policy(path, method, trained, config, inputs, self.episodes, source=self.source)
         return load_policy(path)
 
 
@@ -178,6 +185,7 @@ def compare_policies(
     options = options or ComparisonOptions()
     episodes_path, model, out = Path(episodes_path), Path(model), Path(out)
     check_replaceable(out, POLICIES)
+    check_wandb()
     progress("reading", 0.0)
     manifest, world_model = load_manifest(episodes_path), load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path)
@@ -187,7 +195,8 @@ def compare_policies(
         "episodes": digest_file(episodes_path / EPISODES_FILE),
         "model": digest_folder(model),
     }
-    shop = _Workshop(out / POLICIES, episodes, load_scaler(episodes_path), inputs)
+    scaler, source = load_scaler(episodes_path), manifest.get("source")
+    shop = _Workshop(out / POLICIES, episodes, scaler, inputs, source)
     policies = _train_all(shop, world_model, options, world, progress)
     outcomes: dict[str, Outcome] = {}
     for number, (name, policy) in enumerate(policies.items()):

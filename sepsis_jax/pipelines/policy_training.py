@@ -22,6 +22,7 @@ from policy.offline.training import train_offline
 from policy.planner import Planner, PlannerConfig, fit_planner
 from policy.ppo import PPOConfig, train_ppo
 from policy.registry import CLINICIAN, TRAINED
+from policy.train.loop.metrics import check_wandb, log_courses
 from sepsis_jax.pipelines.episodes import of_split, taken
 from sepsis_jax.report.policies import (
     action_heat_map,
@@ -30,8 +31,9 @@ from sepsis_jax.report.policies import (
     reliability_figure,
 )
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
+from worldmodel.cards import CARD, policy_card
 from worldmodel.envs.env import SepsisEnv
-from worldmodel.episode_files import EPISODES_FILE, load_episodes_for, load_scaler
+from worldmodel.episode_files import EPISODES_FILE, load_episodes_for, load_manifest, load_scaler
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, check_replaceable, digest_file, read_json
@@ -243,6 +245,7 @@ def train_policy(
         raise InputError(f"critic: search={search} of the planner uses none; leave it out")
     episodes_path, out = Path(episodes_path), Path(out)
     check_replaceable(out, MARKER)  # before training, not after
+    check_wandb()
     progress("reading", 0.0)
     world_model = None if model is None else load_world_model(model)
     episodes = load_episodes_for(world_model, episodes_path)
@@ -283,7 +286,8 @@ def train_policy(
         },
     }
     progress("writing", 0.92)
-    record = write_policy(out, method, trained, config, inputs, episodes)
+    source = load_manifest(episodes_path).get("source")
+    record = write_policy(out, method, trained, config, inputs, episodes, source=source)
     progress("done", 1.0)
     return record
 
@@ -295,8 +299,10 @@ def write_policy(
     config: DataclassInstance,
     inputs: dict[str, str | None],
     episodes: Episodes,
+    *,
+    source: str | None,
 ) -> JsonDict:
-    """Writes a policy with its record and pictures; the folder is written atomically.
+    """Writes a policy with its record, card and pictures; the folder is written atomically.
 
     Args:
       out: folder to write.
@@ -305,6 +311,7 @@ def write_policy(
       config: settings it was trained with.
       inputs: digests of what it was trained on, part of the fingerprint.
       episodes: with a test split, for the heat map.
+      source: of the episodes, as their manifest says it.
 
     Returns:
       The record.
@@ -317,7 +324,9 @@ def write_policy(
         **_facts(trained),
     }
     with atomic_folder(out, marker=MARKER) as folder:
-        save_policy(trained.policy, folder, manifest=provenance(**record))
+        manifest = provenance(**record, source=source)
+        save_policy(trained.policy, folder, manifest=manifest)
+        (folder / CARD).write_text(policy_card(manifest))
         if trained.losses is not None:
             trained.losses.to_csv(folder / "losses.csv", index=False)
             course_figure(trained.losses, f"{method}: training", folder / "losses.png")
@@ -337,6 +346,8 @@ def write_policy(
             "clinician, recorded": action_shares(taken(test), valid),
         }
         action_heat_map(shares, "What is given, test split", folder / "actions.png")
+    if trained.losses is not None:
+        log_courses(out, {method: trained.losses.to_dict("records")})
     return record
 
 

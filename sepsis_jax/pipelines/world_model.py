@@ -12,9 +12,11 @@ import jax
 import numpy as np
 import pandas as pd
 
+from policy.train.loop.metrics import check_wandb, log_courses
 from sepsis_jax.report.figures import fan_chart
-from sepsis_jax.runs import JsonDict, provenance
+from sepsis_jax.runs import MANIFEST, JsonDict, provenance
 from worldmodel import schema
+from worldmodel.cards import CARD, world_model_card
 from worldmodel.episode_files import (
     EPISODES_FILE,
     load_dose_edges,
@@ -24,8 +26,20 @@ from worldmodel.episode_files import (
 )
 from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, check_replaceable, digest_file, write_json
-from worldmodel.models.checkpoint import PARAMS, save_world_model
+from worldmodel.files import (
+    atomic_folder,
+    check_replaceable,
+    digest_file,
+    read_json,
+    write_json,
+)
+from worldmodel.models.checkpoint import (
+    CONFIG,
+    PARAMS,
+    load_world_model,
+    save_pretrained,
+    save_world_model,
+)
 from worldmodel.models.training import EpochProgress, TrainConfig, Trained, train_world_model
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate.history import start_history
@@ -57,6 +71,7 @@ def train(
     episodes_path, out = Path(episodes_path), Path(out)
     manifest = load_manifest(episodes_path)
     check_replaceable(out, PARAMS)  # before hours of training, not after
+    check_wandb()
     state_folder = out.with_name(f"{out.name}.training")
     trained = train_world_model(
         load_episodes(episodes_path),
@@ -81,8 +96,25 @@ def train(
         ),
     )
     write_json(out / "metrics.json", {**trained.metrics, "history": trained.history})
+    (out / CARD).write_text(world_model_card(read_json(out / MANIFEST)))
+    log_courses(out, trained.history)
     shutil.rmtree(state_folder)
     return trained
+
+
+def export_pretrained(model: str | Path, out: str | Path) -> None:
+    """Writes a world model of any folder as the Hugging Face hub has them, with its figures.
+
+    Args:
+      model: folder to read, as `load_world_model`.
+      out: folder to write.
+    """
+    facts: JsonDict = {}
+    for name in (MANIFEST, CONFIG):
+        if (Path(model) / name).is_file():
+            facts |= read_json(Path(model) / name)
+    kept: JsonDict = {n: facts[n] for n in ("training", "metrics", "episodes") if n in facts}
+    save_pretrained(load_world_model(model), out, manifest=kept)
 
 
 def summary(metrics: JsonDict) -> JsonDict:
@@ -188,7 +220,7 @@ def simulate_patient(
     check_replaceable(Path(out), MARKER)
     check_mode(world_model, mode)
     clinician = any(is_clinician(text) for text in plans)
-    stay = _find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
+    stay = find_stay(episodes, stay_id, step, needed=step + (horizon if clinician else 1))
     parsed, table, outcomes, recorded = patient_futures(
         world_model, stay, step=step, plans=plans, horizon=horizon, samples=samples, seed=seed,
         mode=mode,
@@ -211,7 +243,18 @@ def simulate_patient(
     return outcomes
 
 
-def _find_stay(episodes: Episodes, stay_id: int | None, step: int, *, needed: int) -> Episodes:
+def find_stay(episodes: Episodes, stay_id: int | None, step: int, *, needed: int) -> Episodes:
+    """One stay.
+
+    Args:
+      episodes: where it is.
+      stay_id: which; None for the first one with enough steps.
+      step: row that it must reach, where any will do.
+      needed: steps that are enough.
+
+    Raises:
+      InputError: there is no such stay, or none reaches the row.
+    """
     length = np.asarray(episodes.length)
     if stay_id is None:
         if step >= length.max():

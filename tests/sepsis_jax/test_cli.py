@@ -120,6 +120,22 @@ def test_an_exported_folder_is_the_same_model(run, model, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, exported, published)
 
 
+def test_a_hugging_face_folder_is_the_same_model_with_its_figures(run, model, cohort, tmp_path):
+    hub = tmp_path / "hub"
+    result = run("world-model", "export", "--model", model, "--out", hub, "--pretrained")
+    assert result.status == 0
+    assert leftovers(hub) == ["README.md", "config.json", "model.safetensors"]
+    jax.tree.map(np.testing.assert_array_equal, load_world_model(hub), load_world_model(model))
+    figure = json.loads((model / "metrics.json").read_text())["state"]["model"]["mae"]
+    card = (hub / "README.md").read_text()
+    assert f"{figure:.4g}" in card and card == (model / "README.md").read_text()
+    # Options that name a world model take it, this command's too.
+    assert run(*small_simulation(hub, cohort, tmp_path / "out")).status == 0
+    again = tmp_path / "again"
+    run("world-model", "export", "--model", hub, "--out", again, "--pretrained")
+    assert (again / "README.md").read_text() == card
+
+
 def test_simulation_writes_what_it_says(run, model, cohort, tmp_path):
     out = tmp_path / "out"
     plans = ("--plan", "rest=0,0", "--plan", "[odd]=4,4;1,0")

@@ -85,9 +85,12 @@ def test_help_shows_an_example(run, command):
 
 
 def test_a_trained_policy_comes_with_its_record_and_pictures(iql, cohort):
-    assert leftovers(iql) == ["actions.png", "arrays", "losses.csv", "losses.png", "policy.json"]
+    assert leftovers(iql) == [
+        "README.md", "actions.png", "arrays", "losses.csv", "losses.png", "policy.json",
+    ]  # fmt: skip
     record = json.loads((iql / "policy.json").read_text())
     assert record["method"] == "iql" and record["config"]["hidden"] == [8]
+    assert record["source"] == "synthetic" and "synthetic" in (iql / "README.md").read_text()
     assert record["command"].startswith("sepsis-jax policy train")
     assert len(record["inputs"]["episodes"]) == 64
     losses = pd.read_csv(iql / "losses.csv")

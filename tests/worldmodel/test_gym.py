@@ -1,5 +1,7 @@
 """The Gymnasium interface: Gymnasium's own checkers, seeds, vectors, an off-the-shelf agent."""
 
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -9,7 +11,9 @@ import pytest
 from tests.toy import toy_episodes
 from worldmodel import SepsisEnv
 from worldmodel.envs.env import episode_key
+from worldmodel.episode_files import save_episodes
 from worldmodel.errors import InputError
+from worldmodel.models.checkpoint import save_world_model
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.observation import state_feature_bounds, state_features
@@ -20,7 +24,7 @@ gymnasium = pytest.importorskip("gymnasium")
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 from gymnasium.vector import AutoresetMode, SyncVectorEnv  # noqa: E402
 
-from worldmodel.gym import SepsisGymEnv, SepsisVectorEnv  # noqa: E402
+from worldmodel.gym import IDS, SepsisGymEnv, SepsisVectorEnv  # noqa: E402
 
 CONFIG = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
 SOURCES = ("learned", "synthetic", "icu_sepsis", "gumbel_max")
@@ -70,6 +74,60 @@ def test_gymnasiums_checker(envs, source):
         message for message in others if "gymnasium" in message.lower() or "WARN" in message
     ]
     assert env.observation_space.contains(env.reset(seed=1)[0])
+
+
+@pytest.fixture(scope="module")
+def folders(envs, tmp_path_factory):
+    """What `gymnasium.make` reads the learned environment from."""
+    root = tmp_path_factory.mktemp("learned")
+    dynamics = envs["learned"].dynamics
+    save_world_model(dynamics.world_model, root / "model")
+    save_episodes(dynamics.episodes, root / "cohort")
+    return {"model": root / "model", "episodes": root / "cohort", "split": "all"}
+
+
+def settings_of(name, folders):
+    learned = {**folders, "horizon": 3, "max_steps": 6}
+    hidden = {"hidden": ("diabetes",)}
+    return {"learned": learned, "gumbel_max": hidden}.get(IDS[name], {})
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_registered_environments_pass_the_checker(name, envs, folders):
+    env = gymnasium.make(name, **settings_of(name, folders))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_env(env.unwrapped)
+    assert_same(
+        play(SepsisGymEnv(envs[IDS[name]]), [0, 1, 2], seed=4),
+        play(env.unwrapped, [0, 1, 2], seed=4),
+    )
+    vector = gymnasium.make_vec(name, num_envs=3, **settings_of(name, folders))
+    assert isinstance(vector, SepsisVectorEnv)
+    np.testing.assert_allclose(vector.reset(seed=4)[0][0], env.reset(seed=4)[0], atol=1e-4)
+
+
+def test_registered_environments_refuse_bad_settings(folders):
+    make = gymnasium.make
+    learned = "sepsis_jax/LearnedSepsis-v0"
+    for settings, reason in (
+        ({}, "model: give a folder"),
+        ({"model": folders["model"]}, "episodes: give a folder"),
+        ({**folders, "split": "tests"}, "split: got 'tests'"),
+        ({**folders, "horizons": 3}, "unexpected keyword"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            make(learned, **settings)
+
+
+def test_the_name_may_name_the_module():
+    code = (
+        "import gymnasium\n"
+        "env = gymnasium.make('worldmodel.gym:sepsis_jax/Sepsis-v0', max_steps=3)\n"
+        "print(env.unwrapped.action_space)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "Discrete(25)", done.stderr
 
 
 @pytest.mark.parametrize("source", SOURCES)

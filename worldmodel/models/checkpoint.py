@@ -1,25 +1,31 @@
 """Checkpoints: a training run's state after every epoch, and finished world models.
 
-Both are Orbax folders of arrays with JSON beside them; nothing is pickled.
+Both are Orbax folders of arrays with JSON beside them. A world model can also be a folder as the
+Hugging Face hub has them: config.json, model.safetensors, README.md. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from worldmodel import schema
+from worldmodel.cards import CARD, world_model_card
 from worldmodel.episode_files import dose_edges_of, dose_edges_to_dict
 from worldmodel.errors import InputError
 from worldmodel.files import (
     atomic_folder,
     load_arrays,
+    named_leaves,
     read_json,
     require_folder,
     save_arrays,
@@ -34,7 +40,8 @@ from worldmodel.scaling import Scaler
 TreeT = TypeVar("TreeT")
 
 KIND = "sepsis-jax world model"
-PARAMS = "params"
+MODEL_TYPE = "sepsis_jax_world_model"
+PARAMS, WEIGHTS, CONFIG = "params", "model.safetensors", "config.json"
 RUN_FILE = "run.json"
 
 
@@ -95,24 +102,75 @@ def save_world_model(
     with atomic_folder(path, marker=PARAMS) as folder:
         save_arrays(folder / PARAMS, _params(world_model))
         write_json(folder / "scaler.json", world_model.scaler.to_dict())
-        write_json(
-            folder / "manifest.json",
-            {
-                "kind": KIND,
-                "schema_version": schema.SCHEMA_VERSION,
-                "config": asdict(world_model.config),
-                "members": world_model.num_members,
-                "step_hours": world_model.step_hours,
-                "dose_edges": dose_edges_to_dict(world_model.dose_edges),
-                "stay_steps": world_model.stay_steps,
-                **(manifest or {}),
-            },
-        )
+        write_json(folder / "manifest.json", _described(world_model) | dict(manifest or {}))
     return path
 
 
+def save_pretrained(
+    world_model: WorldModel, path: str | Path, *, manifest: Mapping[str, object] | None = None
+) -> Path:
+    """Writes a world model as a folder as the Hugging Face hub has them.
+
+    Args:
+      world_model: what to save.
+      path: folder to make; an existing one of this kind is replaced.
+      manifest: metrics and provenance, for config.json and the model card.
+
+    Raises:
+      InputError: something else is in the way.
+    """
+    path = Path(path).absolute()
+    facts = _described(world_model) | dict(manifest or {})
+    leaves = named_leaves(_params(world_model))
+    with atomic_folder(path, marker=WEIGHTS) as folder:
+        save_file(
+            {name: np.asarray(leaf) for name, leaf in leaves.items()},
+            folder / WEIGHTS,
+            metadata={"format": "flax"},
+        )
+        scaler = world_model.scaler.to_dict()
+        write_json(folder / CONFIG, {"model_type": MODEL_TYPE, **facts, "scaler": scaler})
+        (folder / CARD).write_text(world_model_card(facts))
+    return path
+
+
+def load_pretrained(path: str | Path) -> WorldModel:
+    """The world model that `save_pretrained` wrote, bit by bit.
+
+    Raises:
+      InputError: the folder is missing, is not a world model, or holds other shapes.
+    """
+    path = Path(path).absolute()
+    require_folder(path, "write one with `sepsis-jax world-model export --pretrained`")
+    file = path / CONFIG
+    config = read_json(file)
+    like = _empty(config, file)
+    try:
+        found = load_file(path / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path / WEIGHTS}: not readable ({error})") from None
+    wanted = named_leaves(_params(like))
+    if set(found) != set(wanted):
+        odd = sorted(set(found) ^ set(wanted))[0]
+        raise InputError(f"{path / WEIGHTS}: tensor {odd} is missing or unknown")
+    for name, leaf in wanted.items():
+        if found[name].shape != leaf.shape or found[name].dtype != leaf.dtype:
+            raise InputError(
+                f"{path / WEIGHTS}: {name} is {found[name].dtype} of shape {found[name].shape}, "
+                f"expected {leaf.dtype} of {leaf.shape}"
+            )
+    leaves = [jnp.asarray(found[name]) for name in wanted]
+    params = jax.tree.unflatten(jax.tree.structure(_params(like)), leaves)
+    scaler = config.get("scaler")
+    if not isinstance(scaler, dict):
+        raise InputError(f"{file}: no scaler")
+    return _filled(like, params, Scaler.from_dict(scaler, source=str(file)))
+
+
 def load_world_model(path: str | Path) -> WorldModel:
-    """A world model from a checkpoint folder, or from SepsisAgent's folder of `.pt` files.
+    """A world model from a checkpoint folder, or from one of another form.
+
+    These are a folder that `save_pretrained` wrote, and SepsisAgent's folder of `.pt` files.
 
     Raises:
       InputError: the folder is missing, is not a world model, or holds other shapes.
@@ -121,11 +179,34 @@ def load_world_model(path: str | Path) -> WorldModel:
     require_folder(path, "train one with `sepsis-jax world-model train`")
     if is_reference_folder(path):
         return load_reference(path)
+    if (path / WEIGHTS).exists():
+        return load_pretrained(path)
     file = path / "manifest.json"
-    manifest = read_json(file)
+    like = _empty(read_json(file), file)
+    params = load_arrays(path / PARAMS, _params(like))
+    scaler = Scaler.from_dict(read_json(path / "scaler.json"), source=str(path))
+    return _filled(like, params, scaler)
+
+
+def _described(world_model: WorldModel) -> dict[str, object]:
+    """What a world model is, as JSON."""
+    return {
+        "kind": KIND,
+        "schema_version": schema.SCHEMA_VERSION,
+        "config": asdict(world_model.config),
+        "members": world_model.num_members,
+        "step_hours": world_model.step_hours,
+        "dose_edges": dose_edges_to_dict(world_model.dose_edges),
+        "stay_steps": world_model.stay_steps,
+    }
+
+
+def _empty(manifest: object, file: Path) -> WorldModel:
+    """A world model as described, with shapes in place of arrays."""
+    path = file.parent
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    if kind != KIND:
-        raise InputError(f"{path}: not a world model (its manifest says {kind!r})")
+    if not isinstance(manifest, dict) or kind != KIND:
+        raise InputError(f"{path}: not a world model (its {file.stem} says {kind!r})")
     if manifest.get("schema_version") != schema.SCHEMA_VERSION:
         raise InputError(
             f"{path}: schema version {manifest.get('schema_version')}, this software reads "
@@ -136,9 +217,11 @@ def load_world_model(path: str | Path) -> WorldModel:
         members, step_hours = int(manifest["members"]), float(manifest["step_hours"])
         if members < 1 or not 0 < step_hours < math.inf:
             raise ValueError(f"members {members}, step_hours {step_hours}")
+        stay_steps = int(manifest.get("stay_steps", 0))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{file}: field missing or malformed ({error})") from None
-    world_model = jax.eval_shape(
+    edges = dose_edges_of(manifest, source=str(file))
+    found: WorldModel = jax.eval_shape(
         lambda: init_world_model(
             jax.random.key(0),
             Scaler(*(jnp.zeros(n) for n in (39, 39, 3, 3))),
@@ -146,16 +229,16 @@ def load_world_model(path: str | Path) -> WorldModel:
             members=members,
         )
     )
-    state_model, outcome_model = load_arrays(path / PARAMS, _params(world_model))
-    return WorldModel(
-        state_model=state_model,
-        outcome_model=outcome_model,
-        scaler=Scaler.from_dict(read_json(path / "scaler.json"), source=str(path)),
-        config=config,
-        step_hours=step_hours,
-        dose_edges=dose_edges_of(manifest, source=str(file)),
-        stay_steps=int(manifest.get("stay_steps", 0)),
-    )
+    return replace(found, step_hours=step_hours, dose_edges=edges, stay_steps=stay_steps)
+
+
+def _filled(
+    like: WorldModel,
+    params: tuple[StateModel | RecurrentStateModel, OutcomeModel | CompetingRisks],
+    scaler: Scaler,
+) -> WorldModel:
+    state_model, outcome_model = params
+    return replace(like, state_model=state_model, outcome_model=outcome_model, scaler=scaler)
 
 
 def _params(

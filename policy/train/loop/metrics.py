@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, SupportsFloat
@@ -81,7 +81,8 @@ class MetricsLog:
         except OSError as error:
             raise InputError(f"{self.folder}: cannot write metrics here ({error})") from None
         if project := os.environ.get(WANDB_PROJECT):
-            self._wandb = _wandb_run(project, self.folder)
+            name = self.folder.parent.name
+            self._wandb = _wandb_run(project, self.folder, name=name, files=self.folder)
 
     def report(self, report: Report) -> None:
         """Writes a learner's report; to be given to `Learner.run`."""
@@ -153,17 +154,50 @@ def tokens_read(batch: object) -> int:
     )
 
 
-def _wandb_run(project: str, folder: Path) -> wandb.Run:
-    """The run of a folder: a resumed training goes on with the run that it began."""
+def check_wandb() -> None:
+    """Refuses, before a training begins, what could not be sent at its end.
+
+    Raises:
+      InputError: the environment names a `WANDB_PROJECT`, and W&B is not installed.
+    """
+    if not os.environ.get(WANDB_PROJECT):
+        return
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise InputError(
             f"{WANDB_PROJECT}: is set, but wandb is not installed; pip install "
             "sepsis-jax[wandb], or unset it"
         ) from None
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
-    return wandb.init(project=project, dir=folder, id=name, name=folder.parent.name, resume="allow")
+
+
+def log_courses(folder: Path, courses: Mapping[str, Iterable[Mapping[str, float]]]) -> None:
+    """Sends the courses of a finished training to W&B, where `WANDB_PROJECT` names a project.
+
+    For trainers that keep their courses in files of their own. W&B's files go where its own
+    variables say.
+
+    Args:
+      folder: of what was trained, which names the run.
+      courses: by name, rows of figures.
+    """
+    if not (project := os.environ.get(WANDB_PROJECT)):
+        return
+    files = Path(os.environ.get("WANDB_DIR", "."))  # W&B reads it once in a process
+    run = _wandb_run(project, folder.absolute(), name=folder.absolute().name, files=files)
+    for name, rows in courses.items():
+        for row in rows:
+            run.log({f"{name}/{key}": value for key, value in row.items()})
+    run.finish()
+
+
+def _wandb_run(project: str, folder: Path, *, name: str, files: Path) -> wandb.Run:
+    """The run of a folder: a resumed training goes on with the run that it began."""
+    check_wandb()
+    import wandb
+
+    identity = hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    return wandb.init(project=project, dir=files, id=identity, name=name, resume="allow")
 
 
 def _opened(path: Path, resume_at: int) -> IO[str]:

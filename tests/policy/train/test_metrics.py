@@ -13,6 +13,7 @@ from policy.train.loop.metrics import (
     Report,
     Throughput,
     flops_per_token,
+    log_courses,
     multiplied,
     peak_flops,
     tokens_read,
@@ -95,6 +96,21 @@ def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
     assert len(found) == 2 and len({path.name for path in found}) == 1  # one run, resumed
     for path in found:
         assert all(name in path.read_bytes() for name in (b"entropy", b"grad_norm", b"seconds"))
+
+
+def test_courses_go_to_weights_and_biases(tmp_path, monkeypatch):
+    courses = {"state": [{"epoch": 1, "train_loss": 2.5}, {"epoch": 2, "train_loss": 2.25}]}
+    log_courses(tmp_path / "model", courses)  # nowhere, since no project is named
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("WANDB_PROJECT", "sepsis")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    log_courses(tmp_path / "model", courses)
+    (found,) = (tmp_path / "elsewhere" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"state/train_loss" in found.read_bytes() and b"2.25" in found.read_bytes()
+    assert not (tmp_path / "model").exists()
 
 
 def test_weights_and_biases_that_is_not_installed(tmp_path, monkeypatch):

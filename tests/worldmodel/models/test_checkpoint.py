@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.toy import toy_episodes
 from worldmodel import schema
 from worldmodel.errors import InputError
-from worldmodel.models.checkpoint import load_world_model, save_world_model
+from worldmodel.models.checkpoint import (
+    load_pretrained,
+    load_world_model,
+    save_pretrained,
+    save_world_model,
+)
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.evaluation import predict
 from worldmodel.models.reference import load_reference, save_reference
@@ -106,6 +112,78 @@ def test_saving_replaces_models_only(world, folder, tmp_path):
     with pytest.raises(InputError, match="other: exists"):
         save_world_model(world, other)
     assert [path.name for path in other.iterdir()] == ["manifest.json"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(world, tmp_path_factory):
+    return save_pretrained(world, tmp_path_factory.mktemp("hub") / "model")
+
+
+def test_a_hugging_face_folder_comes_back_bit_by_bit(world, pretrained):
+    names = sorted(path.name for path in pretrained.iterdir())
+    assert names == ["README.md", "config.json", "model.safetensors"]
+    for load in (load_pretrained, load_world_model):
+        loaded = load(pretrained)
+        assert jax.tree.structure(loaded) == jax.tree.structure(world)
+        for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(world), strict=True):
+            assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    config = json.loads((pretrained / "config.json").read_text())
+    assert config["model_type"] == "sepsis_jax_world_model" and config["members"] == 2
+    # The same file every time, as other readers of the format see it.
+    tensors = load_file(pretrained / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(np.float32)}
+    again = save_pretrained(world, pretrained.with_name("again"))
+    for name in names:
+        assert (again / name).read_bytes() == (pretrained / name).read_bytes()
+
+
+def test_variants_and_members_come_back(world, tmp_path):
+    for variant in ("reference", "recurrent"):
+        config = ModelConfig(variant=variant, hidden=4, layers=1, embed=4, head=4)
+        model = init_world_model(jax.random.key(2), world.scaler, config, stay_steps=7)
+        loaded = load_world_model(save_pretrained(model, tmp_path / variant))
+        jax.tree.map(np.testing.assert_array_equal, loaded, model)
+        assert (loaded.config, loaded.stay_steps) == (config, model.stay_steps)
+
+
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def first(tensors):
+    return sorted(tensors)[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), r"config\.json: no such file"),
+        (lambda f: change_config(f, kind="cake"), "not a world model .*'cake'"),
+        (lambda f: change_config(f, scaler=3), "no scaler"),
+        (lambda f: change_config(f, members=3), r"of shape \(2, .* of \(3, "),
+        (lambda f: change_tensors(f, lambda t: t.pop(first(t))), "is missing or unknown"),
+        (lambda f: change_tensors(f, lambda t: t.update(x=np.ones(1))), "x is missing or unknown"),
+        (
+            lambda f: change_tensors(
+                f, lambda t: t.update({first(t): t[first(t)].astype(np.float64)})
+            ),
+            "is float64 of shape",
+        ),
+        (lambda f: (f / "model.safetensors").write_bytes(b"PK\x03\x04"), "not readable"),
+    ],
+)
+def test_damaged_hugging_face_folders_are_one_clear_error(pretrained, tmp_path, damage, message):
+    folder = shutil.copytree(pretrained, tmp_path / "model")
+    damage(folder)
+    with pytest.raises(InputError, match=message):
+        load_world_model(folder)
 
 
 def test_only_the_published_shape_can_be_exported(world, tmp_path):
