@@ -230,9 +230,9 @@ def _write(
     manifest: Mapping[str, object],
 ) -> None:
     table = result.table
-    tables = {
-        "estimates": table, "confounding": result.confounding, "subgroups": result.groups
-    }  # fmt: skip
+    tables = {"estimates": table, "confounding": result.confounding}
+    if len(result.groups):
+        tables["subgroups"] = result.groups
     if fits:
         tables["behavior"] = fits[0].reliability
     steps = pd.DataFrame(table.attrs["ess_step"]).rename_axis("step").reset_index()
