@@ -200,7 +200,7 @@ def test_fences_are_found_with_their_comments():
     )
     one, two = fences(text)
     assert one == Fence("python", "a\n", 2, "", "why")
-    assert two == Fence("sh", "b\n", 7, "x = 1", None, "on a GPU")
+    assert two == Fence("sh", "b\n", 9, "x = 1", None, "on a GPU")
 
 
 def logical_lines(text):
