@@ -3,7 +3,8 @@
 Python fences of README.md and docs/*.md are executed, those of one page in order and in one
 namespace. A comment before a fence changes that and is not seen by readers of the site:
 `<!-- not run: REASON -->` leaves the fence out (its imports are still made), and
-`<!-- run before: CODE -->` runs code that the page takes for granted.
+`<!-- run before: CODE -->` runs code that the page takes for granted. Tutorials are run by
+tests/test_tutorials.py.
 """
 
 import ast
@@ -168,11 +169,12 @@ class Fence(NamedTuple):
     line: int
     before: str  # code of a `run before` comment
     reason: str | None  # of a `not run` comment
+    title: str = ""
 
 
 FENCE = re.compile(
     r"(?:<!-- (?P<kind>not run|run before):\s*(?P<comment>.*?)\s*-->\n+)?"
-    r"^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    r"^```(?P<language>\w*)(?: title=\"(?P<title>[^\"\n]*)\")?\n(?P<code>.*?)^```$",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -185,6 +187,7 @@ def fences(text):
             text.count("\n", 0, found.start("code")),
             found["comment"] if found["kind"] == "run before" else "",
             found["comment"] if found["kind"] == "not run" else None,
+            found["title"] or "",
         )
         for found in FENCE.finditer(text)
     ]
@@ -192,11 +195,12 @@ def fences(text):
 
 def test_fences_are_found_with_their_comments():
     text = (
-        "<!-- not run: why -->\n```python\na\n```\n\n<!-- run before:\nx = 1\n-->\n```sh\nb\n```\n"
+        "<!-- not run: why -->\n```python\na\n```\n\n<!-- run before:\nx = 1\n-->\n"
+        '```sh title="on a GPU"\nb\n```\n'
     )
     one, two = fences(text)
     assert one == Fence("python", "a\n", 2, "", "why")
-    assert (two.language, two.code, two.before, two.reason) == ("sh", "b\n", "x = 1", None)
+    assert two == Fence("sh", "b\n", 9, "x = 1", None, "on a GPU")
 
 
 def logical_lines(text):
@@ -353,7 +357,11 @@ def folder(first_cohort, first_model, tmp_path_factory):
     return root
 
 
-RUN = [name for name, page in zip(NAMES, PAGES, strict=True) if "```python" in page.read_text()]
+RUN = [
+    name
+    for name, page in zip(NAMES, PAGES, strict=True)
+    if "```python" in page.read_text() and page.parent.name != "tutorials"
+]
 
 
 @pytest.mark.parametrize("page", RUN)

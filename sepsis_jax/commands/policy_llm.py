@@ -241,8 +241,9 @@ def stages(
             out, options, llm=llm, model=model, episodes=episodes, resume=resume,
             progress=progress,
         )  # fmt: skip
-    shown = ["stage", "value", "low", "high", "valid", "completed", "adherence", "unsafe",
-             "mortality_auroc", "vasopressor_auroc"]  # fmt: skip
+    columns = ("stage", "value", "low", "high", "valid", "completed", "adherence", "unsafe",
+               "mortality_auroc", "vasopressor_auroc")  # fmt: skip
+    shown = [name for name in columns if name in table]  # not every kind of question is asked
     rows = [
         [row[0], *("-" if value is None or value != value else f"{value:.2f}" for value in row[1:])]
         for row in table[shown].itertuples(index=False)

@@ -70,6 +70,8 @@ def simulate(
     from worldmodel.models.checkpoint import load_world_model
 
     world_model = load_world_model(model)
+    members = world_model.num_members
+    samples = -(-samples // members) * members  # each member plays as many
     outcomes = simulate_patient(
         world_model,
         load_episodes_for(world_model, episodes),

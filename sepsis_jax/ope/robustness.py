@@ -188,7 +188,7 @@ def evaluate_groups(
         table["differs_adjusted"] = _excludes_zero(strict)
         table.loc[~table["trust"], ["differs", "differs_adjusted"]] = np.nan
         tables.append(table)
-    result = pd.concat(tables, ignore_index=True)
+    result = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     result.attrs = {"tests": tests, "alpha": alpha, "alpha_adjusted": alpha / tests}
     return result
 

@@ -81,8 +81,7 @@ def evaluate_policies(
     progress("clinician", 0.05)
     episodes, chosen = of_split(all_stays, options.split)
     known = _behavior(behavior, all_stays, chosen, keys.behavior, options)
-    full = None if known.probs is None else known.probs[chosen]
-    fits = known.fits
+    full, fits = known.probs, known.fits
     probs, runnable = open_policies(policy, episodes, full)
     run_in_model = {**runnable, CLINICIAN: fits[0].policy} if fits else runnable
     result = estimate_policies(
@@ -132,7 +131,7 @@ class Evaluation(NamedTuple):
 
 
 class _Behavior(NamedTuple):
-    """The clinician's probabilities of all stays, and where they come from."""
+    """The clinician's probabilities in the evaluated stays, and where they come from."""
 
     probs: np.ndarray | None  # [N, T, 25]; None where only those of the recorded actions are known
     fits: list[BehaviorFit]
@@ -147,19 +146,19 @@ def _behavior(
         return _Behavior(None, [], None)
     if Path(behavior).suffix in (".csv", ".parquet"):
         stays = options.behavior_stays
-        table = policies.read_probabilities(Path(behavior), episodes)
+        table = policies.read_probabilities(Path(behavior), episodes.select(chosen))
         return _Behavior(table, [], ClinicianFit(stays) if stays else None)
     fits = fit_behavior(key, episodes, models=(behavior,))
     split = np.asarray(episodes.split)
     if (split[chosen] == schema.SPLITS.index("test")).all():
         stays = int((split == schema.SPLITS.index("train")).sum())
-        return _Behavior(fits[0].probs, fits, ClinicianFit(stays))
+        return _Behavior(fits[0].probs[chosen], fits, ClinicianFit(stays))
     own = jax.random.fold_in(key, 1)
     probs = cross_fit(own, episodes, behavior, options.behavior_folds)
     folds = options.behavior_folds
     stays = episodes.num_stays * (folds - 1) * 4 // (5 * folds)  # a fifth of the others calibrates
     shared = len(chosen) == episodes.num_stays
-    return _Behavior(probs, fits, ClinicianFit(stays, shared=shared))
+    return _Behavior(probs[chosen], fits, ClinicianFit(stays, shared=shared))
 
 
 def open_policies(
@@ -231,9 +230,9 @@ def _write(
     manifest: Mapping[str, object],
 ) -> None:
     table = result.table
-    tables = {
-        "estimates": table, "confounding": result.confounding, "subgroups": result.groups
-    }  # fmt: skip
+    tables = {"estimates": table, "confounding": result.confounding}
+    if len(result.groups):
+        tables["subgroups"] = result.groups
     if fits:
         tables["behavior"] = fits[0].reliability
     steps = pd.DataFrame(table.attrs["ess_step"]).rename_axis("step").reset_index()

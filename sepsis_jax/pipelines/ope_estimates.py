@@ -58,6 +58,7 @@ class OPEOptions:
         withstand.
       horizon: steps in a world model; 0 for whole stays (`ope.simulated.whole_stay`).
       samples: futures per stay in a world model; 0 for one per ensemble member.
+      subgroups: whether to repeat it by kind of patient, which takes most of the time.
       seed: seed of every random choice.
     """
 
@@ -79,6 +80,7 @@ class OPEOptions:
     confounding: float = Limits.confounding
     horizon: int = 0
     samples: int = 0
+    subgroups: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,7 +126,7 @@ class OPEResult:
     Attributes:
       table: of `sepsis_jax.ope.evaluate`, with rows "world_model" where one was given.
       confounding: bounds on the values under unrecorded confounding.
-      groups: the same estimates by subgroup of the stays that were kept.
+      groups: the same estimates by subgroup of the stays that were kept; empty if not wanted.
       stays: number of stays before any were dropped.
       treated: what was changed in flawed inputs, with counts.
     """
@@ -213,9 +215,8 @@ def estimate_policies(
         # A group is evaluated with a clinician that was fitted to more than its stays.
         "clinician": None if clinician is None else ope.ClinicianFit(clinician.stays),
     }
-    groups = robustness.evaluate_groups(
-        data, checked, robustness.groups(episodes), key=keys.groups, **few
-    )
+    masks = robustness.groups(episodes) if options.subgroups else {}
+    groups = robustness.evaluate_groups(data, checked, masks, key=keys.groups, **few)
     return OPEResult(table, confounding, groups, stays, found.counts)
 
 

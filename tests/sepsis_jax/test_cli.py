@@ -154,6 +154,14 @@ def test_simulation_writes_what_it_says(run, model, cohort, tmp_path):
     assert "[odd]" in run(*small_simulation(model, cohort, out), *plans).out
 
 
+def test_members_of_an_ensemble_share_the_futures_alike(run, model, cohort, tmp_path):
+    scaler, config = load_world_model(model).scaler, ModelConfig(variant="reference", hidden=8)
+    ensemble = init_world_model(jax.random.key(0), scaler, config, members=3)
+    save_world_model(ensemble, tmp_path / "ensemble")
+    result = run(*small_simulation(tmp_path / "ensemble", cohort, tmp_path / "out"))
+    assert result.status == 0 and "6 futures per plan" in result.out  # of 4 that were asked for
+
+
 def test_the_default_stay_suits_the_clinicians_plan(run, model, cohort, tmp_path):
     arguments = small_simulation(model, cohort, tmp_path / "out")
     result = run(*arguments, "--plan", "clinician", "--horizon", 6, "--json")

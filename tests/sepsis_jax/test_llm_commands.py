@@ -119,6 +119,7 @@ def test_a_given_llama_is_evaluated_before_it_is_trained(inputs, tmp_path):
         "--set", "baselines=[]", "--set", "evaluation.without=[none]",
         "--set", "evaluation.without_stages=[start, bc]", "--set", "rl.agentic.iterations=1",
         "--set", "rl.eval_steps=0", "--set", "sft.training.model.lora_rank=2",
+        "--set", "evaluation.questions.kinds=[mortality]",
         "--set", "sft.training.row_length=1024", "--set", "bc.training.row_length=1024",
     )  # fmt: skip
     table = pd.read_csv(out / "stages.csv").set_index("stage")

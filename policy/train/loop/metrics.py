@@ -118,7 +118,8 @@ class MetricsLog:
                     self._files[name].flush()
                     os.fsync(self._files[name].fileno())
             for name, value in {**values, **(timing or {})}.items():
-                self._events.add_scalar(name, value, step)
+                if _number(value) is not None:  # tensorboardX warns of every other one
+                    self._events.add_scalar(name, value, step)
             self._events.flush()
             if self._wandb is not None:
                 self._wandb.log({**values, **(timing or {})}, step=step)

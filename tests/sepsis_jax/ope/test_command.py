@@ -101,6 +101,21 @@ def test_command_writes_every_table(folder, episodes, tmp_path, monkeypatch, cap
     assert json.loads((out / "manifest.json").read_text())["stays"] == 120
 
 
+def test_a_table_of_the_clinician_needs_the_evaluated_stays_alone(
+    folder, episodes, tmp_path, monkeypatch
+):
+    test = episodes.of_split("test")
+    write_probabilities(tmp_path / "b.csv", test, np.full((*test.valid.shape, 25), 0.04))
+    asked = ("--episodes", folder, "--behavior", tmp_path / "b.csv", "--policy", "clinician",
+             "--set", "n_bootstrap=0", "--set", "values=none", "--set", "interval=delta",
+             "--set", "subgroups=false")  # fmt: skip
+    assert run(monkeypatch, *asked, "--out", tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "subgroups.csv").exists()
+    found = json.loads((tmp_path / "out" / "manifest.json").read_text())["stays"]
+    assert 0 < found == test.num_stays < 120
+    assert run(monkeypatch, *asked, "--set", "split=all", "--out", tmp_path / "all") == 2
+
+
 def test_policy_folders_are_evaluated_and_played_in_a_world_model(
     folder, episodes, tmp_path, monkeypatch
 ):
