@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from sepsis_jax.console import DISCLAIMER, Json, Seed, console, print_json
-from sepsis_jax.runs import claimed
+from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.errors import InputError
 
-SIZES: dict[str, dict[str, Any]] = {
+SIZES: dict[str, dict[str, int]] = {
     "tiny": {"layers": 2, "hidden": 128, "heads": 4, "kv_heads": 2},
     "small": {"layers": 4, "hidden": 256, "heads": 8, "kv_heads": 2},
     "medium": {"layers": 8, "hidden": 512, "heads": 8, "kv_heads": 4},
@@ -84,7 +84,7 @@ def tiny_llm(
 
     if whole_stays and not teach:
         raise InputError("--whole-stays: of a model that is taught; add --teach")
-    settings: dict[str, Any] = {"seed": seed, "tied": not untied, "dtype": dtype.value}
+    settings: JsonDict = {"seed": seed, "tied": not untied, "dtype": dtype.value}
     if size is not None or not teach:
         settings |= SIZES[(size or Size.TINY).value]
     if rope_theta is not None:

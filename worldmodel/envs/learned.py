@@ -319,8 +319,10 @@ def learned_dynamics(
     kind: type[LearnedDynamics] = LearnedDynamics,
 ) -> LearnedDynamics:
     """Makes `LearnedDynamics` after checking its arguments; see `SepsisEnv.learned`."""
-    if world_model.is_recurrent and (mode == "reference" or follow_record):
-        raise InputError("the recurrent variant has neither reference mode nor follow_record")
+    if world_model.is_recurrent and mode == "reference":
+        raise InputError("the recurrent variant has no reference mode; choose mode='corrected'")
+    if world_model.is_recurrent and lagged_actions:
+        raise InputError("lagged_actions: the recurrent variant has none; leave it out")
     if mode not in MODES:
         raise InputError(f"mode: got {mode!r}, expected one of {MODES}")
     outcome = outcome or ("expected" if mode == "corrected" else "threshold")

@@ -2,7 +2,8 @@
 
 Each step draws whether the patient dies in the unit or is discharged (competing risks); where the
 stay ends, the terminal reward is asked. With a `horizon` the episode ends after so many rows at
-the latest, and the model says how the clinician would go on.
+the latest, and the model says how the clinician would go on. With `follow_record` a stay is the
+recorded one, its end and outcome included, up to the first treatment that was not given.
 """
 
 from __future__ import annotations
@@ -50,9 +51,7 @@ class RecurrentDynamics(LearnedDynamics):
         """A given stay [] at its start row; the row and the member are drawn."""
         state, timestep = super().reset_to(key, stay)
         history = state.history
-        hidden = self._of_members(
-            lambda member: encode_past(pack_stays(member), memory_of(history))
-        )
+        hidden = self._read(history)
         last = state.last_row if self.horizon is not None else jnp.int32(_LONGEST)
         values = {name: getattr(state, name) for name in LearnedState.__dataclass_fields__}
         return RecurrentState(**values | {"last_row": last}, hidden=hidden), timestep
@@ -78,18 +77,33 @@ class RecurrentDynamics(LearnedDynamics):
         cut = ~died & ~left & (before.step >= state.last_row)
         terminated = died | left | cut
         risk = jnp.where(died, 1.0, jnp.where(left, later, mortality[0]))
+        moved, outputs = append_row(self.world_model, history, drawn, found)
+        next_row = (moved, outputs.ventilation[0], after.hidden)
+        on_record = state.on_record
+        if self.follow_record:
+            on_record &= action == self.recorded_action(state.stay, before.step)
+            recorded = self._recorded(state.stay, before.step + 1)
+            known = (recorded, recorded.ventilated[0].astype(jnp.float32), self._read(recorded))
+            next_row = choose(on_record, known, next_row)
+            recorded_end = before.step >= self.episodes.length[state.stay] - 1
+            terminated = jnp.where(on_record, recorded_end, terminated)
+            died = self.episodes.died_90d[state.stay] & terminated & on_record | died & ~on_record
+            risk = jnp.where(on_record, died.astype(jnp.float32), risk)
         final = {
             "expected": risk,
             "threshold": risk > 0.5,
             "sampled": died | (chances[2] < risk),
         }[self.outcome]
-        moved, outputs = append_row(self.world_model, history, drawn, found)
         stayed = (state.history, state.ventilation, state.hidden)
-        history, ventilation, hidden = choose(
-            terminated, stayed, (moved, outputs.ventilation[0], after.hidden)
-        )
+        history, ventilation, hidden = choose(terminated, stayed, next_row)
         state = replace(
-            state, history=history, ventilation=ventilation, hidden=hidden, ended=terminated
+            state,
+            history=history,
+            ventilation=ventilation,
+            hidden=hidden,
+            ended=terminated,
+            on_record=on_record,
+            deviated=jnp.where(state.on_record & ~on_record, before.step, state.deviated),
         )
         support = action_probability(self.behavior, policy_key(key), before, action)
         return state, self._timestep(
@@ -97,10 +111,14 @@ class RecurrentDynamics(LearnedDynamics):
             before,
             final,
             mortality=risk,
-            projected=jnp.where(terminated, 0, outputs.projected[0]),
+            projected=jnp.where(terminated | on_record, 0, outputs.projected[0]),
             support=found.support[0] if self.behavior is None else support,
             disagreement=mean.std(0).mean(),
         )
+
+    def _read(self, history: History) -> jax.Array:
+        """[E, 1, H] every member's state after all rows of a history."""
+        return self._of_members(lambda member: encode_past(pack_stays(member), memory_of(history)))
 
     def _step_of(
         self,

@@ -316,14 +316,64 @@ def test_episodes_end_as_the_hazards_say(world, stays):
     assert abs(died.mean() - expected) < 4 * 0.5 / np.sqrt(episodes)
 
 
+def play_record(world, stays, actions, **settings):
+    """Every stay [N] under actions [N, T]: the first time steps, and those after each action."""
+    env = SepsisEnv.learned(world, stays, **settings)
+
+    @jax.jit
+    def play(stay, plan):
+        state, first = env.reset(jax.random.key(3), stay)
+        return first, jax.lax.scan(env.step, state, plan)[1]
+
+    return jax.vmap(play)(jnp.arange(len(actions)), jnp.asarray(actions))
+
+
+def test_the_recorded_treatments_give_the_record(ensemble, stays):
+    first, got = play_record(ensemble, stays, stays.action, follow_record=True)
+    length = np.asarray(stays.length)
+    for stay in range(12):
+        parts = (first.observation.dynamic[stay][None], got.observation.dynamic[stay])
+        rows = np.concatenate(parts)[: length[stay]]
+        np.testing.assert_allclose(rows, stays.dynamic[stay, : length[stay]], rtol=1e-3, atol=2e-3)
+        assert int(np.argmax(got.terminated[stay])) == length[stay] - 1
+    ends = np.asarray(got.reward)[np.arange(12), length - 1]
+    np.testing.assert_array_equal(ends, np.where(stays.died_90d, -15.0, 15.0))
+
+
+def test_from_the_first_difference_on_the_model_plays(ensemble, stays):
+    """As from an environment that starts in that row, whose memory is read anew."""
+    changed = 2
+    long = np.flatnonzero(np.asarray(stays.length) > changed + 2)
+    some = stays.select(long)
+    plans = np.array(some.action)
+    plans[:, changed] = (plans[:, changed] + 1) % 25
+    _, got = play_record(ensemble, some, plans, follow_record=True)
+    _, want = play_record(ensemble, some, plans[:, changed:], start_step=changed)
+    compared = 0
+    for stay in range(len(long)):
+        ended = np.asarray(want.terminated[stay])
+        steps = int(np.argmax(ended)) + 1 if ended.any() else len(ended)
+        for name in ("reward", "terminated"):
+            np.testing.assert_allclose(
+                np.asarray(getattr(got, name)[stay, changed : changed + steps], float),
+                np.asarray(getattr(want, name)[stay, :steps], float), rtol=1e-4, atol=1e-3,
+            )  # fmt: skip
+        np.testing.assert_allclose(
+            got.observation.dynamic[stay, changed : changed + steps],
+            want.observation.dynamic[stay, :steps], rtol=1e-4, atol=1e-3,
+        )  # fmt: skip
+        compared += steps
+    assert compared > 10
+
+
 def test_errors_say_what_to_do(world, stays, ensemble):
     start = start_history(world, stays.select(np.arange(2)), 0)
     with pytest.raises(InputError, match="no reference mode"):
         rollout(world, jax.random.key(0), start, np.zeros((1, 2), int), mode="reference")
     with pytest.raises(InputError, match="reads whole stays"):
         world.transition(*start.window(6))
-    with pytest.raises(InputError, match="neither reference mode"):
-        SepsisEnv.learned(world, stays, follow_record=True)
+    with pytest.raises(InputError, match="no reference mode"):
+        SepsisEnv.learned(world, stays, mode="reference")
     with pytest.raises(InputError, match="outside 0 to 24"):
         rollout(world, jax.random.key(0), start, np.full((1, 2), -2))
 
