@@ -77,9 +77,11 @@ def main() -> None:
         }
         ends = [curve[-1][1] for curve in curves]
         print(f"{name}, {best:g}: {np.mean(ends):.2f} +- {np.std(ends):.2f} over seeds", flush=True)
-        kept = {key: value for key, value in vars(arguments).items() if not isinstance(value, Path)}
-        kept["stages"] = [path.name for path in arguments.stages]
-        write_json(arguments.json, provenance(methods=found, **kept))
+        settings = {
+            key: getattr(arguments, key)
+            for key in ("rates", "clone_steps", "iterations", "patients")
+        }  # fmt: skip
+        write_json(arguments.json, provenance(settings=settings, methods=found))
     draw(found, arguments.json.with_suffix(".png"))
 
 
