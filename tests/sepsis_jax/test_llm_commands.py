@@ -227,4 +227,3 @@ def test_progress_of_all_stages_never_goes_back():
         part("ends", 1.0)
     assert told == sorted(told, key=lambda one: one[0])
     assert told[0] == (0.0, "records: begins") and told[-1][0] == pytest.approx(1.0)
-    assert [phase for _, phase in told].index("bc: begins") < len(told) / 2

@@ -220,7 +220,7 @@ def test_ctrl_c_while_all_is_imported(monkeypatch, capsys):
 def test_ctrl_c_of_a_terminal_and_the_end_of_a_scheduler(
     sent, status, said, heeded_ctrl_c, tmp_path
 ):
-    words = [sys.executable, "-m", "sepsis_jax", "cohort", "synthetic", "--patients", "200000",
+    words = [sys.executable, "-m", "sepsis_jax", "cohort", "synthetic", "--patients", "60000",
              "--out", tmp_path / "out"]  # fmt: skip
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
         while not (tmp_path / ".out.lock").exists():

@@ -181,7 +181,7 @@ def test_all_blocks_of_a_section_are_one_program(cohort, ensemble, clone):
     options = SweepOptions(plans=("constant",), steps=(0,), samples=4, horizon=3, patients=5,
                            block=200, task=50)  # fmt: skip
     sweep = load_sweep(cohort, ensemble, options, clone)
-    rollouts = pipeline._RolloutCache(sweep)
+    rollouts = pipeline.RolloutCache(sweep)
     sizes = [pipeline.block_table(sweep, rollouts, block).num_rows for block in sweep.grid.blocks]
     assert sizes == [50, 50, 25]
     (sharded_rollout,) = rollouts._found.values()

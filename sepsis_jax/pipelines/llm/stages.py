@@ -445,15 +445,21 @@ def _parts(progress: Progress, baselines: Sequence[str]) -> dict[str, Progress]:
     whole, begun = sum(minutes.values()), 0.0
     found: dict[str, Progress] = {}
     for name, own in minutes.items():
-        found[name] = partial(_of_part, progress, name, begun / whole, own / whole)
+        found[name] = partial(_of_part, progress, name, begun, own, whole)
         begun += own
     return found
 
 
 def _of_part(
-    progress: Progress, name: str, begun: float, own: float, phase: str, share: float
+    progress: Progress,
+    name: str,
+    begun: float,
+    own: float,
+    whole: float,
+    phase: str,
+    share: float,
 ) -> None:
-    progress(f"{name}: {phase}", begun + own * share)
+    progress(f"{name}: {phase}", (begun + own * share) / whole)
 
 
 def _lines(path: Path) -> Sequence[JsonDict]:
