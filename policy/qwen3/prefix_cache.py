@@ -13,6 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from policy.qwen3.model import Cache
+from worldmodel.resources import bucket
+
+
+def rows_kept(dialogues: int) -> int:
+    """Rows to keep for so many dialogues at a time: two batches, since one may wait for another."""
+    return 2 * bucket(dialogues)
 
 
 class Continued(NamedTuple):

@@ -70,8 +70,7 @@ def simulate(
     from worldmodel.models.checkpoint import load_world_model
 
     world_model = load_world_model(model)
-    members = world_model.num_members
-    samples = -(-samples // members) * members  # each member plays as many
+    samples = world_model.whole_samples(samples)
     outcomes = simulate_patient(
         world_model,
         load_episodes_for(world_model, episodes),

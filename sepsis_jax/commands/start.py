@@ -86,7 +86,7 @@ def tiny_llm(
         raise InputError("--whole-stays: of a model that is taught; add --teach")
     settings: JsonDict = {"seed": seed, "tied": not untied, "dtype": dtype.value}
     if size is not None or not teach:
-        settings |= SIZES[(size or Size.TINY).value]
+        settings |= SIZES[size or Size.TINY]
     if rope_theta is not None:
         settings["rope_theta"] = rope_theta
     with claimed(out):

@@ -118,8 +118,7 @@ class Explorer:
         self.world_model = load_world_model(sources.model)
         self.episodes = load_episodes_for(self.world_model, sources.episodes)
         self.manifest: JsonDict = load_manifest(sources.episodes)
-        members = self.world_model.num_members
-        self.samples = -(-sources.samples // members) * members
+        self.samples = self.world_model.whole_samples(sources.samples)
         self.hours = self.world_model.step_hours
         self.horizon = max(1, round(DAY / self.hours))
         require_rollouts(

@@ -33,7 +33,7 @@ from worldmodel.errors import InputError
 from worldmodel.files import write_json
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.world_model import WorldModel
-from worldmodel.resources import bucket, require_memory
+from worldmodel.resources import require_memory
 from worldmodel.synthetic import Config, patient_keys
 
 T = TypeVar("T")
@@ -80,14 +80,14 @@ class BackendOptions:
             raise InputError("enable_thinking: the scripted backend has no thoughts; leave it out")
 
 
-def open_backend(options: BackendOptions, *, prefix_rows: int = 0) -> Backend:
+def open_backend(options: BackendOptions, *, kept: int = 0) -> Backend:
     """A backend, ready to be asked; of a server it is checked first what it gives.
 
     Not within a running event loop.
 
     Args:
       options: which one.
-      prefix_rows: of an embedded model, as for `EmbeddedGenerator`.
+      kept: dialogues at a time whose keys and values an embedded model keeps.
 
     Raises:
       InputError: a folder that cannot be read, a key that is missing, a server that cannot be
@@ -100,8 +100,10 @@ def open_backend(options: BackendOptions, *, prefix_rows: int = 0) -> Backend:
         return ScriptedBackend(simulate_and_prescribe)
     llm = str(options.llm)
     if options.kind == EMBEDDED:
+        from policy.qwen3.prefix_cache import rows_kept
         from policy.serving.embedded import EmbeddedGenerator
 
+        prefix_rows = rows_kept(kept) if kept else 0
         return TokenBackend(
             EmbeddedGenerator.from_folder(llm, prefix_rows=prefix_rows), load_tokens(options)
         )
@@ -228,6 +230,11 @@ class AgentOptions:
         splits = (*schema.SPLITS, "all")
         require(self, f"one of {', '.join(splits)}", lambda name: name in splits, "split")
 
+    def chosen(self, recorded: Episodes) -> Episodes:
+        """The stays that are treated, of those recorded."""
+        of_split = recorded if self.split == "all" else recorded.of_split(self.split)
+        return of_split.select(slice(self.patients))
+
 
 @dataclass(frozen=True)
 class _Unit:
@@ -316,10 +323,8 @@ def run_agent(
         "backend": plain(backend),
         "inputs": {name: path and str(path.resolve()) for name, path in inputs.items()},
     }
-    slots = min(options.concurrency, len(unit.patients))
-    language_model = open_backend(
-        backend, prefix_rows=2 * bucket(slots) if options.prefix_caching else 0
-    )
+    at_once = min(options.concurrency, len(unit.patients))
+    language_model = open_backend(backend, kept=at_once if options.prefix_caching else 0)
     scorer = None
     if options.probabilities:
         if not isinstance(language_model, TokenBackend):
@@ -401,10 +406,7 @@ def _unit(
         env = SepsisEnv.synthetic(config=Config(past=Forecaster.past), max_steps=options.max_steps)
         return _Unit(env, patients, patient_keys(key, patients), None, None, {})
     assert world_model is not None
-    recorded = load_episodes_for(world_model, episodes)
-    if options.split != "all":
-        recorded = recorded.of_split(options.split)
-    recorded = recorded.select(slice(options.patients))
+    recorded = options.chosen(load_episodes_for(world_model, episodes))
     patients = np.asarray(recorded.stay_id)
     env = learned_env(
         world_model, recorded, quirks,

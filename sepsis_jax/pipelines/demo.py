@@ -111,8 +111,7 @@ def run_demo(
         config or default_config(episodes.num_stays, seed),
         progress=training_progress,
     )
-    members = trained.world_model.num_members
-    samples = -(-samples // members) * members
+    samples = trained.world_model.whole_samples(samples)
     say("3/5 futures of three patients")
     test, manifest = episodes.of_split("test"), load_manifest(out / COHORT)
     chosen = chosen_stays(test)

@@ -88,8 +88,7 @@ def training_lines(episodes_path: Path, config: TrainConfig) -> Lines:
         ("members", f"{config.members}"),
     ]
     for name, (fit, windows) in work.items():
-        batch = min(fit.batch_size, windows)
-        updates = min(windows // batch, fit.max_updates or windows)
+        updates, batch = fit.updates(windows)
         lines.append((f"updates, {name}", f"{fit.epochs} epochs x {updates:,} of {batch} at most"))
     held = _bytes((model.state_model, model.outcome_model))
     data = _bytes(episodes)
@@ -114,9 +113,7 @@ def agent_lines(options: AgentOptions, backend: BackendOptions, episodes: Path |
     if episodes is None:
         lengths = np.full(options.patients or SYNTHETIC_PATIENTS, Config.horizon)
     else:
-        recorded = load_episodes(episodes)
-        chosen = recorded if options.split == "all" else recorded.of_split(options.split)
-        lengths = np.asarray(chosen.length)[: options.patients]
+        lengths = np.asarray(options.chosen(load_episodes(episodes)).length)
     decisions = int(np.minimum(lengths, options.max_steps or lengths.max()).sum())
     patients = len(lengths)
     dialogue = options.dialogue

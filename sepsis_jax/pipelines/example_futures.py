@@ -66,8 +66,7 @@ def example_futures(
       samples: futures per plan, rounded up to a multiple of the ensemble size.
       seed: of the noise.
     """
-    members = world_model.num_members
-    samples = -(-samples // members) * members
+    samples = world_model.whole_samples(samples)
     found = []
     for index, reason in chosen_stays(episodes).items():
         stay = episodes.select(np.array([index]))

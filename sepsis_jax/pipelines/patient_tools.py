@@ -5,7 +5,6 @@ What `sepsis-jax mcp` offers to other programs. Nothing is written.
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import pandas as pd
 
 from sepsis_jax.pipelines.episodes import of_split
 from sepsis_jax.pipelines.world_model import find_stay, patient_futures
+from sepsis_jax.report.ope import records
 from sepsis_jax.runs import JsonDict
 from worldmodel import schema
 from worldmodel.episode_files import dose_edges_to_dict, load_episodes_for
@@ -132,10 +132,10 @@ class PatientTools:
         table, outcomes = self._futures(stay_id, [plan], step, horizon, samples, seed)
         series: list[JsonDict] = []
         for (feature, unit), part in table.groupby(["feature", "unit"], sort=False):
-            columns = [name for name in part if name not in ("plan", "feature", "unit")]
+            rows = records(part.drop(columns=["plan", "feature", "unit"]))
             series.append(
                 {"name": feature, "unit": unit}
-                | {name: [_plain(x) for x in part[name].tolist()] for name in columns}
+                | {name: [row[name] for row in rows] for name in rows[0]}
             )
         return {
             "stay_id": stay_id,
@@ -176,15 +176,13 @@ class PatientTools:
         _require("horizon", horizon, 1, None)
         _require("samples", samples, 1, MOST_SAMPLES)
         _require("seed", seed, 0, 2**32 - 1)
-        members = self._world_model.num_members
         found = patient_futures(
             self._world_model, stay, step=step, plans=plans, horizon=horizon,
-            samples=-(-samples // members) * members, seed=seed,
+            samples=self._world_model.whole_samples(samples), seed=seed,
         )  # fmt: skip
         rows = [
-            {name: _plain(value) for name, value in row.items()}
-            | {"treatments": [self._treatment(int(action)) for action in plan.actions]}
-            for row, plan in zip(found.outcomes.to_dict("records"), found.plans, strict=True)
+            row | {"treatments": [self._treatment(int(action)) for action in plan.actions]}
+            for row, plan in zip(records(found.outcomes), found.plans, strict=True)
         ]
         return found.table, rows
 
@@ -228,8 +226,3 @@ def _require(name: str, value: int, low: int, high: int | None) -> None:
     if value < low or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}"
         raise InputError(f"{name}: got {value}, expected {expected}")
-
-
-def _plain(value: object) -> object:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from datetime import datetime
@@ -12,6 +11,7 @@ import pandas as pd
 
 from sepsis_jax.runs import MANIFEST, JsonDict
 from worldmodel.errors import InputError
+from worldmodel.files import read_json
 
 _FIGURES = ("metrics", "summary")  # what manifests hold of results; metrics are in a file as well
 _DEEPEST = 6  # folders within folders that are searched
@@ -137,9 +137,10 @@ def _record(folder: Path) -> JsonDict | None:
 
 def _read(file: Path) -> object:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # absent, or another program's
+        found: object = read_json(file)
+    except InputError:  # absent, or another program's
         return None
+    return found
 
 
 def _size(folder: Path) -> int:

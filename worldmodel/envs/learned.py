@@ -145,9 +145,8 @@ class LearnedDynamics:
         terminated = before.step >= state.last_row
         mortality = self._mortality(chosen, state.member, terminated & ~state.ended)
         next_row = (moved, outputs.ventilation[0])
-        on_record = state.on_record
+        on_record, deviated = self.followed(state, action, before.step)
         if self.follow_record:
-            on_record &= action == self.recorded_action(state.stay, before.step)
             recorded = self._recorded(state.stay, before.step + 1)
             next_row = choose(
                 on_record,
@@ -168,7 +167,7 @@ class LearnedDynamics:
             ventilation=ventilation,
             ended=terminated,
             on_record=on_record,
-            deviated=jnp.where(state.on_record & ~on_record, before.step, state.deviated),
+            deviated=deviated,
         )
         return state, self._timestep(
             state,
@@ -179,6 +178,15 @@ class LearnedDynamics:
             support=action_probability(self.behavior, policy_key(key), before, action),
             disagreement=members.mu.std(0).mean(),
         )
+
+    def followed(
+        self, state: LearnedState, action: jax.Array, row: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Whether [] the record is still followed, and the row [] of the first other treatment."""
+        if not self.follow_record:
+            return state.on_record, state.deviated
+        on_record = state.on_record & (action == self.recorded_action(state.stay, row))
+        return on_record, jnp.where(state.on_record & ~on_record, row, state.deviated)
 
     def recorded_action(self, stay: Int[Array, ""], row: Int[Array, "*r"]) -> Int[Array, "*r"]:
         """[...] joint actions of recorded rows; undefined where there is none."""

@@ -79,9 +79,8 @@ class RecurrentDynamics(LearnedDynamics):
         risk = jnp.where(died, 1.0, jnp.where(left, later, mortality[0]))
         moved, outputs = append_row(self.world_model, history, drawn, found)
         next_row = (moved, outputs.ventilation[0], after.hidden)
-        on_record = state.on_record
+        on_record, deviated = self.followed(state, action, before.step)
         if self.follow_record:
-            on_record &= action == self.recorded_action(state.stay, before.step)
             recorded = self._recorded(state.stay, before.step + 1)
             known = (recorded, recorded.ventilated[0].astype(jnp.float32), self._read(recorded))
             next_row = choose(on_record, known, next_row)
@@ -103,7 +102,7 @@ class RecurrentDynamics(LearnedDynamics):
             hidden=hidden,
             ended=terminated,
             on_record=on_record,
-            deviated=jnp.where(state.on_record & ~on_record, before.step, state.deviated),
+            deviated=deviated,
         )
         support = action_probability(self.behavior, policy_key(key), before, action)
         return state, self._timestep(

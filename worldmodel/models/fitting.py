@@ -60,6 +60,11 @@ class FitConfig:
         require(self, "above 0", lambda value: value > 0, "learning_rate", "clip_norm")
         require(self, "0 or more", lambda value: value >= 0, "weight_decay")
 
+    def updates(self, windows: int) -> tuple[int, int]:
+        """Updates of an epoch over so many windows, and the windows of each."""
+        batch = min(self.batch_size, windows)
+        return min(windows // batch, self.max_updates or windows), batch
+
 
 @struct.dataclass
 class FitState:
@@ -126,8 +131,7 @@ def fit(
     for name, (_, index) in (("training", train), ("validation", validation)):
         if not len(index):
             raise InputError(f"the {name} split has no windows; use a larger cohort")
-    batch = min(config.batch_size, len(train[1]))
-    updates = min(len(train[1]) // batch, config.max_updates or len(train[1]))
+    updates, batch = config.updates(len(train[1]))
     optimizer = make_optimizer(config, updates)
     members = jax.tree.leaves(model)[0].shape[0]
     state = FitState(

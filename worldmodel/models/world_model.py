@@ -61,6 +61,10 @@ class WorldModel:
         result: int = jax.tree.leaves(self.state_model)[0].shape[0]
         return result
 
+    def whole_samples(self, samples: int) -> int:
+        """At least so many futures, as many from each member of the ensemble."""
+        return -(-samples // self.num_members) * self.num_members
+
     def member(self, index: int) -> WorldModel:
         """The world model of one ensemble member.
 

@@ -24,6 +24,7 @@ from policy.planner import PlannerConfig
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.lora import add_adapters, merge_adapters
 from policy.qwen3.model import Qwen3
+from policy.qwen3.prefix_cache import rows_kept
 from policy.qwen3.sharding import make_mesh
 from policy.qwen3.weights import load, save_hf
 from policy.serving.backend import Lockstep
@@ -301,8 +302,8 @@ class RunnerOptions:
 
     @property
     def prefix_rows(self) -> int:
-        """Rows that the sampler keeps: of two batches, since a dialogue may wait for one."""
-        return 2 * bucket(self.concurrency) if self.prefix_caching else 0
+        """Rows that the sampler keeps."""
+        return rows_kept(self.concurrency) if self.prefix_caching else 0
 
 
 def open_runner(options: RunnerOptions, model: Path, episodes: Path | None) -> EpisodeRunner:
