@@ -109,7 +109,7 @@ def evaluate_all(
       behavior: as for `evaluate_policies`.
       treated: NAME=FOLDER of an agent's run over synthetic patients, for its true value.
       stages: folder of `policy stages`, for the last table; policies named like its stages
-        (`start`, `sft`, `bc`, `rl`) are its rows.
+        (`start`, `sft`, `bc`, `rl`) are its rows, and of synthetic episodes have its true values.
       audit: folder of `sepsis-jax audit`, whose verdicts are shown; those of the episodes alone
         if not given.
       published: set the figures of the paper beside ours.
@@ -151,6 +151,8 @@ def evaluate_all(
         if manifest.get("source") == SOURCE:
             progress("true values", 0.6)
             truths |= _true_values(found.runnable, manifest, options)
+            if stages is not None:
+                truths = _true_of_stages(Path(stages)) | truths
         rates = {name: of.rates() for name, of in counts.items()}
         table = policy_table(found.table, rates, truths)
         of_model = bins = None
@@ -263,14 +265,10 @@ def stage_table(stages: Path, policies: pd.DataFrame) -> pd.DataFrame:
       stages: folder of `policy stages`.
       policies: of `policy_table`; stages that are not among its policies have no estimates.
     """
-    file = stages / "stages.csv"
-    if not file.exists():
-        raise InputError(f"{stages}: holds no stages.csv; name a folder of `policy stages`")
-    found = pd.read_csv(file)
     of_policies = policies.set_index("policy")
     estimates = ("dr", "wis", "wpdis", "wpdis_alive", "adherence", "unsafe")
     rows = []
-    for _, stage in found[found["completed"].notna()].iterrows():
+    for _, stage in _evaluated_stages(stages).iterrows():
         row: JsonDict = {"stage": stage["stage"]}
         for name in estimates:
             for column in ends(name):
@@ -283,6 +281,14 @@ def stage_table(stages: Path, policies: pd.DataFrame) -> pd.DataFrame:
         row |= {"valid": stage["valid"], "treated_adherence": stage["adherence"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _evaluated_stages(stages: Path) -> pd.DataFrame:
+    file = stages / "stages.csv"
+    if not file.exists():
+        raise InputError(f"{stages}: holds no stages.csv; name a folder of `policy stages`")
+    found = pd.read_csv(file)
+    return found[found["completed"].notna()]  # what else is in the file are comparators
 
 
 def _with_interval(name: str, own: pd.DataFrame, estimator: str) -> dict[str, float]:
@@ -326,6 +332,13 @@ def _identity(model: Path) -> JsonDict:
         "path": str(model),
         "manifest_sha256": digest_file(manifest) if manifest.is_file() else None,
     }
+
+
+def _true_of_stages(stages: Path) -> dict[str, tuple[float, float, float]]:
+    """True value of each stage's model, by its stays with fresh synthetic patients."""
+    found = _evaluated_stages(stages)
+    values = found[["value", "low", "high"]].itertuples(index=False, name=None)
+    return dict(zip(found["stage"], values, strict=True))
 
 
 def _true_of_run(folder: Path) -> tuple[float, float, float]:

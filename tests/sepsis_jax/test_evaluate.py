@@ -148,21 +148,25 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path, monkeypatch):
     stages = tmp_path / "stages"
     stages.mkdir()
     pd.DataFrame(
-        {"stage": ["clinician", "rl"], "completed": [np.nan, 99.0], "value": [1.0, 2.0],
-         "low": [0.5, 1.5], "high": [1.5, 2.5], "valid": [np.nan, 98.0],
-         "adherence": [np.nan, 97.0], "mortality_auroc": [np.nan, 0.7]}
+        {"stage": ["clinician", "bc", "rl"], "completed": [np.nan, 99.0, 99.0],
+         "value": [1.0, 1.5, 2.0], "low": [0.5, 1.0, 1.5], "high": [1.5, 2.0, 2.5],
+         "valid": [np.nan, 98.0, 98.0], "adherence": [np.nan, 96.0, 97.0],
+         "mortality_auroc": [np.nan, np.nan, 0.7]}
     ).to_csv(stages / "stages.csv", index=False)  # fmt: skip
     out = tmp_path / "out"
     result = call(
         capsys, "evaluate", "--episodes", cohort, "--model", model, "--policy", "guideline",
-        "--policy", "random", "--policy", f"rl={asked}", "--treated", f"rl={tmp_path / 'free'}",
-        "--stages", stages, "--compare", "published", "--set", "patients=20", "--set",
+        "--policy", "random", "--policy", f"bc={asked}", "--policy", f"rl={asked}",
+        "--treated", f"rl={tmp_path / 'free'}", "--stages", stages, "--compare", "published", "--set", "patients=20", "--set",
         "samples=1", "--set", "ope.n_bootstrap=100", "--out", out, "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
     assert len(opened) == 1  # probabilities are computed once
     table = pd.read_csv(out / "policies.csv").set_index("policy")
-    assert table.index.tolist() == ["clinician", "guideline", "random", "rl"]
+    assert table.index.tolist() == ["clinician", "guideline", "random", "bc", "rl"]
+    # A stage's model has the value of its evaluation, unless a run of its own is given.
+    assert table.loc["bc", ["true", "true_low", "true_high"]].tolist() == [1.5, 1.0, 2.0]
+    assert table.loc["rl", "true"] != 2.0
     assert table["true"].notna().all() and table.loc["guideline", "adherence"] == 100
     returns = pd.read_csv(out / "ope" / "estimates.csv")
     on_policy = returns[returns.estimator == "on_policy"].estimate.iloc[0]
@@ -170,8 +174,8 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path, monkeypatch):
     wis = returns[(returns.estimator == "wis") & (returns.policy == "random")]
     assert table.loc["random", "wis"] == pytest.approx(wis.estimate.iloc[0])
     of_stages = pd.read_csv(out / "stages.csv")
-    assert of_stages.stage.tolist() == ["rl"] and of_stages["true"].tolist() == [2.0]
-    assert of_stages.adherence[0] == pytest.approx(table.loc["rl", "adherence"])
+    assert of_stages.stage.tolist() == ["bc", "rl"] and of_stages["true"].tolist() == [1.5, 2.0]
+    assert of_stages.adherence[1] == pytest.approx(table.loc["rl", "adherence"])
     of_model = pd.read_csv(out / "world_model.csv").set_index(["who", "metric"])
     error = of_model.loc[("world model", "state MAE")]
     assert error.low < error.value < error.high
