@@ -3,15 +3,13 @@
 Modules and parameters are named as in the Hugging Face checkpoints; kernels are [in, out]. The
 architecture is that of Llama (arXiv 2407.21783): pre-norm, grouped-query attention, rotary
 positions, SwiGLU; Qwen3 (arXiv 2505.09388) normalises queries and keys of each head as well.
-
-Rotary positions, and attention over packed sequences, grouped queries and caches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from policy.qwen3.attention import attend, attend_cache
 from policy.qwen3.config import Qwen3Config
-from policy.qwen3.sharding import constrain
+from policy.qwen3.sharding import constrain, on_own_share
 from worldmodel import struct
 
 S = TypeVar("S")  # PyTrees of arrays
@@ -176,7 +175,13 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """[B, L, D] embeddings of ids [B, L]."""
-        return constrain(self.embedding[...], "vocab", None)[ids]  # gathered over fsdp, then read
+        # Every device reads its share of the width, of all rows that share the parameters: neither
+        # the table nor its gradient is ever whole on one.
+        share = ("rows", "length", "param_embed")
+        return on_own_share(
+            lambda table, ids: table[ids], ((None, "param_embed"), share[:2]), share,
+            self.embedding[...], ids,
+        )  # fmt: skip
 
 
 class Qwen3(nnx.Module):
@@ -223,19 +228,19 @@ class Qwen3(nnx.Module):
         segments: Int[Array | np.ndarray, "B T"] | None = None,
         shared: Bool[Array | np.ndarray, "B T"] | None = None,
         remat: str = "none",
-        query_block: int | None = None,
+        attention_block: int | None = None,
     ) -> Float[Array, "B T D"]:
         """Final normed hidden states [B, T, D] of whole sequences, padded or packed.
 
         Args:
           ids: [B, T] int token ids.
           positions: [B, T] int, counted within each segment; the column if not given.
-          segments: [B, T] int; a token sees earlier positions of its own segment alone, and 0
-            marks padding. One segment per row if not given.
-          shared: [B, T] bool; marks tokens that later positions of every segment see, such as
-            one prompt before several continuations.
+          segments: [B, T] int; a token sees earlier ones of its own segment alone, whose tokens
+            stand side by side, and 0 marks padding. One segment per row if not given.
+          shared: [B, T] bool; marks tokens that later ones of every segment see, such as one
+            prompt before several continuations.
           remat: what the backward pass keeps, one of `REMAT`.
-          query_block: see `attention.attend`.
+          attention_block: tokens per block, as for `attention.attend`.
         """
         ids = jnp.asarray(ids)
         positions = None if positions is None else jnp.asarray(positions)
@@ -245,10 +250,9 @@ class Qwen3(nnx.Module):
             positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         if segments is None:
             segments = jnp.ones_like(ids)
-        tokens = Tokens(positions, segments, shared)
 
         def over_tokens(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-            return attend(q, k, v, tokens, tokens, block=query_block), None
+            return attend(q, k, v, segments, shared, block=attention_block), None
 
         angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
@@ -276,9 +280,6 @@ class Qwen3(nnx.Module):
           Final normed hidden states [B, T, D], and the cache with the new tokens.
         """
         positions = start[:, None] + jnp.arange(ids.shape[1])
-        queries = Tokens(positions, jnp.zeros_like(positions))
-        slots = jnp.broadcast_to(jnp.arange(cache.k.shape[2]), (ids.shape[0], cache.k.shape[2]))
-        keys = Tokens(slots, jnp.zeros_like(slots))
         angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
 
@@ -288,8 +289,7 @@ class Qwen3(nnx.Module):
 
             def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
                 new = cache.write(index, k, v, start)
-                k, v = new.k[index], new.v[index]
-                return attend(q, k, v, queries, keys), new
+                return attend_cache(q, new.k[index], new.v[index], positions), new
 
             return nnx.merge(graphdef, params)(x, angles, over_cache), None
 
@@ -341,18 +341,6 @@ def logits(model: Qwen3, ids: Int[Array, "B T"], **where: Any) -> Float[Array, "
     return model.logits(model.hidden(ids, **where))
 
 
-SCORES_AT_ONCE = 2**28
-"""Scores of queries with keys in memory at once; 1 GiB of float32."""
-
-
-class Tokens(NamedTuple):
-    """Where tokens stand; a query sees keys of its segment at its own or an earlier position."""
-
-    position: jax.Array  # [B, T] int32, counted within the segment
-    segment: jax.Array  # [B, T] int32; 0 marks padding
-    shared: jax.Array | None = None  # [B, T] bool: keys that later positions of any segment see
-
-
 def frequencies(config: Qwen3Config) -> Float[np.ndarray, " half"]:
     """[head_dim / 2] float32 angles per position of the rotary embedding, scaled or not."""
     exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
@@ -388,99 +376,3 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
-    queries: Tokens,
-    keys: Tokens,
-    *,
-    block: int | None = None,
-) -> Float[Array, "B T H D"]:
-    """Causal softmax attention with scores and weights in float32.
-
-    Args:
-      q: [B, T, H, D] queries.
-      k, v: [B, S, K, D]; K divides H, and each key head serves H / K query heads.
-      queries: [B, T].
-      keys: [B, S].
-      block: queries at once; as many as `SCORES_AT_ONCE` allows if not given. Several blocks are
-        computed one after another, and again in the backward pass.
-
-    Returns:
-      [B, T, H, D] in the type of `v`. Where a query sees nothing the value means nothing, but it
-      is finite.
-    """
-    batch, length, heads, width = q.shape
-    block = block or max(16, SCORES_AT_ONCE // (batch * heads * k.shape[1]))
-    q = q.reshape(batch, length, k.shape[2], heads // k.shape[2], width)
-    if length <= block:
-        return _attend(q, k, v, queries, keys).reshape(batch, length, heads, width)
-
-    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _attend(part[0], k, v, Tokens(part[1], part[2]), keys)
-
-    out = map_chunks(one, (q, queries.position, queries.segment), block)
-    result: jax.Array = out.reshape(batch, length, heads, width)
-    return result
-
-
-def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: Tokens, keys: Tokens
-) -> jax.Array:  # q: [B, T, K, G, D]
-    same = queries.segment[:, :, None] == keys.segment[:, None, :]
-    if keys.shared is not None:
-        same |= keys.shared[:, None, :]
-    sees = same & (keys.position[:, None, :] <= queries.position[:, :, None])  # [B, T, S]
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
-    scores = scores * q.shape[-1] ** -0.5
-    scores = jnp.where(sees[:, None, None], scores, float(np.finfo(np.float32).min))
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v)
-
-
-def map_chunks(
-    f: Callable[[S], T], arrays: S, size: int, *, used: Int[Array, ""] | None = None
-) -> T:
-    """Applies f to pieces of the second axis, one after another, and concatenates the results.
-
-    Args:
-      f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one
-        another. Its inner values are not kept for the backward pass but computed again.
-      arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
-      size: columns of a piece.
-      used: columns that matter; pieces without any are 0 and cost nothing. All if not given.
-
-    Returns:
-      PyTree of arrays [B, T, ...].
-    """
-    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    size = min(size, length)
-    count = -(-length // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
-
-    pieces = jax.tree.map(split, arrays)
-    if used is None:
-        found = jax.lax.map(jax.checkpoint(f), pieces)
-    else:
-        blank = jax.eval_shape(f, jax.tree.map(lambda x: x[0], pieces))
-
-        def where_used(numbered: tuple[jax.Array, S]) -> T:
-            number, piece = numbered
-            nothing: T = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
-            result: T = jax.lax.cond(
-                number * size < used, jax.checkpoint(f), lambda _: nothing, piece
-            )
-            return result
-
-        found = jax.lax.map(where_used, (jnp.arange(count), pieces))
-    result: T = jax.tree.map(join, found)
-    return result

@@ -137,11 +137,12 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "param_vocab": "tensor",
     # activations
     "batch": ("data", "fsdp"),
+    "rows": "data",  # read by all that share the parameters
     "length": None,
     "embed": None,
     "heads": "tensor",
     "mlp": "tensor",
-    "vocab": "tensor",
+    "vocab": ("fsdp", "tensor"),
 }
 
 _LOGICAL: dict[tuple[str, str], tuple[str | None, ...]] = {
@@ -185,12 +186,58 @@ def param_spec(path: Sequence[object], ndim: int) -> PartitionSpec:
 def constrain(x: jax.Array, *logical: str | None) -> jax.Array:
     """Asks the compiler to lay an activation along its logical axes.
 
-    Does nothing outside of `jax.set_mesh` with a mesh of `AXES`.
+    Does nothing outside of `jax.set_mesh` with a mesh of `AXES`. An axis that does not divide over
+    its devices lies whole on each.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or set(mesh.axis_names) != set(AXES):
+    mesh = _mesh()
+    if mesh is None:
         return x
-    result: jax.Array = jax.lax.with_sharding_constraint(x, to_mesh(logical))
+    spec = to_mesh(logical)
+    even = (
+        axes if size % _devices(mesh, axes) == 0 else None
+        for axes, size in zip(spec, x.shape, strict=True)
+    )  # fmt: skip
+    result: jax.Array = jax.lax.with_sharding_constraint(x, PartitionSpec(*even))
+    return result
+
+
+def _mesh() -> AbstractMesh | None:
+    """That of `jax.set_mesh`, if it has our axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or set(mesh.axis_names) != set(AXES) else mesh
+
+
+def _devices(mesh: AbstractMesh, axes: str | Sequence[str] | None) -> int:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def on_own_share(
+    f: Callable[..., jax.Array],
+    logical: Sequence[Sequence[str | None]],
+    out: Sequence[str | None],
+    *arrays: jax.Array,
+) -> jax.Array:
+    """f, run by every device on its own share of the arrays, of which it needs no other.
+
+    Left to itself the compiler gathers what loops over blocks of a split array read.
+
+    Args:
+      f: of the arrays, or of a device's share of them.
+      logical: logical axes of each array.
+      out: of the result.
+      arrays: as they lie. f gets them whole outside of `jax.set_mesh` with a mesh of `AXES`, and
+        where an axis does not divide over the devices.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return f(*arrays)
+    specs = tuple(to_mesh(names) for names in logical)
+    for spec, array in zip(specs, arrays, strict=True):
+        if any(n % _devices(mesh, axes) for axes, n in zip(spec, array.shape, strict=True)):
+            return f(*arrays)
+    shared = jax.shard_map(f, in_specs=specs, out_specs=to_mesh(out), check_vma=False)
+    result: jax.Array = shared(*arrays)
     return result
 
 

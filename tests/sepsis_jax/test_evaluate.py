@@ -157,8 +157,9 @@ def test_all_tables(capsys, cohort, model, asked, tmp_path, monkeypatch):
     result = call(
         capsys, "evaluate", "--episodes", cohort, "--model", model, "--policy", "guideline",
         "--policy", "random", "--policy", f"bc={asked}", "--policy", f"rl={asked}",
-        "--treated", f"rl={tmp_path / 'free'}", "--stages", stages, "--compare", "published", "--set", "patients=20", "--set",
-        "samples=1", "--set", "ope.n_bootstrap=100", "--out", out, "--json",
+        "--treated", f"rl={tmp_path / 'free'}", "--stages", stages, "--compare", "published",
+        "--set", "patients=20", "--set", "samples=1", "--set", "ope.n_bootstrap=100",
+        "--out", out, "--json",
     )  # fmt: skip
     assert result.status == 0, result.err
     assert len(opened) == 1  # probabilities are computed once

@@ -13,20 +13,28 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
+from policy.qwen3.attention import SCORES_AT_ONCE
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.logprobs import LOGITS_AT_ONCE
 from policy.qwen3.lora import add_adapters
-from policy.qwen3.model import SCORES_AT_ONCE, Qwen3
+from policy.qwen3.model import Qwen3
 from policy.qwen3.sampler import prefill_width
 from policy.qwen3.sharding import AXES, abstract, bytes_per_device, check_divisible
 from policy.train.loop.optimizer import LearnerConfig, Params, State, initial_state
 
 RESERVE = 2**30
 """Bytes for world model, patients, programs and fragments."""
+
+# Values per token by `remat`: times the MLP's width, the model's, that of queries, that of keys.
+_SAVED = {"none": (5.8, 6.3, 5.3, 4.2), "dots": (2.0, 2.0, 1.0, 2.0), "full": (0.0, 1.0, 0.0, 0.0)}
+_BACKWARD = {
+    "none": (7.0, 6.5, 3.5, 4.5), "dots": (7.0, 6.5, 3.5, 4.5), "full": (7.5, 9.5, 6.0, 6.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,28 +148,26 @@ def update(
     shapes = abstract(lambda: initial_state(model.trained(), config).params, mesh)
     wide = _bytes(shapes, jnp.float32)
     several = config.gradient_accumulation_steps > 1
-    # Beside the sum, the gradient of a micro-batch; embeddings get theirs in float32.
+    # Beside the sum, the gradient of a micro-batch.
     micro = bytes_per_device(shapes) if several else 0
     inner = figures.num_attention_heads * figures.head_dim / tensor
     outer = figures.num_key_value_heads * figures.head_dim / tensor
     hidden, wide_hidden = figures.hidden_size, figures.intermediate_size / tensor
-    scores = 4.0 * min(rows * figures.num_attention_heads * length**2, SCORES_AT_ONCE)
-    scores /= data * fsdp * tensor
-    layer = tokens * size * (3 * wide_hidden + 3 * hidden + 2 * inner)
-    saved = {
-        "none": layer + 4 * scores,
-        "dots": tokens * size * (3 * hidden + inner + 2 * outer + 2 * wide_hidden),
-        "full": tokens * size * hidden,
-    }[remat]
+    sizes = (wide_hidden, hidden, inner, outer)
+    saved = tokens * size * float(np.dot(_SAVED[remat], sizes))
+    layer = tokens * size * float(np.dot(_BACKWARD[remat], sizes))
     matrices = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     table = 4 * figures.vocab_size * hidden / tensor
     of_layers = max(matrices - figures.vocab_size * hidden, 0) / figures.num_hidden_layers
-    gathered = 2 * size * of_layers / tensor if fsdp > 1 else 0.0
     logits = 4 * min(rows * length * figures.vocab_size, LOGITS_AT_ONCE) / (data * fsdp * tensor)
-    tables = (2.5 + 2.0 * several) if fsdp > 1 else 3.0
-    if model.lora_rank:  # no gradient of the table
-        tables = 1.5 if fsdp > 1 else 0.5
-    backward = max(tables * table + 4.25 * logits, layer + 4.5 * scores + gathered)
+    if fsdp > 1:
+        # Shares in the type of products, of gradients on their way, and the layer that is gathered.
+        cast = model.param_dtype != model.dtype and not model.lora_rank
+        copies = 0.5 if model.lora_rank else 4.5 + cast
+        backward = 1.3 * layer + copies * model.weights(model.mesh, model.dtype)
+    else:
+        tables = 0.5 if model.lora_rank else 3.0  # no gradient of the table
+        backward = max(tables * table + 4.25 * logits, layer)
     stepped = 0.0  # float32 is changed in place
     if "bfloat16" in (config.param_dtype, config.moment_dtype):
         # What is kept once more, and of a layer or the embeddings float32 copies and random bits.

@@ -122,7 +122,7 @@ def test_a_cache_changes_nothing(model, plain):
         length = length + 1
 
 
-def test_blocks_of_queries_and_rematerialisation_change_nothing(model):
+def test_blocks_of_attention_and_rematerialisation_change_nothing(model):
     graphdef, state = nnx.split(model)
     segments = jnp.broadcast_to(jnp.repeat(jnp.array([1, 2]), jnp.array([11, 12])), IDS.shape)
 
@@ -131,7 +131,7 @@ def test_blocks_of_queries_and_rematerialisation_change_nothing(model):
         return jnp.sum(jnp.sin(hidden))
 
     plain = jax.jit(jax.value_and_grad(loss))(state)
-    other = jax.jit(jax.value_and_grad(partial(loss, remat="full", query_block=5)))(state)
+    other = jax.jit(jax.value_and_grad(partial(loss, remat="full", attention_block=5)))(state)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), plain, other)
 
 

@@ -1,0 +1,255 @@
+"""Causal attention over packed rows, block by block, and over a cache of keys and values.
+
+Blocks of keys are read one after another with a running maximum and sum of the softmax (Rabe &
+Staats, arXiv 2112.05682; Dao et al., arXiv 2205.14135), so that no array of length x length is ever
+in memory, in the backward pass neither. Blocks that no query of the batch sees are left out: later
+ones, and those before the segments begin.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from policy.qwen3.sharding import on_own_share
+
+BLOCK = 512
+"""Tokens per block of queries and of keys on accelerators."""
+
+CPU_BLOCK = 128
+"""The same on CPUs, where a block's scores should stay in the cache of a core."""
+
+SCORES_AT_ONCE = 2**28
+"""Scores of queries with the keys of a cache in memory at once; 1 GiB of float32."""
+
+_UNSEEN = float(np.finfo(np.float32).min)
+
+
+class _Mask(NamedTuple):
+    """What is seen, by block; N blocks of S columns."""
+
+    segment: Int[Array, "N B S"]
+    shared: Bool[Array, "N B S"]  # keys that later columns of every segment see
+    first: Int[Array, " N"]  # block at which the keys of each block of queries begin
+
+    def of(self, i: jax.Array, j: jax.Array) -> Bool[Array, "B 1 1 S S"]:
+        """What queries of block i see of keys of block j."""
+        size = self.segment.shape[2]
+        column = jnp.arange(size)
+        earlier = j * size + column[None, :] <= i * size + column[:, None]
+        same = self.segment[i][:, :, None] == self.segment[j][:, None, :]
+        return ((same | self.shared[j][:, None, :]) & earlier)[:, None, None]
+
+
+def attend(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    segments: Int[Array, "B T"],
+    shared: Bool[Array, "B T"] | None = None,
+    *,
+    block: int | None = None,
+) -> Float[Array, "B T H D"]:
+    """Softmax attention of whole rows with scores, weights and sums in float32; differentiable.
+
+    A token sees itself, earlier columns of its own segment, and earlier columns that are shared.
+
+    Args:
+      q: [B, T, H, D] queries.
+      k, v: [B, T, K, D]; K divides H, and each key head serves H / K query heads.
+      segments: [B, T] int; the tokens of a segment stand side by side.
+      shared: [B, T] keys that later columns of every segment see; none if not given.
+      block: tokens per block; `BLOCK` or `CPU_BLOCK` if not given, fewer where rows are shorter.
+
+    Returns:
+      [B, T, H, D] in the type of `v`.
+    """
+    anywhere = shared is not None
+    arrays = (q, k, v, segments, jnp.zeros_like(segments, bool) if shared is None else shared)
+
+    def attended(*arrays: jax.Array) -> jax.Array:
+        if block is not None:
+            return _attend(block, anywhere, *arrays)
+        found: jax.Array = jax.lax.platform_dependent(
+            *arrays,
+            cpu=partial(_attend, CPU_BLOCK, anywhere),
+            default=partial(_attend, BLOCK, anywhere),
+        )
+        return found
+
+    heads, tokens = ("batch", "length", "heads", None), ("batch", "length")
+    return on_own_share(attended, (heads, heads, heads, tokens, tokens), heads, *arrays)
+
+
+def _attend(
+    block: int,
+    shared_anywhere: bool,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array,
+    shared: jax.Array,
+) -> Float[Array, "B T H D"]:
+    batch, length, heads, width = q.shape
+    count = -(-length // block)
+    size = -(-length // count)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [N, B, S, ...]
+        padded = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    groups = heads // k.shape[2]
+    grouped = split(q.reshape(batch, length, k.shape[2], groups, width))
+    segment = split(segments)
+    first = jnp.zeros(count, jnp.int32) if shared_anywhere else _first(segment)
+    mask = _Mask(segment, split(shared), first)
+    out = _blocks(
+        jnp.moveaxis(grouped, 2, 4),
+        jnp.moveaxis(split(k), 2, 3),
+        jnp.moveaxis(split(v), 2, 3),
+        mask,
+    )  # [N, B, K, G, S, D]
+    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, count * size, heads, width)
+    return out[:, :length]
+
+
+def _first(segment: Int[Array, "N B S"]) -> Int[Array, " N"]:
+    """[N] the first block that a query of each block sees, in any row, where nothing is shared."""
+    count, _, size = segment.shape
+    rows = jnp.moveaxis(segment, 1, 0).reshape(segment.shape[1], -1)  # [B, N * S]
+    column = jnp.arange(rows.shape[1])
+    new = jnp.pad(rows[:, 1:] != rows[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    begin = jax.lax.cummax(jnp.where(new, column, 0), axis=1)
+    begin = jnp.where(rows == 0, column, begin)  # what padding sees does not matter
+    first: jax.Array = jnp.min(begin.reshape(-1, count, size), axis=(0, 2)) // size
+    return first
+
+
+def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G S S"]:
+    scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(seen, scores * q.shape[-1] ** -0.5, _UNSEEN)
+
+
+@jax.custom_vjp
+def _blocks(
+    q: Float[Array, "N B K G S D"],
+    k: Float[Array, "N B K S D"],
+    v: Float[Array, "N B K S D"],
+    mask: _Mask,
+) -> Float[Array, "N B K G S D"]:
+    return _forward(q, k, v, mask)[0]
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask
+) -> tuple[Float[Array, "N B K G S D"], Float[Array, "N B K G S"]]:
+    """What is read, and the logarithm of each query's sum of exponentials."""
+
+    def of_queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            out, most, total = now
+            scores = _scores(q[i], k[j], mask.of(i, j))
+            new = jnp.maximum(most, jnp.max(scores, axis=-1))
+            weights, before = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
+            read = jnp.einsum(
+                "bkgts,bksd->bkgtd", weights.astype(v.dtype), v[j],
+                preferred_element_type=jnp.float32,
+            )  # fmt: skip
+            return (
+                out * before[..., None] + read, new, total * before + jnp.sum(weights, axis=-1)
+            )  # fmt: skip
+
+        nothing = jnp.zeros(q.shape[1:], jnp.float32)
+        start = (nothing, jnp.full(q.shape[1:-1], _UNSEEN), nothing[..., 0])
+        out, most, total = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
+        return (out / total[..., None]).astype(v.dtype), most + jnp.log(total)
+
+    found: tuple[jax.Array, jax.Array] = jax.lax.map(of_queries, jnp.arange(q.shape[0]))
+    return found
+
+
+def _kept(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, _Mask, jax.Array, jax.Array]]:
+    out, total = _forward(q, k, v, mask)
+    return out, (q, k, v, mask, out, total)
+
+
+def _backward(
+    kept: tuple[jax.Array, jax.Array, jax.Array, _Mask, jax.Array, jax.Array], change: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    """Gradients by the weights of each block, computed again (arXiv 2205.14135, algorithm 4)."""
+    q, k, v, mask, out, total = kept
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+    def of_queries(
+        of_all: tuple[jax.Array, jax.Array], i: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        given = change[i]
+        dot = jnp.sum(given.astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1)
+
+        def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            dq, dk, dv = now
+            weights = jnp.exp(_scores(q[i], k[j], mask.of(i, j)) - total[i][..., None])
+            dv = dv.at[j].add(product("bkgts,bkgtd->bksd", weights.astype(v.dtype), given))
+            of_weights = product("bkgtd,bksd->bkgts", given, v[j])
+            of_scores = weights * (of_weights - dot[..., None]) * q.shape[-1] ** -0.5
+            of_scores = of_scores.astype(q.dtype)
+            dk = dk.at[j].add(product("bkgts,bkgtd->bksd", of_scores, q[i]))
+            return dq + product("bkgts,bksd->bkgtd", of_scores, k[j]), dk, dv
+
+        start = (jnp.zeros(q.shape[1:], jnp.float32), *of_all)
+        dq, *of_all_new = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
+        return tuple(of_all_new), dq.astype(q.dtype)
+
+    nothing = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(of_queries, (nothing, nothing), jnp.arange(q.shape[0]))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_blocks.defvjp(_kept, _backward)
+
+
+def attend_cache(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B S K D"],
+    v: Float[Array, "B S K D"],
+    position: Int[Array, "B T"],
+) -> Float[Array, "B T H D"]:
+    """Softmax attention of further tokens to the slots of a cache, which are positions.
+
+    Args:
+      q: [B, T, H, D] queries; as many at once as `SCORES_AT_ONCE` allows.
+      k, v: [B, S, K, D] cache, with the keys and values of the queries' own positions.
+      position: [B, T] of the queries; each sees the slots up to its own.
+
+    Returns:
+      [B, T, H, D] in the type of `v`.
+    """
+    batch, length, heads, width = q.shape
+    slots, groups = k.shape[1], heads // k.shape[2]
+    size = min(length, max(16, SCORES_AT_ONCE // (batch * heads * slots)))
+    count = -(-length // size)
+
+    def split(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        queries, position = part
+        scores = jnp.einsum("btkgd,bskd->bkgts", queries, k, preferred_element_type=jnp.float32)
+        seen = jnp.arange(slots) <= position[:, :, None]  # [B, T, S]
+        scores = jnp.where(seen[:, None, None], scores * width**-0.5, _UNSEEN)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgts,bskd->btkgd", weights, v)
+
+    grouped = q.reshape(batch, length, -1, groups, width)
+    if count == 1:
+        return one((grouped, position)).reshape(batch, length, heads, width)
+    out = jnp.moveaxis(jax.lax.map(one, (split(grouped), split(position))), 0, 1)
+    return out.reshape(batch, -1, heads, width)[:, :length]

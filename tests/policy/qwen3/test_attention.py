@@ -1,0 +1,115 @@
+"""Attention by blocks: equal to plain attention, forwards and backwards, and nowhere square."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from policy.qwen3.attention import attend, attend_cache
+
+B, T, H, K, D = 2, 44, 4, 2, 8
+
+
+def drawn(seed=0, shape=(B, T, H, K, D)):
+    batch, length, heads, kv, width = shape
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sizes = [(batch, length, h, width) for h in (heads, kv, kv, heads)]
+    return [jax.random.normal(key, size) for key, size in zip(keys, sizes, strict=True)]
+
+
+def plain(q, k, v, segments, shared=None):
+    """The definition, in float64."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    segments = np.asarray(segments)
+    k, v = (np.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    sees = segments[:, :, None] == segments[:, None, :]
+    if shared is not None:
+        sees |= np.asarray(shared)[:, None, :]
+    sees &= np.tri(q.shape[1], dtype=bool)
+    scores = np.where(sees[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("bhts,bshd->bthd", weights, v)
+
+
+def dense(q, k, v, segments, shared=None):
+    """The same in JAX, for gradients."""
+    mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tri(q.shape[1], dtype=bool)
+    if shared is not None:
+        mask |= shared[:, None, :] & jnp.tri(q.shape[1], dtype=bool)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
+
+
+def packed():
+    """Several segments and padding, otherwise in each row."""
+    first = np.repeat([1, 2, 3, 0], [20, 9, 10, 5])
+    second = np.repeat([1, 2, 0], [3, 40, 1])
+    return jnp.array([first, second])
+
+
+@pytest.mark.parametrize("block", [None, 44, 16, 7, 1])
+@pytest.mark.parametrize("kind", ["one segment", "packed", "shared"])
+def test_blocks_change_nothing(kind, block):
+    q, k, v, change = drawn()
+    segments = jnp.ones((B, T), jnp.int32) if kind == "one segment" else packed()
+    shared = segments == 1 if kind == "shared" else None
+    real = segments[..., None, None] > 0  # what padding reads means nothing
+    found = attend(q, k, v, segments, shared, block=block) * real
+    np.testing.assert_allclose(found, plain(q, k, v, segments, shared) * real, atol=2e-6)
+
+    def loss(of, *arrays):
+        return jnp.sum(of(*arrays, segments, shared) * change * real)
+
+    got = jax.grad(lambda *x: loss(lambda *a: attend(*a, block=block), *x), (0, 1, 2))(q, k, v)
+    expected = jax.grad(lambda *x: loss(dense, *x), (0, 1, 2))(q, k, v)
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_large_scores_neither_overflow_nor_vanish():
+    q, k, v, _ = drawn(1)
+    segments = packed()
+    found = attend(30 * q, 30 * k, v, segments, block=8)
+    np.testing.assert_allclose(found, plain(30 * q, 30 * k, v, segments), atol=1e-4)
+
+
+def test_a_cache_is_read_up_to_the_own_position(monkeypatch):
+    q, k, v, _ = drawn(2)
+    whole = plain(q, k, v, jnp.ones((B, T), jnp.int32))
+    position = jnp.array([[30, 31, 32], [5, 6, 7]])
+    rows = jnp.arange(B)[:, None]
+    for at_once in (2**28, 1):  # the least is 16 queries
+        monkeypatch.setattr("policy.qwen3.attention.SCORES_AT_ONCE", at_once)
+        found = attend_cache(q[rows, position], k, v, position)
+        np.testing.assert_allclose(found, whole[np.arange(B)[:, None], position], atol=2e-6)
+        everything = jnp.broadcast_to(jnp.arange(T), (B, T))
+        np.testing.assert_allclose(attend_cache(q, k, v, everything), whole, atol=2e-6)
+
+
+def test_nothing_of_length_by_length_is_in_memory():
+    """Neither forwards nor backwards: no array of the program has two axes of the row's length."""
+    length = 1000
+    arrays = drawn(shape=(1, length, H, K, D))[:3]
+    segments = jnp.ones((1, length), jnp.int32)
+
+    def squares(of):
+        def loss(q, k, v):
+            return jnp.sum(jnp.sin(of(q, k, v, segments)))
+
+        text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays).compile().as_text()
+        shapes = set(re.findall(r"\w+\[([\d,]+)\]", text))
+        return [shape for shape in shapes if shape.split(",").count(str(length)) > 1]
+
+    assert squares(dense) and not squares(attend)
+
+
+def test_blocks_that_nobody_sees_are_not_computed():
+    """Infinite keys of other segments would make everything undefined if they were read."""
+    q, k, v, _ = drawn(3)
+    segments = jnp.array([np.repeat([1, 2], [22, 22])] * B)
+    broken = k.at[:, :22].set(jnp.nan)
+    found = attend(q, broken, v, segments, block=11)[:, 22:]
+    np.testing.assert_allclose(found, plain(q, k, v, segments)[:, 22:], atol=2e-6)
