@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import wandb
 
 from policy.qwen3.config import Qwen3Config
 from policy.train.data.packing import Rows
@@ -86,6 +87,12 @@ def test_a_resumed_log_is_the_log_of_one_run(tmp_path):
     assert file.read_bytes() == b""
 
 
+def sent(folder):
+    """Files of W&B's runs; a process of its own writes them, also after `finish`."""
+    wandb.teardown()
+    return sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
+
+
 def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "sepsis")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -93,7 +100,7 @@ def test_weights_and_biases_where_a_project_is_named(tmp_path, monkeypatch):
     for step in (1, 2):
         with MetricsLog(tmp_path / "run" / "metrics", resume_at=step - 1) as log:
             log.report(report_of(step))
-    found = sorted((tmp_path / "run" / "metrics" / "wandb").glob("offline-run-*/*.wandb"))
+    found = sent(tmp_path / "run" / "metrics")
     assert len(found) == 2 and len({path.name for path in found}) == 1  # one run, resumed
     for path in found:
         assert all(name in path.read_bytes() for name in (b"entropy", b"grad_norm", b"seconds"))
@@ -109,7 +116,7 @@ def test_courses_go_to_weights_and_biases(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     log_courses(tmp_path / "model", courses)
-    (found,) = (tmp_path / "elsewhere" / "wandb").glob("offline-run-*/*.wandb")
+    (found,) = sent(tmp_path / "elsewhere")
     assert b"state/train_loss" in found.read_bytes() and b"2.25" in found.read_bytes()
     assert not (tmp_path / "model").exists()
 
