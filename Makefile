@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/demo
 SERVING ?= .venv-serving
+COMPILING ?= .venv-compiling
 SMOLLM2 ?= runs/smollm2/start
 # Half of pip's time went into compiling to bytecode what is never imported; Python compiles what
 # it imports, and keeps it, unless this variable forbids that.
@@ -14,12 +15,13 @@ export PYTHONDONTWRITEBYTECODE =
 # Whole files stay on one worker, the longest (tests/durations.txt) begin first.
 PYTEST = $(BIN)/pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-slow check lint durations format docs serving smollm2 smollm2-folder clean
+.PHONY: help demo test test-slow compile-check check lint durations format docs serving smollm2 smollm2-folder clean
 
 help:
 	@echo "make demo       install, then run the whole slice on synthetic patients (DATA=dir for MIMIC-IV)"
 	@echo "make test       install, lint, type-check and test"
 	@echo "make test-slow  the longer checks"
+	@echo "make compile-check  what compilers for TPUs and GPUs say, without such a device"
 	@echo "make check      install, lint, type-check and run the tests that take seconds"
 	@echo "make lint       lint and type-check only"
 	@echo "make format     format the code"
@@ -46,6 +48,18 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# XLA's compilers for TPUs and NVIDIA GPUs run without any; half an hour on two cores.
+compile-check: $(COMPILING)/.installed
+	$(COMPILING)/bin/python scripts/compile_tpu.py --json benchmarks/compile_tpu.json
+	$(COMPILING)/bin/python scripts/compile_train_step.py --json benchmarks/train_step_tpu.json
+	$(COMPILING)/bin/python scripts/compile_gpu.py --json benchmarks/compile_gpu.json
+	$(COMPILING)/bin/pytest -q -m slow tests/sepsis_jax/benchmark/test_programs.py
+
+$(COMPILING)/.installed: pyproject.toml constraints.txt
+	test -x $(COMPILING)/bin/pip || $(PYTHON) -m venv $(COMPILING)
+	$(COMPILING)/bin/pip $(INSTALL) -c constraints.txt -e '.[test]' "jax[tpu,cuda13]"
+	@touch $@
 
 # Measures every file anew: `make test` begins with the longest, `make check` leaves them out.
 durations: $(VENV)/.installed-test serving
@@ -126,4 +140,4 @@ $(SERVING)/.installed: constraints-serving.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(OUT) site
+	rm -rf $(VENV) $(SERVING) $(COMPILING) $(OUT) site

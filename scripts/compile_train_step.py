@@ -19,31 +19,22 @@ import os
 import re
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 import jaxlib
-from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 from policy.qwen3.config import QWEN3_4B, Qwen3Config
-from policy.qwen3.lora import add_adapters
-from policy.qwen3.model import Qwen3
-from policy.qwen3.sharding import abstract, batch_sharding, check_divisible, make_mesh, shardings
-from policy.train.data.packing import Rows
+from policy.qwen3.sharding import check_divisible, make_mesh
 from policy.train.loop.metrics import flops_per_token, peak_flops
-from policy.train.loop.optimizer import LearnerConfig, initial_state, update
-from policy.train.losses import cross_entropy
+from sepsis_jax.benchmark.ahead_of_time import CHIPS, Update, bytes_planned
 
 GIB = 2**30
-HBM = {"TPU v5 lite": 16 * GIB, "TPU v5": 95 * GIB, "TPU v6 lite": 32 * GIB}
 MFU = 0.4
 
 
@@ -61,6 +52,13 @@ class Case:
     length: int = 8192  # tokens per row
     remat: str = "full"
     lora: int = 0  # rank of adapters on bfloat16 weights; 0 trains all parameters
+
+    @property
+    def update(self) -> Update:
+        """What is compiled."""
+        return Update(
+            self.param_dtype, self.rows, self.accumulate, self.length, self.remat, self.lora
+        )
 
 
 CASES = (
@@ -144,68 +142,13 @@ def compiled(case: Case, config: Qwen3Config) -> dict[str, Any]:
     }
     start = time.perf_counter()
     try:
-        program = lowered(case, config, mesh).compile()
+        program = case.update.lower(config, mesh).compile()
     except jax.errors.JaxRuntimeError as error:
         return row | {"refused": _needed(str(error))}
-    memory = program.memory_analysis()
     return row | {
         "compile_seconds": round(time.perf_counter() - start, 1),
-        "bytes": {
-            "available": HBM[kind],
-            "arguments": memory.argument_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "given_away": memory.alias_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "code": memory.generated_code_size_in_bytes,
-            "peak": memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-            + memory.generated_code_size_in_bytes,
-        },
+        "bytes": {"available": CHIPS[kind].memory, **bytes_planned(program)},
     }
-
-
-def lowered(case: Case, config: Qwen3Config, mesh: Any) -> Any:
-    """The update of a learner, for shapes on a mesh."""
-    trainable = nnx.LoRAParam if case.lora else nnx.Param
-    learning = LearnerConfig(
-        gradient_accumulation_steps=case.accumulate,
-        param_dtype=case.param_dtype,
-        moment_dtype=case.param_dtype,
-    )
-
-    def make() -> Qwen3:
-        kept = jnp.bfloat16 if case.lora else jnp.float32
-        model = Qwen3(config, dtype=jnp.bfloat16, param_dtype=kept, rngs=nnx.Rngs(0))
-        if case.lora:
-            return add_adapters(model, rank=case.lora, alpha=float(case.lora), rngs=nnx.Rngs(1))
-        return model
-
-    def split() -> Any:
-        return nnx.split(make(), trainable, ...)
-
-    graphdef, *_ = nnx.split(nnx.eval_shape(make), trainable, ...)
-    state = abstract(lambda: initial_state(split()[1], learning), mesh)
-    frozen = abstract(lambda: split()[2], mesh)
-    (rows,) = batch_sharding(mesh).spec
-    where = NamedSharding(mesh, PartitionSpec(None, rows))
-    shape = (case.accumulate, case.rows, case.length)
-    batch = Rows(
-        *(
-            cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=where))
-            for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
-        )
-    )
-    loss = partial(cross_entropy, remat=case.remat)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    step = jax.jit(
-        partial(update, graphdef, loss, learning),
-        donate_argnums=0,
-        out_shardings=(shardings(state, mesh), everywhere, everywhere),
-    )
-    with jax.set_mesh(mesh):
-        return step.lower(state, frozen, batch)
 
 
 def _needed(message: str) -> str:

@@ -144,8 +144,11 @@ BFLOAT16 = "bfloat16"  # operands of products; sums and everything else stay flo
 # Measured with jaxlib 0.10 on AVX-512 cores (docs/benchmarks.md): Eigen's float32 products beat
 # YNNPACK's at the shapes of a GRU, and gates gain from full-width vectors. In bfloat16 it is
 # YNNPACK that supports the matrix instructions.
-_CPU = {"xla_cpu_prefer_vector_width": 512}
-_CPU_FLOAT32 = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_CPU: dict[str, str | int] = {"xla_cpu_prefer_vector_width": 512}
+_CPU_FLOAT32: dict[str, str | int] = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# XLA's Triton products find no tiles for some float32 products of the residual and reference
+# variants and stop the compilation; cuBLAS has products of any shape.
+_GPU_FLOAT32: dict[str, str | int] = {"xla_gpu_enable_triton_gemm": False}
 
 
 @cache
@@ -156,12 +159,15 @@ def compiler_options(
 
     Args:
       precision: of its products; "bfloat16" or anything else for float32.
-      platform: "cpu", "gpu" or "tpu"; None for JAX's default. Only a CPU has options here, and
-        those that this jaxlib does not know are left out.
+      platform: "cpu", "gpu", "cuda" or "tpu"; None for JAX's default. What this jaxlib does not
+        know is left out.
     """
-    if (platform or jax.default_backend()) != "cpu":
-        return {}
-    options = _CPU if precision == BFLOAT16 else _CPU | _CPU_FLOAT32
+    platform = platform or jax.default_backend()
+    options: dict[str, str | int] = {}
+    if platform == "cpu":
+        options = _CPU if precision == BFLOAT16 else _CPU | _CPU_FLOAT32
+    elif platform in ("gpu", "cuda") and precision != BFLOAT16:
+        options = _GPU_FLOAT32
     return {name: value for name, value in options.items() if _known(name, value)}
 
 

@@ -1,0 +1,244 @@
+"""Programs compiled for devices that are not there: GPUs by their figures, TPUs by their topology.
+
+The compilers of `jax[cuda13]` and `jax[tpu]` run on any x86 Linux host. Nothing is allocated and
+nothing runs: arguments are shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from policy.qwen3.config import Qwen3Config
+from policy.qwen3.lora import add_adapters
+from policy.qwen3.model import Qwen3
+from policy.qwen3.sharding import abstract, batch_sharding, shardings
+from policy.train.data.packing import Rows
+from policy.train.loop.optimizer import LearnerConfig, initial_state, update
+from policy.train.losses import cross_entropy
+from worldmodel.models.clinical_model import ModelConfig
+from worldmodel.models.world_model import init_world_model
+from worldmodel.scaling import published_scaler
+from worldmodel.simulate.history import start_history
+from worldmodel.simulate.sharded import AXIS, Task, branch_mesh, sharded_call, task_shape
+from worldmodel.simulate.unroll import RolloutConfig
+from worldmodel.synthetic import generate
+
+PATIENTS, PLANS = 64, 25
+
+
+class Card(NamedTuple):
+    """A GPU's figures by NVIDIA's data sheets (SXM); rates dense, of matrix products."""
+
+    name: str
+    memory: int  # bytes
+    bandwidth: float  # bytes/s
+    bfloat16: float  # FLOP/s
+    tensorfloat32: float  # FLOP/s
+    float32: float  # FLOP/s, without tensor cores
+
+
+CARDS = {
+    "h100": Card("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.35e12, 989e12, 494e12, 67e12),
+    "h200": Card("NVIDIA H200", 150_754_820_096, 4.8e12, 989e12, 494e12, 67e12),
+}
+
+
+class Chip(NamedTuple):
+    """A TPU's figures by Google's documentation."""
+
+    memory: int  # bytes
+    bandwidth: float  # bytes/s
+    bfloat16: float  # FLOP/s
+
+
+CHIPS = {  # by kind of device
+    "TPU v5 lite": Chip(16 * 2**30, 819e9, 197e12),
+    "TPU v5": Chip(95 * 2**30, 2765e9, 459e12),
+    "TPU v6 lite": Chip(32 * 2**30, 1640e9, 918e12),
+}
+
+_HOPPER = """
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+device_description_str: "{name}"
+"""
+
+
+def gpu(card: str) -> list[jax.Device]:
+    """One absent GPU; needs `jax[cuda13]`.
+
+    Args:
+      card: one of `CARDS`.
+    """
+    figures = CARDS[card]
+    spec = _HOPPER.format(**figures._asdict())
+    found = topologies.get_topology_desc(card, "cuda", target_config=spec, topology="1x1x1")
+    return list(found.devices)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The program that `sepsis-jax sweep` runs, with one task per device.
+
+    Attributes:
+      variant: of the world model.
+      precision: of matrix products, as for `RolloutConfig`.
+      branches: per device.
+      horizon: steps.
+      members: of the ensemble.
+    """
+
+    variant: str
+    precision: str
+    branches: int
+    horizon: int = 24
+    members: int = 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Patients, plans and samples of a task: many samples per patient and plan."""
+        return task_shape(PATIENTS, PLANS, 10**6, 1, branches=self.branches)
+
+    def lower(self, devices: Sequence[jax.Device]) -> Any:
+        """The lowered program."""
+        mesh = branch_mesh(devices)
+        config = RolloutConfig(self.horizon, precision=self.precision)
+        return sharded_call(mesh, self.shape, config).lower(*self._arguments(mesh))
+
+    def _arguments(self, mesh: Mesh) -> tuple[Any, ...]:
+        world_model = init_world_model(
+            jax.random.key(0),
+            published_scaler(),
+            ModelConfig(variant=self.variant),
+            members=self.members,
+        )
+        episodes, _ = generate(jax.random.key(1), PATIENTS, keep_latent=False)
+        start = start_history(world_model, episodes, 0)
+        plans = jnp.zeros((PATIENTS, PLANS, self.horizon), jnp.int32)
+        devices = mesh.devices.size
+        tasks = Task(
+            np.zeros((devices, self.shape[0]), np.int32),
+            np.zeros((devices, self.shape[2]), np.int32),
+            np.zeros(devices, np.int32),
+        )
+
+        def shaped(tree: Any, spec: PartitionSpec) -> Any:
+            sharding = NamedSharding(mesh, spec)
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+            )
+
+        everywhere = PartitionSpec()
+        return (
+            shaped(world_model, everywhere),
+            None,
+            shaped(jax.random.key(0), everywhere),
+            shaped(start, everywhere),
+            shaped(plans, everywhere),
+            shaped(tasks, PartitionSpec(AXIS)),
+        )
+
+
+@dataclass(frozen=True)
+class Update:
+    """The program that `Learner.update` runs: cross-entropy of packed rows and AdamW.
+
+    Attributes:
+      param_dtype: of parameters and moments; bfloat16 is rounded stochastically.
+      rows: of a micro-batch, over all devices.
+      accumulate: micro-batches of an update.
+      length: tokens per row.
+      remat: as for `Qwen3.hidden`.
+      lora: rank of adapters on bfloat16 weights; 0 trains all parameters.
+    """
+
+    param_dtype: str
+    rows: int
+    accumulate: int
+    length: int = 8192
+    remat: str = "full"
+    lora: int = 0
+
+    def lower(self, config: Qwen3Config, mesh: Mesh) -> Any:
+        """The lowered program for a model on a mesh."""
+        trainable = nnx.LoRAParam if self.lora else nnx.Param
+        learning = LearnerConfig(
+            gradient_accumulation_steps=self.accumulate,
+            param_dtype=self.param_dtype,
+            moment_dtype=self.param_dtype,
+        )
+
+        def make() -> Qwen3:
+            kept = jnp.bfloat16 if self.lora else jnp.float32
+            model = Qwen3(config, dtype=jnp.bfloat16, param_dtype=kept, rngs=nnx.Rngs(0))
+            if self.lora:
+                return add_adapters(model, rank=self.lora, alpha=float(self.lora), rngs=nnx.Rngs(1))
+            return model
+
+        def split() -> Any:
+            return nnx.split(make(), trainable, ...)
+
+        graphdef, *_ = nnx.split(nnx.eval_shape(make), trainable, ...)
+        state = abstract(lambda: initial_state(split()[1], learning), mesh)
+        frozen = abstract(lambda: split()[2], mesh)
+        (rows,) = batch_sharding(mesh).spec
+        where = NamedSharding(mesh, PartitionSpec(None, rows))
+        shape = (self.accumulate, self.rows, self.length)
+        batch = Rows(
+            *(
+                cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=where))
+                for dtype in (jnp.int32, jnp.int32, jnp.int32, jnp.bool_)
+            )
+        )
+        loss = partial(cross_entropy, remat=self.remat)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        step = jax.jit(
+            partial(update, graphdef, loss, learning),
+            donate_argnums=0,
+            out_shardings=(shardings(state, mesh), everywhere, everywhere),
+        )
+        with jax.set_mesh(mesh):
+            return step.lower(state, frozen, batch)
+
+
+def bytes_planned(program: Any) -> dict[str, int]:
+    """Bytes per device that a compiler plans for, by part, and their `peak`."""
+    memory = program.memory_analysis()
+    found = {
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "given_away": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    return found | {"peak": sum(found.values()) - 2 * found["given_away"]}
