@@ -110,7 +110,8 @@ def _instruction(line: str) -> Instruction:
     start = rest.index("(", end)
     close = _closing(rest, start)
     inside = rest[start + 1 : close]
-    operands = (inside,) if opcode == "parameter" else tuple(re.findall(r"%([\w.\-]+)", inside))
+    literal = opcode in ("parameter", "constant")
+    operands = (inside,) if literal else tuple(re.findall(r"%([\w.\-]+)", inside))
     return Instruction(name.lstrip("%"), rest[:end], opcode, operands, rest[close + 1 :])
 
 
@@ -134,8 +135,7 @@ def _of(body: Sequence[Instruction], all_: Mapping[str, Sequence[Instruction]]) 
         if one.opcode in _FREE:
             continue
         if one.opcode == "while":
-            trips = re.search(r'known_trip_count\D*"?(\d+)', one.attributes)
-            found.add(_of(all_[one.called("body")], all_), int(trips.group(1)) if trips else 1)
+            found.add(_of(all_[one.called("body")], all_), _trips(one, all_))
             continue
         if one.opcode == "call":
             found.add(_of(all_[one.called("to_apply")], all_), 1)
@@ -149,6 +149,19 @@ def _of(body: Sequence[Instruction], all_: Mapping[str, Sequence[Instruction]]) 
         if moved or flops:
             found.add(Traffic(1, moved, flops, {one.opcode: moved}), 1)
     return found
+
+
+def _trips(loop: Instruction, all_: Mapping[str, Sequence[Instruction]]) -> int:
+    """How often a loop runs: as XLA says, or up to the bound of its condition; 1 if unknown."""
+    known = re.search(r'known_trip_count\D*"?(\d+)', loop.attributes)
+    if known:
+        return int(known.group(1))
+    bounds = [
+        int(one.operands[0])
+        for one in all_.get(loop.called("condition"), ())
+        if one.opcode == "constant" and one.type.startswith("s32[]")
+    ]
+    return max(bounds, default=1)
 
 
 def _kernel(

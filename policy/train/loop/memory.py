@@ -128,7 +128,13 @@ def kept(model: Model, config: LearnerConfig) -> dict[str, int]:
 
 
 def update(
-    model: Model, config: LearnerConfig, *, rows: int, length: int, remat: str
+    model: Model,
+    config: LearnerConfig,
+    *,
+    rows: int,
+    length: int,
+    remat: str,
+    in_place: bool = True,
 ) -> dict[str, int]:
     """Bytes per device that an update takes beside what is kept, by part.
 
@@ -138,6 +144,8 @@ def update(
       rows: of a micro-batch, over all devices.
       length: tokens per row.
       remat: as for `Qwen3.hidden`.
+      in_place: the device rounds bfloat16 parameters and moments where they lie, as accelerators
+        do; CPUs keep them once more.
     """
     figures = model.config
     data, fsdp, tensor = model.mesh
@@ -170,12 +178,12 @@ def update(
         backward = max(tables * table + 4.25 * logits, layer)
     stepped = 0.0  # float32 is changed in place
     if "bfloat16" in (config.param_dtype, config.moment_dtype):
-        # What is kept once more, and of a layer or the embeddings float32 copies and random bits.
+        # Float32 copies and random bits of a layer or the embeddings.
         state = abstract(lambda: initial_state(model.trained(), config), mesh)
         part = wide / figures.num_hidden_layers
         if not model.lora_rank:
             part = max(table, 4 * of_layers / tensor) / fsdp
-        stepped = bytes_per_device(state) + 9 * part
+        stepped = 9 * part + (0 if in_place else bytes_per_device(state))
     activations = figures.num_hidden_layers * saved
     found = {"gradients": wide}
     if micro + activations + backward < stepped:

@@ -73,6 +73,21 @@ def test_a_program_by_hand():
     }  # fmt: skip
 
 
+def test_a_loop_that_says_its_bound_in_its_condition():
+    text = HLO.replace(', backend_config={"known_trip_count":{"n":"7"}}', "").replace(
+        "ENTRY",
+        """%c (now: (s32[])) -> pred[] {
+  %now = (s32[]) parameter(0)
+  %at = s32[] get-tuple-element(%now), index=0
+  %end = s32[]{:T(128)} constant(5)
+  ROOT %more = pred[] compare(%at, %end), direction=LT
+}
+
+ENTRY""",
+    )
+    assert traffic(text).flops == 5 * 2 * 8 * 4
+
+
 def test_products_of_cublas_and_of_tpus():
     text = HLO.replace(
         "dot(%row, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
