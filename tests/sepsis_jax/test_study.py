@@ -132,7 +132,7 @@ cohort: {patients: 60}
 world_model: WORLD_MODEL
 policies: {methods: [iql], patients: 20, iql: {updates: 20}}
 simple: [guideline, random]
-evaluation: {patients: 20, samples: 1, ope: {n_bootstrap: 50}}
+evaluation: {patients: 20, samples: 1, ope: {n_bootstrap: 50, subgroups: false}}
 language_model:
   sft:
     questions: {count: 6, charts: compact}
