@@ -153,6 +153,7 @@ app.command("bench", epilog="Example: sepsis-jax bench --model runs/demo/model -
 app.command(
     "profile", epilog="Example: sepsis-jax profile --model runs/demo/model --out runs/profile"
 )(bench.profile)
+app.command("doctor", epilog="Example: sepsis-jax doctor")(bench.doctor)
 
 
 # The class above all errors of usage; typer has it from click, or a copy of its own.

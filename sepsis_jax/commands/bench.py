@@ -1,4 +1,4 @@
-"""`sepsis-jax bench` and `sepsis-jax profile`: simulation speed, and where time goes."""
+"""`sepsis-jax bench`, `profile` and `doctor`: speed, where time goes, and what a machine can do."""
 
 from __future__ import annotations
 
@@ -114,6 +114,32 @@ def bench(
     console.print(f"{out / 'bench.json'}, bench.csv, scaling.png")
     if json:
         print_json({"out": str(out), **result})
+
+
+def doctor(json: Json = False) -> None:
+    """Look at this machine: devices, speed, numbers beside a CPU's; a verdict per line.
+
+    Exits with 1 where something is bad.
+    """
+    from sepsis_jax.benchmark.setup import begin_devices
+
+    begin_devices()
+    from sepsis_jax.benchmark.doctor import BAD, GOOD, examine
+    from sepsis_jax.benchmark.hardware import hardware
+
+    with phases("doctor") as progress:
+        found = examine(progress)
+    print_table(
+        "This machine", ("", "verdict", "found"),
+        [(one.what, one.verdict, one.found) for one in found],
+    )  # fmt: skip
+    for one in found:
+        if one.verdict != GOOD:
+            console.print(f"{one.what}: {one.mend}")
+    if json:
+        print_json({"hardware": hardware(), "findings": [vars(one) for one in found]})
+    if any(one.verdict == BAD for one in found):
+        raise typer.Exit(1)
 
 
 def _show(result: JsonDict) -> None:
