@@ -142,7 +142,9 @@ def test_published_weights_are_kept_once_per_version_that_samples(runner, taught
     before = sum(leaf.shape == table for leaf in jax.live_arrays())
     loop = Loop(runner, folder, iterations=5, staleness=staleness).run()
     own = 3  # parameters and two moments
-    assert [count - before - own for count in loop.copies[1:-1]] == [max(staleness, 1)] * 3
+    kept = [count - before - own for count in loop.copies[1:-1]]
+    # A generator that has finished before the learner needs fewer at the end.
+    assert max(kept) == kept[0] == max(staleness, 1) and min(kept) >= 1
 
 
 @pytest.mark.parametrize("kind", ["episode", "step"])
