@@ -105,7 +105,7 @@ def rollout(
     start = time.perf_counter()
     program = sweep.lower(gpu(card)).compile()
     seconds = time.perf_counter() - start
-    found = traffic(program.as_text())
+    found = traffic(program.as_text() or "")
     steps = int(np.prod(sweep.shape)) * sweep.horizon
     moved, flops = found.bytes / steps, found.flops / steps
     figures = CARDS[card]

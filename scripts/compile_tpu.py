@@ -84,7 +84,7 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     program = sweep.lower(chips).compile()
     seconds = time.perf_counter() - start
-    planned, text = bytes_planned(program), program.as_text()
+    planned, text = bytes_planned(program), program.as_text() or ""
     found, chip = traffic(text), CHIPS[chips[0].device_kind]
     steps = int(np.prod(sweep.shape)) * sweep.horizon
     moved, flops = found.bytes / steps, found.flops / steps

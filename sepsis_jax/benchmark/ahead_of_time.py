@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import Qwen3
 from policy.qwen3.sharding import abstract, batch_sharding, shardings
 from policy.train.data.packing import Rows
-from policy.train.loop.optimizer import LearnerConfig, initial_state, update
+from policy.train.loop.optimizer import LearnerConfig, Params, initial_state, update
 from policy.train.losses import cross_entropy
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
@@ -129,13 +129,15 @@ class Sweep:
         """Patients, plans and samples of a task: many samples per patient and plan."""
         return task_shape(PATIENTS, PLANS, 10**6, 1, branches=self.branches)
 
-    def lower(self, devices: Sequence[jax.Device]) -> Any:
+    def lower(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
         """The lowered program."""
         mesh = branch_mesh(devices)
         config = RolloutConfig(self.horizon, precision=self.precision)
-        return sharded_call(mesh, self.shape, config).lower(*self._arguments(mesh))
+        call = sharded_call(mesh, self.shape, config)
+        lowered: jax.stages.Lowered = call.lower(*self._arguments(mesh))
+        return lowered
 
-    def _arguments(self, mesh: Mesh) -> tuple[Any, ...]:
+    def _arguments(self, mesh: Mesh) -> tuple[object, ...]:
         world_model = init_world_model(
             jax.random.key(0),
             published_scaler(),
@@ -152,7 +154,7 @@ class Sweep:
             np.zeros(devices, np.int32),
         )
 
-        def shaped(tree: Any, spec: PartitionSpec) -> Any:
+        def shaped(tree: object, spec: PartitionSpec) -> object:
             sharding = NamedSharding(mesh, spec)
             return jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
@@ -189,7 +191,7 @@ class Update:
     remat: str = "full"
     lora: int = 0
 
-    def lower(self, config: Qwen3Config, mesh: Mesh) -> Any:
+    def lower(self, config: Qwen3Config, mesh: Mesh) -> jax.stages.Lowered:
         """The lowered program for a model on a mesh."""
         trainable = nnx.LoRAParam if self.lora else nnx.Param
         learning = LearnerConfig(
@@ -205,8 +207,9 @@ class Update:
                 return add_adapters(model, rank=self.lora, alpha=float(self.lora), rngs=nnx.Rngs(1))
             return model
 
-        def split() -> Any:
-            return nnx.split(make(), trainable, ...)
+        def split() -> tuple[object, Params, Params]:
+            graphdef, trained, *rest = nnx.split(make(), trainable, ...)
+            return graphdef, trained, rest[0]
 
         graphdef, *_ = nnx.split(nnx.eval_shape(make), trainable, ...)
         state = abstract(lambda: initial_state(split()[1], learning), mesh)
@@ -231,9 +234,10 @@ class Update:
             return step.lower(state, frozen, batch)
 
 
-def bytes_planned(program: Any) -> dict[str, int]:
+def bytes_planned(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes per device that a compiler plans for, by part, and their `peak`."""
     memory = program.memory_analysis()
+    assert memory is not None  # of a device
     found = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
