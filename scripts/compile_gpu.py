@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import asdict, replace
@@ -24,13 +25,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxlib
-import numpy as np
 
 from policy.qwen3.config import QWEN3_4B
 from policy.qwen3.sharding import make_mesh
 from policy.train.loop.metrics import flops_per_token
-from sepsis_jax.benchmark.ahead_of_time import CARDS, Card, Sweep, Update, bytes_planned, gpu
-from sepsis_jax.benchmark.programs import traffic
+from sepsis_jax.benchmark.ahead_of_time import CARDS, Sweep, Update, bytes_planned, gpu
+from worldmodel.files import write_json
 from worldmodel.models.clinical_model import VARIANTS
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
 
@@ -92,8 +92,7 @@ def main() -> None:
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
     }
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 
@@ -105,29 +104,16 @@ def rollout(
     start = time.perf_counter()
     program = sweep.lower(gpu(card)).compile()
     seconds = time.perf_counter() - start
-    found = traffic(program.as_text() or "")
-    steps = int(np.prod(sweep.shape)) * sweep.horizon
-    moved, flops = found.bytes / steps, found.flops / steps
-    figures = CARDS[card]
+    bandwidth, products = CARDS[card].bandwidth, getattr(CARDS[card], precision)
     return {
         "card": card,
         "variant": variant,
         "precision": precision,
-        "branches": int(np.prod(sweep.shape)),
+        "branches": math.prod(sweep.shape),
         "bytes": bytes_planned(program),
-        "kernels_per_call": found.kernels,
-        "bytes_per_branch_step": round(moved),
-        "flops_per_branch_step": round(flops),
-        "branch_steps_by_bandwidth": figures.bandwidth / moved,
-        "branch_steps_by_products": rate(figures, precision) / flops,
+        **sweep.counted(program, bandwidth=bandwidth, products=products),
         "compile_seconds": round(seconds, 1),
     }
-
-
-def rate(card: Card, precision: str) -> float:
-    """FLOP/s of products at most."""
-    found: float = getattr(card, precision)
-    return found
 
 
 def line(row: dict[str, Any]) -> str:

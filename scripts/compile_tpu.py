@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import time
@@ -25,11 +26,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jaxlib
-import numpy as np
 from jax.experimental import topologies
 
 from sepsis_jax.benchmark.ahead_of_time import CHIPS, Sweep, bytes_planned
-from sepsis_jax.benchmark.programs import traffic
+from worldmodel.files import write_json
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
@@ -67,8 +67,7 @@ def main() -> None:
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
     }
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 
@@ -85,22 +84,16 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     program = sweep.lower(chips).compile()
     seconds = time.perf_counter() - start
     planned, text = bytes_planned(program), program.as_text() or ""
-    found, chip = traffic(text), CHIPS[chips[0].device_kind]
-    steps = int(np.prod(sweep.shape)) * sweep.horizon
-    moved, flops = found.bytes / steps, found.flops / steps
+    chip = CHIPS[chips[0].device_kind]
     return {
         "topology": name,
         "chips": len(chips),
         "device_kind": chips[0].device_kind,
-        "branches_per_chip": int(np.prod(sweep.shape)),
+        "branches_per_chip": math.prod(sweep.shape),
         "compile_seconds": round(seconds, 1),
         "bytes_per_chip": planned["peak"],
         "bytes": planned,
-        "kernels_per_call": found.kernels,
-        "bytes_per_branch_step": round(moved),
-        "flops_per_branch_step": round(flops),
-        "branch_steps_by_bandwidth": chip.bandwidth / moved,
-        "branch_steps_by_products": chip.bfloat16 / flops,
+        **sweep.counted(program, bandwidth=chip.bandwidth, products=chip.bfloat16),
         "collectives": sum(len(re.findall(rf"\b{op}(?:-start)?\(", text)) for op in _COLLECTIVES),
     }
 

@@ -33,6 +33,7 @@ from policy.qwen3.config import QWEN3_4B, Qwen3Config
 from policy.qwen3.sharding import check_divisible, make_mesh
 from policy.train.loop.metrics import flops_per_token, peak_flops
 from sepsis_jax.benchmark.ahead_of_time import CHIPS, Update, bytes_planned
+from worldmodel.files import write_json
 
 GIB = 2**30
 MFU = 0.4
@@ -99,8 +100,7 @@ def main() -> None:
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
     }
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     print(json.dumps(result))
 
 

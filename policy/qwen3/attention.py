@@ -8,15 +8,19 @@ ones, and those before the segments begin.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.sharding import on_own_share
+
+S = TypeVar("S")  # PyTrees of arrays
+T = TypeVar("T")
 
 BLOCK = 512
 """Tokens per block of queries and of keys on accelerators."""
@@ -69,16 +73,15 @@ def attend(
     Returns:
       [B, T, H, D] in the type of `v`.
     """
-    anywhere = shared is not None
     arrays = (q, k, v, segments, jnp.zeros_like(segments, bool) if shared is None else shared)
 
     def attended(*arrays: jax.Array) -> jax.Array:
         if block is not None:
-            return _attend(block, anywhere, *arrays)
+            return _attend(block, *arrays)
         found: jax.Array = jax.lax.platform_dependent(
             *arrays,
-            cpu=partial(_attend, CPU_BLOCK, anywhere),
-            default=partial(_attend, BLOCK, anywhere),
+            cpu=partial(_attend, CPU_BLOCK),
+            default=partial(_attend, BLOCK),
         )
         return found
 
@@ -88,7 +91,6 @@ def attend(
 
 def _attend(
     block: int,
-    shared_anywhere: bool,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -99,35 +101,30 @@ def _attend(
     count = -(-length // block)
     size = -(-length // count)
 
-    def split(x: jax.Array) -> jax.Array:  # [B, T, ...] -> [N, B, S, ...]
-        padded = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
+    split = partial(_split, size=size)
     groups = heads // k.shape[2]
     grouped = split(q.reshape(batch, length, k.shape[2], groups, width))
-    segment = split(segments)
-    first = jnp.zeros(count, jnp.int32) if shared_anywhere else _first(segment)
-    mask = _Mask(segment, split(shared), first)
+    segment, shared = split(segments), split(shared)
+    mask = _Mask(segment, shared, _first(segment, shared))
     out = _blocks(
         jnp.moveaxis(grouped, 2, 4),
         jnp.moveaxis(split(k), 2, 3),
         jnp.moveaxis(split(v), 2, 3),
         mask,
     )  # [N, B, K, G, S, D]
-    out = jnp.moveaxis(out, (0, 4), (1, 2)).reshape(batch, count * size, heads, width)
-    return out[:, :length]
+    return _join(jnp.moveaxis(out, 4, 2), length).reshape(batch, length, heads, width)
 
 
-def _first(segment: Int[Array, "N B S"]) -> Int[Array, " N"]:
-    """[N] the first block that a query of each block sees, in any row, where nothing is shared."""
+def _first(segment: Int[Array, "N B S"], shared: Bool[Array, "N B S"]) -> Int[Array, " N"]:
+    """[N] the first block that a query of each block sees, in any row; 0 with anything shared."""
     count, _, size = segment.shape
-    rows = jnp.moveaxis(segment, 1, 0).reshape(segment.shape[1], -1)  # [B, N * S]
+    rows = _join(segment, count * size)
     column = jnp.arange(rows.shape[1])
     new = jnp.pad(rows[:, 1:] != rows[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     begin = jax.lax.cummax(jnp.where(new, column, 0), axis=1)
     begin = jnp.where(rows == 0, column, begin)  # what padding sees does not matter
     first: jax.Array = jnp.min(begin.reshape(-1, count, size), axis=(0, 2)) // size
-    return first
+    return jnp.where(jnp.any(shared), 0, first)
 
 
 def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G S S"]:
@@ -234,11 +231,6 @@ def attend_cache(
     batch, length, heads, width = q.shape
     slots, groups = k.shape[1], heads // k.shape[2]
     size = min(length, max(16, SCORES_AT_ONCE // (batch * heads * slots)))
-    count = -(-length // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
 
     def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         queries, position = part
@@ -249,7 +241,56 @@ def attend_cache(
         return jnp.einsum("bkgts,bskd->btkgd", weights, v)
 
     grouped = q.reshape(batch, length, -1, groups, width)
-    if count == 1:
+    if size == length:
         return one((grouped, position)).reshape(batch, length, heads, width)
-    out = jnp.moveaxis(jax.lax.map(one, (split(grouped), split(position))), 0, 1)
-    return out.reshape(batch, -1, heads, width)[:, :length]
+    return map_chunks(one, (grouped, position), size).reshape(batch, length, heads, width)
+
+
+def map_chunks(
+    f: Callable[[S], T], arrays: S, size: int, *, used: Int[Array, ""] | None = None
+) -> T:
+    """Applies f to pieces of the second axis, one after another, and concatenates the results.
+
+    Args:
+      f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one
+        another. Its inner values are not kept for the backward pass but computed again.
+      arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
+      size: columns of a piece.
+      used: columns that matter; pieces without any are 0 and cost nothing. All if not given.
+
+    Returns:
+      PyTree of arrays [B, T, ...].
+    """
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    size = min(size, length)
+    pieces = jax.tree.map(partial(_split, size=size), arrays)
+    if used is None:
+        found = jax.lax.map(jax.checkpoint(f), pieces)
+    else:
+        blank = jax.eval_shape(f, jax.tree.map(lambda x: x[0], pieces))
+
+        def where_used(numbered: tuple[jax.Array, S]) -> T:
+            number, piece = numbered
+            nothing: T = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
+            result: T = jax.lax.cond(number * size < used, f, lambda _: nothing, piece)
+            return result
+
+        # The condition is inside what is computed again: what it hands on, such as the output
+        # projection that `f` reads, would be kept once for every piece.
+        found = jax.lax.map(jax.checkpoint(where_used), (jnp.arange(-(-length // size)), pieces))
+    result: T = jax.tree.map(partial(_join, length=length), found)
+    return result
+
+
+def _split(x: Shaped[Array, "B T *d"], size: int) -> Shaped[Array, "N B S *d"]:
+    """Pieces of the second axis, in front, the last filled up with zeros."""
+    batch, length = x.shape[:2]
+    count = -(-length // size)
+    padded = jnp.pad(x, [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(padded.reshape(batch, count, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Shaped[Array, "N B S *d"], length: int) -> Shaped[Array, "B T *d"]:
+    """What `_split` was given."""
+    count, batch, size = x.shape[:3]
+    return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from policy.qwen3.attention import map_chunks
 from policy.qwen3.model import Qwen3, project
 from policy.qwen3.sharding import constrain
-
-S = TypeVar("S")  # PyTrees of arrays
-T = TypeVar("T")
 
 LOGITS_AT_ONCE = 2**27
 """Logits in memory at once; 512 MiB of float32."""
@@ -131,49 +128,4 @@ def chunked_logprobs(
     first = (in_order(hidden, order), in_order(jnp.asarray(targets), order))
     found = map_chunks(one, first, size, used=jnp.max(jnp.sum(wanted, axis=1)))
     result = jax.tree.map(partial(in_order, order=jnp.argsort(order, axis=1)), found)
-    return result
-
-
-def map_chunks(
-    f: Callable[[S], T], arrays: S, size: int, *, used: Int[Array, ""] | None = None
-) -> T:
-    """Applies f to pieces of the second axis, one after another, and concatenates the results.
-
-    Args:
-      f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one
-        another. Its inner values are not kept for the backward pass but computed again.
-      arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
-      size: columns of a piece.
-      used: columns that matter; pieces without any are 0 and cost nothing. All if not given.
-
-    Returns:
-      PyTree of arrays [B, T, ...].
-    """
-    batch, length = jax.tree.leaves(arrays)[0].shape[:2]
-    size = min(size, length)
-    count = -(-length // size)
-
-    def split(x: jax.Array) -> jax.Array:
-        pad = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
-        return jnp.moveaxis(jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:]), 1, 0)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 0, 1).reshape(batch, count * size, *x.shape[3:])[:, :length]
-
-    pieces = jax.tree.map(split, arrays)
-    if used is None:
-        found = jax.lax.map(jax.checkpoint(f), pieces)
-    else:
-        blank = jax.eval_shape(f, jax.tree.map(lambda x: x[0], pieces))
-
-        def where_used(numbered: tuple[jax.Array, S]) -> T:
-            number, piece = numbered
-            nothing: T = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), blank)
-            result: T = jax.lax.cond(number * size < used, f, lambda _: nothing, piece)
-            return result
-
-        # The condition is inside what is computed again: what it hands on, such as the output
-        # projection that `f` reads, would be kept once for every piece.
-        found = jax.lax.map(jax.checkpoint(where_used), (jnp.arange(count), pieces))
-    result: T = jax.tree.map(join, found)
     return result

@@ -6,6 +6,7 @@ nothing runs: arguments are shapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,7 @@ from policy.qwen3.sharding import abstract, batch_sharding, shardings
 from policy.train.data.packing import Rows
 from policy.train.loop.optimizer import LearnerConfig, Params, initial_state, update
 from policy.train.losses import cross_entropy
+from sepsis_jax.benchmark.programs import traffic
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import published_scaler
@@ -136,6 +138,27 @@ class Sweep:
         call = sharded_call(mesh, self.shape, config)
         lowered: jax.stages.Lowered = call.lower(*self._arguments(mesh))
         return lowered
+
+    def counted(
+        self, program: jax.stages.Compiled, *, bandwidth: float, products: float
+    ) -> dict[str, float]:
+        """Kernels of a call; bytes and FLOPs per branch-step, and what they allow at most.
+
+        Args:
+          program: compiled for a device.
+          bandwidth: bytes/s of its memory.
+          products: FLOP/s of its matrix products.
+        """
+        found = traffic(program.as_text() or "")
+        steps = math.prod(self.shape) * self.horizon
+        moved, flops = found.bytes / steps, found.flops / steps
+        return {
+            "kernels_per_call": found.kernels,
+            "bytes_per_branch_step": round(moved),
+            "flops_per_branch_step": round(flops),
+            "branch_steps_by_bandwidth": bandwidth / moved,
+            "branch_steps_by_products": products / flops,
+        }
 
     def _arguments(self, mesh: Mesh) -> tuple[object, ...]:
         world_model = init_world_model(

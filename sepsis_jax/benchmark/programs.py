@@ -172,13 +172,12 @@ def _kernel(
     """Bytes and FLOPs of one kernel."""
     inner = all_.get(one.called("calls"), ()) if one.opcode in ("fusion", "async-start") else ()
     if not inner:
-        inside = {**named, one.name: one}
+        if one.opcode == "dynamic-update-slice":
+            return 2 * named[one.operands[1]].bytes, 0
         read = sum(named[name].bytes for name in one.operands if name in named)
         if one.opcode in _SLICES:
             read = one.bytes
-        if one.opcode == "dynamic-update-slice":
-            return 2 * inside[one.operands[1]].bytes, 0
-        return read + one.bytes, _flops(one, inside)
+        return read + one.bytes, _flops(one, named)
     inside = {step.name: step for step in inner}
     users: dict[str, list[Instruction]] = {}
     for step in inner:
