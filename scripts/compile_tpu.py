@@ -28,6 +28,7 @@ import jax
 import jaxlib
 from jax.experimental import topologies
 
+from policy.train.loop.metrics import peak_flops
 from sepsis_jax.benchmark.ahead_of_time import CHIPS, Sweep, bytes_planned
 from worldmodel.files import write_json
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
@@ -84,16 +85,18 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     program = sweep.lower(chips).compile()
     seconds = time.perf_counter() - start
     planned, text = bytes_planned(program), program.as_text() or ""
-    chip = CHIPS[chips[0].device_kind]
+    kind = chips[0].device_kind
+    bandwidth, products = CHIPS[kind].bandwidth, peak_flops(kind)
+    assert products is not None
     return {
         "topology": name,
         "chips": len(chips),
-        "device_kind": chips[0].device_kind,
+        "device_kind": kind,
         "branches_per_chip": math.prod(sweep.shape),
         "compile_seconds": round(seconds, 1),
         "bytes_per_chip": planned["peak"],
         "bytes": planned,
-        **sweep.counted(program, bandwidth=chip.bandwidth, products=chip.bfloat16),
+        **sweep.counted(program, bandwidth=bandwidth, products=products),
         "collectives": sum(len(re.findall(rf"\b{op}(?:-start)?\(", text)) for op in _COLLECTIVES),
     }
 

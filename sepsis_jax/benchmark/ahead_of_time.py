@@ -56,17 +56,16 @@ CARDS = {
 
 
 class Chip(NamedTuple):
-    """A TPU's figures by Google's documentation."""
+    """A TPU's figures by Google's documentation; its FLOP/s: `metrics.peak_flops`."""
 
     memory: int  # bytes
     bandwidth: float  # bytes/s
-    bfloat16: float  # FLOP/s
 
 
 CHIPS = {  # by kind of device
-    "TPU v5 lite": Chip(16 * 2**30, 819e9, 197e12),
-    "TPU v5": Chip(95 * 2**30, 2765e9, 459e12),
-    "TPU v6 lite": Chip(32 * 2**30, 1640e9, 918e12),
+    "TPU v5 lite": Chip(16 * 2**30, 819e9),
+    "TPU v5": Chip(95 * 2**30, 2765e9),
+    "TPU v6 lite": Chip(32 * 2**30, 1640e9),
 }
 
 _HOPPER = """
