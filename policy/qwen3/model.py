@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from policy.qwen3.attention import attend, attend_cache
+from policy.qwen3.attention import attend, attend_cache, map_chunks
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain, on_own_share
 from worldmodel import struct
@@ -34,6 +34,10 @@ REMAT: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass keeps of a layer: all, its matrix products, or its input alone."""
+
+MLP_TOKENS = 2048
+"""Tokens of a row that go through the MLP at once where only a layer's input is kept. Its inner values
+are the largest of a layer; fewer tokens would not hide the time that shared weights travel."""
 
 
 @struct.dataclass
@@ -157,12 +161,21 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, angles: tuple[jax.Array, jax.Array], attend: Attend[T]
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        attend: Attend[T],
+        at_once: int | None = None,
     ) -> tuple[jax.Array, T]:
-        """[B, L, D] after attention and MLP, and the new memory."""
+        """[B, L, D] after attention and MLP, `at_once` tokens at a time, and the new memory."""
         attended, memory = self.self_attn(self.input_layernorm(x), angles, attend)
         x = constrain(x + attended, "batch", "length", "embed")
-        x = x + self.mlp(self.post_attention_layernorm(x))
+
+        def further(x: jax.Array) -> jax.Array:
+            return x + self.mlp(self.post_attention_layernorm(x))
+
+        pieces = at_once is not None and x.shape[1] > at_once
+        x = map_chunks(further, x, at_once) if pieces else further(x)
         return constrain(x, "batch", "length", "embed"), memory
 
 
@@ -257,8 +270,11 @@ class Qwen3(nnx.Module):
         angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
 
+        # No cost: what the pieces compute again is computed again with the layer in any case.
+        at_once = MLP_TOKENS if remat == "full" else None
+
         def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return nnx.merge(graphdef, layer)(x, angles, over_tokens)
+            return nnx.merge(graphdef, layer)(x, angles, over_tokens, at_once)
 
         if remat != "none":
             one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)

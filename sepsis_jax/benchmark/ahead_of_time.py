@@ -257,14 +257,26 @@ class Update:
 
 
 def bytes_planned(program: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes per device that a compiler plans for, by part, and their `peak`."""
+    """Bytes per device that a compiler plans for, by part, and their `peak`.
+
+    Of TPUs' compiler the temporaries are what its plan of the heap has beside arguments and results.
+    Its own count of them is larger, and not what it compares with the chip: it compiles a train
+    step for a v5e, which has 16 GiB, with 18.7 GiB of temporaries by that count, 12.7 by the plan.
+    """
     memory = program.memory_analysis()
     assert memory is not None  # of a device
-    found = {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "given_away": memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    given_away = memory.alias_size_in_bytes
+    kept = arguments + outputs - given_away
+    (device, *_) = jax.tree.leaves(program.input_shardings)[0].device_set
+    tpu = device.platform == "tpu"
+    temporaries = memory.peak_memory_in_bytes - kept if tpu else memory.temp_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    return {
+        "arguments": arguments,
+        "outputs": outputs,
+        "given_away": given_away,
+        "temporaries": temporaries,
+        "code": code,
+        "peak": kept + temporaries + code,
     }
-    return found | {"peak": sum(found.values()) - 2 * found["given_away"]}
