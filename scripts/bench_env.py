@@ -34,8 +34,9 @@ import jax
 import numpy as np
 
 from sepsis_jax.benchmark.hardware import processor
+from sepsis_jax.benchmark.jax_runners import DECISIONS, environment, random_episodes
 from sepsis_jax.benchmark.timing import summary
-from worldmodel import SepsisEnv, schema
+from worldmodel import schema
 from worldmodel.clinical import reward
 from worldmodel.episodes import Episodes
 from worldmodel.gym import SepsisGymEnv
@@ -46,8 +47,6 @@ from worldmodel.scaling import published_scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.step import advance
 from worldmodel.synthetic import generate
-
-HORIZON = 19  # rows simulated; 20 decisions per episode
 
 
 class PlainEnv(gymnasium.Env):
@@ -83,7 +82,7 @@ class PlainEnv(gymnasium.Env):
     def step(self, action: Any) -> Any:
         given = np.asarray([action], np.int32)
         self.count += 1
-        if self.count > HORIZON:
+        if self.count >= DECISIONS:
             last = float(self.outcome(self.world_model, self.history, given))
             return np.asarray(self.history.obs[0, -1]), last, True, False, {}
         eps = self.np_random.standard_normal((1, schema.NUM_FEATURES), np.float32)
@@ -101,25 +100,6 @@ def loop(env: gymnasium.Env, steps: int) -> None:
             env.reset()
 
 
-@partial(jax.jit, static_argnames="batch")
-def random_episodes(env: SepsisEnv, key: jax.Array, batch: int) -> jax.Array:
-    """Returns [batch] of episodes under random actions."""
-
-    def one(key: jax.Array) -> jax.Array:
-        state, _ = env.reset(key)
-        actions = jax.random.randint(
-            jax.random.fold_in(key, 1), (HORIZON + 1,), 0, schema.NUM_ACTIONS
-        )
-
-        def step(state: Any, action: jax.Array) -> Any:
-            state, timestep = env.step(state, action)
-            return state, timestep.reward
-
-        return jax.lax.scan(step, state, actions)[1].sum()
-
-    return jax.vmap(one)(jax.random.split(key, batch))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[64, 256, 1024, 4096])
@@ -133,10 +113,7 @@ def main() -> None:
         jax.random.key(1), published_scaler(), ModelConfig(variant="residual")
     )
     plain = PlainEnv(world_model, episodes)
-    once, each = (
-        SepsisEnv.learned(world_model, episodes, horizon=HORIZON, mortality_each_step=every)
-        for every in (False, True)
-    )
+    once, each = (environment(world_model, episodes, each_step=every) for every in (False, True))
     single = SepsisGymEnv(each)
     runs: dict[str, tuple[int, Callable[[], object]]] = {
         "gymnasium": (arguments.steps, lambda: loop(plain, arguments.steps)),
@@ -145,7 +122,7 @@ def main() -> None:
     for batch in arguments.batches:
         for env, label in ((once, ""), (each, ", each")):
             runs[f"sepsis_env {batch}{label}"] = (
-                batch * (HORIZON + 1),
+                batch * DECISIONS,
                 partial(random_episodes, env, jax.random.key(2), batch),
             )
     for _, run in runs.values():

@@ -1,11 +1,8 @@
 """Fixtures that all tests share."""
 
 import gc
-import hashlib
 import json
 import os
-import platform
-import re
 import signal
 import sys
 from collections import Counter
@@ -13,6 +10,8 @@ from dataclasses import asdict
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
+
+from sepsis_jax.compiled_programs import cache_folder, machine
 
 # XLA's newer code generator takes nearly twice as long to compile small programs, and they run no
 # faster. A program that is cut into parts, to be compiled by several threads, takes a fifth more of
@@ -27,20 +26,10 @@ if version("jax").startswith("0.10.") and FLAGS not in os.environ.get("XLA_FLAGS
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 
-def compiled_programs() -> Path:
-    """A folder for compiled programs that outlives the run, one per version and processor."""
-    cpu = Path("/proc/cpuinfo")
-    flags = re.search(r"^flags.*$", cpu.read_text(), re.MULTILINE) if cpu.exists() else None
-    machine = flags[0] if flags else platform.platform()
-    name = hashlib.sha256(f"{version('jax')} {machine}".encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return cache / "sepsis-jax" / f"compiled-{name}"
-
-
 # Of JAX here and, as it is in the environment, of every process that a test starts: what one
 # module, worker, process or run compiled, the others read from the disk.
 os.environ |= {
-    "JAX_COMPILATION_CACHE_DIR": str(compiled_programs()),
+    "JAX_COMPILATION_CACHE_DIR": str(cache_folder() / f"compiled-{machine()}"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -143,8 +143,12 @@ BFLOAT16 = "bfloat16"  # operands of products; sums and everything else stay flo
 
 # Measured with jaxlib 0.10 on AVX-512 cores (docs/benchmarks.md): Eigen's float32 products beat
 # YNNPACK's at the shapes of a GRU, and gates gain from full-width vectors. In bfloat16 it is
-# YNNPACK that supports the matrix instructions.
-_CPU: dict[str, str | int] = {"xla_cpu_prefer_vector_width": 512}
+# YNNPACK that supports the matrix instructions. LLVM's levels above 1 take a quarter of the time to
+# compile and give the same numbers at the same speed; level 0 is four times as slow.
+_CPU: dict[str, str | int] = {
+    "xla_cpu_prefer_vector_width": 512,
+    "xla_backend_optimization_level": 1,
+}
 _CPU_FLOAT32: dict[str, str | int] = {"xla_cpu_experimental_ynn_fusion_type": ""}
 # XLA's Triton products find no tiles for some float32 products of the residual and reference
 # variants and stop the compilation; cuBLAS has products of any shape.

@@ -77,16 +77,18 @@ def _calls(platform: str, flops: float) -> int:
     return max(1, round(_LEAST.get(platform, _LEAST_ELSEWHERE) / flops))
 
 
-def jax_products(precision: str) -> list[Contender]:
+def jax_products(precision: str, *, everywhere: bool = True) -> list[Contender]:
     """Products in JAX, on one device and on all of them at once.
 
     Args:
       precision: as the models', or "bfloat16".
+      everywhere: also on all devices at once.
     """
+    counts = {1, jax.local_device_count()} if everywhere else {1}
     return [
         contender
         for shape in _shapes(jax.default_backend())
-        for devices in sorted({1, jax.local_device_count()})
+        for devices in sorted(counts)
         if (contender := _jax_product(shape, devices, precision))
     ]
 

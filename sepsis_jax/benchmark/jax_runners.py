@@ -1,4 +1,4 @@
-"""JAX rollouts as contenders of the benchmark."""
+"""JAX rollouts and environments as contenders of the benchmark."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from sepsis_jax.benchmark.setup import Workload
 from sepsis_jax.benchmark.timing import Contender, seconds_of
 from worldmodel import schema
+from worldmodel.envs.env import EnvState, SepsisEnv
+from worldmodel.episodes import Episodes
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import compiler_options
 from worldmodel.simulate.history import History
@@ -217,4 +219,59 @@ def _question(
         branches=schema.NUM_ACTIONS * samples,
         checksum=checksum,
         compile_seconds=max(first - second, 0.0),
+    )
+
+
+DECISIONS = 20  # per episode of the environment
+
+
+def environment(world_model: WorldModel, episodes: Episodes, *, each_step: bool) -> SepsisEnv:
+    """Episodes of `DECISIONS` decisions from the first row of recorded stays.
+
+    Args:
+      world_model: of one member.
+      episodes: stays to start from.
+      each_step: ask the Outcome Model in each step; otherwise at the end of the episode alone.
+    """
+    return SepsisEnv.learned(
+        world_model, episodes, horizon=DECISIONS - 1, mortality_each_step=each_step
+    )
+
+
+@partial(jax.jit, static_argnames="batch")
+def random_episodes(env: SepsisEnv, key: jax.Array, batch: int) -> jax.Array:
+    """Returns [batch] of episodes of `DECISIONS` decisions under random actions, in one call."""
+
+    def one(key: jax.Array) -> jax.Array:
+        state, _ = env.reset(key)
+        actions = jax.random.randint(
+            jax.random.fold_in(key, 1), (DECISIONS,), 0, schema.NUM_ACTIONS
+        )
+
+        def step(state: EnvState, action: jax.Array) -> tuple[EnvState, jax.Array]:
+            state, timestep = env.step(state, action)
+            return state, timestep.reward
+
+        return jax.lax.scan(step, state, actions)[1].sum()
+
+    return jax.vmap(one)(jax.random.split(key, batch))
+
+
+def environment_steps(env: SepsisEnv, batch: int) -> Contender:
+    """Episodes of `batch` patients side by side; the work is counted in steps of the environment.
+
+    Args:
+      env: from `environment`.
+      batch: patients.
+    """
+
+    def run(repeat: int) -> object:
+        return jax.block_until_ready(random_episodes(env, jax.random.key(repeat + 1), batch))
+
+    return Contender(
+        name=f"environment, {batch:,} patients",
+        run=run,
+        work=batch * DECISIONS,
+        branches=batch,
+        checksum=checksum,
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from sepsis_jax.benchmark.hardware import Shape
 from worldmodel import schema
+from worldmodel.episodes import Episodes
 from worldmodel.errors import InputError
 from worldmodel.models.checkpoint import load_world_model
 from worldmodel.models.clinical_model import PRECISIONS, ModelConfig
@@ -117,11 +118,16 @@ def untrained_model(precision: str) -> WorldModel:
     return init_world_model(jax.random.key(1), published_scaler(), config)
 
 
-def patient_pool(world_model: WorldModel, seed: int) -> History:
-    """Synthetic patients, eight hours after admission."""
+def synthetic_stays(seed: int) -> Episodes:
+    """Stays of synthetic patients that last longer than eight hours."""
     episodes, _ = generate(jax.random.key(seed), 2 * _POOL, keep_latent=False)
     stays = np.flatnonzero(np.asarray(episodes.length) > _STEP)[:_POOL]
-    return start_history(world_model, episodes.select(stays), _STEP)
+    return episodes.select(stays)
+
+
+def patient_pool(world_model: WorldModel, seed: int) -> History:
+    """Synthetic patients, eight hours after admission."""
+    return start_history(world_model, synthetic_stays(seed), _STEP)
 
 
 def workload(

@@ -43,8 +43,14 @@ def bench(
     samples: Samples = 16,
     horizon: Horizon = 24,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, max=LARGEST, help="Timed runs of each contender.")
-    ] = 10,
+        int | None,
+        typer.Option(
+            "--repeats",
+            min=1,
+            max=LARGEST,
+            help="Timed runs of each contender; default: 10, or 3 with --quick.",
+        ),
+    ] = None,
     question_samples: Annotated[
         int,
         typer.Option(
@@ -58,6 +64,14 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Contender to measure; repeat for more.")
     ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="One figure per part of the system, the environment and a language model "
+            "included, in minutes and in one file.",
+        ),
+    ] = False,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -65,6 +79,7 @@ def bench(
     from sepsis_jax.benchmark.setup import begin_devices, model_to_measure
 
     begin_devices()
+    from sepsis_jax.benchmark import quick as short
     from sepsis_jax.benchmark.bench import (
         RESULT,
         BenchOptions,
@@ -82,12 +97,12 @@ def bench(
         plans=plans,
         samples=samples,
         horizon=horizon,
-        repeats=repeats,
+        repeats=repeats or (short.REPEATS if quick else 10),
         question_samples=question_samples,
         seed=seed,
         only=tuple(only or ()),
     )
-    check_replaceable(out, RESULT)
+    check_replaceable(out, short.RESULT if quick else RESULT)
     world_model, what = model_to_measure(model, precision)
     console.print(f"model: {what}")
     busy = os.getloadavg()[0]
@@ -96,6 +111,16 @@ def bench(
             f"other programs are running (load {busy:.1f}): torch's threads wait for each other "
             "and suffer most, so its figures and the ratios to it will mislead"
         )
+    if quick:
+        with claimed(out), phases("bench") as progress:
+            result = short.run_quick(world_model, options, progress)
+            result |= {"model": what, "load_before": busy}
+            short.write_quick(result, out)
+        _show_figures(result)
+        console.print(str(out / short.RESULT))
+        if json:
+            print_json({"out": str(out), **result})
+        return
     with claimed(out), phases("bench") as progress:
         result = run_bench(world_model, options, progress)
         result |= {
@@ -140,6 +165,19 @@ def doctor(json: Json = False) -> None:
         print_json({"hardware": hardware(), "findings": [vars(one) for one in found]})
     if any(one.verdict == BAD for one in found):
         raise typer.Exit(1)
+
+
+def _show_figures(result: JsonDict) -> None:
+    def rounded(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    print_table(
+        "Median of the repeats, and their range", ("", "median", "min", "max", "unit"),
+        [
+            (one["name"], *(rounded(one[key]) for key in ("median", "min", "max")), one["unit"])
+            for one in result["figures"]
+        ],
+    )  # fmt: skip
 
 
 def _show(result: JsonDict) -> None:

@@ -4,13 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pandas as pd
 import pytest
 
+from policy.qwen3.config import Qwen3Config
+from policy.train.loop.metrics import flops_per_token
+from sepsis_jax.benchmark import quick
 from sepsis_jax.benchmark.bench import BenchOptions, run_bench
+from sepsis_jax.benchmark.hardware import hardware
+from sepsis_jax.benchmark.timing import Contender, Timed
 from tests.sepsis_jax.command_line import call, leftovers, refuse
 from tests.toy import toy_episodes
 from worldmodel.models.checkpoint import load_world_model, save_world_model
@@ -78,6 +84,65 @@ def test_torch_takes_its_turns(small_model):
     assert any(row["name"].startswith("torch") for row in result["peak"])
 
 
+TINY_LANGUAGE_MODEL = quick.LanguageModel(
+    Qwen3Config(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, rope_theta=1e6,
+        tie_word_embeddings=True,
+    ),
+    rows=1, length=32, prompts=2, prompt=8, drawn=4,
+)  # fmt: skip
+
+
+def test_quick(small_model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(quick, "ENVIRONMENTS", 3)
+    monkeypatch.setattr(quick, "LANGUAGE_MODEL", TINY_LANGUAGE_MODEL)
+    monkeypatch.setattr(quick, "synthetic_stays", lambda seed: toy_episodes(8))
+    monkeypatch.setattr(quick, "torch_wanted", lambda _: False)
+    monkeypatch.setattr("sepsis_jax.benchmark.bench.torch_installed", lambda: False)
+    named = {**hardware(), "xla_flags": f"--xla_dump_to={tmp_path} --xla_of=1"}
+    monkeypatch.setattr(quick, "hardware", lambda: named)
+    out = tmp_path / "quick"
+    small = ("--quick", "--model", small_model, *TINY, "--question-samples", 4, "--repeats", 2)
+    result = call(capfd, "bench", *small, "--out", out)
+    assert result.status == 0, result.err
+    assert leftovers(out) == ["quick.json"]
+    text = (out / "quick.json").read_text()
+    assert str(tmp_path) not in text
+    kept = json.loads(text)
+    assert kept["hardware"]["xla_flags"] == "--xla_of=1"
+    assert kept["versions"]["jax"] and kept["model"] and kept["load_before"] >= 0
+    figures = {one["name"]: one for one in kept["figures"]}
+    assert [(name, one["unit"]) for name, one in figures.items()][:-1] == [
+        ("rollouts, sharded, 4 branches", "branch-steps/s"),
+        ("rollouts: share of the bound by matrix products", "%"),
+        ("agent's question, 100 branches", "ms"),
+        ("agent's question, with mortality, 100 branches", "ms"),
+        ("environment, 3 patients, a million steps", "s"),
+        ("language model, train step", "tokens/s"),
+        ("language model, train step: MFU", "%"),
+        ("language model, sampler", "tokens/s"),
+        ("language model, sampler: MFU", "%"),
+    ]
+    for name, one in figures.items():
+        assert 0 < one["min"] <= one["median"] <= one["max"]
+        assert name in result.out  # a line of the table
+
+
+def test_quick_counts_what_a_token_costs():
+    """A prompt is read once for all tokens that are drawn after it."""
+    language = replace(TINY_LANGUAGE_MODEL, prompt=12, drawn=4)
+    (sampled, trained, peak) = (
+        Timed(Contender(name, run=print, work=1.0), np.array([rate]), None)
+        for name, rate in (("sampler", 2.0), ("train step", 3.0), ("products", 1e6))
+    )
+    found = {one.name: one for one in quick._language_model(language, trained, sampled, peak)}
+    training = 3.0 * flops_per_token(language.config, 32)
+    assert found["language model, train step: MFU"].median == pytest.approx(100 * training / 1e6)
+    forward = 2.0 * flops_per_token(language.config, 16) / 3 * 16 / 4
+    assert found["language model, sampler: MFU"].median == pytest.approx(100 * forward / 1e6)
+
+
 def test_profile(small_model, tmp_path, capfd):
     out = tmp_path / "profile"
     result = call(capfd, "profile", "--model", small_model, *TINY, "--out", out, "--json")
@@ -109,6 +174,7 @@ def test_profile_of_a_loaded_model_on_two_devices(small_model, tmp_path):
         (("--only", "numpy"), ("only: 'numpy'", "known")),
         (("--precision", "half"), ("precision: got", "highest")),
         (("--repeats", 0), ("repeats",)),
+        (("--quick", "--only", "rollout"), ("only: ", "contenders of its own")),
     ],
 )
 def test_bad_input_is_refused(arguments, words, tmp_path, capfd):
