@@ -1,10 +1,10 @@
 """Every tutorial runs: its commands and its Python, page after page, in one folder.
 
 Of a page of docs/tutorials, fences of `bash` and `python` are run in their order, and every word of
-a fence of `text` has to stand in what was printed before it, and of a dry run's every number. A fence with a title is for what is
-absent here (an accelerator, a server, MIMIC-IV): its command lines are parsed, the files of
-configs/ that they name must exist, and lines with `--dry-run` are run. The title of a fence of
-`yaml` is the file that the reader saves it as.
+a fence of `text` has to stand in what was printed before it; of a dry run every number as well. A
+fence with a title is for what is absent here (an accelerator, a server, MIMIC-IV): its command
+lines are parsed, the files of configs/ that they name must exist, and lines with `--dry-run` are
+run. The title of a fence of `yaml` is the file that the reader saves it as.
 """
 
 import json

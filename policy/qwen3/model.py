@@ -36,8 +36,9 @@ REMAT: dict[str, Any] = {
 """What the backward pass keeps of a layer: all, its matrix products, or its input alone."""
 
 MLP_TOKENS = 2048
-"""Tokens of a row that go through the MLP at once where only a layer's input is kept. Its inner values
-are the largest of a layer; fewer tokens would not hide the time that shared weights travel."""
+"""Tokens of a row that go through the MLP at once where only a layer's input is kept. Its inner
+values are the largest of a layer; fewer tokens would not hide the time that shared weights travel.
+"""
 
 
 @struct.dataclass
@@ -174,8 +175,10 @@ class Layer(nnx.Module):
         def further(x: jax.Array) -> jax.Array:
             return x + self.mlp(self.post_attention_layernorm(x))
 
-        pieces = at_once is not None and x.shape[1] > at_once
-        x = map_chunks(further, x, at_once) if pieces else further(x)
+        if at_once is None or x.shape[1] <= at_once:
+            x = further(x)
+        else:
+            x = map_chunks(further, x, at_once)
         return constrain(x, "batch", "length", "embed"), memory
 
 

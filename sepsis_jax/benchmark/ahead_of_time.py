@@ -260,8 +260,8 @@ def bytes_planned(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes per device that a compiler plans for, by part, and their `peak`.
 
     Of TPUs' compiler the temporaries are what its plan of the heap has beside arguments and results.
-    Its own count of them is larger, and not what it compares with the chip: it compiles a train
-    step for a v5e, which has 16 GiB, with 18.7 GiB of temporaries by that count, 12.7 by the plan.
+    Its own count of them is larger, and not what it compares with the chip: for a v5e, which has
+    16 GiB, it compiles a train step that takes 18.7 GiB by that count, and 12.7 by the plan.
     """
     memory = program.memory_analysis()
     assert memory is not None  # of a device

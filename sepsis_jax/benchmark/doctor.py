@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +18,7 @@ from policy.qwen3.attention import attend
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.logprobs import token_logprobs
 from policy.qwen3.model import Qwen3
+from policy.serving.vllm import find_environment
 from policy.train.loop.metrics import peak_flops
 from sepsis_jax.benchmark.ahead_of_time import CARDS, CHIPS
 from sepsis_jax.benchmark.hardware import Shape, hardware, jax_products
@@ -26,6 +26,7 @@ from sepsis_jax.benchmark.setup import patient_pool, workload
 from sepsis_jax.benchmark.timing import Contender, best, take_turns
 from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
+from worldmodel.errors import InputError
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.resources import BFLOAT16
@@ -33,7 +34,6 @@ from worldmodel.scaling import published_scaler
 from worldmodel.simulate.rollout import rollout
 
 GOOD, WEAK, BAD = "good", "weak", "bad"
-SERVING = ".venv-serving"  # of `make serving`
 _REPEATS = 3
 _SHARE_OF_PEAK = 0.4  # below it something is wrong: another program, power, or a wrong wheel
 _COPY_BYTES = {"cpu": 2**28}
@@ -235,15 +235,8 @@ def _vllm() -> Finding:
             return Finding("vLLM", GOOD, f"{version('vllm')}, in this environment")
         except PackageNotFoundError:
             return Finding("vLLM", WEAK, "in this environment, without a version", mend)
-    python = Path(SERVING) / "bin" / "python"
-    if not python.exists():
-        return Finding("vLLM", WEAK, f"neither in this environment nor in {SERVING}", mend)
-    asked = subprocess.run(
-        [python, "-c", "from importlib.metadata import distributions as d; "
-         "print(*[x.metadata['Name'] + ' ' + x.version for x in d() "
-         "if x.metadata['Name'].startswith('vllm')])"],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    if asked.returncode or not asked.stdout.strip():
-        return Finding("vLLM", WEAK, f"not in {SERVING}", mend)
-    return Finding("vLLM", GOOD, f"{asked.stdout.strip()}, in {SERVING}")
+    try:
+        serving = find_environment()
+    except InputError as error:
+        return Finding("vLLM", WEAK, f"neither in this environment nor beside it: {error}", mend)
+    return Finding("vLLM", GOOD, f"{serving.version}, in {serving.python.parents[1].name}")

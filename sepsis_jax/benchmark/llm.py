@@ -143,7 +143,7 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     """The Python that runs a contender, and its environment."""
     if name == "vLLM":
         serving = find_environment()
-        options = ServerOptions(model="", cpu_cache_gib=4.0)
+        options = ServerOptions(Path(), cpu_cache_gib=4.0)
         return str(serving.python), variables(serving, options, key="")
     return sys.executable, dict(os.environ)
 
@@ -190,12 +190,11 @@ def run_llm_bench(options: LlmBenchOptions, progress: Progress = silent) -> Json
                 for name in names
                 if installed(name) and (not options.only or name in options.only)
             ]
-            found = _in_turns(
-                there, folder, figures, options.repeats,
-                lambda phase, share, task=task, number=number: progress(
-                    f"{task}: {phase}", (number + share) / len(tasks)
-                ),
-            )  # fmt: skip
+
+            def of_task(phase: str, share: float, task: str = task, number: int = number) -> None:
+                progress(f"{task}: {phase}", (number + share) / len(tasks))
+
+            found = _in_turns(there, folder, figures, options.repeats, of_task)
             rows += [{"task": task, "contender": name, **_row(found[name])} for name in there]
             ratios += _ratios(task, found)
     return {"parameters": parameters, "table": rows, "ratios": ratios}

