@@ -244,7 +244,9 @@ def recurrent_flops(config: ModelConfig, shape: Shape, horizon: int, *, recorded
     total += (horizon - 1) * (read(branch, plan) + branch * heads + noise)
     # The clinician's propensity meets a treatment from the second step on by branch.
     total += treated(plan) + (horizon - 1) * treated(branch)
-    end = branch * (row_width * (gates + 2) + square + width * small + small * 2)
+    # What was drawn, and after several steps the hidden state, differ between branches.
+    end = (branch * DRAWN_WIDTH + plan * known) * (gates + 2)
+    end += (patient if horizon == 1 else branch) * square + branch * (width * small + small * 2)
     return 2.0 * (total + end) / (branch * horizon)
 
 

@@ -34,7 +34,7 @@ from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec, Step
 CHART_FEATURES = ("meanbp", "lactate", "output_4hourly")
 MAX_BRANCHES = 65_536  # simulated at a time on an accelerator
 MAX_PROGRAMS = 32  # kept in memory, of one precision
-_SHORTEST = 4  # steps of the shortest arrays
+_SHORTEST = 4  # steps of the shortest arrays for more than one
 CACHED_BRANCHES = 1_024  # simulated at a time on a CPU: they fit its caches
 
 
@@ -132,8 +132,8 @@ def rollout(
     """Simulates patients under plans or a policy.
 
     There is one compiled program for each shape of the inputs, about 40 MB each. Horizons of the
-    recurrent variant share one for up to 4, 8, 16, ... steps, of which no more are simulated than
-    asked for; those of the other variants, and those within a `jax.jit`, have one each. At
+    recurrent variant share one for 1, up to 4, 8, 16, ... steps, of which no more are simulated
+    than asked for; those of the other variants, and those within a `jax.jit`, have one each. At
     `MAX_PROGRAMS` of one precision all of them are let go.
 
     Sample s is simulated by ensemble member `s mod E` throughout (trajectory sampling).
@@ -186,7 +186,9 @@ def rollout(
     num_plans = 1 if plans is None else plans.shape[1]
     padded, steps = horizon, None
     if world_model.is_recurrent and not being_traced():
-        padded, steps = bucket(horizon, _SHORTEST), jnp.asarray(horizon, jnp.int32)
+        # After a single step branches still share most of what the Outcome Model reads.
+        padded = 1 if horizon == 1 else bucket(horizon, _SHORTEST)
+        steps = jnp.asarray(horizon, jnp.int32)
     require_rollouts(
         samples, patients=patients, plans=num_plans, horizon=padded, features=len(features)
     )
@@ -302,7 +304,7 @@ def _suitable_branches(horizon: int, world_model: WorldModel) -> int:
     if jax.default_backend() != "cpu":
         return MAX_BRANCHES
     if world_model.is_recurrent:  # carries more per branch, and no window
-        return CACHED_BRANCHES // 2
+        return CACHED_BRANCHES * 4 if horizon == 1 else CACHED_BRANCHES // 2
     # The first step costs little per branch, so short horizons take more branches at a time.
     return CACHED_BRANCHES * max(8 // horizon, 1)
 

@@ -34,7 +34,6 @@ from worldmodel.models.recurrent import (
     doses_of,
     drawn_inputs,
     known_inputs,
-    row_inputs,
 )
 from worldmodel.models.recurrent_training import held_rows
 from worldmodel.models.world_model import WorldModel
@@ -201,18 +200,28 @@ class _Read(NamedTuple):
 def _read(kernel: StayKernel, before: jax.Array, row: StayRow) -> _Read:
     """Reads a row [...] after the hidden state `before` [..., H]."""
     width, small = kernel.width, kernel.head
-    # Branches under one plan share what is known of their treatments: a product of fewer rows.
-    known = _dot(kernel, known_inputs(row), kernel.row[DRAWN_WIDTH:]) + kernel.row_bias
-    read = _dot(kernel, drawn_inputs(row), kernel.row[:DRAWN_WIDTH]) + known
-    recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
-    with jax.named_scope("gates"):
-        hidden = gates(read[..., : 3 * width], recurrent, before)
+    read = _read_row(kernel, row, kernel.row, kernel.row_bias)
+    hidden = _advance(kernel, before, read[..., : 3 * width])
     both = _dot(kernel, hidden, kernel.hidden) + kernel.hidden_bias
     choice, trunk, risk = jnp.split(both, np.cumsum([small, width]), axis=-1)
     by_row, *linear = jnp.split(
         read[..., 3 * width :], np.cumsum([small, _FEATURES, _FEATURES]), axis=-1
     )
     return _Read(hidden, trunk, choice + by_row, risk, *linear)
+
+
+def _read_row(kernel: StayKernel, row: StayRow, weights: jax.Array, bias: jax.Array) -> jax.Array:
+    """[..., X] linear functions of a row: weights [F, X] and bias [X]."""
+    # Branches under one plan share what is known of their treatments: a product of fewer rows.
+    known = _dot(kernel, known_inputs(row), weights[DRAWN_WIDTH:]) + bias
+    return _dot(kernel, drawn_inputs(row), weights[:DRAWN_WIDTH]) + known
+
+
+def _advance(kernel: StayKernel, before: jax.Array, read: jax.Array) -> jax.Array:
+    """[..., H] hidden state after a row, of which [..., 3 H] was read for the gates."""
+    recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
+    with jax.named_scope("gates"):
+        return gates(read, recurrent, before)
 
 
 def _propensity(kernel: StayKernel, read: _Read) -> jax.Array:
@@ -245,21 +254,15 @@ def _predict(
     return prediction, risks
 
 
-@jax.named_scope("recurrence")
-def _advance(kernel: StayKernel, before: jax.Array, inputs: jax.Array) -> jax.Array:
-    """[..., H] hidden state after a row with the inputs [..., F], of which no more is read."""
-    width = 3 * kernel.width
-    read = _dot(kernel, inputs, kernel.row[:, :width]) + kernel.row_bias[:width]
-    recurrent = _dot(kernel, before, kernel.recurrent) + kernel.recurrent_bias
-    return gates(read, recurrent, before)
-
-
 def encode_past(kernel: StayKernel, memory: StayMemory) -> jax.Array:
     """[B, H] the hidden state after the rows before the newest."""
+    width = 3 * kernel.width
 
+    @jax.named_scope("recurrence")
     def step(h: jax.Array, row: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         inputs, valid = row
-        return jnp.where(valid[:, None], _advance(kernel, h, inputs), h), None
+        read = _dot(kernel, inputs, kernel.row[:, :width]) + kernel.row_bias[:width]
+        return jnp.where(valid[:, None], _advance(kernel, h, read), h), None
 
     start = jnp.zeros((memory.inputs.shape[0], kernel.width))
     rows = (jnp.moveaxis(memory.inputs, 1, 0), memory.valid.T)
@@ -382,11 +385,13 @@ def continuation_at(
     kernel: StayKernel, state: StayState, static: jax.Array, step: jax.Array
 ) -> Continuation:
     """What follows if the clinician treats from the newest row on; arguments as `step_stay`."""
-    inputs = row_inputs(_row(state, static, step))
-    hidden = _advance(kernel, state.hidden, inputs)
+    row, width = _row(state, static, step), 3 * kernel.width
+    with jax.named_scope("recurrence"):
+        read = _read_row(kernel, row, kernel.row[:, :width], kernel.row_bias[:width])
+        hidden = _advance(kernel, state.hidden, read)
+    linear = _read_row(kernel, row, kernel.later_row, kernel.later_bias)
     pre = jax.nn.relu(_dot(kernel, hidden, kernel.later_hidden) + kernel.later_hidden_bias)
-    both = _dot(kernel, pre, kernel.later) + kernel.later_bias
-    both += _dot(kernel, inputs, kernel.later_row)
+    both = _dot(kernel, pre, kernel.later) + linear
     return Continuation(both[..., 0], both[..., 1])
 
 

@@ -14,7 +14,8 @@ from worldmodel.errors import InputError
 from worldmodel.imputation import impute
 from worldmodel.models.checkpoint import load_world_model, save_world_model
 from worldmodel.models.clinical_model import ModelConfig
-from worldmodel.models.recurrent import CODES, code_of, residual_code
+from worldmodel.models.gru import gates
+from worldmodel.models.recurrent import CODES, StayRow, code_of, residual_code, row_inputs
 from worldmodel.models.recurrent_training import (
     ages,
     fill_values,
@@ -227,6 +228,44 @@ def test_deaths_of_a_rollout_are_the_hazards_of_its_steps(world, stays):
     dead = death.cumsum(-1)
     assert (death > 0).all() and (dead + alive < 1).all()
     assert (np.asarray(found.mortality) > dead[..., -1]).all()
+
+
+def test_what_follows_one_step_is_read_from_the_whole_row_of_each_branch(world, stays):
+    """One step shares what branches have in common; here every branch is on its own."""
+    start = start_history(world, stays.select(np.arange(2)), 1)
+    plans, samples = np.array([[0], [7], [24]]), 4
+    noise = np.random.default_rng(0).normal(size=(2, samples, 1, world.noise_width))
+    noise = noise.astype(np.float32)
+    found = rollout(world, jax.random.key(0), start, plans, samples=samples, noise=noise)
+    member = world.with_models(member_of(world))
+    _, risks = member_of(world)
+
+    @jax.jit
+    def alone(start, action, eps):
+        kernel = pack_stays(member)
+        state = start_state(start, encode_past(kernel, start.memory))
+        after, _ = step_stay(member, kernel, state, start.static, start.step, action, eps)
+        inputs = row_inputs(
+            StayRow(
+                after.obs, after.measured, after.ventilated, start.step + 1, start.static,
+                after.before, after.sums,
+            )
+        )  # fmt: skip
+        recurrent = after.hidden @ kernel.recurrent + kernel.recurrent_bias
+        width = 3 * kernel.width
+        read = inputs @ kernel.row[:, :width] + kernel.row_bias[:width]
+        hidden = gates(read, recurrent, after.hidden)
+        later = risks.later(jax.nn.relu(risks.later_hidden(hidden))) + risks.later_row(inputs)
+        mortality = after.dead + after.alive * jax.nn.sigmoid(later[..., 0])
+        return after.obs, mortality, after.alive * later[..., 1]
+
+    for k, action in enumerate(plans[:, 0]):
+        for s in range(samples):
+            obs, mortality, reward = alone(start, jnp.full(2, action), noise[:, s, 0])
+            meanbp = world.scaler.denormalize(obs)[:, schema.INDEX["meanbp"]]
+            np.testing.assert_allclose(found.values[:, k, s, 0, 0], meanbp, rtol=1e-5)
+            np.testing.assert_allclose(found.mortality[:, k, s], mortality, atol=1e-6)
+            np.testing.assert_allclose(found.later_reward[:, k, s], reward, rtol=1e-5, atol=1e-5)
 
 
 def test_branches_do_not_depend_on_the_batch_and_share_noise(ensemble, stays):
