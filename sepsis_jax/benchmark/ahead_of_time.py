@@ -259,7 +259,7 @@ class Update:
 def bytes_planned(program: jax.stages.Compiled) -> dict[str, int]:
     """Bytes per device that a compiler plans for, by part, and their `peak`.
 
-    Of TPUs' compiler the temporaries are what its plan of the heap has beside arguments and results.
+    Of the compiler for TPUs the temporaries are what its plan of the heap has beside the rest.
     Its own count of them is larger, and not what it compares with the chip: for a v5e, which has
     16 GiB, it compiles a train step that takes 18.7 GiB by that count, and 12.7 by the plan.
     """
