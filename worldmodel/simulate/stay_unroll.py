@@ -19,6 +19,7 @@ from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
+from worldmodel.simulate.stay_kernel import Record, Scalars, block_size, play_stays
 from worldmodel.simulate.stays import (
     StayKernel,
     StayState,
@@ -30,7 +31,7 @@ from worldmodel.simulate.stays import (
     start_state,
     step_stay,
 )
-from worldmodel.simulate.step import StepOutputs, score_moved
+from worldmodel.simulate.step import NextRow, StepOutputs, in_whole_steps, score_moved
 from worldmodel.simulate.unroll import (
     RolloutResult,
     RolloutSpec,
@@ -70,6 +71,24 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
     if spec.config.mode == "reference":
         raise InputError("mode: the recurrent variant has no reference mode; use corrected")
     kernel = pack_stays(world_model, spec.config.precision)
+    recorded = start_state(start, encode_past(kernel, memory_of(start)))
+    size = None
+    # A policy reads the state of a step, which the Pallas kernel keeps to itself.
+    if spec.config.kernel != "xla" and not spec.looks_back and spec.steps is None:
+        size = block_size(spec.shape[0] * spec.shape[2], spec.config.horizon, world_model)
+    if size is not None:
+        return _unroll_recorded(world_model, start, spec, kernel, recorded, size)
+    return _unroll_stepwise(world_model, start, spec, kernel, recorded)
+
+
+def _unroll_stepwise(
+    world_model: WorldModel,
+    start: History,
+    spec: RolloutSpec,
+    kernel: StayKernel,
+    recorded: StayState,
+) -> RolloutResult:
+    """Model, scores and summary step by step, by kernels that XLA makes."""
     static = start.static[:, None, None]
     first = start.step[:, None, None]
 
@@ -85,18 +104,14 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             spec.noise(h),
             follow=spec.config.follow_clinician,
         )
-        row = found.row._replace(ventilation=stay.ventilated.astype(jnp.float32))
-        after, earned = score_state(
-            world_model, now, row, found.action, first + h + 1, spec.config.mode
-        )
-        result = Step(
-            obs=row.obs,
-            dynamic=row.dynamic,
+        after, result = _scored(
+            world_model,
+            spec,
+            now,
+            found.row,
+            stay.ventilated,
+            first + h + 1,
             action=found.action,
-            sofa=after.sofa,
-            ventilation=found.row.ventilation,
-            reward=stay.alive * earned,
-            projected=row.projected,
             alive=stay.alive,
             death=carry.stay.alive * found.risks[..., 0],
             support=found.support,
@@ -111,7 +126,6 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             folded = spec.fold(carry.folded, result)
             return _ScanCarry(stay, after, folded), spec.collect(result)
 
-    recorded = start_state(start, encode_past(kernel, memory_of(start)))
     carry = _ScanCarry(
         jax.tree.map(lambda leaf: leaf[:, None, None], recorded),
         start_branches(world_model, start, spec),
@@ -144,6 +158,105 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             mortality = jnp.broadcast_to(mortality, spec.shape)
             later = jnp.broadcast_to(alive * follows.reward, spec.shape)
     return RolloutResult(carry.folded, stack_steps(parts, spec.shape), mortality, later)
+
+
+def _unroll_recorded(
+    world_model: WorldModel,
+    start: History,
+    spec: RolloutSpec,
+    kernel: StayKernel,
+    recorded: StayState,
+    size: int,
+) -> RolloutResult:
+    """The model's steps by one Pallas kernel, then scores and summary of what it recorded."""
+    now = start_branches(world_model, start, spec)
+    steps = jnp.arange(spec.config.horizon)
+    patients, plans, samples = spec.shape
+    actions = jnp.broadcast_to(
+        jax.vmap(lambda h: spec.treat(h, now)[..., 0])(steps), (len(steps), patients, plans)
+    )
+    record, ends = play_stays(
+        world_model,
+        kernel,
+        recorded,
+        start.static,
+        start.step,
+        actions,
+        spec.noise,
+        samples=samples,
+        block=size,
+        interpret=spec.config.kernel == "interpret",
+    )
+
+    def rows(leaf: jax.Array, count: int) -> jax.Array:
+        """[K, ., N] to [P, K, S, count]."""
+        leaf = leaf[:, :count, : patients * samples]
+        return leaf.reshape(plans, count, patients, samples).transpose(2, 0, 3, 1)
+
+    def step(
+        carry: tuple[StepState, Tree], inputs: tuple[jax.Array, Record]
+    ) -> tuple[tuple[StepState, Tree], Tree]:
+        before, folded = carry
+        h, one = inputs
+        obs = rows(one.obs, schema.NUM_FEATURES)
+        found = Scalars(*jnp.moveaxis(rows(one.scalars, len(Scalars._fields)), -1, 0))
+        row = NextRow(
+            obs=obs,
+            dynamic=in_whole_steps(world_model.scaler.denormalize(obs)),
+            ventilation=found.ventilation,
+            projected=found.projected.astype(jnp.int32),
+        )
+        after, result = _scored(
+            world_model,
+            spec,
+            before,
+            row,
+            found.ventilated > 0,
+            start.step[:, None, None] + h + 1,
+            action=found.action.astype(jnp.int32),
+            alive=found.alive,
+            death=found.death,
+            support=found.support,
+        )
+        with jax.named_scope("output"):
+            return (after, spec.fold(folded, result)), spec.collect(result)
+
+    _, now = spread_state((), now, spec.shape)
+    (_, folded), kept = jax.lax.scan(step, (now, spec.folded), (steps, record))
+    mortality = later = None
+    if spec.config.mortality:
+        mortality, later = jnp.moveaxis(rows(ends, 2), -1, 0)
+    return RolloutResult(folded, stack_steps([kept], spec.shape), mortality, later)
+
+
+def _scored(
+    world_model: WorldModel,
+    spec: RolloutSpec,
+    now: StepState,
+    row: NextRow,
+    ventilated: jax.Array,
+    number: jax.Array,
+    *,
+    action: jax.Array,
+    alive: jax.Array,
+    death: jax.Array,
+    support: jax.Array,
+) -> tuple[StepState, Step]:
+    """The branches in a row of this number, and the result of the step that led there."""
+    drawn = row._replace(ventilation=ventilated.astype(jnp.float32))
+    after, earned = score_state(world_model, now, drawn, action, number, spec.config.mode)
+    return after, Step(
+        obs=row.obs,
+        dynamic=row.dynamic,
+        action=action,
+        sofa=after.sofa,
+        ventilation=row.ventilation,
+        reward=alive * earned,
+        projected=row.projected,
+        alive=alive,
+        death=death,
+        support=support,
+    )
 
 
 def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:

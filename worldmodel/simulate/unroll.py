@@ -71,6 +71,8 @@ class RolloutConfig:
       mortality: evaluate the Outcome Model at the end.
       precision: of matrix products; None for the model's own.
       follow_clinician: plans may hold `FOLLOW_CLINICIAN`; recurrent variant only.
+      kernel: "xla"; "pallas" for one kernel of all steps of the recurrent variant under plans,
+        where a block of branches fits the chip; or "interpret", the same without its compiler.
     """
 
     horizon: int
@@ -80,6 +82,7 @@ class RolloutConfig:
     mortality: bool = True
     precision: str | None = None
     follow_clinician: bool = False
+    kernel: str = "xla"
 
 
 @dataclass(frozen=True)
