@@ -55,7 +55,7 @@ class Traffic:
       kernels: launches.
       bytes: read and written in the device's memory: operands and results of every kernel, of
         which slices are read or written as far as they are. Caches are not thought of.
-      flops: of matrix products.
+      flops: of matrix products; of a Pallas kernel what it says of itself, as its inside is no HLO.
       by_opcode: bytes by kind of kernel.
     """
 
@@ -225,8 +225,12 @@ def _read(parameter: Instruction, users: Mapping[str, Sequence[Instruction]]) ->
 def _flops(one: Instruction, named: Mapping[str, Instruction]) -> int:
     """Operations of a product: two per multiplication and addition.
 
-    Products are XLA's own, cuBLAS's, or the convolutions that they become on TPUs.
+    Products are XLA's own, cuBLAS's, the convolutions that they become on TPUs, or those of a
+    Pallas kernel with a cost estimate.
     """
+    estimate = re.search(r'"cost_estimate":\{"flops":"(\d+)"', one.attributes)
+    if one.opcode == "custom-call" and estimate:
+        return int(estimate.group(1))
     if one.opcode == "dot":
         pattern = r"lhs_contracting_dims=\{([\d,]*)\}"
     elif one.opcode == "custom-call" and "cublas" in one.attributes:

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.console import Json, Out, Samples, Seed, console, phases, print_json, print_table
+from sepsis_jax.console import (
+    Json,
+    Kernel,
+    Out,
+    Samples,
+    Seed,
+    console,
+    phases,
+    print_json,
+    print_table,
+)
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
 
@@ -58,6 +68,7 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option("--only", help="Contender to measure; repeat for more.")
     ] = None,
+    kernel: Kernel = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -86,6 +97,7 @@ def bench(
         question_samples=question_samples,
         seed=seed,
         only=tuple(only or ()),
+        kernel=kernel or "auto",
     )
     check_replaceable(out, RESULT)
     world_model, what = model_to_measure(model, precision)

@@ -30,6 +30,7 @@ from worldmodel.resources import BFLOAT16, require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
+from worldmodel.simulate.stay_kernel import KERNELS
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
 from worldmodel.simulate.unroll import RolloutConfig
@@ -62,6 +63,7 @@ class SweepOptions:
         supported.
       mode: "corrected" or "reference".
       precision: of matrix products; "" for the model's own.
+      kernel: of plans in the recurrent variant: "xla", "pallas", or "auto", as the device suits.
       block: branches per file, about; 0 for what suits the kind of device.
       task: branches that a device simulates at a time; 0 likewise.
     """
@@ -81,6 +83,7 @@ class SweepOptions:
     support: float = 0.01
     mode: str = "corrected"
     precision: str = ""
+    kernel: str = "auto"
     block: int = 0
     task: int = 0
 
@@ -89,6 +92,7 @@ class SweepOptions:
         require(self, "0 or more", lambda value: value >= 0, "every", "patients", "block", "task")
         require(self, "within 0 and 1", lambda value: 0 <= value <= 1, "support")
         require(self, f"one of {', '.join(MODES)}", lambda value: value in MODES, "mode")
+        require(self, f"one of {', '.join(KERNELS)}", KERNELS.__contains__, "kernel")
         known = ("", *PRECISIONS, BFLOAT16)
         require(self, f"one of {', '.join(known[1:])}", known.__contains__, "precision")
         unknown = [name for name in self.features if name not in schema.INDEX]
@@ -130,7 +134,11 @@ class Sweep:
         """What is compiled."""
         options = self.options
         return RolloutConfig(
-            options.horizon, options.features, options.mode, precision=options.precision or None
+            options.horizon,
+            options.features,
+            options.mode,
+            precision=options.precision or None,
+            kernel=options.kernel,
         )
 
     @property

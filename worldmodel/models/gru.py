@@ -57,7 +57,9 @@ def gates(
     return gated(jnp.split(projected, 3, axis=-1), jnp.split(recurrent, 3, axis=-1), h)
 
 
-def gated(projected: Sequence[jax.Array], recurrent: Sequence[jax.Array], h: jax.Array) -> jax.Array:
+def gated(
+    projected: Sequence[jax.Array], recurrent: Sequence[jax.Array], h: jax.Array
+) -> jax.Array:
     """`gates` of arrays of any one shape, each side as its parts r, z and n."""
     input_r, input_z, input_n = projected
     hidden_r, hidden_z, hidden_n = recurrent

@@ -1,4 +1,4 @@
-"""The recurrent variant's rollout under plans as one Pallas kernel: all steps of a block of branches.
+"""The recurrent variant's rollout under plans as one Pallas kernel: all steps of some branches.
 
 XLA makes kernels of every step's products and of what lies between them, and state and gates go
 through the device's memory from one to the next. Here a block of branches is simulated over the
@@ -50,6 +50,8 @@ from worldmodel.simulate.step import (
     whole_steps,
 )
 
+KERNELS = ("auto", "xla", "pallas")
+COMPILED_FOR = ("tpu",)  # platforms
 BLOCKS = (512, 256, 128)  # branches of a block, the largest that fits
 _ON_CHIP = 12 * 2**20  # bytes of a TPU's vector memory for a block; the compiler needs some of 16
 _FEATURES, _ACTIONS, _STATIC = schema.NUM_FEATURES, schema.NUM_ACTIONS, schema.NUM_STATIC
@@ -229,7 +231,11 @@ def play_stays(
     nothing = jnp.zeros(step.shape)
     rest = jnp.stack([jnp.asarray(start.ventilated, jnp.float32), step, nothing], axis=-1)
     begin = _Start(
-        *(spread(getattr(start, name)) for name in ("hidden", "obs", "value", "age", "measured")),
+        hidden=spread(start.hidden),
+        obs=spread(start.obs),
+        value=spread(start.value),
+        age=spread(start.age),
+        measured=spread(start.measured),
         rest=spread(jnp.concatenate([rest, static], axis=-1)),
         before=spread(start.before),
         sums=spread(start.sums),
@@ -256,9 +262,9 @@ def play_stays(
             (horizon, None, rows, block), lambda n, k: (0, k if by_plan else 0, 0, n)
         )
 
-    shapes = Record(_filled(_FEATURES), _filled(len(Scalars._fields)))
+    recorded = (_filled(_FEATURES), _filled(len(Scalars._fields)))
     record, ends = pl.pallas_call(
-        partial(_kernel, world_model.stay_steps, kernel.precision, horizon),
+        partial(_kernel, world_model.stay_steps, kernel.precision, horizon, interpret),
         grid=(blocks, plans),
         in_specs=[
             jax.tree.map(constant, weights),
@@ -268,18 +274,31 @@ def play_stays(
             streamed(normals.shape[2], own),
         ],
         out_specs=[
-            Record(*(streamed(rows, True) for rows in shapes)),
+            [streamed(rows, True) for rows in recorded],
             pl.BlockSpec((None, _filled(2), block), lambda n, k: (k, 0, n)),
         ],
         out_shape=[
-            Record(*(jax.ShapeDtypeStruct((horizon, plans, rows, whole), jnp.float32)
-                     for rows in shapes)),
+            [jax.ShapeDtypeStruct((horizon, plans, rows, whole), jnp.float32) for rows in recorded],
             jax.ShapeDtypeStruct((plans, _filled(2), whole), jnp.float32),
         ],
+        cost_estimate=_cost(weights, horizon * plans * whole),
         interpret=interpret,
         name="stays",
     )(weights, begin, _fill(given, -1, whole), normals)  # fmt: skip
-    return record, ends[:, :2, :columns]
+    return Record(*record), ends[:, :2, :columns]
+
+
+def _cost(weights: _Weights, steps: int) -> pl.CostEstimate:
+    """What so many branch-steps take, those that fill up a block among them."""
+    once = (weights.later_row, weights.later_hidden, weights.later)  # per branch, not per step
+    matrices = [leaf for leaf in weights if leaf.shape[1] > 1]
+    multiplied = sum(leaf.size for leaf in matrices) - sum(leaf.size for leaf in once)
+    hidden, features = weights.recurrent.shape[1], _filled(_FEATURES)
+    return pl.CostEstimate(
+        flops=2 * multiplied * steps,
+        transcendentals=(3 * hidden + 3 * features + _filled(_ACTIONS)) * steps,
+        bytes_accessed=4 * steps * sum(map(_filled, (_FEATURES, len(Scalars._fields)))),
+    )
 
 
 def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
@@ -299,10 +318,10 @@ def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
         return _parts(values, sizes, 0)[:, None]
 
     def feature(values: jax.Array, filling: float = 0.0) -> jax.Array:
-        return _fill(jnp.asarray(values), 0, _filled(_FEATURES), filling)[:, None]
+        return _fill(values, 0, _filled(_FEATURES), filling)[:, None]
 
     low, high = physiologic_range(world_model.scaler)
-    doses, decays = doses_of(world_model.dose_edges), np.float32(DECAYS)
+    doses, decays = doses_of(world_model.dose_edges), jnp.array(DECAYS, jnp.float32)
     added = jnp.concatenate([(1.0 - decay) * doses for decay in DECAYS], axis=1)
     choices = _fill(kernel.choice_bias, 0, _filled(_ACTIONS), -_FAR)  # no other is ever chosen
     return _Weights(
@@ -334,7 +353,7 @@ def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
         high=feature(high, _FAR),
         mean=feature(world_model.scaler.mean),
         std=feature(world_model.scaler.std, 1.0),
-        held=feature(held_rows(world_model.step_hours)),
+        held=feature(jnp.asarray(held_rows(world_model.step_hours))),
     )
 
 
@@ -342,34 +361,40 @@ def _kernel(
     stay_steps: int,
     precision: str,
     horizon: int,
+    interpret: bool,
     weights: _Weights,
     begin: _Start,
     actions: jax.Ref,
     noise: jax.Ref,
-    record: Record,
+    record: Sequence[jax.Ref],
     ends: jax.Ref,
 ) -> None:
-    """All steps of a block; arguments after the horizon are references."""
+    """All steps of a block; weights and what comes after them are references."""
+    obs, scalars = record
     first = jax.tree.map(lambda ref: ref[...], begin)
     ventilated, started = _pick(first.rest, 0), _pick(first.rest, 1)
     one = jnp.ones_like(started)
     state = _State(
-        *(getattr(first, name) for name in ("hidden", "obs", "value", "age", "measured")),
+        hidden=first.hidden,
+        obs=first.obs,
+        value=first.value,
+        age=first.age,
+        measured=first.measured,
         ventilated=ventilated,
         before=first.before,
         sums=first.sums,
         alive=one,
         dead=0.0 * one,
     )
-    model = _Model(weights, stay_steps, precision)
+    model = _Model(weights, stay_steps, precision, interpret)
 
     def step(h: jax.Array, state: _State) -> _State:
         inputs = model.inputs(state, first.rest, started + h)
         after, found = model.step(
             state, inputs, started + h, actions[pl.ds(h, 1), :], lambda rows: noise[h, rows, :]
         )
-        record.obs[h] = after.obs
-        record.scalars[h] = _stacked(found, record.scalars.shape[1])
+        obs[h] = after.obs
+        scalars[h] = _stacked(found, scalars.shape[1])
         return after
 
     state = jax.lax.fori_loop(0, horizon, step, state)
@@ -384,18 +409,17 @@ class _Model(NamedTuple):
     weights: _Weights  # references
     stay_steps: int
     precision: str
+    interpret: bool
 
     def product(self, name: str, *parts: jax.Array) -> jax.Array:
         """Weights times the parts of an input, with the bias where there is one."""
         operand = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-        weight = getattr(self.weights, name)[...]
+        weight: jax.Array = getattr(self.weights, name)[...]
+        operand = operand.astype(weight.dtype)
         precision = None if self.precision == BFLOAT16 else jax.lax.Precision(self.precision)
-        found = jnp.dot(
-            weight,
-            operand.astype(weight.dtype),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
+        if self.interpret:  # of rounded operands; CPUs lack such products of some shapes
+            weight, operand = weight.astype(jnp.float32), operand.astype(jnp.float32)
+        found = jnp.dot(weight, operand, precision=precision, preferred_element_type=jnp.float32)
         bias = getattr(self.weights, f"{name}_bias", None)
         return found if bias is None else found + bias[...]
 

@@ -19,7 +19,13 @@ from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
-from worldmodel.simulate.stay_kernel import Record, Scalars, block_size, play_stays
+from worldmodel.simulate.stay_kernel import (
+    COMPILED_FOR,
+    Record,
+    Scalars,
+    block_size,
+    play_stays,
+)
 from worldmodel.simulate.stays import (
     StayKernel,
     StayState,
@@ -64,21 +70,48 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
       spec: of the rollout.
 
     Raises:
-      InputError: the recurrent variant in reference mode, which is a protocol of windows.
+      InputError: the recurrent variant in reference mode, which is a protocol of windows, or a
+        Pallas kernel that does not fit.
     """
     if not world_model.is_recurrent:
+        if spec.config.kernel == "pallas":
+            raise InputError("kernel: pallas simulates the recurrent variant; use auto or xla")
         return unroll(world_model, start, spec)
     if spec.config.mode == "reference":
         raise InputError("mode: the recurrent variant has no reference mode; use corrected")
     kernel = pack_stays(world_model, spec.config.precision)
     recorded = start_state(start, encode_past(kernel, memory_of(start)))
-    size = None
+    platform = spec.platform or jax.default_backend()
+    size = _block(world_model, spec, platform)
+    if size is None:
+        return _unroll_stepwise(world_model, start, spec, kernel, recorded)
+    return _unroll_recorded(
+        world_model, start, spec, kernel, recorded, size, interpret=platform == "cpu"
+    )
+
+
+def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | None:
+    """Branches of the Pallas kernel's blocks; None where XLA makes the kernels.
+
+    Raises:
+      InputError: the Pallas kernel is asked for where there is none, or does not fit.
+    """
+    kernel, compiled = spec.config.kernel, platform in COMPILED_FOR
     # A policy reads the state of a step, which the Pallas kernel keeps to itself.
-    if spec.config.kernel != "xla" and not spec.looks_back and spec.steps is None:
-        size = block_size(spec.shape[0] * spec.shape[2], spec.config.horizon, world_model)
-    if size is not None:
-        return _unroll_recorded(world_model, start, spec, kernel, recorded, size)
-    return _unroll_stepwise(world_model, start, spec, kernel, recorded)
+    if kernel == "xla" or spec.looks_back or spec.steps is not None:
+        return None
+    if kernel == "auto" and not compiled:
+        return None
+    if not compiled and platform != "cpu":
+        raise InputError(f"kernel: pallas is not compiled for {platform!r}; use auto or xla")
+    columns = spec.shape[0] * spec.shape[2]
+    size = block_size(columns, spec.config.horizon, world_model)
+    if size is None and kernel == "pallas":
+        raise InputError(
+            f"kernel: no block of pallas suits {columns} patients x samples over "
+            f"{spec.config.horizon} steps; use auto or xla"
+        )
+    return size
 
 
 def _unroll_stepwise(
@@ -167,6 +200,8 @@ def _unroll_recorded(
     kernel: StayKernel,
     recorded: StayState,
     size: int,
+    *,
+    interpret: bool,
 ) -> RolloutResult:
     """The model's steps by one Pallas kernel, then scores and summary of what it recorded."""
     now = start_branches(world_model, start, spec)
@@ -185,7 +220,7 @@ def _unroll_recorded(
         spec.noise,
         samples=samples,
         block=size,
-        interpret=spec.config.kernel == "interpret",
+        interpret=interpret,
     )
 
     def rows(leaf: jax.Array, count: int) -> jax.Array:

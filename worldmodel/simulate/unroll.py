@@ -71,8 +71,9 @@ class RolloutConfig:
       mortality: evaluate the Outcome Model at the end.
       precision: of matrix products; None for the model's own.
       follow_clinician: plans may hold `FOLLOW_CLINICIAN`; recurrent variant only.
-      kernel: "xla"; "pallas" for one kernel of all steps of the recurrent variant under plans,
-        where a block of branches fits the chip; or "interpret", the same without its compiler.
+      kernel: of the recurrent variant under plans: "xla", "pallas" (all steps in one kernel, see
+        `stay_kernel`) or "auto", which is "pallas" on a TPU where it fits. Anything else is
+        simulated by XLA's kernels whatever is said here.
     """
 
     horizon: int
@@ -82,7 +83,7 @@ class RolloutConfig:
     mortality: bool = True
     precision: str | None = None
     follow_clinician: bool = False
-    kernel: str = "xla"
+    kernel: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class RolloutSpec:
       looks_back: keep a `History` for a policy.
       steps: [] int32, simulate only so many of `config.horizon` steps and leave the rest of what is
         collected zero; None for all. Recurrent variant only.
+      platform: that the program is compiled for; None for JAX's default.
     """
 
     config: RolloutConfig
@@ -111,6 +113,7 @@ class RolloutSpec:
     folded: Tree = ()
     looks_back: bool = False
     steps: jax.Array | None = None
+    platform: str | None = None
 
 
 class _ScanCarry(NamedTuple):

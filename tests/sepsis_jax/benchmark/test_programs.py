@@ -102,6 +102,17 @@ def test_products_of_cublas_and_of_tpus():
     assert "convolution" in text and traffic(text).flops == 7 * 2 * 8 * 4
 
 
+def test_a_pallas_kernel_says_what_it_multiplies():
+    text = HLO.replace(
+        "dot(%row, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        'custom-call(%row, %w), custom_call_target="tpu_custom_call", backend_config={'
+        '"custom_call_config":{"cost_estimate":{"flops":"96","transcendentals":"0"}}}',
+    )
+    found, whole = traffic(text), traffic(HLO)
+    assert found.flops == 7 * 96
+    assert found.bytes == whole.bytes  # its operands and results, as of any kernel
+
+
 def test_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         traffic("HloModule empty")
