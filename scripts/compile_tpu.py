@@ -57,14 +57,15 @@ def main() -> None:
         for name in arguments.topologies
         for kernel in arguments.kernels
     ]
-    print(f"{'topology':12s} {'kernel':6s} {'chips':>5s} {'MB per chip':>12s} "
-          f"{'kernels':>8s} {'bytes':>7s} {'FLOPs':>9s} {'M/s by bytes':>12s} {'by FLOPs':>9s} {'collectives':>11s} "
-          f"{'compile s':>9s}")  # fmt: skip
+    print(f"{'topology':12s} {'kernel':6s} {'chips':>5s} {'MB per chip':>12s} {'kernels':>8s} "
+          f"{'bytes':>7s} {'FLOPs':>9s} {'M/s by bytes':>12s} {'by FLOPs':>9s} "
+          f"{'collectives':>11s} {'compile s':>9s}")  # fmt: skip
     for row in rows:
         print(
             f"{row['topology']:12s} {row['kernel']:6s} {row['chips']:5d} "
-            f"{row['bytes_per_chip'] / 1e6:12.1f} {row['kernels_per_call']:8,d} {row['bytes_per_branch_step']:7,d} "
-            f"{row['flops_per_branch_step']:9,d} {row['branch_steps_by_bandwidth'] / 1e6:12.0f} "
+            f"{row['bytes_per_chip'] / 1e6:12.1f} {row['kernels_per_call']:8,d} "
+            f"{row['bytes_per_branch_step']:7,d} {row['flops_per_branch_step']:9,d} "
+            f"{row['branch_steps_by_bandwidth'] / 1e6:12.0f} "
             f"{row['branch_steps_by_products'] / 1e6:9.0f} {row['collectives']:11d} "
             f"{row['compile_seconds']:9.1f}"
         )
