@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pl_tpu
+from jax.experimental.pallas import triton as pl_triton
 
 from worldmodel import schema
 from worldmodel.models.gru import gated
@@ -51,8 +53,7 @@ from worldmodel.simulate.step import (
 )
 
 KERNELS = ("auto", "xla", "pallas")
-COMPILED_FOR = ("tpu",)  # platforms
-BLOCKS = (512, 256, 128)  # branches of a block, the largest that fits
+AUTOMATIC = ("tpu",)  # platforms where "auto" is "pallas"
 _ON_CHIP = 12 * 2**20  # bytes of a TPU's vector memory for a block; the compiler needs some of 16
 _FEATURES, _ACTIONS, _STATIC = schema.NUM_FEATURES, schema.NUM_ACTIONS, schema.NUM_STATIC
 _FAR = 1e30  # of what is never reached: in rows that only fill up
@@ -61,6 +62,47 @@ _FAR = 1e30  # of what is never reached: in rows that only fill up
 _INPUTS = (_FEATURES, _FEATURES, 3 + _STATIC, CODE_WIDTH, SUMS_WIDTH)
 # Parts of the noise: values, measuring, and both ventilation and choice, the latter uniform.
 _NOISE = (_FEATURES, _FEATURES, 2)
+
+
+class Layout(NamedTuple):
+    """How rows lie on a platform.
+
+    Attributes:
+      least: rows of the smallest part.
+      powers: Triton's: parts are powers of two, cannot be cut out of each other or joined, and have
+        a product each; the arrays of a block stay in the device's memory until they are read.
+      blocks: branches of a block, the largest that fits.
+    """
+
+    least: int
+    powers: bool
+    blocks: tuple[int, ...]
+
+    def filled(self, size: int) -> int:
+        """Rows that a part takes."""
+        if self.powers:
+            return max(1 << (size - 1).bit_length(), self.least)
+        return -(-size // self.least) * self.least
+
+    def parts(self, array: jax.Array, sizes: Sequence[int], axis: int) -> jax.Array:
+        """An array whose parts along an axis are filled up, one by one."""
+        cuts = np.cumsum(sizes)[:-1]
+        found = [
+            _fill(part, axis, self.filled(part.shape[axis]))
+            for part in jnp.split(array, cuts, axis)
+        ]
+        return jnp.concatenate(found, axis)
+
+    def pick(self, rows: jax.Array, index: int) -> jax.Array:
+        """[1, B] a row of [., B]."""
+        if not self.powers:
+            return rows[index : index + 1]
+        return jnp.where(_numbers(rows) == index, rows, 0.0).sum(0, keepdims=True)
+
+
+# Registers of a TPU hold 8 rows of 128 branches; products of a GPU's tensor cores take 16.
+LAYOUTS = {"tpu": Layout(8, False, (512, 256, 128)), "gpu": Layout(16, True, (32,))}
+LAYOUTS |= {"cuda": LAYOUTS["gpu"], "cpu": LAYOUTS["tpu"]}
 
 
 class Record(NamedTuple):
@@ -144,11 +186,6 @@ class _State(NamedTuple):
     dead: jax.Array
 
 
-def _filled(size: int) -> int:
-    """Rows that a part takes: registers hold eight."""
-    return -(-size // 8) * 8
-
-
 def _fill(array: jax.Array, axis: int, size: int, value: float = 0.0) -> jax.Array:
     """An array whose axis is filled up to a size."""
     widths = [(0, 0)] * array.ndim
@@ -156,33 +193,25 @@ def _fill(array: jax.Array, axis: int, size: int, value: float = 0.0) -> jax.Arr
     return jnp.pad(array, widths, constant_values=value)
 
 
-def _parts(array: jax.Array, sizes: Sequence[int], axis: int) -> jax.Array:
-    """An array whose parts along an axis are filled up, one by one."""
-    cuts = np.cumsum(sizes)[:-1]
-    return jnp.concatenate(
-        [_fill(part, axis, _filled(part.shape[axis])) for part in jnp.split(array, cuts, axis)],
-        axis,
-    )
-
-
-def block_size(columns: int, horizon: int, world_model: WorldModel) -> int | None:
+def block_size(columns: int, horizon: int, world_model: WorldModel, layout: Layout) -> int | None:
     """Branches of a kernel's block; None where none fits the chip or too few would fill one.
 
     Args:
       columns: patients x samples.
       horizon: steps H.
       world_model: whose widths are used.
+      layout: of the platform.
     """
     config = world_model.config
-    hidden, head = _filled(config.hidden), _filled(config.head)
-    inputs = sum(map(_filled, _INPUTS))
-    streamed = sum(map(_filled, (*_NOISE, _FEATURES, len(Scalars._fields)))) + 1
+    hidden, head = layout.filled(config.hidden), layout.filled(config.head)
+    inputs = sum(map(layout.filled, _INPUTS))
+    streamed = sum(map(layout.filled, (*_NOISE, _FEATURES, len(Scalars._fields)))) + 1
     # Gates and products of a step, and the state before and after it.
-    held = 10 * hidden + 5 * head + 2 * inputs + 16 * _filled(_FEATURES)
+    held = 10 * hidden + 5 * head + 2 * inputs + 16 * layout.filled(_FEATURES)
     weights = (3 * hidden + head) * inputs + hidden * (5 * hidden + 3 * head + inputs)
-    for size in BLOCKS:
+    for size in layout.blocks:
         needed = 4 * (2 * horizon * streamed * size + held * size + 2 * weights)
-        if columns > size // 2 and needed <= _ON_CHIP:
+        if columns > size // 2 and (layout.powers or needed <= _ON_CHIP):
             return size
     return None
 
@@ -198,7 +227,7 @@ def play_stays(
     *,
     samples: int,
     block: int,
-    interpret: bool,
+    platform: str,
 ) -> tuple[Record, jax.Array]:
     """Simulates P patients x K plans x S samples; columns are patients x samples, N = P S.
 
@@ -212,12 +241,13 @@ def play_stays(
       noise: `h -> [P, K or 1, S, 80]` standard normals, as `step_stay` takes them.
       samples: S.
       block: from `block_size`.
-      interpret: run without a compiler for the device, slowly, as on a CPU.
+      platform: one of `LAYOUTS`; on a CPU the kernel is interpreted, slowly.
 
     Returns:
       The record of every step, and [K, 2, N] the probability of death within 90 days and the
       rewards after the horizon where the clinician goes on.
     """
+    layout, interpret = LAYOUTS[platform], platform == "cpu"
     horizon, patients, plans = actions.shape
     columns = patients * samples
     blocks = -(-columns // block)
@@ -225,7 +255,7 @@ def play_stays(
 
     def spread(leaf: jax.Array) -> jax.Array:
         """[P, n] to [n, N], filled up."""
-        leaf = _parts(jnp.asarray(leaf, jnp.float32), (leaf.shape[-1],), -1)
+        leaf = layout.parts(jnp.asarray(leaf, jnp.float32), (leaf.shape[-1],), -1)
         return _fill(jnp.repeat(leaf, samples, axis=0).T, -1, whole)
 
     nothing = jnp.zeros(step.shape)
@@ -245,14 +275,14 @@ def play_stays(
     def drawn(h: jax.Array) -> jax.Array:
         normal = noise(h)
         normal = normal.at[..., -1].set(jax.scipy.special.ndtr(normal[..., -1]))
-        normal = _parts(normal, _NOISE, -1)  # [P, K or 1, S, n]
+        normal = layout.parts(normal, _NOISE, -1)  # [P, K or 1, S, n]
         normal = normal.transpose(1, 3, 0, 2).reshape(normal.shape[1], -1, columns)
         return _fill(normal, -1, whole)
 
     given = jnp.repeat(actions.transpose(2, 0, 1), samples, axis=-1)  # [K, H, N]
     normals = jax.lax.map(drawn, jnp.arange(horizon))  # [H, K or 1, n, N]
     own = normals.shape[1] > 1
-    weights = _pack(world_model, kernel)
+    weights = _pack(world_model, kernel, layout)
 
     def constant(leaf: jax.Array) -> pl.BlockSpec:
         return pl.BlockSpec(leaf.shape, lambda n, k: (0,) * leaf.ndim)
@@ -262,9 +292,10 @@ def play_stays(
             (horizon, None, rows, block), lambda n, k: (0, k if by_plan else 0, 0, n)
         )
 
-    recorded = (_filled(_FEATURES), _filled(len(Scalars._fields)))
+    cost = _cost(weights, horizon * plans * whole, layout)
+    recorded = (layout.filled(_FEATURES), layout.filled(len(Scalars._fields)))
     record, ends = pl.pallas_call(
-        partial(_kernel, world_model.stay_steps, kernel.precision, horizon, interpret),
+        partial(_kernel, layout, world_model.stay_steps, kernel.precision, horizon, interpret),
         grid=(blocks, plans),
         in_specs=[
             jax.tree.map(constant, weights),
@@ -275,55 +306,66 @@ def play_stays(
         ],
         out_specs=[
             [streamed(rows, True) for rows in recorded],
-            pl.BlockSpec((None, _filled(2), block), lambda n, k: (k, 0, n)),
+            pl.BlockSpec((None, layout.filled(2), block), lambda n, k: (k, 0, n)),
         ],
         out_shape=[
             [jax.ShapeDtypeStruct((horizon, plans, rows, whole), jnp.float32) for rows in recorded],
-            jax.ShapeDtypeStruct((plans, _filled(2), whole), jnp.float32),
+            jax.ShapeDtypeStruct((plans, layout.filled(2), whole), jnp.float32),
         ],
-        cost_estimate=_cost(weights, horizon * plans * whole),
+        cost_estimate=cost,
+        metadata={"flops": str(cost.flops)},  # of a GPU's kernel, whose estimate is not kept
+        compiler_params=_compiler_params(layout),
         interpret=interpret,
         name="stays",
     )(weights, begin, _fill(given, -1, whole), normals)  # fmt: skip
     return Record(*record), ends[:, :2, :columns]
 
 
-def _cost(weights: _Weights, steps: int) -> pl.CostEstimate:
+def _compiler_params(layout: Layout) -> pl_triton.CompilerParams | pl_tpu.CompilerParams:
+    if layout.powers:
+        # Eight warps have all registers of a multiprocessor.
+        return pl_triton.CompilerParams(num_warps=8, num_stages=1)
+    return pl_tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
+
+
+def _cost(weights: _Weights, steps: int, layout: Layout) -> pl.CostEstimate:
     """What so many branch-steps take, those that fill up a block among them."""
     once = (weights.later_row, weights.later_hidden, weights.later)  # per branch, not per step
     matrices = [leaf for leaf in weights if leaf.shape[1] > 1]
     multiplied = sum(leaf.size for leaf in matrices) - sum(leaf.size for leaf in once)
-    hidden, features = weights.recurrent.shape[1], _filled(_FEATURES)
+    hidden, features = weights.recurrent.shape[1], layout.filled(_FEATURES)
     return pl.CostEstimate(
         flops=2 * multiplied * steps,
-        transcendentals=(3 * hidden + 3 * features + _filled(_ACTIONS)) * steps,
-        bytes_accessed=4 * steps * sum(map(_filled, (_FEATURES, len(Scalars._fields)))),
+        transcendentals=(3 * hidden + 3 * features + layout.filled(_ACTIONS)) * steps,
+        bytes_accessed=4 * steps * sum(map(layout.filled, (_FEATURES, len(Scalars._fields)))),
     )
 
 
-def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
+def _pack(world_model: WorldModel, kernel: StayKernel, layout: Layout) -> _Weights:
     """The weights as the kernel reads them."""
     width, small = kernel.width, kernel.head
     gates, linear = (width,) * 3, (_FEATURES, _FEATURES, 3)
     operand = jnp.bfloat16 if kernel.precision == BFLOAT16 else jnp.float32
 
     def matrix(weight: jax.Array, inputs: Sequence[int], outputs: Sequence[int]) -> jax.Array:
-        return _parts(_parts(weight, inputs, 0), outputs, 1).T.astype(operand)
+        return layout.parts(layout.parts(weight, inputs, 0), outputs, 1).T.astype(operand)
 
     def exact(weight: jax.Array, outputs: Sequence[int]) -> jax.Array:
         """A matrix that is not rounded."""
-        return _parts(_parts(weight, weight.shape[:1], 0), outputs, 1).T
+        return layout.parts(layout.parts(weight, weight.shape[:1], 0), outputs, 1).T
 
     def column(values: jax.Array, sizes: Sequence[int]) -> jax.Array:
-        return _parts(values, sizes, 0)[:, None]
+        return layout.parts(values, sizes, 0)[:, None]
 
     def feature(values: jax.Array, filling: float = 0.0) -> jax.Array:
-        return _fill(values, 0, _filled(_FEATURES), filling)[:, None]
+        return _fill(values, 0, layout.filled(_FEATURES), filling)[:, None]
 
     low, high = physiologic_range(world_model.scaler)
     doses, decays = doses_of(world_model.dose_edges), jnp.array(DECAYS, jnp.float32)
     added = jnp.concatenate([(1.0 - decay) * doses for decay in DECAYS], axis=1)
-    choices = _fill(kernel.choice_bias, 0, _filled(_ACTIONS), -_FAR)  # no other is ever chosen
+    choices = _fill(
+        kernel.choice_bias, 0, layout.filled(_ACTIONS), -_FAR
+    )  # no other is ever chosen
     return _Weights(
         row=matrix(kernel.row, _INPUTS, (*gates, small, *linear)),
         row_bias=column(kernel.row_bias, (*gates, small, *linear)),
@@ -346,7 +388,7 @@ def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
         noise=exact(kernel.noise, (_FEATURES,)),
         given=exact(jnp.concatenate([jnp.asarray(CODES), added], axis=1), (CODE_WIDTH, SUMS_WIDTH)),
         expected=exact(jnp.asarray(CODES), (CODE_WIDTH,)),
-        up_to=jnp.tril(jnp.ones((_filled(_ACTIONS),) * 2)),
+        up_to=jnp.tril(jnp.ones((layout.filled(_ACTIONS),) * 2)),
         decay=column(jnp.repeat(decays, SUMS_WIDTH // len(DECAYS)), (SUMS_WIDTH,)),
         fill=feature(kernel.fill),
         low=feature(low, -_FAR),
@@ -358,6 +400,7 @@ def _pack(world_model: WorldModel, kernel: StayKernel) -> _Weights:
 
 
 def _kernel(
+    layout: Layout,
     stay_steps: int,
     precision: str,
     horizon: int,
@@ -372,7 +415,7 @@ def _kernel(
     """All steps of a block; weights and what comes after them are references."""
     obs, scalars = record
     first = jax.tree.map(lambda ref: ref[...], begin)
-    ventilated, started = _pick(first.rest, 0), _pick(first.rest, 1)
+    ventilated, started = layout.pick(first.rest, 0), layout.pick(first.rest, 1)
     one = jnp.ones_like(started)
     state = _State(
         hidden=first.hidden,
@@ -386,7 +429,7 @@ def _kernel(
         alive=one,
         dead=0.0 * one,
     )
-    model = _Model(weights, stay_steps, precision, interpret)
+    model = _Model(layout, weights, stay_steps, precision, interpret)
 
     def step(h: jax.Array, state: _State) -> _State:
         inputs = model.inputs(state, first.rest, started + h)
@@ -406,26 +449,51 @@ def _kernel(
 class _Model(NamedTuple):
     """A step of a block of branches, as `worldmodel.simulate.stays` has it for rows of features."""
 
+    layout: Layout
     weights: _Weights  # references
     stay_steps: int
     precision: str
     interpret: bool
 
-    def product(self, name: str, *parts: jax.Array) -> jax.Array:
-        """Weights times the parts of an input, with the bias where there is one."""
-        operand = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-        weight: jax.Array = getattr(self.weights, name)[...]
-        operand = operand.astype(weight.dtype)
-        precision = None if self.precision == BFLOAT16 else jax.lax.Precision(self.precision)
-        if self.interpret:  # of rounded operands; CPUs lack such products of some shapes
-            weight, operand = weight.astype(jnp.float32), operand.astype(jnp.float32)
-        found = jnp.dot(weight, operand, precision=precision, preferred_element_type=jnp.float32)
-        bias = getattr(self.weights, f"{name}_bias", None)
-        return found if bias is None else found + bias[...]
+    def product(
+        self, name: str, inputs: Sequence[jax.Array], sizes: Sequence[int], *, exact: bool = False
+    ) -> list[jax.Array]:
+        """Weights times an input in parts, with the bias where there is one.
 
-    def exact(self, name: str, operand: jax.Array) -> jax.Array:
-        """Weights that are not rounded times an operand that is not."""
-        return jnp.dot(getattr(self.weights, name)[...], operand, precision="highest")
+        Args:
+          name: of the weights.
+          inputs: [., B] in the order of the columns.
+          sizes: rows of the parts of the result.
+          exact: nothing is rounded.
+        """
+        weight = getattr(self.weights, name)
+        bias = getattr(self.weights, f"{name}_bias", None)
+
+        def times(weight: jax.Array, operand: jax.Array) -> jax.Array:
+            operand = operand.astype(weight.dtype)
+            if exact:
+                return jnp.dot(weight, operand, precision="highest")
+            precision = None if self.precision == BFLOAT16 else jax.lax.Precision(self.precision)
+            if self.interpret:  # of rounded operands; CPUs lack such products of some shapes
+                weight, operand = weight.astype(jnp.float32), operand.astype(jnp.float32)
+            return jnp.dot(weight, operand, precision=precision, preferred_element_type=jnp.float32)
+
+        rows = _places(sizes)
+        if not self.layout.powers:
+            whole = times(weight[...], inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs))
+            if bias is not None:
+                whole += bias[...]
+            return [whole[place] for place in rows]
+        columns = _places([part.shape[0] for part in inputs])
+
+        def whole_part(row: slice) -> jax.Array:
+            products = [
+                times(weight[row, at], part) for at, part in zip(columns, inputs, strict=True)
+            ]
+            total = sum(products[1:], products[0])
+            return total if bias is None else total + bias[row, :]
+
+        return [whole_part(row) for row in rows]
 
     def inputs(self, state: _State, rest: jax.Array, step: jax.Array) -> tuple[jax.Array, ...]:
         """The parts of the inputs of the row that branches are in."""
@@ -440,13 +508,11 @@ class _Model(NamedTuple):
         self, state: _State, inputs: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The hidden state after a row, and what else is linear in it."""
-        width = state.hidden.shape[0]
-        read = self.product("row", *inputs)
-        *gates, linear = _cut(read, (width,) * 3, rest=True)
-        recurrent = _cut(self.product("recurrent", state.hidden), (width,) * 3)
-        hidden = gated(gates, recurrent, state.hidden)
-        small = self.weights.choice.shape[1]
-        return hidden, _cut(linear, (small, *(_filled(_FEATURES),) * 2, _filled(3)))
+        gates, small = (state.hidden.shape[0],) * 3, self.weights.choice.shape[1]
+        features = (state.obs.shape[0],) * 2
+        read = self.product("row", inputs, (*gates, small, *features, self.layout.filled(3)))
+        recurrent = self.product("recurrent", (state.hidden,), gates)
+        return gated(read[:3], recurrent, state.hidden), read[3:]
 
     def step(
         self,
@@ -457,48 +523,55 @@ class _Model(NamedTuple):
         noise: Callable[[slice], jax.Array],
     ) -> tuple[_State, Scalars]:
         """The branches after a step, and its results; `noise` reads rows."""
-        weights, features = self.weights, _filled(_FEATURES)
+        weights, filled, pick = self.weights, self.layout.filled, self.layout.pick
+        features, one, three = filled(_FEATURES), filled(1), filled(3)
         hidden, (by_row, mu_row, measured_row, risk_row) = self.advance(state, inputs)
         small, width = by_row.shape[0], hidden.shape[0]
-        choice, trunk, risk = _cut(self.product("hidden", hidden), (small, width, small))
+        choice, trunk, risk = self.product("hidden", (hidden,), (small, width, small))
 
-        propensity = jax.nn.softmax(self.product("choice", jax.nn.relu(choice + by_row)), axis=0)
-        chances = noise(slice(2 * features, 2 * features + _filled(2)))
-        below = self.exact("up_to", propensity) < _pick(chances, 1)
-        drawn = jnp.minimum(below.astype(jnp.int32).sum(0, keepdims=True), _ACTIONS - 1)
-        action = jnp.where(action == FOLLOW_CLINICIAN, drawn, action)
+        actions = (filled(_ACTIONS),)
+        (logits,) = self.product("choice", (jax.nn.relu(choice + by_row),), actions)
+        propensity = jax.nn.softmax(logits, axis=0)
+        chances = noise(slice(2 * features, 2 * features + filled(2)))
+        (up_to,) = self.product("up_to", (propensity,), actions, exact=True)
+        below = (up_to < pick(chances, 1)).astype(jnp.int32).sum(0, keepdims=True)
+        drawn_action = jnp.minimum(below, _ACTIONS - 1)
+        action = jnp.where(action == FOLLOW_CLINICIAN, drawn_action, action)
         chosen = (_numbers(propensity) == action).astype(jnp.float32)
         support = (propensity * chosen).sum(0, keepdims=True)
-        code, added = _cut(self.exact("given", chosen), (_filled(CODE_WIDTH), _filled(SUMS_WIDTH)))
-        residual = code - self.exact("expected", propensity)
+        codes, sums = filled(CODE_WIDTH), filled(SUMS_WIDTH)
+        code, added = self.product("given", (chosen,), (codes, sums), exact=True)
+        (expected,) = self.product("expected", (propensity,), (codes,), exact=True)
 
-        effect, risk_effect, mu_effect, risk_code = _cut(
-            self.product("code", residual), (width, small, features, _filled(3))
+        effect, risk_effect, mu_effect, risk_code = self.product(
+            "code", (code - expected,), (width, small, features, three)
         )
-        out = self.product("heads", jax.nn.relu(trunk + effect))
-        mu, log_sigma, measured_logit, vent_logit = _cut(out, (*(features,) * 3, _filled(1)))
+        mu, log_sigma, measured_logit, vent_logit = self.product(
+            "heads", (jax.nn.relu(trunk + effect),), (features, features, features, one)
+        )
         mu = state.obs + mu_row + mu_effect + mu
-        measured_logit, vent_logit = measured_logit + measured_row, _pick(vent_logit, 0)
-        risks = self.product("risk", jax.nn.relu(risk + risk_effect)) + risk_row + risk_code
+        measured_logit, vent_logit = measured_logit + measured_row, pick(vent_logit, 0)
+        (risks,) = self.product("risk", (jax.nn.relu(risk + risk_effect),), (three,))
+        risks += risk_row + risk_code
 
         low, high, mean, std = (
             leaf[...] for leaf in (weights.low, weights.high, weights.mean, weights.std)
         )
-        values = self.exact("noise", noise(slice(0, features)))
+        (values,) = self.product("noise", (noise(slice(0, features)),), (features,), exact=True)
         sigma = jnp.exp(bounded(log_sigma))
         middle = mean_before_clipping(mu, sigma, low, high)
         number = _numbers(mu)
         whole = whole_steps(mu, middle, sigma, values, std, mean)
         is_whole = (number >= WHOLE.start) & (number < WHOLE.stop)
-        drawn_values = jnp.where(is_whole, whole, middle + sigma * values)
-        row = move_into_range(drawn_values, low, high, mean, std, number, _pick)
-        moved = (row != drawn_values).astype(jnp.float32).sum(0, keepdims=True)
+        drawn = jnp.where(is_whole, whole, middle + sigma * values)
+        row = move_into_range(drawn, low, high, mean, std, number, pick)
+        moved = (row != drawn).astype(jnp.float32).sum(0, keepdims=True)
         measured = logit_of_normal(noise(slice(features, 2 * features))) < measured_logit
-        ventilated = (logit_of_normal(_pick(chances, 0)) < vent_logit).astype(jnp.float32)
+        ventilated = (logit_of_normal(pick(chances, 0)) < vent_logit).astype(jnp.float32)
         value = jnp.where(measured, row, state.value)
         age = jnp.where(measured, 0.0, state.age + 1.0)
 
-        death, discharge, later = (jax.nn.sigmoid(_pick(risks, index)) for index in range(3))
+        death, discharge, later = (jax.nn.sigmoid(pick(risks, index)) for index in range(3))
         if self.stay_steps:
             discharge = jnp.where(step >= self.stay_steps - 1, 1.0, discharge)
         alive, dead = outlive(state.alive, state.dead, death, discharge, later)
@@ -529,21 +602,18 @@ class _Model(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """Logit of death within 90 days and later rewards, if the clinician goes on."""
         hidden, _ = self.advance(state, inputs)
-        pre = jax.nn.relu(self.product("later_hidden", hidden))
-        both = self.product("later", pre) + self.product("later_row", *inputs)
-        return _pick(both, 0), _pick(both, 1)
+        small, two = self.weights.choice.shape[1], self.layout.filled(2)
+        (pre,) = self.product("later_hidden", (hidden,), (small,))
+        (both,) = self.product("later", (jax.nn.relu(pre),), (two,))
+        (linear,) = self.product("later_row", inputs, (two,))
+        return self.layout.pick(both + linear, 0), self.layout.pick(both + linear, 1)
 
 
-def _cut(rows: jax.Array, sizes: Sequence[int], *, rest: bool = False) -> list[jax.Array]:
-    """Parts of rows of these sizes, and what is left where that is wanted."""
-    ends = [int(end) for end in np.cumsum(sizes)]
-    parts = [rows[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-    return [*parts, rows[ends[-1] :]] if rest else parts
-
-
-def _pick(rows: jax.Array, index: int) -> jax.Array:
-    """[1, B] a row."""
-    return rows[index : index + 1]
+def _places(sizes: Sequence[int]) -> list[slice]:
+    """Where parts of these sizes lie."""
+    return [
+        slice(int(end) - size, int(end)) for end, size in zip(np.cumsum(sizes), sizes, strict=True)
+    ]
 
 
 def _numbers(rows: jax.Array) -> jax.Array:

@@ -20,7 +20,8 @@ from worldmodel.models.world_model import Models, WorldModel
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
 from worldmodel.simulate.stay_kernel import (
-    COMPILED_FOR,
+    AUTOMATIC,
+    LAYOUTS,
     Record,
     Scalars,
     block_size,
@@ -85,9 +86,7 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
     size = _block(world_model, spec, platform)
     if size is None:
         return _unroll_stepwise(world_model, start, spec, kernel, recorded)
-    return _unroll_recorded(
-        world_model, start, spec, kernel, recorded, size, interpret=platform == "cpu"
-    )
+    return _unroll_recorded(world_model, start, spec, kernel, recorded, size, platform)
 
 
 def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | None:
@@ -96,16 +95,16 @@ def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | N
     Raises:
       InputError: the Pallas kernel is asked for where there is none, or does not fit.
     """
-    kernel, compiled = spec.config.kernel, platform in COMPILED_FOR
+    kernel = spec.config.kernel
     # A policy reads the state of a step, which the Pallas kernel keeps to itself.
     if kernel == "xla" or spec.looks_back or spec.steps is not None:
         return None
-    if kernel == "auto" and not compiled:
+    if kernel == "auto" and platform not in AUTOMATIC:
         return None
-    if not compiled and platform != "cpu":
+    if platform not in LAYOUTS:
         raise InputError(f"kernel: pallas is not compiled for {platform!r}; use auto or xla")
     columns = spec.shape[0] * spec.shape[2]
-    size = block_size(columns, spec.config.horizon, world_model)
+    size = block_size(columns, spec.config.horizon, world_model, LAYOUTS[platform])
     if size is None and kernel == "pallas":
         raise InputError(
             f"kernel: no block of pallas suits {columns} patients x samples over "
@@ -200,8 +199,7 @@ def _unroll_recorded(
     kernel: StayKernel,
     recorded: StayState,
     size: int,
-    *,
-    interpret: bool,
+    platform: str,
 ) -> RolloutResult:
     """The model's steps by one Pallas kernel, then scores and summary of what it recorded."""
     now = start_branches(world_model, start, spec)
@@ -220,7 +218,7 @@ def _unroll_recorded(
         spec.noise,
         samples=samples,
         block=size,
-        interpret=interpret,
+        platform=platform,
     )
 
     def rows(leaf: jax.Array, count: int) -> jax.Array:

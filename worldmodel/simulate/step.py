@@ -268,7 +268,7 @@ def whole_steps(
     """`draw_whole` of arrays that broadcast, with standard deviation and mean of the scaler."""
     spread = sigma * scale
     wide = jnp.sqrt(jnp.maximum(jnp.square(spread) - _ROUNDED, 0.0))
-    rounded = jnp.round(mean * scale + shift + wide * normal)
+    rounded = jnp.floor(mean * scale + shift + wide * normal + 0.5)  # Triton has no rounding
     points = mu * scale + shift
     lower = jnp.floor(points)
     either = lower + (jax.nn.sigmoid(logit_of_normal(normal)) > 1.0 - (points - lower))

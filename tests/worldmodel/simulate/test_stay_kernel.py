@@ -20,7 +20,7 @@ from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block
-from worldmodel.simulate.stay_kernel import block_size
+from worldmodel.simulate.stay_kernel import LAYOUTS, block_size
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 from worldmodel.simulate.unroll import RolloutConfig
 
@@ -52,11 +52,12 @@ def play(world, start, plans, config, policy=None, samples=SAMPLES):
     return rollout_block(sharded, jax.random.key(0), start, plans, samples)
 
 
-@pytest.mark.parametrize("changes", [
-    {"follow_clinician": True}, {"common_noise": False, "mortality": False},
+@pytest.mark.parametrize(("platform", "changes"), [
+    ("tpu", {"follow_clinician": True}), ("gpu", {"common_noise": False}),
 ], ids=str)  # fmt: skip
-def test_both_kernels_give_the_same_branches(world, start, monkeypatch, changes):
-    monkeypatch.setattr("worldmodel.simulate.stay_kernel.BLOCKS", (128,))
+def test_both_kernels_give_the_same_branches(world, start, monkeypatch, platform, changes):
+    layout = LAYOUTS[platform]._replace(blocks=(128,))
+    monkeypatch.setitem(LAYOUTS, "cpu", layout)
     plans = np.random.default_rng(0).integers(0, 25, (PATIENTS, 2, HORIZON)).astype(np.int32)
     if changes.get("follow_clinician"):
         plans[:, 1, 1:] = FOLLOW_CLINICIAN
@@ -84,11 +85,11 @@ def test_blocks_are_as_large_as_the_chip_allows(world, stays):
     published = init_world_model(
         jax.random.key(0), Scaler.fit(stays, split=None), ModelConfig(variant="recurrent")
     )
-    assert block_size(5000, 24, published) == 256
-    assert block_size(5000, 60, published) == 128
-    assert block_size(100, 24, published) == 128
-    assert block_size(5000, 1000, published) is None
-    assert block_size(60, 24, published) is None
+    assert block_size(5000, 24, published, LAYOUTS["tpu"]) == 256
+    assert block_size(5000, 60, published, LAYOUTS["tpu"]) == 128
+    assert block_size(100, 24, published, LAYOUTS["tpu"]) == 128
+    assert block_size(5000, 1000, published, LAYOUTS["tpu"]) is None
+    assert block_size(60, 24, published, LAYOUTS["tpu"]) is None
 
 
 def test_what_it_is_not_for(world, start, stays):
