@@ -19,8 +19,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
          "partition-id", "replica-id", "opt-barrier", "copy-done", "async-done"}  # fmt: skip
 _SLICES = ("dynamic-slice", "gather", "slice")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-# Of a Pallas kernel: a TPU's cost estimate, or a GPU's metadata, in quotes within quotes.
-_ESTIMATE = re.compile(r"(?:cost_estimate|serialized_metadata)[^\w]+flops\W+(\d+)")
+# FLOPs of a Pallas kernel: a TPU's estimate, or a GPU's metadata, whose quotes are written \22.
+_ESTIMATE = re.compile(
+    r'(?:"cost_estimate":\{"flops":"|serialized_metadata = "\{\\22flops\\22: \\22)(\d+)'
+)
 _ON_CHIP = "S(1)"  # a TPU's own memory, which is not HBM
 
 
