@@ -313,7 +313,8 @@ def play_stays(
             jax.ShapeDtypeStruct((plans, layout.filled(2), whole), jnp.float32),
         ],
         cost_estimate=cost,
-        metadata={"flops": str(cost.flops)},  # of a GPU's kernel, whose estimate is not kept
+        # Triton's kernels do not keep their estimate.
+        metadata={"flops": str(cost.flops)} if layout.powers else None,
         compiler_params=_compiler_params(layout),
         interpret=interpret,
         name="stays",
@@ -473,7 +474,8 @@ class _Model(NamedTuple):
             operand = operand.astype(weight.dtype)
             if exact:
                 return jnp.dot(weight, operand, precision="highest")
-            precision = None if self.precision == BFLOAT16 else jax.lax.Precision(self.precision)
+            # Mosaic knows no "high", which is rounded less here.
+            precision = "default" if self.precision in (BFLOAT16, "default") else "highest"
             if self.interpret:  # of rounded operands; CPUs lack such products of some shapes
                 weight, operand = weight.astype(jnp.float32), operand.astype(jnp.float32)
             return jnp.dot(weight, operand, precision=precision, preferred_element_type=jnp.float32)
