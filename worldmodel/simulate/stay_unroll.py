@@ -222,17 +222,26 @@ def _unroll_recorded(
     )
 
     def rows(leaf: jax.Array, count: int) -> jax.Array:
-        """[K, ., N] to [P, K, S, count]."""
-        leaf = leaf[:, :count, : patients * samples]
-        return leaf.reshape(plans, count, patients, samples).transpose(2, 0, 3, 1)
+        """[..., K, ., N] to [..., P, K, S, count]."""
+        leaf = leaf[..., :count, : patients * samples]
+        leaf = leaf.reshape(*leaf.shape[:-1], patients, samples)
+        return jnp.moveaxis(leaf, (-2, -1, -3), (-4, -2, -1))
+
+    def ordered(record: Record) -> Record:
+        obs = rows(record.obs, schema.NUM_FEATURES)
+        return Record(obs, rows(record.scalars, len(Scalars._fields)))
+
+    # A GPU's compiler puts all steps in order at once in any case, and with them what only fills
+    # up; a TPU's needs no copy within the loop.
+    at_once = LAYOUTS[platform].powers
 
     def step(
         carry: tuple[StepState, Tree], inputs: tuple[jax.Array, Record]
     ) -> tuple[tuple[StepState, Tree], Tree]:
         before, folded = carry
         h, one = inputs
-        obs = rows(one.obs, schema.NUM_FEATURES)
-        found = Scalars(*jnp.moveaxis(rows(one.scalars, len(Scalars._fields)), -1, 0))
+        obs, scalars = one if at_once else ordered(one)
+        found = Scalars(*jnp.moveaxis(scalars, -1, 0))
         row = NextRow(
             obs=obs,
             dynamic=in_whole_steps(world_model.scaler.denormalize(obs)),
@@ -254,8 +263,9 @@ def _unroll_recorded(
         with jax.named_scope("output"):
             return (after, spec.fold(folded, result)), spec.collect(result)
 
+    inputs = (steps, ordered(record) if at_once else record)
     _, now = spread_state((), now, spec.shape)
-    (_, folded), kept = jax.lax.scan(step, (now, spec.folded), (steps, record))
+    (_, folded), kept = jax.lax.scan(step, (now, spec.folded), inputs)
     mortality = later = None
     if spec.config.mortality:
         mortality, later = jnp.moveaxis(rows(ends, 2), -1, 0)
