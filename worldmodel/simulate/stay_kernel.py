@@ -69,18 +69,18 @@ class Layout(NamedTuple):
 
     Attributes:
       least: rows of the smallest part.
-      powers: Triton's: parts are powers of two, cannot be cut out of each other or joined, and have
-        a product each; the arrays of a block stay in the device's memory until they are read.
+      triton: parts are powers of two, cannot be cut out of each other or joined, and have a product
+        each; arrays of a block stay in the device's memory until they are read.
       blocks: branches of a block, the largest that fits.
     """
 
     least: int
-    powers: bool
+    triton: bool
     blocks: tuple[int, ...]
 
     def filled(self, size: int) -> int:
         """Rows that a part takes."""
-        if self.powers:
+        if self.triton:
             return max(1 << (size - 1).bit_length(), self.least)
         return -(-size // self.least) * self.least
 
@@ -95,7 +95,7 @@ class Layout(NamedTuple):
 
     def pick(self, rows: jax.Array, index: int) -> jax.Array:
         """[1, B] a row of [., B]."""
-        if not self.powers:
+        if not self.triton:
             return rows[index : index + 1]
         return jnp.where(_numbers(rows) == index, rows, 0.0).sum(0, keepdims=True)
 
@@ -211,7 +211,7 @@ def block_size(columns: int, horizon: int, world_model: WorldModel, layout: Layo
     weights = (3 * hidden + head) * inputs + hidden * (5 * hidden + 3 * head + inputs)
     for size in layout.blocks:
         needed = 4 * (2 * horizon * streamed * size + held * size + 2 * weights)
-        if columns > size // 2 and (layout.powers or needed <= _ON_CHIP):
+        if columns > size // 2 and (layout.triton or needed <= _ON_CHIP):
             return size
     return None
 
@@ -314,7 +314,7 @@ def play_stays(
         ],
         cost_estimate=cost,
         # Triton's kernels do not keep their estimate.
-        metadata={"flops": str(cost.flops)} if layout.powers else None,
+        metadata={"flops": str(cost.flops)} if layout.triton else None,
         compiler_params=_compiler_params(layout),
         interpret=interpret,
         name="stays",
@@ -323,7 +323,7 @@ def play_stays(
 
 
 def _compiler_params(layout: Layout) -> pl_triton.CompilerParams | pl_tpu.CompilerParams:
-    if layout.powers:
+    if layout.triton:
         # Eight warps have all registers of a multiprocessor.
         return pl_triton.CompilerParams(num_warps=8, num_stages=1)
     return pl_tpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"))
@@ -364,9 +364,8 @@ def _pack(world_model: WorldModel, kernel: StayKernel, layout: Layout) -> _Weigh
     low, high = physiologic_range(world_model.scaler)
     doses, decays = doses_of(world_model.dose_edges), jnp.array(DECAYS, jnp.float32)
     added = jnp.concatenate([(1.0 - decay) * doses for decay in DECAYS], axis=1)
-    choices = _fill(
-        kernel.choice_bias, 0, layout.filled(_ACTIONS), -_FAR
-    )  # no other is ever chosen
+    # Choices that only fill up are never taken.
+    choices = _fill(kernel.choice_bias, 0, layout.filled(_ACTIONS), -_FAR)
     return _Weights(
         row=matrix(kernel.row, _INPUTS, (*gates, small, *linear)),
         row_bias=column(kernel.row_bias, (*gates, small, *linear)),
@@ -481,7 +480,7 @@ class _Model(NamedTuple):
             return jnp.dot(weight, operand, precision=precision, preferred_element_type=jnp.float32)
 
         rows = _places(sizes)
-        if not self.layout.powers:
+        if not self.layout.triton:
             whole = times(weight[...], inputs[0] if len(inputs) == 1 else jnp.concatenate(inputs))
             if bias is not None:
                 whole += bias[...]

@@ -233,7 +233,7 @@ def _unroll_recorded(
 
     # A GPU's compiler puts all steps in order at once in any case, and with them what only fills
     # up; a TPU's needs no copy within the loop.
-    at_once = LAYOUTS[platform].powers
+    at_once = LAYOUTS[platform].triton
 
     def step(
         carry: tuple[StepState, Tree], inputs: tuple[jax.Array, Record]
