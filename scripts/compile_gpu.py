@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
     parser.add_argument(
         "--kernels", nargs="+", default=KERNELS[1:], choices=KERNELS[1:],
-        help="of the recurrent variant; the others have one",
+        help="of the recurrent variant but in float32; the others have one",
     )  # fmt: skip
     parser.add_argument("--branches", type=int, default=BRANCHES_PER_DEVICE["gpu"])
     parser.add_argument("--horizon", type=int, default=24, help="steps")
@@ -72,7 +72,7 @@ def main() -> None:
     for variant, precision, kernel in product(
         arguments.variants, arguments.precisions, arguments.kernels
     ):
-        if kernel != "xla" and variant != "recurrent":
+        if kernel != "xla" and (variant != "recurrent" or precision == "float32"):
             continue
         for card in arguments.cards:
             rollouts.append(rollout(card, variant, precision, kernel, arguments))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
+from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
 from worldmodel.simulate.stay_kernel import (
@@ -103,6 +104,12 @@ def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | N
         return None
     if platform not in LAYOUTS:
         raise InputError(f"kernel: pallas is not compiled for {platform!r}; use auto or xla")
+    precision = spec.config.precision or world_model.config.precision
+    if platform in ("gpu", "cuda") and precision not in (BFLOAT16, "default"):
+        # Without tensor cores Triton writes every multiplication out, and does not come to an end.
+        raise InputError(
+            f"kernel: pallas multiplies in bfloat16 or default precision on GPUs, not {precision!r}"
+        )
     columns = spec.shape[0] * spec.shape[2]
     size = block_size(columns, spec.config.horizon, world_model, LAYOUTS[platform])
     if size is None and kernel == "pallas":

@@ -19,10 +19,12 @@ from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import Scaler
 from worldmodel.simulate.history import start_history
+from worldmodel.simulate.randomness import under_plans
 from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block
 from worldmodel.simulate.stay_kernel import LAYOUTS, block_size
 from worldmodel.simulate.stays import FOLLOW_CLINICIAN
-from worldmodel.simulate.unroll import RolloutConfig
+from worldmodel.simulate.stay_unroll import unroll_branches
+from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec
 
 ROOT = Path(__file__).resolve().parents[3]
 PATIENTS, SAMPLES, HORIZON = 3, 48, 3  # more columns than one block of 128 holds
@@ -97,6 +99,11 @@ def test_what_it_is_not_for(world, start, stays):
     plans = np.zeros((PATIENTS, 1, HORIZON), np.int32)
     with pytest.raises(InputError, match="no block of pallas suits 6 patients x samples"):
         play(world, start, plans, pallas, samples=2)
+    shape = (PATIENTS, 1, SAMPLES)
+    for platform, words in (("gpu", "bfloat16 or default precision"), ("rocm", "not compiled for")):
+        with pytest.raises(InputError, match=words):
+            spec = RolloutSpec(pallas, shape, under_plans(plans), lambda h: h, platform=platform)
+            unroll_branches(world, start, spec)
     with pytest.raises(InputError, match="pallas simulates the recurrent variant"):
         windowed = ModelConfig(variant="reference", hidden=8, layers=1, embed=4, head=4)
         other = init_world_model(jax.random.key(3), Scaler.fit(stays, split=None), windowed)
