@@ -22,8 +22,8 @@ from worldmodel.simulate.history import start_history
 from worldmodel.simulate.randomness import under_plans
 from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block
 from worldmodel.simulate.stay_kernel import LAYOUTS, block_size
-from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 from worldmodel.simulate.stay_unroll import unroll_branches
+from worldmodel.simulate.stays import FOLLOW_CLINICIAN
 from worldmodel.simulate.unroll import RolloutConfig, RolloutSpec
 
 ROOT = Path(__file__).resolve().parents[3]
