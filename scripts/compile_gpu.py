@@ -35,7 +35,7 @@ from sepsis_jax.benchmark.ahead_of_time import CARDS, Sweep, Update, bytes_plann
 from worldmodel.files import write_json
 from worldmodel.models.clinical_model import VARIANTS
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
-from worldmodel.simulate.stay_kernel import KERNELS
+from worldmodel.simulate.unroll import KERNELS
 
 GIB = 2**30
 # names of precisions as users know them, and those of `RolloutConfig`

@@ -33,7 +33,7 @@ from policy.train.loop.metrics import peak_flops
 from sepsis_jax.benchmark.ahead_of_time import CHIPS, Sweep, bytes_planned
 from worldmodel.files import write_json
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
-from worldmodel.simulate.stay_kernel import KERNELS
+from worldmodel.simulate.unroll import KERNELS
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 

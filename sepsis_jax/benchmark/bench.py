@@ -47,7 +47,7 @@ from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts
-from worldmodel.simulate.stay_kernel import KERNELS
+from worldmodel.simulate.unroll import KERNELS
 
 PLAIN = "plain model"
 JAX_ROLLOUTS: dict[str, Callable[[Workload], Contender]] = {

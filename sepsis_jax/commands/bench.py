@@ -213,6 +213,7 @@ def profile(
     samples: Samples = 16,
     horizon: Horizon = 24,
     precision: Precision = None,
+    kernel: Kernel = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -233,7 +234,7 @@ def profile(
     console.print(f"model: {what}")
     with claimed(out), phases("profile") as progress:
         pool = patient_pool(world_model, seed)
-        job = workload(world_model, pool, shape, horizon, seed=seed)
+        job = workload(world_model, pool, shape, horizon, seed=seed, kernel=kernel or "auto")
         result = write_profile(
             job,
             out,

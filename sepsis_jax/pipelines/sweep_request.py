@@ -30,10 +30,9 @@ from worldmodel.resources import BFLOAT16, require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
-from worldmodel.simulate.stay_kernel import KERNELS
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
-from worldmodel.simulate.unroll import RolloutConfig
+from worldmodel.simulate.unroll import KERNELS, RolloutConfig
 
 POLICY = "policy"  # kind of a group, beside those of the plans
 _BLOCK = {"cpu": 65_536}  # branches: seconds of work, and little memory

@@ -52,7 +52,6 @@ from worldmodel.simulate.step import (
     whole_steps,
 )
 
-KERNELS = ("auto", "xla", "pallas")
 AUTOMATIC = ("tpu",)  # platforms where "auto" is "pallas"
 _ON_CHIP = 12 * 2**20  # bytes of a TPU's vector memory for a block; the compiler needs some of 16
 _FEATURES, _ACTIONS, _STATIC = schema.NUM_FEATURES, schema.NUM_ACTIONS, schema.NUM_STATIC

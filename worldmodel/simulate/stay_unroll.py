@@ -106,7 +106,7 @@ def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | N
         raise InputError(f"kernel: pallas is not compiled for {platform!r}; use auto or xla")
     precision = spec.config.precision or world_model.config.precision
     if platform in ("gpu", "cuda") and precision not in (BFLOAT16, "default"):
-        # Without tensor cores Triton writes every multiplication out, and does not come to an end.
+        # Without tensor cores Triton writes every multiplication out; it took minutes to compile.
         raise InputError(
             f"kernel: pallas multiplies in bfloat16 or default precision on GPUs, not {precision!r}"
         )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from worldmodel import schema
 from worldmodel.clinical import reward
+from worldmodel.configuration import require
 from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate import fused_gru
@@ -21,6 +22,7 @@ from worldmodel.simulate.step import LACTATE, NextRow, next_row, score_row
 Tree = Any  # a PyTree of arrays whose structure the caller chooses
 TreeT = TypeVar("TreeT")
 Shape = tuple[int, int, int]  # patients P, plans K, samples S
+KERNELS = ("auto", "xla", "pallas")
 _PREFIX = 2  # after two steps nothing is shared between branches any more
 
 
@@ -84,6 +86,9 @@ class RolloutConfig:
     precision: str | None = None
     follow_clinician: bool = False
     kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self, f"one of {', '.join(KERNELS)}", KERNELS.__contains__, "kernel")
 
 
 @dataclass(frozen=True)
