@@ -54,6 +54,7 @@ from worldmodel.simulate.step import (
 
 AUTOMATIC = ("tpu",)  # platforms where "auto" is "pallas"
 _ON_CHIP = 12 * 2**20  # bytes of a TPU's vector memory for a block; the compiler needs some of 16
+_FILLED = 1.1  # of columns in blocks, by those that are asked for: a block may do with so much
 _FEATURES, _ACTIONS, _STATIC = schema.NUM_FEATURES, schema.NUM_ACTIONS, schema.NUM_STATIC
 _FAR = 1e30  # of what is never reached: in rows that only fill up
 
@@ -70,7 +71,7 @@ class Layout(NamedTuple):
       least: rows of the smallest part.
       triton: parts are powers of two, cannot be cut out of each other or joined, and have a product
         each; arrays of a block stay in the device's memory until they are read.
-      blocks: branches of a block, the largest that fits.
+      blocks: branches of a block, largest first.
     """
 
     least: int
@@ -208,11 +209,17 @@ def block_size(columns: int, horizon: int, world_model: WorldModel, layout: Layo
     # Gates and products of a step, and the state before and after it.
     held = 10 * hidden + 5 * head + 2 * inputs + 16 * layout.filled(_FEATURES)
     weights = (3 * hidden + head) * inputs + hidden * (5 * hidden + 3 * head + inputs)
-    for size in layout.blocks:
-        needed = 4 * (2 * horizon * streamed * size + held * size + 2 * weights)
-        if columns > size // 2 and (layout.triton or needed <= _ON_CHIP):
-            return size
-    return None
+    fitting = [
+        size
+        for size in layout.blocks
+        if columns > size // 2
+        and (
+            layout.triton
+            or 4 * (2 * horizon * streamed * size + held * size + 2 * weights) <= _ON_CHIP
+        )
+    ]
+    full = (size for size in fitting if -(-columns // size) * size <= _FILLED * columns)
+    return next(full, fitting[-1] if fitting else None)
 
 
 def play_stays(
