@@ -4,7 +4,8 @@
     python scripts/compile_gpu.py --json benchmarks/compile_gpu.json
     python scripts/compile_gpu.py --cards h100 --variants recurrent --no-update
 
-XLA compiles for a card by its figures. Printed for rollouts: memory beside what the card has,
+XLA compiles for a card by its figures; of the recurrent variant also the Pallas kernel of all steps
+(`worldmodel.simulate.stay_kernel`). Printed for rollouts: memory beside what the card has,
 kernels per call, bytes and FLOPs per branch-step counted in the optimised program (operands and
 results of every kernel, loops as often as they run), and the branch-steps/s that bandwidth and
 products allow at most. Nothing is measured. The last line is JSON.
@@ -18,6 +19,7 @@ import math
 import os
 import time
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,7 @@ from sepsis_jax.benchmark.ahead_of_time import CARDS, Sweep, Update, bytes_plann
 from worldmodel.files import write_json
 from worldmodel.models.clinical_model import VARIANTS
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
+from worldmodel.simulate.unroll import KERNELS
 
 GIB = 2**30
 # names of precisions as users know them, and those of `RolloutConfig`
@@ -49,6 +52,10 @@ def main() -> None:
     parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=PRECISIONS)
+    parser.add_argument(
+        "--kernels", nargs="+", default=KERNELS[1:], choices=KERNELS[1:],
+        help="of the recurrent variant but in float32; the others have one",
+    )  # fmt: skip
     parser.add_argument("--branches", type=int, default=BRANCHES_PER_DEVICE["gpu"])
     parser.add_argument("--horizon", type=int, default=24, help="steps")
     parser.add_argument("--no-update", action="store_true", help="rollouts alone")
@@ -57,15 +64,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
 
-    print(f"{'card':5s} {'variant':10s} {'precision':13s} {'memory GiB':>10s} {'kernels':>8s} "
+    print(f"{'card':5s} {'variant':10s} {'precision':13s} {'kernel':6s} {'memory GiB':>10s} "
+          f"{'kernels':>8s} "
           f"{'bytes':>7s} {'FLOPs':>9s} {'M/s by bytes':>12s} {'by FLOPs':>9s} {'compile s':>9s}"
     )  # fmt: skip
     rollouts = []
-    for variant in arguments.variants:
-        for precision in arguments.precisions:
-            for card in arguments.cards:
-                rollouts.append(rollout(card, variant, precision, arguments))
-                print(line(rollouts[-1]), flush=True)
+    for variant, precision, kernel in product(
+        arguments.variants, arguments.precisions, arguments.kernels
+    ):
+        if kernel != "xla" and (variant != "recurrent" or precision == "float32"):
+            continue
+        for card in arguments.cards:
+            rollouts.append(rollout(card, variant, precision, kernel, arguments))
+            print(line(rollouts[-1]), flush=True)
     updates = []
     for number, case in enumerate(() if arguments.no_update else UPDATES):
         for card in arguments.cards:
@@ -97,10 +108,12 @@ def main() -> None:
 
 
 def rollout(
-    card: str, variant: str, precision: str, arguments: argparse.Namespace
+    card: str, variant: str, precision: str, kernel: str, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """What the compiler says of the sweep's program, and what its kernels move."""
-    sweep = Sweep(variant, PRECISIONS[precision], arguments.branches, arguments.horizon)
+    sweep = Sweep(
+        variant, PRECISIONS[precision], arguments.branches, arguments.horizon, kernel=kernel
+    )
     start = time.perf_counter()
     program = sweep.lower(gpu(card)).compile()
     seconds = time.perf_counter() - start
@@ -109,6 +122,7 @@ def rollout(
         "card": card,
         "variant": variant,
         "precision": precision,
+        "kernel": kernel,
         "branches": math.prod(sweep.shape),
         "bytes": bytes_planned(program),
         **sweep.counted(program, bandwidth=bandwidth, products=products),
@@ -119,7 +133,7 @@ def rollout(
 def line(row: dict[str, Any]) -> str:
     """A rollout as a line of the table."""
     return (
-        f"{row['card']:5s} {row['variant']:10s} {row['precision']:13s} "
+        f"{row['card']:5s} {row['variant']:10s} {row['precision']:13s} {row['kernel']:6s} "
         f"{row['bytes']['peak'] / GIB:10.2f} {row['kernels_per_call']:8,d} "
         f"{row['bytes_per_branch_step']:7,d} {row['flops_per_branch_step']:9,d} "
         f"{row['branch_steps_by_bandwidth'] / 1e6:12.0f} "

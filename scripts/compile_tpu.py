@@ -4,7 +4,8 @@
     python scripts/compile_tpu.py --topologies v5e:4x4 v5e:16x16
 
 libtpu's compiler runs on any x86 Linux host. Each topology gets a mesh of all its chips; the
-program is the one that `sepsis-jax sweep` runs, with one task per chip. Printed per chip: memory
+program is the one that `sepsis-jax sweep` runs, with one task per chip, by XLA's kernels and by the
+Pallas kernel of all steps (`worldmodel.simulate.stay_kernel`). Printed per chip: memory
 (arguments, outputs, temporaries, code), kernels per call, bytes and FLOPs per branch-step counted
 in the optimised program (loops as often as they run), the branch-steps/s that bandwidth and
 products allow at most, and what crosses chips, which must be nothing. The last line is JSON.
@@ -32,6 +33,7 @@ from policy.train.loop.metrics import peak_flops
 from sepsis_jax.benchmark.ahead_of_time import CHIPS, Sweep, bytes_planned
 from worldmodel.files import write_json
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
+from worldmodel.simulate.unroll import KERNELS
 
 _COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
@@ -44,18 +46,26 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=3, help="ensemble size")
     parser.add_argument("--variant", default="recurrent", help="of the world model")
     parser.add_argument("--precision", default="bfloat16", help="of matrix products")
+    parser.add_argument(
+        "--kernels", nargs="+", default=KERNELS[1:], choices=KERNELS[1:], help="of the rollout"
+    )
     parser.add_argument("--json", type=Path, help="file for the result")
     arguments = parser.parse_args()
 
-    rows = [compiled(name, arguments) for name in arguments.topologies]
-    print(f"{'topology':12s} {'chips':>5s} {'MB per chip':>12s} {'kernels':>8s} {'bytes':>7s} "
-          f"{'FLOPs':>9s} {'M/s by bytes':>12s} {'by FLOPs':>9s} {'collectives':>11s} "
-          f"{'compile s':>9s}")  # fmt: skip
+    rows = [
+        compiled(name, kernel, arguments)
+        for name in arguments.topologies
+        for kernel in arguments.kernels
+    ]
+    print(f"{'topology':12s} {'kernel':6s} {'chips':>5s} {'MB per chip':>12s} {'kernels':>8s} "
+          f"{'bytes':>7s} {'FLOPs':>9s} {'M/s by bytes':>12s} {'by FLOPs':>9s} "
+          f"{'collectives':>11s} {'compile s':>9s}")  # fmt: skip
     for row in rows:
         print(
-            f"{row['topology']:12s} {row['chips']:5d} {row['bytes_per_chip'] / 1e6:12.1f} "
-            f"{row['kernels_per_call']:8,d} {row['bytes_per_branch_step']:7,d} "
-            f"{row['flops_per_branch_step']:9,d} {row['branch_steps_by_bandwidth'] / 1e6:12.0f} "
+            f"{row['topology']:12s} {row['kernel']:6s} {row['chips']:5d} "
+            f"{row['bytes_per_chip'] / 1e6:12.1f} {row['kernels_per_call']:8,d} "
+            f"{row['bytes_per_branch_step']:7,d} {row['flops_per_branch_step']:9,d} "
+            f"{row['branch_steps_by_bandwidth'] / 1e6:12.0f} "
             f"{row['branch_steps_by_products'] / 1e6:9.0f} {row['collectives']:11d} "
             f"{row['compile_seconds']:9.1f}"
         )
@@ -72,14 +82,14 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the compiler says of one topology."""
+def compiled(name: str, kernel: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the compiler says of one topology and one kind of rollout."""
     chips: list[Any] = list(
         topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     )
     sweep = Sweep(
         arguments.variant, arguments.precision, arguments.branches, arguments.horizon,
-        arguments.members,
+        arguments.members, kernel,
     )  # fmt: skip
     start = time.perf_counter()
     program = sweep.lower(chips).compile()
@@ -90,6 +100,7 @@ def compiled(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     assert products is not None
     return {
         "topology": name,
+        "kernel": kernel,
         "chips": len(chips),
         "device_kind": kind,
         "branches_per_chip": math.prod(sweep.shape),

@@ -211,6 +211,14 @@ OtherSeed = Annotated[
     ),
 ]
 Samples = Annotated[int, typer.Option("--samples", min=1, max=LARGEST, help="Futures per plan.")]
+Kernel = Annotated[
+    str | None,
+    typer.Option(
+        "--kernel",
+        help="Of the recurrent variant under plans: xla; pallas, one kernel of all steps; or auto "
+        "(the default), pallas on a TPU where it fits.",
+    ),
+]
 Setting = Annotated[
     list[str] | None,
     typer.Option(

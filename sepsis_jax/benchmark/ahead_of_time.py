@@ -117,6 +117,7 @@ class Sweep:
       branches: per device.
       horizon: steps.
       members: of the ensemble.
+      kernel: as for `RolloutConfig`.
     """
 
     variant: str
@@ -124,6 +125,7 @@ class Sweep:
     branches: int
     horizon: int = 24
     members: int = 3
+    kernel: str = "xla"
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -133,7 +135,7 @@ class Sweep:
     def lower(self, devices: Sequence[jax.Device]) -> jax.stages.Lowered:
         """The lowered program."""
         mesh = branch_mesh(devices)
-        config = RolloutConfig(self.horizon, precision=self.precision)
+        config = RolloutConfig(self.horizon, precision=self.precision, kernel=self.kernel)
         call = sharded_call(mesh, self.shape, config)
         lowered: jax.stages.Lowered = call.lower(*self._arguments(mesh))
         return lowered

@@ -47,6 +47,7 @@ from worldmodel.models.clinical_model import PRECISIONS
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.rollout import CHART_FEATURES, require_rollouts
+from worldmodel.simulate.unroll import KERNELS
 
 PLAIN = "plain model"
 JAX_ROLLOUTS: dict[str, Callable[[Workload], Contender]] = {
@@ -77,6 +78,7 @@ class BenchOptions:
       question_samples: per treatment in the agent's question.
       seed: of patients and plans.
       only: contenders to measure; () for all.
+      kernel: of the sharded rollouts, as for `RolloutConfig`.
     """
 
     branches: tuple[int, ...] = ()
@@ -87,10 +89,12 @@ class BenchOptions:
     question_samples: int = 1000
     seed: int = 0
     only: tuple[str, ...] = ()
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         counts = ("plans", "samples", "horizon", "repeats", "question_samples")
         require(self, "at least 1", lambda value: value >= 1, *counts)
+        require(self, f"one of {', '.join(KERNELS)}", KERNELS.__contains__, "kernel")
         unknown = [name for name in self.only if name not in NAMES]
         if unknown:
             raise InputError(f"only: {unknown[0]!r} is unknown; known: {'; '.join(NAMES)}")
@@ -141,6 +145,7 @@ def run_bench(
             shape_of(branches, plans=options.plans, samples=options.samples),
             options.horizon,
             seed=options.seed,
+            kernel=options.kernel,
         )
         for branches in sorted(options.branches or default)
     ]

@@ -119,7 +119,9 @@ def sharded(job: Workload, name: str = "sharded", *, precision: str | None = Non
     most = BRANCHES_PER_DEVICE.get(jax.default_backend(), 65_536)
     per_device = min(most, -(-job.shape.branches // mesh.devices.size))
     shape = task_shape(*job.shape, 1, branches=per_device)
-    settings = RolloutConfig(horizon=job.horizon, features=CHART_FEATURES, precision=precision)
+    settings = RolloutConfig(
+        horizon=job.horizon, features=CHART_FEATURES, precision=precision, kernel=job.kernel
+    )
     sharded_rollout = ShardedRollout(job.world_model, mesh, shape, settings)
     plans = jnp.asarray(job.plans)
 

@@ -59,7 +59,7 @@ def profile_rollout(job: Workload, out: Path, *, progress: Progress = silent) ->
     """
     mesh = branch_mesh()
     devices = mesh.devices.size
-    settings = RolloutConfig(job.horizon, CHART_FEATURES)
+    settings = RolloutConfig(job.horizon, CHART_FEATURES, kernel=job.kernel)
     sharded_rollout = ShardedRollout(job.world_model, mesh, job.shape, settings)
     patients = np.arange(job.shape.patients, dtype=np.int32)
     samples = np.arange(job.shape.samples, dtype=np.int32)

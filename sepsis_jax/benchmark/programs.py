@@ -19,6 +19,10 @@ _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "afte
          "partition-id", "replica-id", "opt-barrier", "copy-done", "async-done"}  # fmt: skip
 _SLICES = ("dynamic-slice", "gather", "slice")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+# FLOPs of a Pallas kernel: a TPU's estimate, or a GPU's metadata, whose quotes are written \22.
+_ESTIMATE = re.compile(
+    r'(?:"cost_estimate":\{"flops":"|serialized_metadata = "\{\\22flops\\22: \\22)(\d+)'
+)
 _ON_CHIP = "S(1)"  # a TPU's own memory, which is not HBM
 
 
@@ -33,18 +37,27 @@ class Instruction:
     attributes: str
 
     @property
+    def size(self) -> int:
+        """Bytes of its result."""
+        return _bytes_of(self.type, on_chip=True)
+
+    @property
     def bytes(self) -> int:
         """Of its result, without what lies in a TPU's on-chip memory."""
-        return sum(
-            _SIZES.get(kind, 0) * math.prod(_shape(shape))
-            for kind, shape, layout in _ARRAY.findall(self.type)
-            if _ON_CHIP not in layout
-        )
+        return _bytes_of(self.type, on_chip=False)
 
     def called(self, key: str) -> str:
         """Name of the computation under a key such as `body`."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found.group(1) if found else ""
+
+
+def _bytes_of(text: str, *, on_chip: bool) -> int:
+    return sum(
+        _SIZES.get(kind, 0) * math.prod(_shape(shape))
+        for kind, shape, layout in _ARRAY.findall(text)
+        if on_chip or _ON_CHIP not in layout
+    )
 
 
 @dataclass
@@ -55,7 +68,7 @@ class Traffic:
       kernels: launches.
       bytes: read and written in the device's memory: operands and results of every kernel, of
         which slices are read or written as far as they are. Caches are not thought of.
-      flops: of matrix products.
+      flops: of matrix products; of a Pallas kernel what it says of itself, as its inside is no HLO.
       by_opcode: bytes by kind of kernel.
     """
 
@@ -173,10 +186,11 @@ def _kernel(
     inner = all_.get(one.called("calls"), ()) if one.opcode in ("fusion", "async-start") else ()
     if not inner:
         if one.opcode == "dynamic-update-slice":
-            return 2 * named[one.operands[1]].bytes, 0
+            part = named[one.operands[1]]
+            return part.bytes + (part.size if one.bytes else 0), 0
         read = sum(named[name].bytes for name in one.operands if name in named)
         if one.opcode in _SLICES:
-            read = one.bytes
+            read = min(one.size, read)
         return read + one.bytes, _flops(one, named)
     inside = {step.name: step for step in inner}
     users: dict[str, list[Instruction]] = {}
@@ -194,7 +208,7 @@ def _kernel(
     written = one.bytes
     root = inner[-1]
     if root.opcode == "dynamic-update-slice":
-        written = inside[root.operands[1]].bytes
+        written = min(inside[root.operands[1]].size, written)
     return read + written, sum(_flops(step, inside) for step in inner) + sum(
         _kernel(step, inside, all_)[1] for step in inner if step.opcode == "fusion"
     )
@@ -212,21 +226,24 @@ def _read(parameter: Instruction, users: Mapping[str, Sequence[Instruction]]) ->
     total = 0
     for user in of_it:
         if user.opcode in _SLICES and user.operands[0] == parameter.name:
-            total += user.bytes
+            total += user.size
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
             continue
         elif user.opcode == "bitcast":
             total += _read(user, users)
         else:
-            return parameter.bytes
+            return parameter.size
     return total
 
 
 def _flops(one: Instruction, named: Mapping[str, Instruction]) -> int:
     """Operations of a product: two per multiplication and addition.
 
-    Products are XLA's own, cuBLAS's, or the convolutions that they become on TPUs.
+    Products are XLA's own, cuBLAS's, the convolutions that they become on TPUs, or those of a
+    Pallas kernel with a cost estimate.
     """
+    if one.opcode == "custom-call" and (own := _ESTIMATE.search(one.attributes)):
+        return int(own.group(1))
     if one.opcode == "dot":
         pattern = r"lhs_contracting_dims=\{([\d,]*)\}"
     elif one.opcode == "custom-call" and "cublas" in one.attributes:

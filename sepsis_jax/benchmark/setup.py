@@ -89,6 +89,7 @@ class Workload:
       shape: P, K, S.
       horizon: steps H.
       precision: of matrix products.
+      kernel: as for `RolloutConfig`.
     """
 
     world_model: WorldModel
@@ -97,6 +98,7 @@ class Workload:
     shape: Shape
     horizon: int
     precision: str
+    kernel: str = "auto"
 
     @property
     def steps(self) -> int:
@@ -131,7 +133,13 @@ def patient_pool(world_model: WorldModel, seed: int) -> History:
 
 
 def workload(
-    world_model: WorldModel, pool: History, shape: Shape, horizon: int, *, seed: int
+    world_model: WorldModel,
+    pool: History,
+    shape: Shape,
+    horizon: int,
+    *,
+    seed: int,
+    kernel: str = "auto",
 ) -> Workload:
     """Patients of the pool under random plans."""
     rows = np.arange(shape.patients) % pool.step.shape[0]
@@ -141,7 +149,7 @@ def workload(
         0, schema.NUM_ACTIONS, (shape.patients, shape.plans, horizon)
     )
     precision = world_model.config.precision
-    return Workload(world_model, start, plans.astype(np.int32), shape, horizon, precision)
+    return Workload(world_model, start, plans.astype(np.int32), shape, horizon, precision, kernel)
 
 
 def require_branches(shape: Shape, horizon: int) -> None:

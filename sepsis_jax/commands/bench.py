@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from sepsis_jax.console import Json, Out, Samples, Seed, console, phases, print_json, print_table
+from sepsis_jax.console import (
+    Json,
+    Kernel,
+    Out,
+    Samples,
+    Seed,
+    console,
+    phases,
+    print_json,
+    print_table,
+)
 from sepsis_jax.runs import JsonDict, claimed
 from worldmodel.configuration import LARGEST
 
@@ -87,6 +97,7 @@ def bench(
             "included, in minutes and in one file.",
         ),
     ] = False,
+    kernel: Kernel = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -121,6 +132,7 @@ def bench(
         question_samples=question_samples,
         seed=seed,
         only=tuple(only or ()),
+        kernel=kernel or "auto",
     )
     check_replaceable(out, short.RESULT if quick else RESULT)
     world_model, what = model_to_measure(model, precision)
@@ -304,6 +316,7 @@ def profile(
     samples: Samples = 16,
     horizon: Horizon = 24,
     precision: Precision = None,
+    kernel: Kernel = None,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -324,7 +337,7 @@ def profile(
     console.print(f"model: {what}")
     with claimed(out), phases("profile") as progress:
         pool = patient_pool(world_model, seed)
-        job = workload(world_model, pool, shape, horizon, seed=seed)
+        job = workload(world_model, pool, shape, horizon, seed=seed, kernel=kernel or "auto")
         result = write_profile(
             job,
             out,

@@ -13,6 +13,7 @@ from sepsis_jax.console import (
     DryRun,
     Episodes,
     Json,
+    Kernel,
     Model,
     OtherSeed,
     Out,
@@ -153,6 +154,7 @@ def sweep(
     config: Config = None,
     setting: Setting = None,
     seed: OtherSeed = None,
+    kernel: Kernel = None,
     shard: Annotated[
         str,
         typer.Option("--shard", help="i/n: this host does its share of the blocks, i from 0."),
@@ -177,7 +179,7 @@ def sweep(
     flags: JsonDict = {
         "plans": tuple(plan) if plan else None, "policies": tuple(policy) if policy else None,
         "then": then, "every": every, "horizon": horizon, "samples": samples, "split": split,
-        "seed": seed, **_start_rows(steps, every),
+        "seed": seed, "kernel": kernel, **_start_rows(steps, every),
     }  # fmt: skip
     options = resolve_config(SweepOptions, config, setting, source="--set")
     options = replace(options, **{name: x for name, x in flags.items() if x is not None})

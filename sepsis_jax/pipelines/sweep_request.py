@@ -32,7 +32,7 @@ from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
-from worldmodel.simulate.unroll import RolloutConfig
+from worldmodel.simulate.unroll import KERNELS, RolloutConfig
 
 POLICY = "policy"  # kind of a group, beside those of the plans
 _BLOCK = {"cpu": 65_536}  # branches: seconds of work, and little memory
@@ -62,6 +62,7 @@ class SweepOptions:
         supported.
       mode: "corrected" or "reference".
       precision: of matrix products; "" for the model's own.
+      kernel: of plans in the recurrent variant: "xla", "pallas", or "auto", as the device suits.
       block: branches per file, about; 0 for what suits the kind of device.
       task: branches that a device simulates at a time; 0 likewise.
     """
@@ -81,6 +82,7 @@ class SweepOptions:
     support: float = 0.01
     mode: str = "corrected"
     precision: str = ""
+    kernel: str = "auto"
     block: int = 0
     task: int = 0
 
@@ -89,6 +91,7 @@ class SweepOptions:
         require(self, "0 or more", lambda value: value >= 0, "every", "patients", "block", "task")
         require(self, "within 0 and 1", lambda value: 0 <= value <= 1, "support")
         require(self, f"one of {', '.join(MODES)}", lambda value: value in MODES, "mode")
+        require(self, f"one of {', '.join(KERNELS)}", KERNELS.__contains__, "kernel")
         known = ("", *PRECISIONS, BFLOAT16)
         require(self, f"one of {', '.join(known[1:])}", known.__contains__, "precision")
         unknown = [name for name in self.features if name not in schema.INDEX]
@@ -130,7 +133,11 @@ class Sweep:
         """What is compiled."""
         options = self.options
         return RolloutConfig(
-            options.horizon, options.features, options.mode, precision=options.precision or None
+            options.horizon,
+            options.features,
+            options.mode,
+            precision=options.precision or None,
+            kernel=options.kernel,
         )
 
     @property

@@ -12,6 +12,8 @@ candidate gate, so that torch weights fit exactly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -52,8 +54,15 @@ def gates(
     projected: Float[Array, "*#b G"], recurrent: Float[Array, "*#b G"], h: Float[Array, "*#b H"]
 ) -> Float[Array, "*#b H"]:
     """The elementwise half of a GRU step: two [..., 3H] sides and h [..., H] to h' [..., H]."""
-    input_r, input_z, input_n = jnp.split(projected, 3, axis=-1)
-    hidden_r, hidden_z, hidden_n = jnp.split(recurrent, 3, axis=-1)
+    return gated(jnp.split(projected, 3, axis=-1), jnp.split(recurrent, 3, axis=-1), h)
+
+
+def gated(
+    projected: Sequence[jax.Array], recurrent: Sequence[jax.Array], h: jax.Array
+) -> jax.Array:
+    """`gates` of arrays of any one shape, each side as its parts r, z and n."""
+    input_r, input_z, input_n = projected
+    hidden_r, hidden_z, hidden_n = recurrent
     r = _sigmoid(input_r + hidden_r)
     z = _sigmoid(input_z + hidden_z)
     n = jnp.tanh(input_n + r * hidden_n)

@@ -46,8 +46,8 @@ SUMS_WIDTH = len(DECAYS) * DOSE_WIDTH
 DRAWN_WIDTH = 2 * schema.NUM_FEATURES + 1
 ROW_WIDTH = DRAWN_WIDTH + 2 + schema.NUM_STATIC + CODE_WIDTH + SUMS_WIDTH
 NOISE_WIDTH = 2 * schema.NUM_FEATURES + 2  # normals: values, measuring, ventilation, choice
-_LARGEST = 5.0  # z-scores beyond are clipped
-_STEPS = 10.0  # unit of time
+LARGEST = 5.0  # z-scores beyond are clipped
+TIME_UNIT = 10.0  # steps
 _DOSE_UNITS = (0.3, 400.0)  # mcg/kg/min and mL per step
 LOG_SIGMA_RANGE = (-4.0, 1.5)  # z-space
 RISKS = ("death", "discharge", "later death")
@@ -116,7 +116,7 @@ def add_doses(sums: jax.Array, doses: jax.Array) -> jax.Array:
 def drawn_inputs(row: StayRow) -> jax.Array:
     """[..., 79] inputs of a row that differ between all simulated branches."""
     blocks = (
-        jnp.clip(row.obs, -_LARGEST, _LARGEST),
+        jnp.clip(row.obs, -LARGEST, LARGEST),
         row.measured.astype(jnp.float32),
         row.ventilated.astype(jnp.float32)[..., None],
     )
@@ -127,7 +127,7 @@ def known_inputs(row: StayRow) -> jax.Array:
     """[..., 43] inputs of a row that branches under the same treatments share."""
     step = jnp.asarray(row.step, jnp.float32)[..., None]
     first = (step == 0).astype(jnp.float32)
-    return _joined((step / _STEPS, first, row.static, row.before, row.sums))
+    return _joined((step / TIME_UNIT, first, row.static, row.before, row.sums))
 
 
 def row_inputs(row: StayRow) -> jax.Array:

@@ -208,6 +208,7 @@ def rollout(
         mortality=mortality,
         precision=precision,
         follow_clinician=follow,
+        kernel="xla",  # the other one simulates a horizon that is compiled into it
     )
     rows = _in_equal_parts(patients, max_branches // num_plans)
     ids = _in_equal_parts(samples // members, max_branches // (num_plans * rows.shape[1]))

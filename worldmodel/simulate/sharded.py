@@ -166,6 +166,7 @@ def sharded_call(
                 fold=partial(fold_step, features=config.features),
                 folded=empty_summary(shape, config.features),
                 looks_back=own_plans is None,
+                platform=mesh.devices.flat[0].platform,
             ),
         )
         summary = finish_summary(rolled.folded, rolled.mortality, rolled.later_reward)

@@ -17,8 +17,17 @@ import jax.numpy as jnp
 from worldmodel import schema
 from worldmodel.errors import InputError
 from worldmodel.models.world_model import Models, WorldModel
+from worldmodel.resources import BFLOAT16
 from worldmodel.simulate.history import History
 from worldmodel.simulate.randomness import scan_some
+from worldmodel.simulate.stay_kernel import (
+    AUTOMATIC,
+    LAYOUTS,
+    Record,
+    Scalars,
+    block_size,
+    play_stays,
+)
 from worldmodel.simulate.stays import (
     StayKernel,
     StayState,
@@ -30,7 +39,7 @@ from worldmodel.simulate.stays import (
     start_state,
     step_stay,
 )
-from worldmodel.simulate.step import StepOutputs, score_moved
+from worldmodel.simulate.step import NextRow, StepOutputs, in_whole_steps, score_moved
 from worldmodel.simulate.unroll import (
     RolloutResult,
     RolloutSpec,
@@ -63,13 +72,62 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
       spec: of the rollout.
 
     Raises:
-      InputError: the recurrent variant in reference mode, which is a protocol of windows.
+      InputError: the recurrent variant in reference mode, which is a protocol of windows, or a
+        Pallas kernel that does not fit.
     """
     if not world_model.is_recurrent:
+        if spec.config.kernel == "pallas":
+            raise InputError("kernel: pallas simulates the recurrent variant; use auto or xla")
         return unroll(world_model, start, spec)
     if spec.config.mode == "reference":
         raise InputError("mode: the recurrent variant has no reference mode; use corrected")
     kernel = pack_stays(world_model, spec.config.precision)
+    recorded = start_state(start, encode_past(kernel, memory_of(start)))
+    platform = spec.platform or jax.default_backend()
+    size = _block(world_model, spec, platform)
+    if size is None:
+        return _unroll_stepwise(world_model, start, spec, kernel, recorded)
+    return _unroll_recorded(world_model, start, spec, kernel, recorded, size, platform)
+
+
+def _block(world_model: WorldModel, spec: RolloutSpec, platform: str) -> int | None:
+    """Branches of the Pallas kernel's blocks; None where XLA makes the kernels.
+
+    Raises:
+      InputError: the Pallas kernel is asked for where there is none, or does not fit.
+    """
+    kernel = spec.config.kernel
+    # A policy reads the state of a step, which the Pallas kernel keeps to itself.
+    if kernel == "xla" or spec.looks_back or spec.steps is not None:
+        return None
+    if kernel == "auto" and platform not in AUTOMATIC:
+        return None
+    if platform not in LAYOUTS:
+        raise InputError(f"kernel: pallas is not compiled for {platform!r}; use auto or xla")
+    precision = spec.config.precision or world_model.config.precision
+    if platform in ("gpu", "cuda") and precision not in (BFLOAT16, "default"):
+        # Without tensor cores Triton writes every multiplication out; it took minutes to compile.
+        raise InputError(
+            f"kernel: pallas multiplies in bfloat16 or default precision on GPUs, not {precision!r}"
+        )
+    columns = spec.shape[0] * spec.shape[2]
+    size = block_size(columns, spec.config.horizon, world_model, LAYOUTS[platform])
+    if size is None and kernel == "pallas":
+        raise InputError(
+            f"kernel: no block of pallas suits {columns} patients x samples over "
+            f"{spec.config.horizon} steps; use auto or xla"
+        )
+    return size
+
+
+def _unroll_stepwise(
+    world_model: WorldModel,
+    start: History,
+    spec: RolloutSpec,
+    kernel: StayKernel,
+    recorded: StayState,
+) -> RolloutResult:
+    """Model, scores and summary step by step, by kernels that XLA makes."""
     static = start.static[:, None, None]
     first = start.step[:, None, None]
 
@@ -85,18 +143,14 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             spec.noise(h),
             follow=spec.config.follow_clinician,
         )
-        row = found.row._replace(ventilation=stay.ventilated.astype(jnp.float32))
-        after, earned = score_state(
-            world_model, now, row, found.action, first + h + 1, spec.config.mode
-        )
-        result = Step(
-            obs=row.obs,
-            dynamic=row.dynamic,
+        after, result = _scored(
+            world_model,
+            spec,
+            now,
+            found.row,
+            stay.ventilated,
+            first + h + 1,
             action=found.action,
-            sofa=after.sofa,
-            ventilation=found.row.ventilation,
-            reward=stay.alive * earned,
-            projected=row.projected,
             alive=stay.alive,
             death=carry.stay.alive * found.risks[..., 0],
             support=found.support,
@@ -111,7 +165,6 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             folded = spec.fold(carry.folded, result)
             return _ScanCarry(stay, after, folded), spec.collect(result)
 
-    recorded = start_state(start, encode_past(kernel, memory_of(start)))
     carry = _ScanCarry(
         jax.tree.map(lambda leaf: leaf[:, None, None], recorded),
         start_branches(world_model, start, spec),
@@ -144,6 +197,116 @@ def unroll_branches(world_model: WorldModel, start: History, spec: RolloutSpec) 
             mortality = jnp.broadcast_to(mortality, spec.shape)
             later = jnp.broadcast_to(alive * follows.reward, spec.shape)
     return RolloutResult(carry.folded, stack_steps(parts, spec.shape), mortality, later)
+
+
+def _unroll_recorded(
+    world_model: WorldModel,
+    start: History,
+    spec: RolloutSpec,
+    kernel: StayKernel,
+    recorded: StayState,
+    size: int,
+    platform: str,
+) -> RolloutResult:
+    """The model's steps by one Pallas kernel, then scores and summary of what it recorded."""
+    now = start_branches(world_model, start, spec)
+    steps = jnp.arange(spec.config.horizon)
+    patients, plans, samples = spec.shape
+    actions = jnp.broadcast_to(
+        jax.vmap(lambda h: spec.treat(h, now)[..., 0])(steps), (len(steps), patients, plans)
+    )
+    record, ends = play_stays(
+        world_model,
+        kernel,
+        recorded,
+        start.static,
+        start.step,
+        actions,
+        spec.noise,
+        samples=samples,
+        block=size,
+        platform=platform,
+    )
+
+    def rows(leaf: jax.Array, count: int) -> jax.Array:
+        """[..., K, ., N] to [..., P, K, S, count]."""
+        leaf = leaf[..., :count, : patients * samples]
+        leaf = leaf.reshape(*leaf.shape[:-1], patients, samples)
+        return jnp.moveaxis(leaf, (-2, -1, -3), (-4, -2, -1))
+
+    def ordered(record: Record) -> Record:
+        obs = rows(record.obs, schema.NUM_FEATURES)
+        return Record(obs, rows(record.scalars, len(Scalars._fields)))
+
+    # A GPU's compiler puts all steps in order at once in any case, and with them what only fills
+    # up; a TPU's needs no copy within the loop.
+    at_once = LAYOUTS[platform].triton
+
+    def step(
+        carry: tuple[StepState, Tree], inputs: tuple[jax.Array, Record]
+    ) -> tuple[tuple[StepState, Tree], Tree]:
+        before, folded = carry
+        h, one = inputs
+        obs, scalars = one if at_once else ordered(one)
+        found = Scalars(*jnp.moveaxis(scalars, -1, 0))
+        row = NextRow(
+            obs=obs,
+            dynamic=in_whole_steps(world_model.scaler.denormalize(obs)),
+            ventilation=found.ventilation,
+            projected=found.projected.astype(jnp.int32),
+        )
+        after, result = _scored(
+            world_model,
+            spec,
+            before,
+            row,
+            found.ventilated > 0,
+            start.step[:, None, None] + h + 1,
+            action=found.action.astype(jnp.int32),
+            alive=found.alive,
+            death=found.death,
+            support=found.support,
+        )
+        with jax.named_scope("output"):
+            return (after, spec.fold(folded, result)), spec.collect(result)
+
+    inputs = (steps, ordered(record) if at_once else record)
+    _, now = spread_state((), now, spec.shape)
+    (_, folded), kept = jax.lax.scan(step, (now, spec.folded), inputs)
+    mortality = later = None
+    if spec.config.mortality:
+        mortality, later = jnp.moveaxis(rows(ends, 2), -1, 0)
+    return RolloutResult(folded, stack_steps([kept], spec.shape), mortality, later)
+
+
+def _scored(
+    world_model: WorldModel,
+    spec: RolloutSpec,
+    now: StepState,
+    row: NextRow,
+    ventilated: jax.Array,
+    number: jax.Array,
+    *,
+    action: jax.Array,
+    alive: jax.Array,
+    death: jax.Array,
+    support: jax.Array,
+) -> tuple[StepState, Step]:
+    """The branches in a row of this number, and the result of the step that led there."""
+    drawn = row._replace(ventilation=ventilated.astype(jnp.float32))
+    after, earned = score_state(world_model, now, drawn, action, number, spec.config.mode)
+    return after, Step(
+        obs=row.obs,
+        dynamic=row.dynamic,
+        action=action,
+        sofa=after.sofa,
+        ventilation=row.ventilation,
+        reward=alive * earned,
+        projected=row.projected,
+        alive=alive,
+        death=death,
+        support=support,
+    )
 
 
 def _spread(carry: _ScanCarry, shape: Shape) -> _ScanCarry:

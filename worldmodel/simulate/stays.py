@@ -358,8 +358,7 @@ def step_stay(
     if world_model.stay_steps:
         ends = (step >= world_model.stay_steps - 1)[..., None] & (np.arange(3) == 1)
         risks = jnp.where(ends, 1.0, risks)
-    death, discharge, later = risks[..., 0], risks[..., 1], risks[..., 2]
-    leaves = (1.0 - death) * discharge
+    alive, dead = outlive(state.alive, state.dead, risks[..., 0], risks[..., 1], risks[..., 2])
     after = StayState(
         hidden=read.hidden,
         obs=obs,
@@ -369,8 +368,8 @@ def step_stay(
         ventilated=ventilated,
         before=code,
         sums=add_doses(state.sums, jnp.asarray(doses_of(world_model.dose_edges))[action]),
-        alive=state.alive * (1.0 - death) * (1.0 - discharge),
-        dead=state.dead + state.alive * (death + leaves * later),
+        alive=alive,
+        dead=dead,
     )
     next_row = NextRow(
         obs=obs,
@@ -379,6 +378,17 @@ def step_stay(
         projected=moved,
     )
     return after, StayStep(next_row, action, support, risks, prediction)
+
+
+def outlive(
+    alive: jax.Array, dead: jax.Array, death: jax.Array, discharge: jax.Array, later: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`StayState.alive` and `dead` after a step with these risks; arrays of any one shape."""
+    leaves = (1.0 - death) * discharge
+    return (
+        alive * (1.0 - death) * (1.0 - discharge),
+        dead + alive * (death + leaves * later),
+    )
 
 
 def continuation_at(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -162,7 +163,7 @@ def score_row(
 _SYSBP, _DIABP, _MEANBP = (schema.INDEX[name] for name in ("sysbp", "diabp", "meanbp"))
 
 
-def _range(scaler: Scaler) -> tuple[jax.Array, jax.Array]:
+def physiologic_range(scaler: Scaler) -> tuple[jax.Array, jax.Array]:
     """[39] z-scores of the lowest and highest physiologic values."""
     return scaler.normalize(jnp.asarray(schema.LOW)), scaler.normalize(jnp.asarray(schema.HIGH))
 
@@ -189,17 +190,31 @@ def mean_before_projection(
     Returns:
       [..., 39] z-scores; `mu` where the edge is three standard deviations away.
     """
-    low, high = _range(scaler)
+    return mean_before_clipping(mu, sigma, *physiologic_range(scaler))
+
+
+def mean_before_clipping(
+    mu: jax.Array, sigma: jax.Array, low: jax.Array, high: jax.Array
+) -> jax.Array:
+    """`mean_before_projection` of arrays that broadcast, with the ends of the ranges given."""
 
     def within(distance: jax.Array) -> jax.Array:
         """The distance from the edge, in sigmas, at which a clipped normal has this mean one."""
         distance = jnp.clip(distance, 0.03, _FAR)
-        above, below = (jnp.polyval(jnp.asarray(powers), distance) for powers in _LESS)
+        above, below = (_polynomial(powers, distance) for powers in _LESS)
         return distance - above / below
 
     above, below = (mu - low) / sigma, (high - mu) / sigma
     mu = jnp.where(above < _FAR, low + sigma * within(above), mu)
     return jnp.where(below < _FAR, high - sigma * within(below), mu)
+
+
+def _polynomial(powers: tuple[float, ...], x: jax.Array) -> jax.Array:
+    # Scalars, unlike the array that `jnp.polyval` takes, may be constants of a Pallas kernel.
+    total = jnp.full_like(x, powers[0])
+    for power in powers[1:]:
+        total = total * x + power
+    return total
 
 
 WHOLE = slice(schema.INDEX["gcs_eye"], schema.INDEX["gcs_motor"] + 1)  # features in whole steps
@@ -237,11 +252,24 @@ def draw_whole(
     Returns:
       [..., 3] z-scores, before projection.
     """
-    scale, shift = scaler.std[WHOLE], scaler.mean[WHOLE]
-    normal, spread = normal[..., WHOLE], sigma[..., WHOLE] * scale
+    return whole_steps(
+        *(leaf[..., WHOLE] for leaf in (mu, mean, sigma, normal, scaler.std, scaler.mean))
+    )
+
+
+def whole_steps(
+    mu: jax.Array,
+    mean: jax.Array,
+    sigma: jax.Array,
+    normal: jax.Array,
+    scale: jax.Array,
+    shift: jax.Array,
+) -> jax.Array:
+    """`draw_whole` of arrays that broadcast, with standard deviation and mean of the scaler."""
+    spread = sigma * scale
     wide = jnp.sqrt(jnp.maximum(jnp.square(spread) - _ROUNDED, 0.0))
-    rounded = jnp.round(mean[..., WHOLE] * scale + shift + wide * normal)
-    points = mu[..., WHOLE] * scale + shift
+    rounded = jnp.floor(mean * scale + shift + wide * normal + 0.5)  # Triton has no rounding
+    points = mu * scale + shift
     lower = jnp.floor(points)
     either = lower + (jax.nn.sigmoid(logit_of_normal(normal)) > 1.0 - (points - lower))
     return (jnp.where(spread < 0.5, either, rounded) - shift) / scale
@@ -264,11 +292,36 @@ def project(
     Returns:
       The projected z-scores and the number of entries that moved, [...] int32.
     """
-    low, high = _range(scaler)
-    projected = jnp.clip(obs, low, high)
-    meanbp = projected[..., _MEANBP, None] * scaler.std[_MEANBP] + scaler.mean[_MEANBP]
-    limit = (meanbp - scaler.mean) / scaler.std
-    feature = jnp.arange(schema.NUM_FEATURES)
-    projected = jnp.where(feature == _SYSBP, jnp.maximum(projected, limit), projected)
-    projected = jnp.where(feature == _DIABP, jnp.minimum(projected, limit), projected)
+    projected = move_into_range(
+        obs,
+        *physiologic_range(scaler),
+        scaler.mean,
+        scaler.std,
+        jnp.arange(schema.NUM_FEATURES),
+        lambda values, index: values[..., index, None],
+    )
     return projected, (projected != obs).sum(-1).astype(jnp.int32)
+
+
+def move_into_range(
+    obs: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    mean: jax.Array,
+    std: jax.Array,
+    feature: jax.Array,
+    pick: Callable[[jax.Array, int], jax.Array],
+) -> jax.Array:
+    """`project` with any axis of features.
+
+    Args:
+      obs: z-scores.
+      low, high: z-scores of the ends of the ranges, which broadcast against `obs`.
+      mean, std: of the scaler, likewise.
+      feature: int32 numbers of the features, likewise.
+      pick: `(values, index) -> values` of one feature, with its axis of size 1.
+    """
+    projected = jnp.clip(obs, low, high)
+    limit = (pick(projected * std + mean, _MEANBP) - mean) / std
+    projected = jnp.where(feature == _SYSBP, jnp.maximum(projected, limit), projected)
+    return jnp.where(feature == _DIABP, jnp.minimum(projected, limit), projected)

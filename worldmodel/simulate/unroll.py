@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from worldmodel import schema
 from worldmodel.clinical import reward
+from worldmodel.configuration import require
 from worldmodel.models.windows import encode_action
 from worldmodel.models.world_model import WorldModel
 from worldmodel.simulate import fused_gru
@@ -21,6 +22,7 @@ from worldmodel.simulate.step import LACTATE, NextRow, next_row, score_row
 Tree = Any  # a PyTree of arrays whose structure the caller chooses
 TreeT = TypeVar("TreeT")
 Shape = tuple[int, int, int]  # patients P, plans K, samples S
+KERNELS = ("auto", "xla", "pallas")
 _PREFIX = 2  # after two steps nothing is shared between branches any more
 
 
@@ -71,6 +73,9 @@ class RolloutConfig:
       mortality: evaluate the Outcome Model at the end.
       precision: of matrix products; None for the model's own.
       follow_clinician: plans may hold `FOLLOW_CLINICIAN`; recurrent variant only.
+      kernel: of the recurrent variant under plans: "xla", "pallas" (all steps in one kernel, see
+        `stay_kernel`) or "auto", which is "pallas" on a TPU where it fits. Anything else is
+        simulated by XLA's kernels whatever is said here.
     """
 
     horizon: int
@@ -80,6 +85,10 @@ class RolloutConfig:
     mortality: bool = True
     precision: str | None = None
     follow_clinician: bool = False
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        require(self, f"one of {', '.join(KERNELS)}", KERNELS.__contains__, "kernel")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class RolloutSpec:
       looks_back: keep a `History` for a policy.
       steps: [] int32, simulate only so many of `config.horizon` steps and leave the rest of what is
         collected zero; None for all. Recurrent variant only.
+      platform: that the program is compiled for; None for JAX's default.
     """
 
     config: RolloutConfig
@@ -108,6 +118,7 @@ class RolloutSpec:
     folded: Tree = ()
     looks_back: bool = False
     steps: jax.Array | None = None
+    platform: str | None = None
 
 
 class _ScanCarry(NamedTuple):

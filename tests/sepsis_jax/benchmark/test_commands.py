@@ -172,6 +172,7 @@ def test_profile_of_a_loaded_model_on_two_devices(small_model, tmp_path):
     [
         (("--branches", 7), ("branches: got 7", "multiple of 4 plans x 16 samples")),
         (("--only", "numpy"), ("only: 'numpy'", "known")),
+        (("--kernel", "cuda"), ("kernel: got cuda", "auto, xla, pallas")),
         (("--precision", "half"), ("precision: got", "highest")),
         (("--repeats", 0), ("repeats",)),
         (("--quick", "--only", "rollout"), ("only: ", "contenders of its own")),

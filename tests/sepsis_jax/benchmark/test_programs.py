@@ -102,6 +102,26 @@ def test_products_of_cublas_and_of_tpus():
     assert "convolution" in text and traffic(text).flops == 7 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize("said", [
+    '"custom_call_config":{"cost_estimate":{"flops":"96","transcendentals":"0"}}',
+    r'num_warps = 8 : i32, serialized_metadata = "{\22flops\22: \2296\22}"',
+], ids=["TPU", "GPU"])  # fmt: skip
+def test_a_pallas_kernel_says_what_it_multiplies(said):
+    text = HLO.replace(
+        "dot(%row, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        f'custom-call(%row, %w), custom_call_target="pallas", backend_config={{{said}}}',
+    )
+    found, whole = traffic(text), traffic(HLO)
+    assert found.flops == 7 * 96
+    assert found.bytes == whole.bytes  # its operands and results, as of any kernel
+
+
+def test_what_is_sliced_into_a_tpus_own_memory_is_read():
+    on_chip = "f32[1,8]{1,0:S(1)}"
+    text = HLO.replace("ROOT %cut = f32[1,8]{1,0}", f"ROOT %cut = {on_chip}")
+    assert on_chip in text and traffic(text).bytes == traffic(HLO).bytes
+
+
 def test_no_program():
     with pytest.raises(ValueError, match="ENTRY"):
         traffic("HloModule empty")
