@@ -22,7 +22,7 @@ from policy.qwen3.attention import SCORES_AT_ONCE
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.logprobs import LOGITS_AT_ONCE
 from policy.qwen3.lora import add_adapters
-from policy.qwen3.model import Qwen3
+from policy.qwen3.model import MLP_TOKENS, Qwen3
 from policy.qwen3.sampler import prefill_width
 from policy.qwen3.sharding import AXES, abstract, bytes_per_device, check_divisible
 from policy.train.loop.optimizer import LearnerConfig, Params, State, initial_state
@@ -163,16 +163,17 @@ def update(
     hidden, wide_hidden = figures.hidden_size, figures.intermediate_size / tensor
     sizes = (wide_hidden, hidden, inner, outer)
     saved = tokens * size * float(np.dot(_SAVED[remat], sizes))
-    layer = tokens * size * float(np.dot(_BACKWARD[remat], sizes))
+    at_once = min(1.0, MLP_TOKENS / length) if remat == "full" else 1.0
+    layer = tokens * size * float(np.dot(_BACKWARD[remat], (at_once * wide_hidden, *sizes[1:])))
     matrices = sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
     table = 4 * figures.vocab_size * hidden / tensor
     of_layers = max(matrices - figures.vocab_size * hidden, 0) / figures.num_hidden_layers
     logits = 4 * min(rows * length * figures.vocab_size, LOGITS_AT_ONCE) / (data * fsdp * tensor)
     if fsdp > 1:
-        # Shares in the type of products, of gradients on their way, and the layer that is gathered.
-        cast = model.param_dtype != model.dtype and not model.lora_rank
-        copies = 0.5 if model.lora_rank else 4.5 + cast
-        backward = 1.3 * layer + copies * model.weights(model.mesh, model.dtype)
+        # A copy in the type of products, where parameters have another.
+        cast = config.param_dtype != model.dtype and not model.lora_rank
+        copies = 0.5 if model.lora_rank else float(cast)
+        backward = 0.85 * layer + copies * model.weights(model.mesh, model.dtype)
     else:
         tables = 0.5 if model.lora_rank else 3.0  # no gradient of the table
         backward = max(tables * table + 4.25 * logits, layer)
