@@ -8,6 +8,7 @@ ones, and those before the segments begin.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -27,6 +28,9 @@ BLOCK = 512
 
 CPU_BLOCK = 128
 """The same on CPUs, where a block's scores should stay in the cache of a core."""
+
+CPU_SLOTS = 256
+"""Slots per block of a cache on CPUs."""
 
 SCORES_AT_ONCE = 2**28
 """Scores of queries with the keys of a cache in memory at once; 1 GiB of float32."""
@@ -127,6 +131,34 @@ def _first(segment: Int[Array, "N B S"], shared: Bool[Array, "N B S"]) -> Int[Ar
     return jnp.where(jnp.any(shared), 0, first)
 
 
+class _Running(NamedTuple):
+    """Softmax over the keys read so far, relative to the highest score."""
+
+    read: Float[Array, "B K G T D"]  # float32, sum of values by their weights
+    most: Float[Array, "B K G T"]  # float32, highest score
+    total: Float[Array, "B K G T"]  # float32, sum of weights
+
+    @classmethod
+    def begin(cls, shape: tuple[int, ...]) -> _Running:
+        """Nothing is read, for queries of a shape [B, K, G, T, D]."""
+        nothing = jnp.zeros(shape, jnp.float32)
+        return cls(nothing, jnp.full(shape[:-1], _UNSEEN), nothing[..., 0])
+
+    def after(self, scores: Float[Array, "B K G T S"], v: jax.Array, product: str) -> _Running:
+        """With further keys, whose values `product` sums by their weights."""
+        most = jnp.maximum(self.most, jnp.max(scores, axis=-1))
+        weights, before = jnp.exp(scores - most[..., None]), jnp.exp(self.most - most)
+        read = jnp.einsum(product, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return _Running(
+            self.read * before[..., None] + read, most,
+            self.total * before + jnp.sum(weights, axis=-1),
+        )  # fmt: skip
+
+    def mean(self) -> Float[Array, "B K G T D"]:
+        """What is read: the values' mean by the softmax's weights."""
+        return self.read / self.total[..., None]
+
+
 def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G S S"]:
     scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen, scores * q.shape[-1] ** -0.5, _UNSEEN)
@@ -148,23 +180,12 @@ def _forward(
     """What is read, and the logarithm of each query's sum of exponentials."""
 
     def of_queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            out, most, total = now
-            scores = _scores(q[i], k[j], mask.of(i, j))
-            new = jnp.maximum(most, jnp.max(scores, axis=-1))
-            weights, before = jnp.exp(scores - new[..., None]), jnp.exp(most - new)
-            read = jnp.einsum(
-                "bkgts,bksd->bkgtd", weights.astype(v.dtype), v[j],
-                preferred_element_type=jnp.float32,
-            )  # fmt: skip
-            return (
-                out * before[..., None] + read, new, total * before + jnp.sum(weights, axis=-1)
-            )  # fmt: skip
+        def of_keys(j: jax.Array, now: _Running) -> _Running:
+            return now.after(_scores(q[i], k[j], mask.of(i, j)), v[j], "bkgts,bksd->bkgtd")
 
-        nothing = jnp.zeros(q.shape[1:], jnp.float32)
-        start = (nothing, jnp.full(q.shape[1:-1], _UNSEEN), nothing[..., 0])
-        out, most, total = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
-        return (out / total[..., None]).astype(v.dtype), most + jnp.log(total)
+        begun = _Running.begin(q.shape[1:])
+        read = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, begun)
+        return read.mean().astype(v.dtype), read.most + jnp.log(read.total)
 
     found: tuple[jax.Array, jax.Array] = jax.lax.map(of_queries, jnp.arange(q.shape[0]))
     return found
@@ -214,36 +235,68 @@ _blocks.defvjp(_kept, _backward)
 
 def attend_cache(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "B S K D"],
-    v: Float[Array, "B S K D"],
+    k: Float[Array, "L B S K D"],
+    v: Float[Array, "L B S K D"],
+    layer: Int[Array, ""],
     position: Int[Array, "B T"],
+    *,
+    block: int | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of further tokens to the slots of a cache, which are positions.
 
+    Slots are read block by block, with a running softmax, up to the last that any query sees:
+    nothing is copied out of the cache, and slots that are still empty cost nothing.
+
     Args:
-      q: [B, T, H, D] queries; as many at once as `SCORES_AT_ONCE` allows.
-      k, v: [B, S, K, D] cache, with the keys and values of the queries' own positions.
+      q: [B, T, H, D] queries.
+      k, v: [L, B, S, K, D] cache, with the keys and values of the queries' own positions.
+      layer: whose keys and values are read.
       position: [B, T] of the queries; each sees the slots up to its own.
+      block: slots per block; if not given, `CPU_SLOTS`, or on accelerators as many as
+        `SCORES_AT_ONCE` allows.
 
     Returns:
       [B, T, H, D] in the type of `v`.
     """
+    if block is not None:
+        return _attend_cache(block, q, k, v, layer, position)
+    most = max(SCORES_AT_ONCE // math.prod(q.shape[:3]), CPU_BLOCK)
+    found: jax.Array = jax.lax.platform_dependent(
+        q, k, v, layer, position,
+        cpu=partial(_attend_cache, min(most, CPU_SLOTS)),
+        default=partial(_attend_cache, most),
+    )  # fmt: skip
+    return found
+
+
+def _attend_cache(
+    block: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array
+) -> Float[Array, "B T H D"]:
     batch, length, heads, width = q.shape
-    slots, groups = k.shape[1], heads // k.shape[2]
-    size = min(length, max(16, SCORES_AT_ONCE // (batch * heads * slots)))
+    slots, keys = k.shape[2:4]
+    size = min(block, slots)
+    grouped = q.reshape(batch, length, keys, heads // keys, width)
 
-    def one(part: tuple[jax.Array, jax.Array]) -> jax.Array:
-        queries, position = part
-        scores = jnp.einsum("btkgd,bskd->bkgts", queries, k, preferred_element_type=jnp.float32)
-        seen = jnp.arange(slots) <= position[:, :, None]  # [B, T, S]
+    def further(i: jax.Array, carry: _Running) -> _Running:
+        start = jnp.minimum(i * size, slots - size)  # the last block may overlap
+
+        def slice_of(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(
+                x, (layer, 0, start, 0, 0), (1, batch, size, keys, width)
+            )[0]
+
+        scores = jnp.einsum(
+            "btkgd,bskd->bkgts", grouped, slice_of(k), preferred_element_type=jnp.float32
+        )
+        slot = start + jnp.arange(size)
+        seen = (slot <= position[:, :, None]) & (slot >= i * size)  # [B, T, S]
         scores = jnp.where(seen[:, None, None], scores * width**-0.5, _UNSEEN)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgts,bskd->btkgd", weights, v)
+        return carry.after(scores, slice_of(v), "bkgts,bskd->bkgtd")
 
-    grouped = q.reshape(batch, length, -1, groups, width)
-    if size == length:
-        return one((grouped, position)).reshape(batch, length, heads, width)
-    return map_chunks(one, (grouped, position), size).reshape(batch, length, heads, width)
+    count = jnp.minimum(jnp.max(position) // size + 1, -(-slots // size))
+    begun = _Running.begin((batch, keys, heads // keys, length, width))
+    found = jax.lax.fori_loop(0, count, further, begun).mean().astype(v.dtype)
+    return jnp.moveaxis(found, 3, 1).reshape(batch, length, heads, width)
 
 
 def map_chunks(

@@ -308,7 +308,7 @@ class Qwen3(nnx.Module):
 
             def over_cache(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Cache]:
                 new = cache.write(index, k, v, start)
-                return attend_cache(q, new.k[index], new.v[index], positions), new
+                return attend_cache(q, new.k, new.v, index, positions), new
 
             return nnx.merge(graphdef, params)(x, angles, over_cache), None
 
