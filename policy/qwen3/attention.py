@@ -281,9 +281,9 @@ def _attend_cache(
         start = jnp.minimum(i * size, slots - size)  # the last block may overlap
 
         def slice_of(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(
-                x, (layer, 0, start, 0, 0), (1, batch, size, keys, width)
-            )[0]
+            return jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, batch, size, keys, width))[
+                0
+            ]
 
         scores = jnp.einsum(
             "btkgd,bskd->bkgts", grouped, slice_of(k), preferred_element_type=jnp.float32

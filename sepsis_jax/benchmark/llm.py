@@ -56,7 +56,7 @@ class LlmBenchOptions:
     rows: int = 32
     prompt: int = 256
     new: int = 64
-    dialogues: int = 16
+    dialogues: int = 4
     turns: int = 8
     said: int = 160
     update_rows: int = 4

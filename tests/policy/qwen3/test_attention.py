@@ -76,17 +76,20 @@ def test_large_scores_neither_overflow_nor_vanish():
     np.testing.assert_allclose(found, plain(30 * q, 30 * k, v, segments), atol=1e-4)
 
 
-def test_a_cache_is_read_up_to_the_own_position(monkeypatch):
+@pytest.mark.parametrize("block", [None, 7, 16, T])  # the last block overlaps with 7 and 16
+def test_a_cache_is_read_up_to_the_own_position(block):
     q, k, v, _ = drawn(2)
     whole = plain(q, k, v, jnp.ones((B, T), jnp.int32))
+    # The layer before is another, and what no query sees yet may hold anything.
+    unseen = (jnp.arange(T) > 32)[None, :, None, None]
+    cached = [jnp.stack([jnp.full_like(x, jnp.inf), jnp.where(unseen, 1e9, x)]) for x in (k, v)]
     position = jnp.array([[30, 31, 32], [5, 6, 7]])
     rows = jnp.arange(B)[:, None]
-    for at_once in (2**28, 1):  # the least is 16 queries
-        monkeypatch.setattr("policy.qwen3.attention.SCORES_AT_ONCE", at_once)
-        found = attend_cache(q[rows, position], k, v, position)
-        np.testing.assert_allclose(found, whole[np.arange(B)[:, None], position], atol=2e-6)
-        everything = jnp.broadcast_to(jnp.arange(T), (B, T))
-        np.testing.assert_allclose(attend_cache(q, k, v, everything), whole, atol=2e-6)
+    found = attend_cache(q[rows, position], *cached, jnp.int32(1), position, block=block)
+    np.testing.assert_allclose(found, whole[rows, position], atol=2e-6)
+    everything = jnp.broadcast_to(jnp.arange(T), (B, T))
+    found = attend_cache(q, k[None], v[None], jnp.int32(0), everything, block=block)
+    np.testing.assert_allclose(found, whole, atol=2e-6)
 
 
 def test_nothing_of_length_by_length_is_in_memory():

@@ -20,9 +20,9 @@ from sepsis_jax.pipelines.study import over_seeds
 from sepsis_jax.pipelines.study_coverage import coverage_of
 from sepsis_jax.pipelines.verdicts import Check, read_checks
 from sepsis_jax.report import words
-from sepsis_jax.report.evaluation import Findings, write_report
+from sepsis_jax.report.evaluation import Findings, cells, write_report
 from sepsis_jax.report.figures import COLORS, plan_colors
-from sepsis_jax.report.html import CONTENTS_FROM
+from sepsis_jax.report.html import CONTENTS_FROM, FlowStep, Section, write_page
 from sepsis_jax.report.patients import cohort_flow, table_one
 from sepsis_jax.report.study import write_study
 from tests.sepsis_jax.command_line import finish
@@ -254,6 +254,23 @@ def test_the_flow_of_a_hospital_is_that_of_its_manifest(cohort):
     tested = int((np.asarray(episodes.split) == 2).sum())
     assert flow[2].remaining == tested and flow[2].excluded == count - tested
     assert len(cohort_flow(episodes, {}, "all")) == 1
+
+
+def test_a_reason_that_leaves_nobody_out_makes_no_box(tmp_path):
+    steps = [("all ICU stays", 0, 9), ("younger than 18", 0, 9), ("late", 4, 5), ("short", 0, 5)]
+    section = Section("Cohort", (), flow=[FlowStep(*step) for step in steps])
+    page = write_page(tmp_path / "page.html", "A page", [section]).read_text()
+    (flow,) = re.findall(r'<ol class="flow">(.*?)</ol>', page, re.DOTALL)
+    assert re.findall(r"<(?:b|span)>(.*?)</", flow) == [
+        "9: all ICU stays", "none left out: younger than 18", "4 left out: late", "5 remain",
+        "none left out: short", "5 remain",
+    ]  # fmt: skip
+
+
+def test_estimates_of_any_size_are_short():
+    row = {"policy": "iql", "dr": 12606128128.0, "dr_low": -64682607092.1, "dr_high": 3.14159}
+    _, (found,) = cells("policies", pd.DataFrame([row]), ["dr"])
+    assert found == ("IQL", "1.26e+10 (-6.47e+10 to 3.14)")
 
 
 def test_wilson_is_that_of_scipy():
