@@ -9,6 +9,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -126,6 +127,23 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+_UNFINISHED = re.compile(r"\..+\.(?:[a-z0-9_]{8}(?:\.old)?|\d+-tmp(?:\..+)?)")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `atomic_folder` and `atomic_file` left in a folder when they were killed.
+
+    Args:
+      folder: in which nothing else writes now; folders in it are searched too.
+    """
+    for path in sorted(folder.rglob(".*")):
+        if _UNFINISHED.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

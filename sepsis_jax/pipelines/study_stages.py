@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sepsis_jax.runs import JsonDict, Progress, silent
 from worldmodel.errors import InputError
-from worldmodel.files import check_replaceable, read_json, write_json
+from worldmodel.files import check_replaceable, read_json, remove_unfinished, write_json
 
 LEDGER = "study.json"
 DONE, GOES_ON, TO_RUN = "done", "goes on", "to run"
@@ -86,6 +86,7 @@ def run_all(out: Path, stages: Sequence[Stage], progress: Progress = silent) -> 
     """
     check_replaceable(out, LEDGER)
     out.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(out)
     wanted, ledger, todo = fingerprints(stages), _ledger(out), plan(out, stages)
     for number, stage in enumerate(stages):
         if todo[stage.name] == DONE:

@@ -1,6 +1,8 @@
 """Files appear whole or not at all."""
 
 import hashlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from worldmodel.files import (
     digest_file,
     read_json,
     read_table,
+    remove_unfinished,
     require_folder,
     write_json,
 )
@@ -157,3 +160,21 @@ def test_a_file_where_a_folder_is_wanted(tmp_path):
         require_folder(file, "make one")
     with pytest.raises(InputError, match="none: no such folder; make one"):
         require_folder(tmp_path / "none", "make one")
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path):
+    """A process that ends within the blocks, as by SIGKILL."""
+    code = (
+        "import os, pathlib, sys\n"
+        "from worldmodel.files import atomic_file, atomic_folder\n"
+        "out = pathlib.Path(sys.argv[1])\n"
+        "with atomic_folder(out / 'deep' / 'it') as folder, atomic_file(out / 'a.csv') as file:\n"
+        "    (folder / 'weights').touch(), file.touch(), os._exit(9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
+    kept = [tmp_path / ".a.claim", tmp_path / "deep" / ".hidden"]
+    for path in kept:
+        path.touch()
+    assert len(list(tmp_path.rglob("*"))) == 6
+    remove_unfinished(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == sorted([*kept, tmp_path / "deep"])
