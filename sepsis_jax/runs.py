@@ -131,8 +131,10 @@ _PACKAGES = ("sepsis-jax", "jax", "jaxlib", "flax", "optax", "numpy", "pandas", 
 
 def provenance(**extra: object) -> JsonDict:
     """A JSON-ready record to keep in a manifest, with `extra` fields added."""
+    program = Path(sys.argv[0])
+    module = program.parts[-2:] == ("sepsis_jax", "__main__.py")  # python -m sepsis_jax
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["sepsis-jax" if module else program.name, *sys.argv[1:]]),
         "revision": _revision(),
         "python": platform.python_version(),
         "machine": platform.machine(),

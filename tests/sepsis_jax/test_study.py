@@ -172,7 +172,7 @@ def settings(folder):
 
 
 def contents(folder):
-    """Bytes of every table and model; manifests name the folder that they were written in."""
+    """Bytes of every table and model."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -182,19 +182,21 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_a_study_that_is_killed_in_every_stage_ends_with_the_same_bytes(tmp_path):
-    config, whole, killed = settings(tmp_path), tmp_path / "a" / "out", tmp_path / "b" / "out"
-    finish("study", config, "--out", whole)
-    names = [stage.name for stage in stages_of(whole, load_config(StudyOptions, config), 0)]
-    command = [sys.executable, "-m", "sepsis_jax", "study", str(config), "--out", str(killed)]
+    config, out = settings(tmp_path), tmp_path / "out"
+    finish("study", config, "--out", out)
+    expected = contents(out)
+    out.rename(tmp_path / "whole")  # records name the folder that they were written in
+    names = [stage.name for stage in stages_of(out, load_config(StudyOptions, config), 0)]
+    command = [sys.executable, "-m", "sepsis_jax", "study", str(config), "--out", str(out)]
     for name in names:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-        while process.poll() is None and not (killed / "seed-0" / name).exists():
+        while process.poll() is None and not (out / "seed-0" / name).exists():
             time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    finish("study", config, "--out", killed)
-    expected, found = contents(whole), contents(killed)
+    finish("study", config, "--out", out)
+    found = contents(out)
     assert sorted(found) == sorted(expected)
     different = [name for name in expected if found[name] != expected[name]]
     assert not different
