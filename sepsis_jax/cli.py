@@ -149,8 +149,7 @@ app.command(
 app.command("mcp", epilog=MCP_EPILOG)(mcp)
 app.command(
     "bench",
-    epilog="Examples: sepsis-jax bench --model runs/demo/model --out runs/bench; "
-    "sepsis-jax bench --quick --out runs/quick; sepsis-jax bench llm --out runs/bench_llm",
+    epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench",
 )(bench.bench)
 app.command(
     "profile", epilog="Example: sepsis-jax profile --model runs/demo/model --out runs/profile"

@@ -205,6 +205,7 @@ def sampling(
     new: int,
     cache_tokens: int,
     prefix_rows: int = 0,
+    block: int | None = None,
 ) -> dict[str, int]:
     """Bytes per device that a batch of the embedded sampler takes beside its weights, by part.
 
@@ -214,6 +215,8 @@ def sampling(
       rows: of a batch at most.
       prompt, new: slots of the cache per row, for the longest prompt and for new tokens.
       cache_tokens, prefix_rows: as for `EmbeddedGenerator`.
+      block: slots of the cache that are read at once, as on CPUs; if not given, as many as
+        `SCORES_AT_ONCE` allows, as on accelerators.
     """
     figures = model.config
     data, fsdp, tensor = mesh
@@ -224,8 +227,9 @@ def sampling(
     read = rows * prefill_width(rows, prompt)
     through = 3 * figures.hidden_size + 2 * figures.num_attention_heads * figures.head_dim
     mlp = read * size * 3 * figures.intermediate_size
-    scores = min(read * figures.num_attention_heads * (prompt + new), SCORES_AT_ONCE)
-    attention = 3 * 4 * scores
+    at_once = min(prompt + new, block or prompt + new)
+    scores = min(read * figures.num_attention_heads * at_once, SCORES_AT_ONCE)
+    attention = (2 if block else 3) * 4 * scores
     return {
         "key-value cache": int(figures.num_hidden_layers * per_layer),
         "reading prompts": int((read * size * through + max(mlp, attention)) / share),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from policy.qwen3.attention import CPU_SLOTS
 from policy.qwen3.config import QWEN3_4B, Qwen3Config
 from policy.qwen3.sampler import _generate, _Settings
 from policy.train.data.packing import Rows
@@ -113,7 +114,9 @@ def test_sampling_takes_what_is_foretold(rows, prompt, new):
     planned = _generate.lower(
         graphdef, shapes, ids, settings, most=new, slots=prompt + new
     ).compile()
-    parts = memory.sampling(model, ONE, rows=rows, prompt=prompt, new=new, cache_tokens=0)
+    parts = memory.sampling(
+        model, ONE, rows=rows, prompt=prompt, new=new, cache_tokens=0, block=CPU_SLOTS
+    )
     slots = rows * (prompt + new)
     assert parts["key-value cache"] == 4 * slots * 2 * 2 * 64 * 4  # layers, k and v, heads, float32
     found = planned.memory_analysis().temp_size_in_bytes
