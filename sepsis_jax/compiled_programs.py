@@ -80,8 +80,8 @@ def _private_folder() -> Path | None:
             return None
     folder.chmod(0o700)
     _drop_half_written(folder)
-    _drop_unused(folder.parent)
     os.utime(folder)
+    _drop_unused(folder.parent)
     return folder
 
 

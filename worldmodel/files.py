@@ -129,7 +129,8 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-_UNFINISHED = re.compile(r"\..+\.(?:[a-z0-9_]{8}(?:\.old)?|\d+-tmp(?:\..+)?)")
+_UNFINISHED_FOLDER = re.compile(r"\..+\.[a-z0-9_]{8}(?:\.old)?")
+_UNFINISHED_FILE = re.compile(r"\..+\.\d+-tmp(?:\..+)?")
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -139,11 +140,11 @@ def remove_unfinished(folder: Path) -> None:
       folder: in which nothing else writes now; folders in it are searched too.
     """
     for path in sorted(folder.rglob(".*")):
-        if _UNFINISHED.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
+        if path.is_dir() and not path.is_symlink():
+            if _UNFINISHED_FOLDER.fullmatch(path.name):
                 shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        elif _UNFINISHED_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

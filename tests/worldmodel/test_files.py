@@ -172,7 +172,7 @@ def test_what_a_killed_writer_left_is_removed(tmp_path):
         "    (folder / 'weights').touch(), file.touch(), os._exit(9)\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path], check=False)
-    kept = [tmp_path / ".a.claim", tmp_path / "deep" / ".hidden"]
+    kept = [tmp_path / ".notes.markdown", tmp_path / "deep" / ".hidden"]
     for path in kept:
         path.touch()
     assert len(list(tmp_path.rglob("*"))) == 6
