@@ -147,10 +147,9 @@ app.command(
     epilog="Example: sepsis-jax explore --model runs/demo/model --episodes runs/demo/cohort",
 )(explore)
 app.command("mcp", epilog=MCP_EPILOG)(mcp)
-app.command(
-    "bench",
-    epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench",
-)(bench.bench)
+app.command("bench", epilog="Example: sepsis-jax bench --model runs/demo/model --out runs/bench")(
+    bench.bench
+)
 app.command(
     "profile", epilog="Example: sepsis-jax profile --model runs/demo/model --out runs/profile"
 )(bench.profile)

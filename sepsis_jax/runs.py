@@ -25,6 +25,8 @@ from worldmodel.errors import InputError
 from worldmodel.files import (
     TEMPORARY_FILE,
     TEMPORARY_FOLDER,
+    UNFINISHED_FILE,
+    atomic_folder,
     check_replaceable,
     read_json,
     write_json,
@@ -167,6 +169,16 @@ def _revision() -> str | None:
         return None
 
 
+def write_result(out: Path, name: str, result: JsonDict) -> None:
+    """Writes a JSON result as the only file of a folder, which may replace an older one.
+
+    Raises:
+      InputError: something else is in the way.
+    """
+    with atomic_folder(out, marker=name) as folder:
+        write_json(folder / name, result)
+
+
 Progress = Callable[[str, float], None]
 
 
@@ -266,8 +278,7 @@ def _sweep_up(out: Path) -> None:
     files = re.compile(rf"\.{re.escape(out.stem)}\.{TEMPORARY_FILE}{re.escape(out.suffix)}")
     stale = [entry for entry in out.parent.iterdir() if files.fullmatch(entry.name)]
     if out.is_dir():
-        inside = re.compile(rf"\..+\.{TEMPORARY_FILE}(\.\w+)?")
-        stale += [entry for entry in out.iterdir() if inside.fullmatch(entry.name)]
+        stale += [entry for entry in out.iterdir() if UNFINISHED_FILE.fullmatch(entry.name)]
     for entry in stale:
         if entry.is_file():
             entry.unlink(missing_ok=True)

@@ -129,8 +129,9 @@ def atomic_folder(path: Path, *, marker: str | None = None) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-_UNFINISHED_FOLDER = re.compile(r"\..+\.[a-z0-9_]{8}(?:\.old)?")
-_UNFINISHED_FILE = re.compile(r"\..+\.\d+-tmp(?:\..+)?")
+_UNFINISHED_FOLDER = re.compile(rf"\..+\.{TEMPORARY_FOLDER}(\.old)?")
+UNFINISHED_FILE = re.compile(rf"\..+\.{TEMPORARY_FILE}(\.\w+)?")
+"""Name of what `atomic_file` writes to."""
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -143,7 +144,7 @@ def remove_unfinished(folder: Path) -> None:
         if path.is_dir() and not path.is_symlink():
             if _UNFINISHED_FOLDER.fullmatch(path.name):
                 shutil.rmtree(path)
-        elif _UNFINISHED_FILE.fullmatch(path.name):
+        elif UNFINISHED_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -102,10 +102,7 @@ def _attend(
     shared: jax.Array,
 ) -> Float[Array, "B T H D"]:
     batch, length, heads, width = q.shape
-    count = -(-length // block)
-    size = -(-length // count)
-
-    split = partial(_split, size=size)
+    split = partial(_split, size=_even(length, block))
     groups = heads // k.shape[2]
     grouped = split(q.reshape(batch, length, k.shape[2], groups, width))
     segment, shared = split(segments), split(shared)
@@ -144,11 +141,13 @@ class _Running(NamedTuple):
         nothing = jnp.zeros(shape, jnp.float32)
         return cls(nothing, jnp.full(shape[:-1], _UNSEEN), nothing[..., 0])
 
-    def after(self, scores: Float[Array, "B K G T S"], v: jax.Array, product: str) -> _Running:
-        """With further keys, whose values `product` sums by their weights."""
+    def after(self, scores: Float[Array, "B K G T S"], v: Float[Array, "B K S D"]) -> _Running:
+        """With further keys and their values."""
         most = jnp.maximum(self.most, jnp.max(scores, axis=-1))
         weights, before = jnp.exp(scores - most[..., None]), jnp.exp(self.most - most)
-        read = jnp.einsum(product, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        read = jnp.einsum(
+            "bkgts,bksd->bkgtd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
         return _Running(
             self.read * before[..., None] + read, most,
             self.total * before + jnp.sum(weights, axis=-1),
@@ -159,7 +158,7 @@ class _Running(NamedTuple):
         return self.read / self.total[..., None]
 
 
-def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G S S"]:
+def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G T S"]:
     scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen, scores * q.shape[-1] ** -0.5, _UNSEEN)
 
@@ -181,7 +180,7 @@ def _forward(
 
     def of_queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         def of_keys(j: jax.Array, now: _Running) -> _Running:
-            return now.after(_scores(q[i], k[j], mask.of(i, j)), v[j], "bkgts,bksd->bkgtd")
+            return now.after(_scores(q[i], k[j], mask.of(i, j)), v[j])
 
         begun = _Running.begin(q.shape[1:])
         read = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, begun)
@@ -244,8 +243,8 @@ def attend_cache(
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of further tokens to the slots of a cache, which are positions.
 
-    Slots are read block by block, with a running softmax, up to the last that any query sees:
-    nothing is copied out of the cache, and slots that are still empty cost nothing.
+    Slots are read block by block, with a running softmax, up to the block of the last that any
+    query sees: a whole layer is never copied out of the cache, and empty blocks cost nothing.
 
     Args:
       q: [B, T, H, D] queries.
@@ -260,7 +259,7 @@ def attend_cache(
     """
     if block is not None:
         return _attend_cache(block, q, k, v, layer, position)
-    most = max(SCORES_AT_ONCE // math.prod(q.shape[:3]), CPU_BLOCK)
+    most = max(SCORES_AT_ONCE // math.prod(q.shape[:3]), 16)
     found: jax.Array = jax.lax.platform_dependent(
         q, k, v, layer, position,
         cpu=partial(_attend_cache, min(most, CPU_SLOTS)),
@@ -275,28 +274,23 @@ def _attend_cache(
     batch, length, heads, width = q.shape
     slots, keys = k.shape[2:4]
     size = min(block, slots)
-    grouped = q.reshape(batch, length, keys, heads // keys, width)
+    grouped = jnp.moveaxis(q.reshape(batch, length, keys, heads // keys, width), 1, 3)
 
-    def further(i: jax.Array, carry: _Running) -> _Running:
+    def further(i: jax.Array, now: _Running) -> _Running:
         start = jnp.minimum(i * size, slots - size)  # the last block may overlap
-
-        def slice_of(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice(x, (layer, 0, start, 0, 0), (1, batch, size, keys, width))[
-                0
-            ]
-
-        scores = jnp.einsum(
-            "btkgd,bskd->bkgts", grouped, slice_of(k), preferred_element_type=jnp.float32
-        )
         slot = start + jnp.arange(size)
         seen = (slot <= position[:, :, None]) & (slot >= i * size)  # [B, T, S]
-        scores = jnp.where(seen[:, None, None], scores * width**-0.5, _UNSEEN)
-        return carry.after(scores, slice_of(v), "bkgts,bskd->bkgtd")
+
+        def block_of(x: jax.Array) -> Float[Array, "B K S D"]:
+            where = (layer, 0, start, 0, 0)
+            (found,) = jax.lax.dynamic_slice(x, where, (1, batch, size, keys, width))
+            return jnp.moveaxis(found, 1, 2)
+
+        return now.after(_scores(grouped, block_of(k), seen[:, None, None]), block_of(v))
 
     count = jnp.minimum(jnp.max(position) // size + 1, -(-slots // size))
-    begun = _Running.begin((batch, keys, heads // keys, length, width))
-    found = jax.lax.fori_loop(0, count, further, begun).mean().astype(v.dtype)
-    return jnp.moveaxis(found, 3, 1).reshape(batch, length, heads, width)
+    read = jax.lax.fori_loop(0, count, further, _Running.begin(grouped.shape)).mean()
+    return jnp.moveaxis(read.astype(v.dtype), 3, 1).reshape(batch, length, heads, width)
 
 
 def map_chunks(
@@ -308,14 +302,14 @@ def map_chunks(
       f: from arrays [B, size, ...] to arrays [B, size, ...], the columns independent of one
         another. Its inner values are not kept for the backward pass but computed again.
       arrays: PyTree of arrays [B, T, ...]; filled up with zeros to whole pieces.
-      size: columns of a piece.
+      size: columns of a piece at most; pieces are as equal as can be.
       used: columns that matter; pieces without any are 0 and cost nothing. All if not given.
 
     Returns:
       PyTree of arrays [B, T, ...].
     """
     length = jax.tree.leaves(arrays)[0].shape[1]
-    size = min(size, length)
+    size = _even(length, size)
     pieces = jax.tree.map(partial(_split, size=size), arrays)
     if used is None:
         found = jax.lax.map(jax.checkpoint(f), pieces)
@@ -333,6 +327,11 @@ def map_chunks(
         found = jax.lax.map(jax.checkpoint(where_used), (jnp.arange(-(-length // size)), pieces))
     result: T = jax.tree.map(partial(_join, length=length), found)
     return result
+
+
+def _even(length: int, most: int) -> int:
+    """Columns of pieces that are as few as `most` allows, and as equal as can be."""
+    return -(-length // -(-length // most))
 
 
 def _split(x: Shaped[Array, "B T *d"], size: int) -> Shaped[Array, "N B S *d"]:

@@ -1,4 +1,4 @@
-"""The language model beside its peers: sampler, dialogues and learner, in turns on one machine."""
+"""The language model beside its peers on CPUs: sampler, dialogues and learner, in turns."""
 
 from __future__ import annotations
 
@@ -140,22 +140,22 @@ class _Worker:
 
 
 def _place(name: str) -> tuple[str, dict[str, str]]:
-    """The Python that runs a contender, and its environment."""
+    """The Python that runs a contender, and its environment, in which there are only CPUs."""
+    python, environment = sys.executable, dict(os.environ)
     if name == "vLLM":
         serving = find_environment()
-        options = ServerOptions(Path(), cpu_cache_gib=4.0)
-        return str(serving.python), variables(serving, options, key="")
-    return sys.executable, dict(os.environ)
+        python = str(serving.python)
+        environment = variables(serving, ServerOptions(Path(), cpu_cache_gib=4.0), key="")
+    return python, {**environment, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def installed(name: str) -> bool:
     """Whether a contender can run here."""
     if name == "vLLM":
         try:
-            find_environment()
+            return find_environment().cpu
         except InputError:
             return False
-        return True
     needed = {"transformers": ("torch", "transformers"), "torch": ("torch", "transformers")}
     return all(find_spec(module) is not None for module in needed.get(name, ()))
 
@@ -173,8 +173,12 @@ def run_llm_bench(options: LlmBenchOptions, progress: Progress = silent) -> Json
       other, by repeat; `parameters` of the model.
 
     Raises:
-      InputError: a contender ended early; the message has the last line it wrote.
+      InputError: `only` names what is not installed, or a contender ended early; the message has
+        the last line it wrote.
     """
+    missing = [name for name in options.only if not installed(name)]
+    if missing:
+        raise InputError(f"only: {missing[0]} is not installed for CPUs")
     rows: list[JsonDict] = []
     ratios: list[JsonDict] = []
     tasks = options.tasks()

@@ -110,10 +110,7 @@ def learner(folder: str, task: Task) -> Callable[[list[Ids]], float]:
     made = Learner(load(folder), cross_entropy, LearnerConfig(warmup_steps=0))
 
     def update(rows: list[Ids]) -> float:
-        ids = np.array(rows, np.int32)[None]
-        ones = np.ones_like(ids)
-        positions = np.broadcast_to(np.arange(ids.shape[2], dtype=np.int32), ids.shape)
-        summed, _ = made.update(Rows(ids, positions, ones, ones.astype(bool)))
+        summed, _ = made.update(Rows.full(np.array([rows], np.int32)))
         return float(summed.total / summed.weight)
 
     return update

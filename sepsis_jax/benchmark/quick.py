@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -35,14 +34,11 @@ from sepsis_jax.benchmark.timing import Contender, Timed, best, summary, take_tu
 from sepsis_jax.benchmark.torch_runners import EAGER
 from sepsis_jax.runs import JsonDict, Progress, provenance, silent
 from worldmodel.errors import InputError
-from worldmodel.files import atomic_folder, write_json
 from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import BFLOAT16
 
-RESULT = "quick.json"
 BRANCHES = {"cpu": 1024}
 _BRANCHES_ACCELERATOR = 65_536
-REPEATS = 3
 ENVIRONMENTS = 2000
 _MILLION = 1e6
 
@@ -155,16 +151,6 @@ def run_quick(
     }
 
 
-def write_quick(result: JsonDict, out: Path) -> None:
-    """Writes a result of `run_quick` as the only file of a folder.
-
-    Raises:
-      InputError: something else is in the way.
-    """
-    with atomic_folder(out, marker=RESULT) as folder:
-        write_json(folder / RESULT, result)
-
-
 def train_step(language: LanguageModel, dtype: type[jnp.generic]) -> Contender:
     """An update of all parameters from full rows of random tokens; the work is tokens read.
 
@@ -175,12 +161,7 @@ def train_step(language: LanguageModel, dtype: type[jnp.generic]) -> Contender:
     model = Qwen3(language.config, dtype=dtype, rngs=nnx.Rngs(0))
     learner = Learner(model, partial(cross_entropy, remat="none"), LearnerConfig())
     shape = (1, language.rows, language.length)
-    batch = Rows(
-        ids=_random_ids(language, shape),
-        positions=np.broadcast_to(np.arange(language.length, dtype=np.int32), shape),
-        segments=np.ones(shape, np.int32),
-        mask=np.ones(shape, bool),
-    )
+    batch = Rows.full(_random_ids(language, shape))
 
     def run(repeat: int) -> object:
         return jax.block_until_ready(learner.update(batch))

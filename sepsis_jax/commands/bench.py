@@ -20,7 +20,7 @@ from sepsis_jax.console import (
     print_json,
     print_table,
 )
-from sepsis_jax.runs import JsonDict, claimed
+from sepsis_jax.runs import JsonDict, claimed, write_result
 from worldmodel.configuration import LARGEST
 
 OptionalModel = Annotated[
@@ -41,6 +41,9 @@ Precision = Annotated[
 ]
 
 
+QUICK = "quick.json"  # what `bench --quick` writes
+
+
 class Measured(StrEnum):
     """What `bench` measures."""
 
@@ -48,13 +51,18 @@ class Measured(StrEnum):
     LLM = "llm"
 
 
+_OF_LLM = {"out", "measured", "repeats", "only", "seed", "json"}  # parameters
+
+
 def bench(
+    context: typer.Context,
     out: Out,
     measured: Annotated[
         Measured,
         typer.Argument(
-            help="llm: the sampler and the learner of language models, beside transformers, vLLM "
-            "and torch where they are installed; it takes --repeats, --only and --seed."
+            help="llm: the sampler and the learner of language models on CPUs, beside "
+            "transformers, vLLM and torch where they are installed; it takes --repeats, --only "
+            "and --seed."
         ),
     ] = Measured.ROLLOUTS,
     model: OptionalModel = None,
@@ -103,14 +111,15 @@ def bench(
 ) -> None:
     """Time rollouts in turns with torch: throughput, share of the bound, latency, plots."""
     if measured is Measured.LLM:
-        if quick or model or branches or precision:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = {name for name, source in sources.items() if source and source.name != "DEFAULT"}
+        if given - _OF_LLM:
             raise typer.BadParameter("llm takes --repeats, --only and --seed alone")
         _bench_llm(out, repeats, only, seed, json)
         return
     from sepsis_jax.benchmark.setup import begin_devices, model_to_measure
 
     begin_devices()
-    from sepsis_jax.benchmark import quick as short
     from sepsis_jax.benchmark.bench import (
         RESULT,
         BenchOptions,
@@ -128,28 +137,25 @@ def bench(
         plans=plans,
         samples=samples,
         horizon=horizon,
-        repeats=repeats or (short.REPEATS if quick else 10),
+        repeats=repeats or (3 if quick else 10),
         question_samples=question_samples,
         seed=seed,
         only=tuple(only or ()),
         kernel=kernel or "auto",
     )
-    check_replaceable(out, short.RESULT if quick else RESULT)
+    check_replaceable(out, QUICK if quick else RESULT)
     world_model, what = model_to_measure(model, precision)
     console.print(f"model: {what}")
-    busy = os.getloadavg()[0]
-    if busy > 0.5:
-        console.print(
-            f"other programs are running (load {busy:.1f}): torch's threads wait for each other "
-            "and suffer most, so its figures and the ratios to it will mislead"
-        )
+    busy = _load()
     if quick:
+        from sepsis_jax.benchmark.quick import run_quick
+
         with claimed(out), phases("bench") as progress:
-            result = short.run_quick(world_model, options, progress)
+            result = run_quick(world_model, options, progress)
             result |= {"model": what, "load_before": busy}
-            short.write_quick(result, out)
+            write_result(out, QUICK, result)
         _show_figures(result)
-        console.print(str(out / short.RESULT))
+        console.print(str(out / QUICK))
         if json:
             print_json({"out": str(out), **result})
         return
@@ -173,27 +179,38 @@ def bench(
         print_json({"out": str(out), **result})
 
 
+def _load() -> float:
+    """The machine's load, which is told where other programs run."""
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        console.print(
+            f"other programs are running (load {busy:.1f}): torch's threads wait for each other "
+            "and suffer most, so its figures and the ratios to it will mislead"
+        )
+    return busy
+
+
 def _bench_llm(
     out: Path, repeats: int | None, only: list[str] | None, seed: int, json: bool
 ) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is used
     from sepsis_jax.benchmark.hardware import hardware
     from sepsis_jax.benchmark.llm import RESULT, LlmBenchOptions, installed, run_llm_bench
     from sepsis_jax.benchmark.llm_worker import LEARNERS, SAMPLERS
     from sepsis_jax.runs import provenance
-    from worldmodel.files import atomic_folder, check_replaceable, write_json
+    from worldmodel.files import check_replaceable
 
     options = LlmBenchOptions(repeats=repeats or 3, seed=seed, only=tuple(only or ()))
     check_replaceable(out, RESULT)
     missing = [name for name in (*SAMPLERS, *LEARNERS) if not installed(name)]
     if missing:
         console.print(f"not installed, so not measured: {', '.join(missing)}")
-    busy = os.getloadavg()[0]
+    busy = _load()
     with claimed(out), phases("bench llm") as progress:
         result = run_llm_bench(options, progress)
         result |= {"options": vars(options), "hardware": hardware(), "load_before": busy}
         result |= provenance()
-        with atomic_folder(out, marker=RESULT) as folder:
-            write_json(folder / RESULT, result)
+        write_result(out, RESULT, result)
     print_table(
         f"Qwen3 of {result['parameters'] / 1e6:.0f} million parameters, float32",
         ("task", "contender", "seconds", "min", "max", "processor s", "memory, GiB"),

@@ -131,7 +131,11 @@ def _hidden(path: Path) -> bool:
 def _compare(found: object, wanted: JsonDict, file: Path) -> None:
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise InputError(f"{file}: not of a sweep; choose another folder")
-    difference = _difference({**found, _REVISION: None}, {**wanted, _REVISION: None})
+    # Sweeps of versions that had no choice have XLA's kernels.
+    request = {"kernel": "xla", **found.get("request", {})}
+    difference = _difference(
+        {**found, "request": request, _REVISION: None}, {**wanted, _REVISION: None}
+    )
     if difference:
         raise InputError(
             f"{file}: begun by another request ({difference}); repeat that one, or choose "

@@ -30,6 +30,7 @@ from worldmodel.resources import BFLOAT16, require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.rollout import check_mode
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
+from worldmodel.simulate.stay_kernel import AUTOMATIC
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
 from worldmodel.simulate.unroll import KERNELS, RolloutConfig
@@ -188,7 +189,8 @@ def load_sweep(
         branches=block,
     )
     request = {name: value for name, value in asdict(options).items() if name != "policies"}
-    request |= {"block": block, "task": task, "plans": list(texts)}
+    kernel = options.kernel if options.kernel != "auto" or platform in AUTOMATIC else "xla"
+    request |= {"block": block, "task": task, "plans": list(texts), "kernel": kernel}
     made = provenance()
     manifest = {
         "kind": KIND,

@@ -292,6 +292,16 @@ def test_what_is_there_is_not_done_again_unless_damaged(
     assert contents(out) == contents(swept)
 
 
+def test_a_sweep_from_before_there_was_a_choice_of_kernels_goes_on(run, swept, arguments, tmp_path):
+    out = shutil.copytree(swept, tmp_path / "out")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["request"].pop("kernel") == "xla"  # what "auto" is on CPUs
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    (out / "parts" / "part-00001.parquet").unlink()
+    assert run(*arguments, "--out", out, "--resume", "--kernel", "xla").status == 0
+    assert (out / "parts" / "part-00001.parquet").exists()
+
+
 # What it refuses
 
 

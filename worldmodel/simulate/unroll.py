@@ -74,8 +74,8 @@ class RolloutConfig:
       precision: of matrix products; None for the model's own.
       follow_clinician: plans may hold `FOLLOW_CLINICIAN`; recurrent variant only.
       kernel: of the recurrent variant under plans: "xla", "pallas" (all steps in one kernel, see
-        `stay_kernel`) or "auto", which is "pallas" on a TPU where it fits. Anything else is
-        simulated by XLA's kernels whatever is said here.
+        `stay_kernel`) or "auto", which is "pallas" on a TPU where it fits. Policies have XLA's
+        kernels whatever is said here; "pallas" is refused for the other variants.
     """
 
     horizon: int

@@ -73,6 +73,12 @@ class Rows(NamedTuple):
     wanted: jax.Array | np.ndarray | None = None  # [..., R, L, 5] float32, probabilities of the
     # levels where a token decides, 0 elsewhere; None where no decision has any
 
+    @classmethod
+    def full(cls, ids: Int[np.ndarray, "*r L"]) -> Rows:
+        """Rows that are one sequence each, all tokens of which are learned."""
+        positions = np.broadcast_to(np.arange(ids.shape[-1], dtype=np.int32), ids.shape)
+        return cls(ids, positions, np.ones_like(ids), np.ones(ids.shape, bool))
+
 
 def written(
     stay: Stay,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from policy.qwen3.attention import attend, attend_cache
+from policy.qwen3.attention import attend, attend_cache, map_chunks
 
 B, T, H, K, D = 2, 44, 4, 2, 8
 
@@ -116,3 +116,15 @@ def test_blocks_that_nobody_sees_are_not_computed():
     broken = k.at[:, :22].set(jnp.nan)
     found = attend(q, broken, v, segments, block=11)[:, 22:]
     np.testing.assert_allclose(found, plain(q, k, v, segments)[:, 22:], atol=2e-6)
+
+
+def test_pieces_are_as_equal_as_can_be():
+    widths = []
+
+    def f(x):
+        widths.append(x.shape[1])
+        return 2 * x
+
+    x = jnp.arange(66.0).reshape(2, 33)
+    np.testing.assert_array_equal(map_chunks(f, x, 16), 2 * x)
+    assert set(widths) == {11}  # three pieces of 16 would compute 48 columns

@@ -66,7 +66,11 @@ def test_a_contender_that_ends_early_says_why(tmp_path):
         worker.run(0)
 
 
-def test_what_llm_refuses(tmp_path, capfd):
+def test_what_llm_refuses(tmp_path, capfd, monkeypatch):
     out = ("--out", tmp_path / "out")
     refuse(call(capfd, "bench", "llm", "--quick", *out), "llm takes")
+    refuse(call(capfd, "bench", "llm", "--horizon", 7, *out), "llm takes")
     refuse(call(capfd, "bench", "llm", "--only", "ollama", *out), "only")
+    monkeypatch.setenv("SEPSIS_JAX_SERVING", str(tmp_path))
+    refuse(call(capfd, "bench", "llm", "--only", "vLLM", *out), "vLLM is not installed")
+    assert not (tmp_path / "out").exists()
