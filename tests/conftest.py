@@ -26,6 +26,9 @@ if version("jax").startswith("0.10.") and FLAGS not in os.environ.get("XLA_FLAGS
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 
 
+# Private, since commands keep their programs there only if nobody else can write to it.
+cache_folder().parent.mkdir(parents=True, exist_ok=True)
+cache_folder().mkdir(mode=0o700, exist_ok=True)
 # Of JAX here and, as it is in the environment, of every process that a test starts: what one
 # module, worker, process or run compiled, the others read from the disk.
 os.environ |= {

@@ -334,13 +334,9 @@ def _cell(row: pd.Series, name: str) -> object:
     low, high = (row.get(end, np.nan) for end in (_end(name, "low"), _end(name, "high")))
     places = digits(name, value)
     if not (np.isfinite(low) and np.isfinite(high)):
-        return _rounded(value, places)
-    return f"{_rounded(value, places)} ({_rounded(low, places)} to {_rounded(high, places)})"
-
-
-def _rounded(value: float, places: int) -> str:
-    """Estimates that records cannot carry may have any size: 3 digits of those are enough."""
-    return f"{value:.{places}f}" if abs(value) < 1e5 else f"{value:.2e}"
+        return words.number(value, places)
+    low_text, high_text = (words.number(end, places) for end in (low, high))
+    return f"{words.number(value, places)} ({low_text} to {high_text})"
 
 
 _ONE_DECIMAL = ("adherence", "valid", "observed", "ess")

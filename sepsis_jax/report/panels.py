@@ -115,9 +115,8 @@ def _interval(
     if not limits[0] < value < limits[1]:
         at, marker = (limits[0], "<") if value < limits[0] else (limits[1], ">")
         inwards = (7, "left") if marker == "<" else (-7, "right")
-        text = f"{value:.0f}" if abs(value) < 1e5 else f"{value:.1e}"
-        axis.annotate(text, (at, place), (inwards[0], 4), textcoords="offset points",
-                      ha=inwards[1], fontsize=7.5)  # fmt: skip
+        axis.annotate(words.number(value, 0), (at, place), (inwards[0], 4),
+                      textcoords="offset points", ha=inwards[1], fontsize=7.5)  # fmt: skip
         value = at
     axis.plot(value, place, marker, ms=5.5, mfc=color if full else PAGE, mec=color, mew=1.3,
               zorder=3, clip_on=False)  # fmt: skip

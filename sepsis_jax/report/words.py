@@ -151,3 +151,8 @@ def dose(action: int) -> str:
         if level != "none"
     ]
     return ", ".join(given) or "no treatment"
+
+
+def number(value: float, places: int) -> str:
+    """With so many decimals; of estimates beyond 1e5, which no record carries, three digits."""
+    return f"{value:.{places}f}" if abs(value) < 1e5 else f"{value:.2e}"
