@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -272,10 +273,11 @@ def _of_language_model(
 def _ask(
     options: AgentOptions, llm: Path, model: Path, cohort: Path, to: Path, progress: Progress
 ) -> object:
+    # Killed, it begins anew: probabilities are rounded by who is in a batch, and a stay that failed
+    # would be tried again.
+    shutil.rmtree(to, ignore_errors=True)
     backend = BackendOptions(llm=str(llm))
-    return run_agent(
-        to, options, backend, model=model, episodes=cohort, resume=True, progress=progress
-    )
+    return run_agent(to, options, backend, model=model, episodes=cohort, progress=progress)
 
 
 def _cohort(options: StudyCohort, seed: int, to: Path, progress: Progress) -> object:

@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from policy.agent.records import RECORDS_FILE
+from sepsis_jax.pipelines.agent import AgentOptions
 from sepsis_jax.pipelines.study import (
     StudyCohort,
     StudyOptions,
+    _ask,
     compare_studies,
     over_seeds,
     stages_of,
@@ -29,6 +32,7 @@ from sepsis_jax.pipelines.study_stages import (
     plan,
     run_all,
 )
+from sepsis_jax.runs import silent
 from tests.sepsis_jax.command_line import call, finish, refuse
 from worldmodel.configuration import load_config
 from worldmodel.errors import InputError
@@ -180,6 +184,20 @@ def contents(folder):
     }
 
 
+def test_asking_that_was_killed_begins_anew(tmp_path, monkeypatch):
+    """What was said depends, by rounding, on who else was asked at the same time."""
+    asked = []
+    monkeypatch.setattr(
+        "sepsis_jax.pipelines.study.run_agent",
+        lambda to, *_, **more: asked.append((to.exists(), more.get("resume", False))),
+    )
+    to = tmp_path / "asked_bc"
+    to.mkdir()
+    (to / "records.jsonl").write_text("{}")
+    _ask(AgentOptions(), tmp_path, tmp_path, tmp_path, to, silent)
+    assert asked == [(False, False)]
+
+
 @pytest.mark.slow
 def test_a_study_that_is_killed_in_every_stage_ends_with_the_same_bytes(tmp_path):
     config, out = settings(tmp_path), tmp_path / "out"
@@ -190,7 +208,9 @@ def test_a_study_that_is_killed_in_every_stage_ends_with_the_same_bytes(tmp_path
     command = [sys.executable, "-m", "sepsis_jax", "study", str(config), "--out", str(out)]
     for name in names:
         process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
-        while process.poll() is None and not (out / "seed-0" / name).exists():
+        folder = out / "seed-0" / name
+        begun = folder / RECORDS_FILE if name.startswith("asked") else folder
+        while process.poll() is None and not begun.exists():
             time.sleep(0.05)
         time.sleep(0.3)
         process.send_signal(signal.SIGKILL)
