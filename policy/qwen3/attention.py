@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.sharding import on_own_share
@@ -24,10 +25,13 @@ S = TypeVar("S")  # PyTrees of arrays
 T = TypeVar("T")
 
 BLOCK = 512
-"""Tokens per block of queries and of keys on accelerators."""
+"""Tokens per block of queries and of keys at most."""
 
-CPU_BLOCK = 128
-"""The same on CPUs, where a block's scores should stay in the cache of a core."""
+CPU_SCORES = 2**21
+"""Scores of a block at most on CPUs, whose caches should hold them: 8 MiB of float32."""
+
+KEPT = "attention"
+"""Name of what attention hands to its backward pass, for policies of `jax.checkpoint`."""
 
 CPU_SLOTS = 256
 """Slots per block of a cache on CPUs."""
@@ -72,7 +76,7 @@ def attend(
       k, v: [B, T, K, D]; K divides H, and each key head serves H / K query heads.
       segments: [B, T] int; the tokens of a segment stand side by side.
       shared: [B, T] keys that later columns of every segment see; none if not given.
-      block: tokens per block; `BLOCK` or `CPU_BLOCK` if not given, fewer where rows are shorter.
+      block: tokens per block; if not given `BLOCK`, or on CPUs fewer by `CPU_SCORES`.
 
     Returns:
       [B, T, H, D] in the type of `v`.
@@ -84,13 +88,17 @@ def attend(
             return _attend(block, *arrays)
         found: jax.Array = jax.lax.platform_dependent(
             *arrays,
-            cpu=partial(_attend, CPU_BLOCK),
+            cpu=partial(_attend, _cpu_block(*q.shape[:3:2])),
             default=partial(_attend, BLOCK),
         )
         return found
 
     heads, tokens = ("batch", "length", "heads", None), ("batch", "length")
     return on_own_share(attended, (heads, heads, heads, tokens, tokens), heads, *arrays)
+
+
+def _cpu_block(batch: int, heads: int) -> int:
+    return min(max(math.isqrt(CPU_SCORES // (batch * heads)), 16), BLOCK)
 
 
 def _attend(
@@ -193,7 +201,7 @@ def _forward(
 def _kept(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, _Mask, jax.Array, jax.Array]]:
-    out, total = _forward(q, k, v, mask)
+    out, total = (checkpoint_name(x, KEPT) for x in _forward(q, k, v, mask))
     return out, (q, k, v, mask, out, total)
 
 
@@ -210,19 +218,23 @@ def _backward(
         given = change[i]
         dot = jnp.sum(given.astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1)
 
+        # Scores stand as [keys, queries], so that no product has to turn them around.
         def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = now
-            weights = jnp.exp(_scores(q[i], k[j], mask.of(i, j)) - total[i][..., None])
-            dv = dv.at[j].add(product("bkgts,bkgtd->bksd", weights.astype(v.dtype), given))
-            of_weights = product("bkgtd,bksd->bkgts", given, v[j])
-            of_scores = weights * (of_weights - dot[..., None]) * q.shape[-1] ** -0.5
+            scores = product("bksd,bkgtd->bksgt", k[j], q[i]) * q.shape[-1] ** -0.5
+            seen = jnp.moveaxis(mask.of(i, j), 4, 2)
+            weights = jnp.where(seen, jnp.exp(scores - total[i][:, :, None]), 0.0)
+            dv = dv.at[j].add(product("bksgt,bkgtd->bksd", weights.astype(v.dtype), given))
+            of_weights = product("bksd,bkgtd->bksgt", v[j], given)
+            of_scores = weights * (of_weights - dot[:, :, None]) * q.shape[-1] ** -0.5
             of_scores = of_scores.astype(q.dtype)
-            dk = dk.at[j].add(product("bkgts,bkgtd->bksd", of_scores, q[i]))
-            return dq + product("bkgts,bksd->bkgtd", of_scores, k[j]), dk, dv
+            dk = dk.at[j].add(product("bksgt,bkgtd->bksd", of_scores, q[i]))
+            return dq + product("bksd,bksgt->bkdgt", k[j], of_scores), dk, dv
 
-        start = (jnp.zeros(q.shape[1:], jnp.float32), *of_all)
+        batch, heads, groups, size, width = q.shape[1:]
+        start = (jnp.zeros((batch, heads, width, groups, size), jnp.float32), *of_all)
         dq, *of_all_new = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
-        return tuple(of_all_new), dq.astype(q.dtype)
+        return tuple(of_all_new), jnp.moveaxis(dq, 2, 4).astype(q.dtype)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, (nothing, nothing), jnp.arange(q.shape[0]))

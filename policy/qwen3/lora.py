@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from policy.qwen3.model import Linear, Qwen3
+from policy.qwen3.model import Linear, Qwen3, product
 from worldmodel.errors import InputError
 from worldmodel.files import atomic_folder, read_json, write_json
 
@@ -50,8 +50,8 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b I"]) -> Float[Array, "*b O"]:
         """[..., O] scaled product with the low-rank matrices."""
-        low = x @ self.a[...].astype(x.dtype)
-        return self.scale * (low @ self.b[...].astype(x.dtype))
+        low = product(x, self.a[...].astype(x.dtype))
+        return self.scale * product(low, self.b[...].astype(x.dtype))
 
 
 def add_adapters(

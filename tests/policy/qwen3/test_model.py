@@ -1,6 +1,7 @@
 """The model beside transformers' own, and beside itself packed, cached and in blocks."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from flax import nnx
 
 from policy import qwen3
+from policy.qwen3.model import product
 from policy.testing.tiny_qwen3 import make_tiny
 
 IDS = np.random.default_rng(0).integers(0, 640, (2, 23))
@@ -144,3 +146,55 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_matters(folder, plain):
     assert logits.dtype == jnp.float32
     full = plain(IDS[0])
     assert np.abs(logits[0] - full).mean() < 0.03 * np.abs(full).mean()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"), [("float32", None), ("bfloat16", None), ("bfloat16", "float32")]
+)
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3)])
+def test_products_have_the_gradients_of_matmul(dtype, result, leading):
+    draw = partial(jax.random.normal, dtype=dtype)
+    x, kernel = draw(jax.random.key(0), (*leading, 4)), draw(jax.random.key(1), (4, 6))
+
+    def gradients(multiply):
+        def loss(x, kernel):
+            y = multiply(x, kernel)
+            assert y.dtype == (result or dtype)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+        return jax.value_and_grad(loss, (0, 1))(x, kernel)
+
+    found = gradients(lambda x, kernel: product(x, kernel, result))
+    wanted = gradients(partial(jnp.matmul, preferred_element_type=result))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (a, b)), rtol=1e-2)
+
+
+def compiled_gradient(config):
+    """The optimised program on 3 x 32 tokens."""
+    model = qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+
+    def loss(model, ids):
+        return jnp.sum(model.hidden(ids) ** 2)
+
+    graphdef, state = nnx.split(model)
+    ids = jnp.zeros((3, 32), jnp.int32)
+    gradient = jax.jit(lambda state: jax.grad(lambda s: loss(nnx.merge(graphdef, s), ids))(state))
+    return gradient.lower(state).compile().as_text()
+
+
+def test_gradients_of_kernels_turn_no_activations_around(model):
+    config = dataclasses.replace(model.config, hidden_size=48, intermediate_size=80)
+    text = compiled_gradient(config)
+    assert "f32[96,80]" in text  # tokens of all rows by the MLP's width
+    assert not re.search(r"f32\[(48|80),(96|3,32)\]", text)
+
+
+def test_elementwise_values_are_not_kept_for_the_backward_pass(model):
+    config = dataclasses.replace(model.config, hidden_size=48, intermediate_size=80)
+    text = compiled_gradient(config)
+    carried = re.findall(r"= \((.*?)\) while\(", text)
+    layers = config.num_hidden_layers
+    kept = max(carry.count(f"f32[{layers},3,32,80]") for carry in carried)
+    assert kept == 2  # gate and up alone
