@@ -166,8 +166,10 @@ class _Running(NamedTuple):
         return self.read / self.total[..., None]
 
 
-def _scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> Float[Array, "B K G T S"]:
-    scores = jnp.einsum("bkgtd,bksd->bkgts", q, k, preferred_element_type=jnp.float32)
+def _scores(
+    q: Float[Array, "B K G T D"], turned: Float[Array, "B K D S"], seen: jax.Array
+) -> Float[Array, "B K G T S"]:
+    scores = jnp.einsum("bkgtd,bkds->bkgts", q, turned, preferred_element_type=jnp.float32)
     return jnp.where(seen, scores * q.shape[-1] ** -0.5, _UNSEEN)
 
 
@@ -188,7 +190,7 @@ def _forward(
 
     def of_queries(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         def of_keys(j: jax.Array, now: _Running) -> _Running:
-            return now.after(_scores(q[i], k[j], mask.of(i, j)), v[j])
+            return now.after(_scores(q[i], jnp.swapaxes(k[j], -1, -2), mask.of(i, j)), v[j])
 
         begun = _Running.begin(q.shape[1:])
         read = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, begun)
@@ -246,9 +248,9 @@ _blocks.defvjp(_kept, _backward)
 
 def attend_cache(
     q: Float[Array, "B T H D"],
-    k: Float[Array, "L B S K D"],
-    v: Float[Array, "L B S K D"],
-    layer: Int[Array, ""],
+    k: Float[Array, "L B K D S"],
+    v: Float[Array, "L B K S D"],
+    layer: int | Int[Array, ""],
     position: Int[Array, "B T"],
     *,
     block: int | None = None,
@@ -256,19 +258,25 @@ def attend_cache(
     """Softmax attention of further tokens to the slots of a cache, which are positions.
 
     Slots are read block by block, with a running softmax, up to the block of the last that any
-    query sees: a whole layer is never copied out of the cache, and empty blocks cost nothing.
+    query sees: a whole layer is never copied out of a cache of several, and empty blocks cost
+    nothing.
 
     Args:
       q: [B, T, H, D] queries.
-      k, v: [L, B, S, K, D] cache, with the keys and values of the queries' own positions.
+      k: [L, B, K, D, S] keys of a cache, with those of the queries' own positions. They lie as the
+        product with queries takes them.
+      v: [L, B, K, S, D] values likewise.
       layer: whose keys and values are read.
       position: [B, T] of the queries; each sees the slots up to its own.
       block: slots per block; if not given, `CPU_SLOTS`, or on accelerators as many as
-        `SCORES_AT_ONCE` allows.
+        `SCORES_AT_ONCE` allows; all for a single token with a cache of one layer, which is read
+        where it lies.
 
     Returns:
       [B, T, H, D] in the type of `v`.
     """
+    if block is None and len(k) == 1 and q.shape[1] == 1:
+        block = k.shape[-1]
     if block is not None:
         return _attend_cache(block, q, k, v, layer, position)
     most = max(SCORES_AT_ONCE // math.prod(q.shape[:3]), 16)
@@ -281,28 +289,38 @@ def attend_cache(
 
 
 def _attend_cache(
-    block: int, q: jax.Array, k: jax.Array, v: jax.Array, layer: jax.Array, position: jax.Array
+    block: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: int | jax.Array,
+    position: jax.Array,
 ) -> Float[Array, "B T H D"]:
     batch, length, heads, width = q.shape
-    slots, keys = k.shape[2:4]
+    keys, slots = v.shape[2:4]
     size = min(block, slots)
     grouped = jnp.moveaxis(q.reshape(batch, length, keys, heads // keys, width), 1, 3)
 
-    def further(i: jax.Array, now: _Running) -> _Running:
+    def further(i: int | jax.Array, now: _Running) -> _Running:
         start = jnp.minimum(i * size, slots - size)  # the last block may overlap
         slot = start + jnp.arange(size)
         seen = (slot <= position[:, :, None]) & (slot >= i * size)  # [B, T, S]
 
-        def block_of(x: jax.Array) -> Float[Array, "B K S D"]:
-            where = (layer, 0, start, 0, 0)
-            (found,) = jax.lax.dynamic_slice(x, where, (1, batch, size, keys, width))
-            return jnp.moveaxis(found, 1, 2)
+        def block_of(x: jax.Array, axis: int) -> Float[Array, "B K *d"]:
+            of_layer = x[layer]
+            if size == slots:
+                return of_layer
+            return jax.lax.dynamic_slice_in_dim(of_layer, start, size, axis)
 
-        return now.after(_scores(grouped, block_of(k), seen[:, None, None]), block_of(v))
+        return now.after(_scores(grouped, block_of(k, 3), seen[:, None, None]), block_of(v, 2))
 
-    count = jnp.minimum(jnp.max(position) // size + 1, -(-slots // size))
-    read = jax.lax.fori_loop(0, count, further, _Running.begin(grouped.shape)).mean()
-    return jnp.moveaxis(read.astype(v.dtype), 3, 1).reshape(batch, length, heads, width)
+    read = _Running.begin(grouped.shape)
+    if size == slots:
+        read = further(0, read)
+    else:
+        count = jnp.minimum(jnp.max(position) // size + 1, -(-slots // size))
+        read = jax.lax.fori_loop(0, count, further, read)
+    return jnp.moveaxis(read.mean().astype(v.dtype), 3, 1).reshape(batch, length, heads, width)
 
 
 def map_chunks(

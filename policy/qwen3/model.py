@@ -7,7 +7,7 @@ positions, SwiGLU; Qwen3 (arXiv 2505.09388) normalises queries and keys of each 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -49,23 +49,34 @@ values are the largest of a layer; fewer tokens would not hide the time that sha
 class Cache:
     """Keys and values of tokens read so far; a token's slot is its position."""
 
-    k: jax.Array  # [L, B, S, K, D]
-    v: jax.Array  # [L, B, S, K, D]
+    k: jax.Array  # [L, B, K, D, S], as products with queries take them
+    v: jax.Array  # [L, B, K, S, D]
 
     def write(
         self,
-        layer: jax.Array,
+        layer: int | jax.Array,
         k: Float[Array, "B T K D"],
         v: Float[Array, "B T K D"],
         start: Int[Array, " B"],
     ) -> Cache:
         """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ..."""
-        row = jnp.arange(k.shape[0])[:, None]
-        slot = start[:, None] + jnp.arange(k.shape[1])
+
+        def put(kept: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+            at = [layer, 0, 0, 0]  # of [L, K, ...], one row
+            at[axis] = start
+            return jax.lax.dynamic_update_slice(kept, new[None].astype(kept.dtype), at)
+
+        def rows(axis: int) -> Callable[..., jax.Array]:
+            return jax.vmap(partial(put, axis=axis), in_axes=(1, 0, 0), out_axes=1)
+
         return Cache(
-            self.k.at[layer, row, slot].set(k, mode="drop"),
-            self.v.at[layer, row, slot].set(v, mode="drop"),
+            rows(3)(self.k, jnp.moveaxis(k, 1, 3), start),
+            rows(2)(self.v, jnp.moveaxis(v, 1, 2), start),
         )
+
+
+Kept = Cache | tuple[Cache, ...]
+"""A cache of all layers, or one for each."""
 
 
 class Linear(nnx.Module):
@@ -288,15 +299,20 @@ class Qwen3(nnx.Module):
         return self.norm(x)
 
     def extend(
-        self, ids: Int[Array, "B T"], start: Int[Array, " B"], cache: Cache
-    ) -> tuple[Float[Array, "B T D"], Cache]:
+        self,
+        ids: Int[Array, "B T"],
+        start: Int[Array, " B"],
+        cache: Kept,
+        layers: Sequence[Any] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Kept]:
         """Reads further tokens after what a cache holds.
 
         Args:
           ids: [B, T] int. Padding at the end of a row does no harm: what it leaves in the cache
             is seen by no earlier position, and the row's next tokens take its slots.
           start: [B] int; position of each row's first token, so tokens already read.
-          cache: changed; of at least `start + T` slots. What would fall outside is dropped.
+          cache: of at least `start + T` slots; one of all layers, or as many of one layer each.
+          layers: parameters as of `apart`, where the cache is apart.
 
         Returns:
           Final normed hidden states [B, T, D], and the cache with the new tokens.
@@ -305,7 +321,9 @@ class Qwen3(nnx.Module):
         angles = rotary(positions, frequencies(self.config))
         graphdef, stacked = nnx.split(self.layers)
 
-        def one(carry: tuple[jax.Array, Cache], layer: Any) -> tuple[tuple[jax.Array, Cache], None]:
+        def one(
+            carry: tuple[jax.Array, Cache], layer: tuple[int | jax.Array, Any]
+        ) -> tuple[tuple[jax.Array, Cache], None]:
             x, cache = carry
             index, params = layer
 
@@ -315,25 +333,44 @@ class Qwen3(nnx.Module):
 
             return nnx.merge(graphdef, params)(x, angles, over_cache), None
 
-        layers = (jnp.arange(self.config.num_hidden_layers), stacked)
-        (x, cache), _ = jax.lax.scan(one, (self._embed(ids), cache), layers)
-        return self.norm(x), cache
+        x = self._embed(ids)
+        if isinstance(cache, Cache):
+            numbered = (jnp.arange(self.config.num_hidden_layers), stacked)
+            (x, new), _ = jax.lax.scan(one, (x, cache), numbered)
+            return self.norm(x), new
+        every = []
+        for of_layer, params in zip(cache, layers or self.apart(), strict=True):
+            (x, new), _ = one((x, of_layer), (0, params))
+            every.append(new)
+        return self.norm(x), tuple(every)
+
+    def apart(self) -> list[Any]:
+        """Parameters of each layer in arrays of their own, which CPUs need not copy to read."""
+        stacked = nnx.state(self.layers)
+        return [
+            jax.tree.map(lambda x, n=number: x[n], stacked)
+            for number in range(self.config.num_hidden_layers)
+        ]
 
     def empty_cache(self, batch: int, slots: int) -> Cache:
-        """A cache in which nothing has been read."""
-        config = self.config
-        shape = (
-            config.num_hidden_layers,
-            batch,
-            slots,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
+        """A cache of all layers in which nothing has been read."""
+        return self._empty(self.config.num_hidden_layers, batch, slots)
 
-        def nothing() -> jax.Array:
-            return constrain(jnp.zeros(shape, self.dtype), None, "batch", "length", "heads", None)
+    def empty_caches(self, batch: int, slots: int) -> tuple[Cache, ...]:
+        """The same, apart: a cache of one layer for each."""
+        layers = self.config.num_hidden_layers
+        return tuple(self._empty(1, batch, slots) for _ in range(layers))
 
-        return Cache(nothing(), nothing())
+    def _empty(self, layers: int, batch: int, slots: int) -> Cache:
+        width = self.config.head_dim
+        rows = (layers, batch, self.config.num_key_value_heads)
+
+        def nothing(*shape: int) -> jax.Array:
+            return constrain(
+                jnp.zeros((*rows, *shape), self.dtype), None, "batch", "heads", None, None
+            )
+
+        return Cache(nothing(width, slots), nothing(slots, width))
 
     def head(self) -> Float[Array, "D V"]:
         """[D, V] output projection; the transposed embeddings where they are tied."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from policy.qwen3.model import Cache
+from policy.qwen3.model import Kept
 from worldmodel.resources import bucket
 
 
@@ -24,7 +25,7 @@ def rows_kept(dialogues: int) -> int:
 class Continued(NamedTuple):
     """Where the beginnings of B prompts lie in the cache of one batch."""
 
-    cache: Cache
+    cache: Kept
     rows: np.ndarray  # [B] int32
     lengths: np.ndarray  # [B] int32, tokens of each prompt that were read
 
@@ -34,7 +35,7 @@ class _Batch:
     number: int
     rows: dict[tuple[int, ...], int]  # by the tokens read
     lengths: tuple[int, ...]  # of these, the longest first
-    cache: Cache
+    cache: Kept
 
     def find(self, prompt: Sequence[int]) -> tuple[int, int] | None:
         """Row and length of the longest beginning; at least one token of the prompt is new."""
@@ -74,7 +75,7 @@ class PrefixCache:
                 return Continued(batch.cache, rows, lengths)
         return None
 
-    def keep(self, read: Sequence[tuple[int, ...]], cache: Cache) -> None:
+    def keep(self, read: Sequence[tuple[int, ...]], cache: Kept) -> None:
         """Keeps the cache of a batch.
 
         Args:
@@ -86,7 +87,7 @@ class PrefixCache:
         lengths = tuple(sorted({len(ids) for ids in read}, reverse=True))
         kept, left = [], self._most
         for batch in (_Batch(number, rows, lengths, cache), *self._batches):
-            left -= batch.cache.k.shape[1]
+            left -= jax.tree.leaves(batch.cache)[0].shape[1]
             if left < 0:
                 break
             kept.append(batch)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
-from policy.qwen3.model import Cache, Qwen3
+from policy.qwen3.model import Cache, Kept, Qwen3
 from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sharding import constrain
 from worldmodel.errors import InputError
@@ -97,7 +97,7 @@ def generate(
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
     known = None if prefixes is None else prefixes.find([draw.prompt_ids for draw in draws])
     start = np.zeros(rows, np.int32)
-    begun: Cache | None = None
+    begun: Kept | None = None
     longest = int(length.max())
     width = min(bucket(longest, SMALLEST_BUCKET, digits=2), context)
     # Caches that are kept have few sizes, or else there would be a program for every pair of them.
@@ -105,6 +105,7 @@ def generate(
     if known is not None:
         start[: len(draws)] = known.lengths
         width = bucket(int((length - start).max()), SMALLEST_BUCKET)
+        slots = max(slots, bucket(int(start.max()) + width, SMALLEST_BUCKET, digits=3))
         source = np.zeros(rows, np.int32)
         source[: len(draws)] = known.rows
         with _within(mesh):
@@ -132,11 +133,11 @@ def generate(
     with _within(mesh):
         now = _generate(
             *nnx.split(model), ids, settings, begun,
-            most=most, slots=slots, keep=prefixes is not None,
+            most=most, slots=slots, keep=prefixes is not None, apart=_on_cpu(model),
         )  # fmt: skip
-        out = jax.device_get(now._replace(cache=None))
+        out = jax.device_get(now._replace(cache=()))
     drawn = [_of_row(out, row) for row in range(len(draws))]
-    if prefixes is not None and now.cache is not None:  # all but the last token were read
+    if prefixes is not None:  # all but the last token were read
         every = zip(draws, drawn, strict=True)
         prefixes.keep([(*a.prompt_ids, *b.token_ids)[:-1] for a, b in every], now.cache)
     return drawn
@@ -146,6 +147,12 @@ def _on_all(rows: int, mesh: Mesh | None) -> int:
     """Rows that divide over a mesh, at least as many as given."""
     share = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-rows // share) * share
+
+
+def _on_cpu(model: Qwen3) -> bool:
+    """Whether layers are best apart, since CPUs copy what they read out of arrays of all layers."""
+    leaf = jax.tree.leaves(nnx.state(model))[0]
+    return all(device.platform == "cpu" for device in leaf.devices())
 
 
 def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
@@ -166,41 +173,54 @@ class _State(NamedTuple):
     token: jax.Array  # [B] last drawn
     drawn: jax.Array  # [B] how many so far
     stopped: jax.Array  # [B]
-    cache: Cache | None
+    cache: Kept
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     model_logprobs: jax.Array  # [B, N]
 
 
 @partial(jax.jit, static_argnames="slots")
-def _taken(cache: Cache, rows: jax.Array, *, slots: int) -> Cache:
+def _taken(kept: Kept, rows: jax.Array, *, slots: int) -> Kept:
     """The cache of some rows [B], with as many slots as are needed now."""
 
-    def one(x: jax.Array) -> jax.Array:  # [L, B, S, K, D]
-        x = x[:, rows, :slots]
+    def one(x: jax.Array, axis: int) -> jax.Array:  # [L, B, K, ...], slots along the axis
+        x = jax.lax.slice_in_dim(x[:, rows], 0, min(slots, x.shape[axis]), axis=axis)
         more = [(0, 0)] * x.ndim
-        more[2] = (0, slots - x.shape[2])
-        return constrain(jnp.pad(x, more), None, "batch", "length", "heads", None)
+        more[axis] = (0, slots - x.shape[axis])
+        return constrain(jnp.pad(x, more), None, "batch", "heads", None, None)
 
-    return Cache(one(cache.k), one(cache.v))
+    def resized(cache: Cache) -> Cache:
+        return Cache(one(cache.k, 4), one(cache.v, 3))
+
+    return resized(kept) if isinstance(kept, Cache) else tuple(map(resized, kept))
 
 
-@partial(jax.jit, static_argnames=("graphdef", "most", "slots", "keep"), donate_argnames="begun")
+@partial(
+    jax.jit,
+    static_argnames=("graphdef", "most", "slots", "keep", "apart"),
+    donate_argnames="begun",
+)
 def _generate(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     ids: jax.Array,
     settings: _Settings[jax.Array],
-    begun: Cache | None = None,
+    begun: Kept | None = None,
     *,
     most: int,
     slots: int,
     keep: bool = False,
+    apart: bool = False,
 ) -> _State:
     model: Qwen3 = nnx.merge(graphdef, state)
     batch = len(ids)
-    cache = model.empty_cache(batch, slots) if begun is None else begun
-    last, cache = _read(model, ids, settings.start, settings.length, cache)
+    layers = model.apart() if apart else None
+    cache: Kept
+    if begun is not None:
+        cache = begun
+    else:
+        cache = (model.empty_caches if apart else model.empty_cache)(batch, slots)
+    last, cache = _read(model, layers, ids, settings.start, settings.length, cache)
 
     def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:
         token, logprob, model_logprob = jax.vmap(draw_token)(
@@ -228,7 +248,7 @@ def _generate(
     def advance(carry: tuple[jax.Array, _State]) -> tuple[jax.Array, _State]:
         step, now = carry
         at = settings.length + step - 1
-        hidden, cache = model.extend(now.token[:, None], at, now.cache)  # type: ignore[arg-type]
+        hidden, cache = model.extend(now.token[:, None], at, now.cache, layers)
         return step + 1, draw(hidden[:, 0], step, now._replace(cache=cache))
 
     none = jnp.zeros(batch, jnp.int32)
@@ -236,7 +256,7 @@ def _generate(
     now = _State(none, none, none.astype(bool), cache, blank.astype(jnp.int32), blank, blank)
     now = draw(last, jnp.int32(0), now)
     _, now = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), now))
-    return now if keep else now._replace(cache=None)
+    return now if keep else now._replace(cache=())
 
 
 def prefill_width(rows: int, width: int) -> int:
@@ -247,8 +267,13 @@ def prefill_width(rows: int, width: int) -> int:
 
 
 def _read(
-    model: Qwen3, ids: jax.Array, begin: jax.Array, length: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
+    model: Qwen3,
+    layers: Sequence[Any] | None,
+    ids: jax.Array,
+    begin: jax.Array,
+    length: jax.Array,
+    cache: Kept,
+) -> tuple[jax.Array, Kept]:
     """Reads what is new of prompts, [B, T], part by part.
 
     Returns:
@@ -257,11 +282,11 @@ def _read(
     batch, width = ids.shape
     part = prefill_width(batch, width)
 
-    def more(number: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
+    def more(number: jax.Array, carry: tuple[jax.Array, Kept]) -> tuple[jax.Array, Kept]:
         last, cache = carry
         start = number * part
         columns = jax.lax.dynamic_slice_in_dim(ids, start, part, axis=1)
-        hidden, cache = model.extend(columns, begin + start, cache)
+        hidden, cache = model.extend(columns, begin + start, cache, layers)
         at = length - 1 - begin - start
         here = (at >= 0) & (at < part)
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[:, None, None], axis=1)
@@ -270,7 +295,7 @@ def _read(
     nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
     if part == width:
         return more(jnp.int32(0), (nothing, cache))
-    result: tuple[jax.Array, Cache] = jax.lax.fori_loop(0, width // part, more, (nothing, cache))
+    result: tuple[jax.Array, Kept] = jax.lax.fori_loop(0, width // part, more, (nothing, cache))
     return result
 
 

@@ -76,20 +76,29 @@ def test_large_scores_neither_overflow_nor_vanish():
     np.testing.assert_allclose(found, plain(30 * q, 30 * k, v, segments), atol=1e-4)
 
 
+def as_kept(k, v):
+    """Keys and values [L, B, T, K, D] as a cache holds them."""
+    return jnp.moveaxis(k, 2, 4), jnp.moveaxis(v, 2, 3)
+
+
 @pytest.mark.parametrize("block", [None, 7, 16, T])  # the last block overlaps with 7 and 16
 def test_a_cache_is_read_up_to_the_own_position(block):
     q, k, v, _ = drawn(2)
     whole = plain(q, k, v, jnp.ones((B, T), jnp.int32))
     # The layer before is another, and what no query sees yet may hold anything.
     unseen = (jnp.arange(T) > 32)[None, :, None, None]
-    cached = [jnp.stack([jnp.full_like(x, jnp.inf), jnp.where(unseen, 1e9, x)]) for x in (k, v)]
+    layers = [jnp.stack([jnp.full_like(x, jnp.inf), jnp.where(unseen, 1e9, x)]) for x in (k, v)]
+    cached = as_kept(*layers)
     position = jnp.array([[30, 31, 32], [5, 6, 7]])
     rows = jnp.arange(B)[:, None]
     found = attend_cache(q[rows, position], *cached, jnp.int32(1), position, block=block)
     np.testing.assert_allclose(found, whole[rows, position], atol=2e-6)
     everything = jnp.broadcast_to(jnp.arange(T), (B, T))
-    found = attend_cache(q, k[None], v[None], jnp.int32(0), everything, block=block)
+    found = attend_cache(q, *as_kept(k[None], v[None]), 0, everything, block=block)
     np.testing.assert_allclose(found, whole, atol=2e-6)
+    last = jnp.full((B, 1), T - 1)
+    found = attend_cache(q[:, -1:], *as_kept(k[None], v[None]), 0, last, block=block)
+    np.testing.assert_allclose(found, whole[:, -1:], atol=2e-6)
 
 
 def test_nothing_of_length_by_length_is_in_memory():

@@ -102,7 +102,8 @@ def test_continuations_after_a_shared_prompt_equal_whole_sequences(plain, packed
     np.testing.assert_allclose(found[14:], plain(prompt, b)[8:], atol=1e-5)
 
 
-def test_a_cache_changes_nothing(model, plain):
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_cache_changes_nothing(model, plain, apart):
     """Rows of different lengths, padded, then read on token by token."""
     whole = [plain(row) for row in IDS]
     length = np.array([12, 5])
@@ -113,7 +114,8 @@ def test_a_cache_changes_nothing(model, plain):
         hidden, cache = model.extend(ids, start, cache)
         return model.logits(hidden), cache
 
-    first, cache = extend(model, padded, jnp.zeros(2, jnp.int32), model.empty_cache(2, 32))
+    cache = (model.empty_caches if apart else model.empty_cache)(2, 32)
+    first, cache = extend(model, padded, jnp.zeros(2, jnp.int32), cache)
     for row in range(2):
         np.testing.assert_allclose(first[row, : length[row]], whole[row][: length[row]], atol=1e-5)
     for _ in range(4):
