@@ -66,9 +66,10 @@ def generate(
 ) -> list[Drawn]:
     """Draws tokens after each prompt until a stop token or the limit.
 
-    One program is compiled per number of rows and most new tokens, rounded up to powers of two, per
-    longest prompt, of which there are two sizes per power of two, and per whether any row has a
-    `top_p` below 1. A limit beyond the model's positions is lowered to what they allow.
+    One program that reads and one that draws are compiled per number of rows and most new tokens,
+    rounded up to powers of two, per longest prompt, of which there are two sizes per power of two,
+    and per whether any row has a `top_p` below 1. A limit beyond the model's positions is lowered
+    to what they allow.
 
     Args:
       model: the model.
@@ -100,11 +101,10 @@ def generate(
     begun: Kept | None = None
     longest = int(length.max())
     width = min(bucket(longest, SMALLEST_BUCKET, digits=2), context)
-    # Caches that are kept have few sizes, or else there would be a program for every pair of them.
-    slots = most + (width if prefixes is None else min(bucket(longest, SMALLEST_BUCKET), context))
+    slots = most + width
     if known is not None:
         start[: len(draws)] = known.lengths
-        width = bucket(int((length - start).max()), SMALLEST_BUCKET)
+        width = bucket(int((length - start).max()), SMALLEST_BUCKET, digits=2)
         slots = max(slots, bucket(int(start.max()) + width, SMALLEST_BUCKET, digits=3))
         source = np.zeros(rows, np.int32)
         source[: len(draws)] = known.rows
@@ -116,7 +116,6 @@ def generate(
     fill = [Draw((0,))] * (rows - len(draws))
     seeds = np.array([draw.seed % 2**64 for draw in [*draws, *fill]], np.uint64)
     settings = _Settings(
-        start=start,
         length=length,
         limit=limit,
         seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
@@ -131,10 +130,10 @@ def generate(
         ),
     )
     with _within(mesh):
-        now = _generate(
-            *nnx.split(model), ids, settings, begun,
-            most=most, slots=slots, keep=prefixes is not None, apart=_on_cpu(model),
-        )  # fmt: skip
+        graphdef, state = nnx.split(model)
+        layers = _apart(graphdef, state) if _on_cpu(model) else None
+        last, cache = _read(graphdef, state, layers, ids, start, length, begun, slots=slots)
+        now = _draw(graphdef, state, layers, settings, last, cache, most=most)
         out = jax.device_get(now._replace(cache=()))
     drawn = [_of_row(out, row) for row in range(len(draws))]
     if prefixes is not None:  # all but the last token were read
@@ -160,13 +159,16 @@ def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
 
 
 class _Settings(NamedTuple, Generic[ArrayT]):
-    start: ArrayT  # [B] tokens of the prompt that are in the cache already
     length: ArrayT  # [B] of the prompt
     limit: ArrayT  # [B]
     seed: ArrayT  # [B, 2] uint32
     temperature: ArrayT  # [B]
     top_p: ArrayT | None  # [B], or None where every row draws from all tokens
     stop_ids: ArrayT  # [K], filled up with -1
+
+
+Layers = list[Any]
+"""Parameters as of `Qwen3.apart`."""
 
 
 class _State(NamedTuple):
@@ -195,32 +197,25 @@ def _taken(kept: Kept, rows: jax.Array, *, slots: int) -> Kept:
     return resized(kept) if isinstance(kept, Cache) else tuple(map(resized, kept))
 
 
-@partial(
-    jax.jit,
-    static_argnames=("graphdef", "most", "slots", "keep", "apart"),
-    donate_argnames="begun",
-)
-def _generate(
+@partial(jax.jit, static_argnames="graphdef")
+def _apart(graphdef: nnx.GraphDef[Qwen3], state: object) -> Layers:
+    return nnx.merge(graphdef, state).apart()
+
+
+@partial(jax.jit, static_argnames=("graphdef", "most"), donate_argnames="cache")
+def _draw(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
-    ids: jax.Array,
+    layers: Layers | None,
     settings: _Settings[jax.Array],
-    begun: Kept | None = None,
+    last: jax.Array,
+    cache: Kept,
     *,
     most: int,
-    slots: int,
-    keep: bool = False,
-    apart: bool = False,
 ) -> _State:
+    """Draws after prompts that were read, whose last hidden states are `last` [B, D]."""
     model: Qwen3 = nnx.merge(graphdef, state)
-    batch = len(ids)
-    layers = model.apart() if apart else None
-    cache: Kept
-    if begun is not None:
-        cache = begun
-    else:
-        cache = (model.empty_caches if apart else model.empty_cache)(batch, slots)
-    last, cache = _read(model, layers, ids, settings.start, settings.length, cache)
+    batch = len(last)
 
     def draw(hidden: jax.Array, step: jax.Array, now: _State) -> _State:
         token, logprob, model_logprob = jax.vmap(draw_token)(
@@ -256,29 +251,36 @@ def _generate(
     now = _State(none, none, none.astype(bool), cache, blank.astype(jnp.int32), blank, blank)
     now = draw(last, jnp.int32(0), now)
     _, now = jax.lax.while_loop(unfinished, advance, (jnp.int32(1), now))
-    return now if keep else now._replace(cache=())
+    return now
 
 
 def prefill_width(rows: int, width: int) -> int:
     """Columns of prompts [rows, width] that are read at once, which divide the width."""
+    if rows * width <= PREFILL_TOKENS:
+        return width
     part = 1 << (max(PREFILL_TOKENS // rows, SMALLEST_BUCKET).bit_length() - 1)
     part = min(part, width & -width)  # the largest power of two that divides it
     return part if part >= SMALLEST_BUCKET else width
 
 
+@partial(jax.jit, static_argnames=("graphdef", "slots"), donate_argnames="begun")
 def _read(
-    model: Qwen3,
-    layers: Sequence[Any] | None,
+    graphdef: nnx.GraphDef[Qwen3],
+    state: object,
+    layers: Layers | None,
     ids: jax.Array,
     begin: jax.Array,
     length: jax.Array,
-    cache: Kept,
+    begun: Kept | None = None,
+    *,
+    slots: int,
 ) -> tuple[jax.Array, Kept]:
     """Reads what is new of prompts, [B, T], part by part.
 
     Returns:
       Hidden states [B, D] of the last tokens, and the cache.
     """
+    model: Qwen3 = nnx.merge(graphdef, state)
     batch, width = ids.shape
     part = prefill_width(batch, width)
 
@@ -292,10 +294,12 @@ def _read(
         found = jnp.take_along_axis(hidden, jnp.clip(at, 0, part - 1)[:, None, None], axis=1)
         return jnp.where(here[:, None], found[:, 0], last), cache
 
-    nothing = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    empty = model.empty_cache if layers is None else model.empty_caches
+    none = jnp.zeros((batch, model.config.hidden_size), model.dtype)
+    carry: tuple[jax.Array, Kept] = (none, empty(batch, slots) if begun is None else begun)
     if part == width:
-        return more(jnp.int32(0), (nothing, cache))
-    result: tuple[jax.Array, Kept] = jax.lax.fori_loop(0, width // part, more, (nothing, cache))
+        return more(jnp.int32(0), carry)
+    result: tuple[jax.Array, Kept] = jax.lax.fori_loop(0, width // part, more, carry)
     return result
 
 

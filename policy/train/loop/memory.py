@@ -215,8 +215,8 @@ def sampling(
       rows: of a batch at most.
       prompt, new: slots of the cache per row, for the longest prompt and for new tokens.
       cache_tokens, prefix_rows: as for `EmbeddedGenerator`.
-      block: slots of the cache that are read at once, as on CPUs; if not given, as many as
-        `SCORES_AT_ONCE` allows, as on accelerators.
+      block: slots of the cache that are read at once, as on CPUs, which also hold the layers' weights
+        once more; if not given, as many as `SCORES_AT_ONCE` allows, as on accelerators.
     """
     figures = model.config
     data, fsdp, tensor = mesh
@@ -230,7 +230,11 @@ def sampling(
     at_once = min(prompt + new, block or prompt + new)
     scores = min(read * figures.num_attention_heads * at_once, SCORES_AT_ONCE)
     attention = (2 if block else 3) * 4 * scores
-    return {
+    found = {}
+    if block is not None:
+        layers = abstract(lambda: nnx.state(model.make().layers), model.on(mesh))
+        found["layers apart"] = _bytes(layers, None)
+    return found | {
         "key-value cache": int(figures.num_hidden_layers * per_layer),
         "reading prompts": int((read * size * through + max(mlp, attention)) / share),
         "drawing": int(6 * 4 * rows * figures.vocab_size / share),

@@ -12,7 +12,7 @@ from flax import nnx
 
 from policy.qwen3.attention import CPU_SLOTS
 from policy.qwen3.config import QWEN3_4B, Qwen3Config
-from policy.qwen3.sampler import _generate, _Settings
+from policy.qwen3.sampler import _apart, _draw, _read, _Settings
 from policy.train.data.packing import Rows
 from policy.train.loop import memory
 from policy.train.loop.memory import Budget, Model
@@ -103,24 +103,29 @@ def test_sampling_takes_what_is_foretold(rows, prompt, new):
     model = small()
     shapes = jax.eval_shape(lambda: nnx.split(model.make())[1])
     graphdef = nnx.graphdef(nnx.eval_shape(model.make))
-    row = jnp.zeros(rows)
+    layers = jax.eval_shape(partial(_apart, graphdef), shapes)
+    floats, ints = jnp.zeros(rows), jnp.zeros(rows, jnp.int32)
     settings = _Settings(
-        start=row.astype(jnp.int32), length=row.astype(jnp.int32),
-        limit=row.astype(jnp.int32),
-        seed=jnp.zeros((rows, 2), jnp.uint32), temperature=row, top_p=None,
-        stop_ids=jnp.zeros(8, jnp.int32),
+        length=ints, limit=ints, seed=jnp.zeros((rows, 2), jnp.uint32), temperature=floats,
+        top_p=None, stop_ids=jnp.zeros(8, jnp.int32),
     )  # fmt: skip
     ids = jnp.zeros((rows, prompt), jnp.int32)
-    planned = _generate.lower(
-        graphdef, shapes, ids, settings, most=new, slots=prompt + new
-    ).compile()
+    read = _read.lower(graphdef, shapes, layers, ids, ints, ints, slots=prompt + new)
+    last, cache = read.out_info
+    draw = _draw.lower(graphdef, shapes, layers, settings, last, cache, most=new)
+    at_most = max(
+        lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (read, draw)
+    )
     parts = memory.sampling(
         model, ONE, rows=rows, prompt=prompt, new=new, cache_tokens=0, block=CPU_SLOTS
     )
-    slots = rows * (prompt + new)
-    assert parts["key-value cache"] == 4 * slots * 2 * 2 * 64 * 4  # layers, k and v, heads, float32
-    found = planned.memory_analysis().temp_size_in_bytes
-    assert sum(parts.values()) == pytest.approx(found, rel=0.2), parts
+    assert parts["key-value cache"] == _size(cache)
+    assert parts["layers apart"] == pytest.approx(_size(layers), rel=0.01)  # but for norms
+    assert sum(parts.values()) == pytest.approx(_size((cache, layers)) + at_most, rel=0.2), parts
+
+
+def _size(shapes):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def test_a_bound_on_the_cache_bounds_the_budget():
