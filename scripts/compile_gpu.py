@@ -1,4 +1,4 @@
-"""Compile rollouts and the train step of Qwen3-4B for H100 and H200 on a machine without a GPU.
+"""Compile rollouts, Qwen3-4B's train step and sampler, and OPE for H100 and H200 without a GPU.
 
     pip install "jax[cuda13]"
     python scripts/compile_gpu.py --json benchmarks/compile_gpu.json
@@ -18,6 +18,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -31,7 +32,16 @@ import jaxlib
 from policy.qwen3.config import QWEN3_4B
 from policy.qwen3.sharding import make_mesh
 from policy.train.loop.metrics import flops_per_token
-from sepsis_jax.benchmark.ahead_of_time import CARDS, Sweep, Update, bytes_planned, gpu
+from sepsis_jax.benchmark.ahead_of_time import (
+    CARDS,
+    Bootstrap,
+    Sampling,
+    Sweep,
+    Update,
+    bytes_planned,
+    gpu,
+)
+from sepsis_jax.benchmark.programs import traffic
 from worldmodel.files import write_json
 from worldmodel.models.clinical_model import VARIANTS
 from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
@@ -45,6 +55,8 @@ UPDATES = (
     Update("bfloat16", rows=1, accumulate=16),  # configs/train_qwen3_4b_1xh200.yaml
     Update("bfloat16", rows=1, accumulate=16, lora=32),
 )
+SAMPLING = Sampling(rows=64, prompt=2048, new=1024)  # of the same configuration
+BOOTSTRAP = Bootstrap(stays=10_000, steps=20, policies=6)
 
 
 def main() -> None:
@@ -95,9 +107,21 @@ def main() -> None:
                 f"{row['compile_seconds']:9.1f}",
                 flush=True,
             )
+    others = []
+    for card in () if arguments.no_update else arguments.cards:
+        for row in other(card, arguments.layers):
+            others.append(row)
+            print(
+                f"{card:5s} {row['program']:>26s}: {row['kernels']:7,d} kernels, "
+                f"{row['bytes_moved'] / GIB:9.1f} GiB moved, at least "
+                f"{row['seconds_by_bandwidth']:6.2f} s; peak "
+                f"{row['bytes']['peak'] / GIB:6.2f} of {CARDS[card].memory / GIB:.0f} GiB",
+                flush=True,
+            )
     result = {
         "rollouts": rollouts,
         "updates": updates,
+        "others": others,
         "layers": arguments.layers,
         "horizon": arguments.horizon,
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib.__version__},
@@ -157,6 +181,31 @@ def trained(card: str, case: Update, layers: int) -> dict[str, Any]:
         "bytes": bytes_planned(program),
         "compile_seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def other(card: str, layers: int) -> Iterator[dict[str, Any]]:
+    """What the compiler says of the sampler with Qwen3-4B and of off-policy evaluation."""
+    (device,) = gpu(card)
+    model = replace(QWEN3_4B, num_hidden_layers=layers)
+    lowered = SAMPLING.lower(model, make_mesh(devices=[device]))
+    cases: list[tuple[str, jax.stages.Lowered, dict[str, Any]]] = [
+        *((f"sampler, {name}", one, asdict(SAMPLING)) for name, one in lowered.items()),
+        ("bootstrap of estimates", BOOTSTRAP.lower(device), asdict(BOOTSTRAP)),
+    ]
+    for name, program, sizes in cases:
+        start = time.perf_counter()
+        compiled = program.compile()
+        moved = traffic(compiled.as_text() or "")
+        yield {
+            "card": card,
+            "program": name,
+            **sizes,
+            "bytes": bytes_planned(compiled),
+            "kernels": moved.kernels,
+            "bytes_moved": moved.bytes,
+            "seconds_by_bandwidth": moved.bytes / CARDS[card].bandwidth,
+            "compile_seconds": round(time.perf_counter() - start, 1),
+        }
 
 
 if __name__ == "__main__":

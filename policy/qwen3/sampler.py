@@ -115,7 +115,7 @@ def generate(
         ids[row, : length[row] - start[row]] = draw.prompt_ids[start[row] :]
     fill = [Draw((0,))] * (rows - len(draws))
     seeds = np.array([draw.seed % 2**64 for draw in [*draws, *fill]], np.uint64)
-    settings = _Settings(
+    settings = Settings(
         length=length,
         limit=limit,
         seed=np.stack([seeds % 2**32, seeds >> 32], axis=-1).astype(np.uint32),
@@ -132,8 +132,8 @@ def generate(
     with _within(mesh):
         graphdef, state = nnx.split(model)
         layers = _apart(graphdef, state) if _on_cpu(model) else None
-        last, cache = _read(graphdef, state, layers, ids, start, length, begun, slots=slots)
-        now = _draw(graphdef, state, layers, settings, last, cache, most=most)
+        last, cache = read_prompts(graphdef, state, layers, ids, start, length, begun, slots=slots)
+        now = draw_replies(graphdef, state, layers, settings, last, cache, most=most)
         out = jax.device_get(now._replace(cache=()))
     drawn = [_of_row(out, row) for row in range(len(draws))]
     if prefixes is not None:  # all but the last token were read
@@ -158,7 +158,9 @@ def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-class _Settings(NamedTuple, Generic[ArrayT]):
+class Settings(NamedTuple, Generic[ArrayT]):
+    """How the rows of a batch are drawn."""
+
     length: ArrayT  # [B] of the prompt
     limit: ArrayT  # [B]
     seed: ArrayT  # [B, 2] uint32
@@ -203,11 +205,11 @@ def _apart(graphdef: nnx.GraphDef[Qwen3], state: object) -> Layers:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "most"), donate_argnames="cache")
-def _draw(
+def draw_replies(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     layers: Layers | None,
-    settings: _Settings[jax.Array],
+    settings: Settings[jax.Array],
     last: jax.Array,
     cache: Kept,
     *,
@@ -264,7 +266,7 @@ def prefill_width(rows: int, width: int) -> int:
 
 
 @partial(jax.jit, static_argnames=("graphdef", "slots"), donate_argnames="begun")
-def _read(
+def read_prompts(
     graphdef: nnx.GraphDef[Qwen3],
     state: object,
     layers: Layers | None,

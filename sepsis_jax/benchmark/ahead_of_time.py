@@ -17,16 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import Qwen3
+from policy.qwen3.sampler import Settings, draw_replies, read_prompts
 from policy.qwen3.sharding import abstract, batch_sharding, shardings
 from policy.train.data.packing import Rows
 from policy.train.loop.optimizer import LearnerConfig, Params, initial_state, update
 from policy.train.losses import cross_entropy
 from sepsis_jax.benchmark.programs import traffic
+from sepsis_jax.ope.bootstrap import block_shapes, from_counts, join
+from sepsis_jax.ope.data import OPEData
+from sepsis_jax.ope.estimators import ESTIMATORS, Batch, make_batch
 from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import init_world_model
 from worldmodel.scaling import published_scaler
@@ -256,6 +261,87 @@ class Update:
         )
         with jax.set_mesh(mesh):
             return step.lower(state, frozen, batch)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The programs of the embedded sampler: one reads prompts, the other draws after them.
+
+    Attributes:
+      rows: of a batch.
+      prompt, new: tokens per row that are read, and that are drawn at most.
+    """
+
+    rows: int
+    prompt: int
+    new: int
+
+    def lower(self, config: Qwen3Config, mesh: Mesh) -> dict[str, jax.stages.Lowered]:
+        """The lowered programs for a model in bfloat16 on a mesh, by what they do."""
+
+        def make() -> Qwen3:
+            return Qwen3(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+        graphdef = nnx.graphdef(nnx.eval_shape(make))
+        state = abstract(lambda: nnx.split(make())[1], mesh)
+        where = NamedSharding(mesh, PartitionSpec())
+        shaped = partial(_shaped, where)
+        numbers = shaped((self.rows,), jnp.int32)
+        settings = Settings(
+            length=numbers, limit=numbers, seed=shaped((self.rows, 2), jnp.uint32),
+            temperature=shaped((self.rows,), jnp.float32), top_p=None,
+            stop_ids=shaped((8,), jnp.int32),
+        )  # fmt: skip
+        ids = shaped((self.rows, self.prompt), jnp.int32)
+        with jax.set_mesh(mesh):
+            reading = read_prompts.lower(
+                graphdef, state, None, ids, numbers, numbers, slots=self.prompt + self.new
+            )
+            last, cache = jax.tree.map(lambda x: shaped(x.shape, x.dtype), reading.out_info)
+            drawing = draw_replies.lower(
+                graphdef, state, None, settings, last, cache, most=self.new
+            )
+        return {"reading prompts": reading, "drawing": drawing}
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Estimators of off-policy evaluation in resamples of stays, which take most of its time.
+
+    Attributes:
+      stays, steps, policies: of the data.
+      resamples: at once.
+    """
+
+    stays: int
+    steps: int
+    policies: int
+    resamples: int = 512
+
+    def lower(self, device: jax.Device) -> jax.stages.Lowered:
+        """The lowered program of all estimators that need no fitted values."""
+        names = tuple(name for name, one in ESTIMATORS.items() if not one.needs)
+
+        def joined() -> tuple[Batch, jax.Array]:
+            stays = jnp.zeros((self.stays, self.steps))
+            data = OPEData(
+                reward=stays, alive=stays == 0, action=stays.astype(jnp.int32), behavior_prob=stays
+            )
+            batch = make_batch(data, jnp.zeros((self.policies, *stays.shape)))
+            return batch, join(batch, names)[0]
+
+        shaped = partial(_shaped, SingleDeviceSharding(device))
+        batch, table = jax.tree.map(lambda x: shaped(x.shape, x.dtype), jax.eval_shape(joined))
+        blocks = jax.eval_shape(partial(block_shapes, names=names), batch)
+        lowered: jax.stages.Lowered = from_counts.lower(
+            shaped((self.resamples, self.stays), jnp.uint8), table, batch, None, names=names,
+            widths=tuple((block, shape.shape[-1]) for block, shape in blocks.items()), levels=(),
+        )  # fmt: skip
+        return lowered
+
+
+def _shaped(where: Sharding, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=where))
 
 
 def bytes_planned(program: jax.stages.Compiled) -> dict[str, int]:

@@ -17,6 +17,7 @@ _SIZES = {
 }  # fmt: skip
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota",
          "partition-id", "replica-id", "opt-barrier", "copy-done", "async-done"}  # fmt: skip
+_WRITTEN = {"dynamic-update-slice": 1, "scatter": 2}  # in place, and the operand that is written
 _SLICES = ("dynamic-slice", "gather", "slice")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 # FLOPs of a Pallas kernel: a TPU's estimate, or a GPU's metadata, whose quotes are written \22.
@@ -185,8 +186,8 @@ def _kernel(
     """Bytes and FLOPs of one kernel."""
     inner = all_.get(one.called("calls"), ()) if one.opcode in ("fusion", "async-start") else ()
     if not inner:
-        if one.opcode == "dynamic-update-slice":
-            part = named[one.operands[1]]
+        if one.opcode in _WRITTEN:
+            part = named[one.operands[_WRITTEN[one.opcode]]]
             return part.bytes + (part.size if one.bytes else 0), 0
         read = sum(named[name].bytes for name in one.operands if name in named)
         if one.opcode in _SLICES:
@@ -207,8 +208,8 @@ def _kernel(
         read += min(named[name].bytes, _read(parameter, users))
     written = one.bytes
     root = inner[-1]
-    if root.opcode == "dynamic-update-slice":
-        written = min(inside[root.operands[1]].size, written)
+    if root.opcode in _WRITTEN:
+        written = min(inside[root.operands[_WRITTEN[root.opcode]]].size, written)
     return read + written, sum(_flops(step, inside) for step in inner) + sum(
         _kernel(step, inside, all_)[1] for step in inner if step.opcode == "fusion"
     )
@@ -227,7 +228,7 @@ def _read(parameter: Instruction, users: Mapping[str, Sequence[Instruction]]) ->
     for user in of_it:
         if user.opcode in _SLICES and user.operands[0] == parameter.name:
             total += user.size
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == parameter.name:
+        elif user.opcode in _WRITTEN and user.operands[0] == parameter.name:
             continue
         elif user.opcode == "bitcast":
             total += _read(user, users)

@@ -78,7 +78,7 @@ def generator(key: jax.Array) -> np.random.Generator:
 
 
 @partial(jax.jit, static_argnames=("names", "widths", "levels"))
-def _from_counts(
+def from_counts(
     counts: jax.Array,
     table: jax.Array,
     batch: Batch,
@@ -88,6 +88,7 @@ def _from_counts(
     widths: tuple[tuple[str, int], ...],
     levels: tuple[float, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    """As `resample`, of resamples [B, N] that were drawn; `tail`: its returns and weights."""
     policies = batch.log_weight.shape[0]
     stays = counts.shape[-1]
     size = weights.even(stays)
@@ -136,7 +137,7 @@ def resample(
         counts = draw_counts(rng, size, stays)
         if size < chunk:  # one compiled program for all chunks
             counts = np.pad(counts, ((0, chunk - size), (0, 0)), constant_values=1)
-        part = _from_counts(
+        part = from_counts(
             counts, table, batch,
             None if tail is None else (tail.returns, tail.weights),
             names=tuple(names), widths=tuple(widths.items()),

@@ -215,8 +215,8 @@ def sampling(
       rows: of a batch at most.
       prompt, new: slots of the cache per row, for the longest prompt and for new tokens.
       cache_tokens, prefix_rows: as for `EmbeddedGenerator`.
-      block: slots of the cache that are read at once, as on CPUs, which also hold the layers' weights
-        once more; if not given, as many as `SCORES_AT_ONCE` allows, as on accelerators.
+      block: slots of the cache that are read at once, as on CPUs, which hold the layers'
+        weights once more; if not given, as many as `SCORES_AT_ONCE` allows, as on accelerators.
     """
     figures = model.config
     data, fsdp, tensor = mesh

@@ -102,7 +102,7 @@ def test_logprobs_are_those_of_the_distributions(model, drawn):
 
 def test_one_program_per_bucket(model, drawn):
     def programs():
-        return sampler._read._cache_size(), sampler._draw._cache_size()
+        return sampler.read_prompts._cache_size(), sampler.draw_replies._cache_size()
 
     before = programs()
     generate(model, [Draw((5,) * count, max_completion_length=count) for count in (1, 8, 32)])

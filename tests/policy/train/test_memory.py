@@ -12,7 +12,7 @@ from flax import nnx
 
 from policy.qwen3.attention import CPU_SLOTS
 from policy.qwen3.config import QWEN3_4B, Qwen3Config
-from policy.qwen3.sampler import _apart, _draw, _read, _Settings
+from policy.qwen3.sampler import Settings, _apart, draw_replies, read_prompts
 from policy.train.data.packing import Rows
 from policy.train.loop import memory
 from policy.train.loop.memory import Budget, Model
@@ -105,14 +105,14 @@ def test_sampling_takes_what_is_foretold(rows, prompt, new):
     graphdef = nnx.graphdef(nnx.eval_shape(model.make))
     layers = jax.eval_shape(partial(_apart, graphdef), shapes)
     floats, ints = jnp.zeros(rows), jnp.zeros(rows, jnp.int32)
-    settings = _Settings(
+    settings = Settings(
         length=ints, limit=ints, seed=jnp.zeros((rows, 2), jnp.uint32), temperature=floats,
         top_p=None, stop_ids=jnp.zeros(8, jnp.int32),
     )  # fmt: skip
     ids = jnp.zeros((rows, prompt), jnp.int32)
-    read = _read.lower(graphdef, shapes, layers, ids, ints, ints, slots=prompt + new)
+    read = read_prompts.lower(graphdef, shapes, layers, ids, ints, ints, slots=prompt + new)
     last, cache = read.out_info
-    draw = _draw.lower(graphdef, shapes, layers, settings, last, cache, most=new)
+    draw = draw_replies.lower(graphdef, shapes, layers, settings, last, cache, most=new)
     at_most = max(
         lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (read, draw)
     )

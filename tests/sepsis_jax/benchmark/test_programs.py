@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sepsis_jax.benchmark.ahead_of_time import CARDS, Sweep
+from policy.qwen3 import Qwen3Config
+from policy.qwen3.sharding import make_mesh
+from sepsis_jax.benchmark.ahead_of_time import CARDS, Bootstrap, Sampling, Sweep, bytes_planned
 from sepsis_jax.benchmark.hardware import Shape, recurrent_flops
 from sepsis_jax.benchmark.programs import traffic
 from worldmodel.models.clinical_model import ModelConfig
@@ -71,6 +73,13 @@ def test_a_program_by_hand():
     assert found.by_opcode == {
         "fusion": 7 * (row + written), "dot": 7 * product, "copy": copy,
     }  # fmt: skip
+
+
+def test_what_is_scattered_is_written_in_place():
+    put = "dynamic-update-slice(%q0, %q1, %q2, %none)"
+    assert put in HLO
+    scattered = HLO.replace(put, "scatter(%q0, %q2, %q1), update_window_dims={0,1}")
+    assert traffic(scattered).bytes == traffic(HLO).bytes
 
 
 def test_a_loop_that_says_its_bound_in_its_condition():
@@ -148,6 +157,31 @@ def test_a_sweep_multiplies_as_counted_by_shapes():
     assert found == pytest.approx(by_shapes, rel=1e-3)
 
 
+def test_a_drawn_token_reads_weights_and_cache():
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, rope_theta=1e4,
+        tie_word_embeddings=True, max_position_embeddings=128,
+    )  # fmt: skip
+    mesh = make_mesh(devices=jax.devices("cpu")[:1])
+    lowered = Sampling(rows=3, prompt=48, new=16).lower(config, mesh)
+    programs = {name: one.compile() for name, one in lowered.items()}
+    cache = 2 * 2 * 3 * 64 * 2 * 16 * 2  # k and v, layers, rows, slots, heads, width, bytes
+    weights = 2 * (512 * 64 + 2 * 64 * (64 + 32 + 32 + 64 + 3 * 128))
+    planned = bytes_planned(programs["drawing"])
+    assert planned["given_away"] >= cache
+    assert planned["arguments"] == pytest.approx(weights + cache, rel=0.02)
+    moved = traffic(programs["drawing"].as_text())  # the loop over tokens once
+    assert moved.bytes > weights + cache
+
+
+def test_resamples_multiply_counts_with_columns():
+    case = Bootstrap(stays=100, steps=5, policies=2, resamples=16)
+    program = case.lower(jax.devices("cpu")[0]).compile()
+    planned = bytes_planned(program)
+    assert planned["arguments"] >= 16 * 100  # counts, a byte each
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no jax[cuda13]")
 def test_compiles_for_a_card_that_is_not_there(tmp_path):
@@ -157,7 +191,7 @@ def test_compiles_for_a_card_that_is_not_there(tmp_path):
             "--layers", "2", "--length", "2048"]  # fmt: skip
     subprocess.run([*script, *thin], check=True, capture_output=True, cwd=ROOT)
     found = json.loads((tmp_path / "gpu.json").read_text())
-    for row in (*found["rollouts"], *found["updates"]):
+    for row in (*found["rollouts"], *found["updates"], *found["others"]):
         assert row["bytes"]["peak"] < 0.9 * CARDS[row["card"]].memory
     (rollout,) = found["rollouts"]
     assert rollout["branch_steps_by_bandwidth"] > 100e6
