@@ -27,8 +27,8 @@ S = TypeVar("S")  # PyTrees of arrays
 T = TypeVar("T")
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]]
 
-# policies of `jax.checkpoint`, which have no exact type
 _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+# policies of `jax.checkpoint`, which have no exact type
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
         _dots, jax.checkpoint_policies.save_only_these_names(KEPT)
@@ -291,7 +291,7 @@ class Qwen3(nnx.Module):
         # No cost: what the pieces compute again is computed again with the layer in any case.
         at_once = MLP_TOKENS if remat == "full" else None
 
-        def one(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        def one(x: jax.Array, layer: object) -> tuple[jax.Array, None]:
             return nnx.merge(graphdef, layer)(x, angles, over_tokens, at_once)
 
         one = jax.checkpoint(one, policy=REMAT[remat], prevent_cse=False)
@@ -303,7 +303,7 @@ class Qwen3(nnx.Module):
         ids: Int[Array, "B T"],
         start: Int[Array, " B"],
         cache: Kept,
-        layers: Sequence[Any] | None = None,
+        layers: Sequence[object] | None = None,
     ) -> tuple[Float[Array, "B T D"], Kept]:
         """Reads further tokens after what a cache holds.
 
@@ -322,7 +322,7 @@ class Qwen3(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def one(
-            carry: tuple[jax.Array, Cache], layer: tuple[int | jax.Array, Any]
+            carry: tuple[jax.Array, Cache], layer: tuple[int | jax.Array, object]
         ) -> tuple[tuple[jax.Array, Cache], None]:
             x, cache = carry
             index, params = layer
@@ -344,7 +344,7 @@ class Qwen3(nnx.Module):
             every.append(new)
         return self.norm(x), tuple(every)
 
-    def apart(self) -> list[Any]:
+    def apart(self) -> list[object]:
         """Parameters of each layer in arrays of their own, which CPUs need not copy to read."""
         stacked = nnx.state(self.layers)
         return [

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +169,7 @@ class Settings(NamedTuple, Generic[ArrayT]):
     stop_ids: ArrayT  # [K], filled up with -1
 
 
-Layers = list[Any]
+Layers = list[object]
 """Parameters as of `Qwen3.apart`."""
 
 
@@ -201,7 +201,8 @@ def _taken(kept: Kept, rows: jax.Array, *, slots: int) -> Kept:
 
 @partial(jax.jit, static_argnames="graphdef")
 def _apart(graphdef: nnx.GraphDef[Qwen3], state: object) -> Layers:
-    return nnx.merge(graphdef, state).apart()
+    model: Qwen3 = nnx.merge(graphdef, state)
+    return model.apart()
 
 
 @partial(jax.jit, static_argnames=("graphdef", "most"), donate_argnames="cache")
