@@ -49,7 +49,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# XLA's compilers for TPUs and NVIDIA GPUs run without any; half an hour on two cores.
+# XLA's compilers for TPUs and NVIDIA GPUs run without any; ten minutes on two cores.
 compile-check: $(COMPILING)/.installed
 	$(COMPILING)/bin/python scripts/compile_tpu.py --json benchmarks/compile_tpu.json
 	$(COMPILING)/bin/python scripts/compile_train_step.py --json benchmarks/train_step_tpu.json

@@ -20,9 +20,10 @@ from worldmodel.resources import compiler_options
 from worldmodel.simulate.history import History
 from worldmodel.simulate.rollout import CHART_FEATURES, rollout
 from worldmodel.simulate.sharded import (
-    BRANCHES_PER_DEVICE,
     ShardedRollout,
     branch_mesh,
+    branches_per_device,
+    device_memory,
     rollout_block,
     task_shape,
 )
@@ -116,7 +117,9 @@ def _compiled(
 def sharded(job: Workload, name: str = "sharded", *, precision: str | None = None) -> Contender:
     """`ShardedRollout`: tasks of one shape over all devices, summarised on the host."""
     mesh = branch_mesh()
-    most = BRANCHES_PER_DEVICE.get(jax.default_backend(), 65_536)
+    most = branches_per_device(
+        job.world_model.config, jax.default_backend(), job.kernel, device_memory()
+    )
     per_device = min(most, -(-job.shape.branches // mesh.devices.size))
     shape = task_shape(*job.shape, 1, branches=per_device)
     settings = RolloutConfig(

@@ -29,7 +29,7 @@ from worldmodel.models.world_model import WorldModel
 from worldmodel.resources import BFLOAT16, require_memory
 from worldmodel.simulate.plans import CONSTANT, PlanSet, read_plan_set
 from worldmodel.simulate.rollout import check_mode
-from worldmodel.simulate.sharded import BRANCHES_PER_DEVICE
+from worldmodel.simulate.sharded import branches_per_device, device_memory
 from worldmodel.simulate.stay_kernel import AUTOMATIC
 from worldmodel.simulate.step import MODES
 from worldmodel.simulate.sweep import Grid, find_starts, make_grid
@@ -179,7 +179,9 @@ def load_sweep(
     )
     platform = jax.local_devices()[0].platform
     block = options.block or _BLOCK.get(platform, _BLOCK_ACCELERATOR)
-    task = options.task or BRANCHES_PER_DEVICE.get(platform, BRANCHES_PER_DEVICE["cpu"])
+    task = options.task or branches_per_device(
+        world_model.config, platform, options.kernel, device_memory()
+    )
     grid = make_grid(
         find_starts(episodes.length, options.steps, options.every),
         plans=len(plan_set.names),

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.models.world_model import WorldModel
 from worldmodel.observation import PolicyFn, as_pytree, refuse_invalid
 from worldmodel.resources import compiler_options, usable_cores
@@ -41,8 +42,59 @@ AXIS = "branches"
 _IN_FLIGHT = 2  # calls queued before the results of the first are read
 
 
-# Branches that a device simulates at a time: what fits a core's cache, or fills an accelerator.
+# Branches that a device simulates at a time at most: what fits a core's cache, or fills an
+# accelerator.
 BRANCHES_PER_DEVICE = {"cpu": 512, "gpu": 131_072, "tpu": 65_536}
+
+# Bytes of a call per branch on accelerators at the default widths, by the plans of their compilers
+# (`benchmarks/compile_gpu.json`, `compile_tpu.json`; a test compares).
+_BYTES_PER_BRANCH = {
+    ("gpu", "recurrent", "xla"): 6_300,
+    ("gpu", "recurrent", "pallas"): 11_600,
+    ("gpu", "residual", "xla"): 24_500,
+    ("gpu", "reference", "xla"): 21_800,
+    ("tpu", "recurrent", "xla"): 8_300,
+    ("tpu", "recurrent", "pallas"): 4_850,
+}
+_SHARE_OF_MEMORY = 0.8
+
+
+def bytes_per_branch(config: ModelConfig, platform: str, kernel: str) -> float:
+    """Bytes that a call takes on an accelerator for each branch that it simulates.
+
+    Args:
+      config: of the world model.
+      platform: "gpu" or "tpu".
+      kernel: as of `RolloutConfig`; with "auto" the one that takes more is meant.
+    """
+    plans = {
+        (place, found): size
+        for (place, variant, found), size in _BYTES_PER_BRANCH.items()
+        if variant == config.variant
+    }
+    known = [size for place, size in plans.items() if place == (platform, kernel)]
+    most = max(known or plans.values())
+    return most * max(config.hidden / ModelConfig().hidden, 1.0)
+
+
+def branches_per_device(config: ModelConfig, platform: str, kernel: str, memory: int | None) -> int:
+    """Branches that a device simulates at a time by default: what it is fast with, and can hold.
+
+    Args:
+      config, platform, kernel: as of `bytes_per_branch`.
+      memory: bytes that the device has for this process; None where nobody says.
+    """
+    most = BRANCHES_PER_DEVICE.get(platform, BRANCHES_PER_DEVICE["cpu"])
+    if platform == "cpu" or memory is None:
+        return most
+    held = int(_SHARE_OF_MEMORY * memory / bytes_per_branch(config, platform, kernel))
+    return min(most, 1 << max(held, 1).bit_length() - 1)
+
+
+def device_memory() -> int | None:
+    """Bytes that the default device has for this process; None where it does not say."""
+    limit: int | None = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit
 
 
 class Task(NamedTuple):

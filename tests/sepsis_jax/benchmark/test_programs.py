@@ -193,5 +193,5 @@ def test_compiles_for_a_card_that_is_not_there(tmp_path):
     found = json.loads((tmp_path / "gpu.json").read_text())
     for row in (*found["rollouts"], *found["updates"], *found["others"]):
         assert row["bytes"]["peak"] < 0.9 * CARDS[row["card"]].memory
-    (rollout,) = found["rollouts"]
-    assert rollout["branch_steps_by_bandwidth"] > 100e6
+    assert {row["kernel"] for row in found["rollouts"]} == {"xla", "pallas"}
+    assert all(row["branch_steps_by_bandwidth"] > 100e6 for row in found["rollouts"])

@@ -1,9 +1,12 @@
 """Tasks over devices: the numbers of rollouts for any devices, order and task shape."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +14,23 @@ import numpy as np
 import pytest
 
 from worldmodel import schema
+from worldmodel.models.clinical_model import ModelConfig
 from worldmodel.observation import Observation
 from worldmodel.simulate import sharded
 from worldmodel.simulate.history import start_history
 from worldmodel.simulate.rollout import rollout
-from worldmodel.simulate.sharded import ShardedRollout, branch_mesh, rollout_block, task_shape
+from worldmodel.simulate.sharded import (
+    BRANCHES_PER_DEVICE,
+    ShardedRollout,
+    branch_mesh,
+    branches_per_device,
+    bytes_per_branch,
+    rollout_block,
+    task_shape,
+)
 from worldmodel.simulate.unroll import RolloutConfig
 
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 KEY = jax.random.key(5)
 FEATURES = ("meanbp", "lactate", "creatinine")
 PLANS = np.array([[0, 7, 24, 3], [12, 12, 3, 0], [24, 24, 24, 24]])
@@ -147,3 +160,32 @@ def test_devices_and_their_order_change_no_bit(tmp_path):
         two = found["two"][leaf]
         np.testing.assert_array_equal(found["turned"][leaf], two)
         np.testing.assert_allclose(found["one"][leaf], two, rtol=1e-5, atol=1e-5)
+
+
+def compiled():
+    """Rollouts that compilers for GPUs and TPUs planned: figures of a row, platform, branches."""
+    for file, rows, platform, branches in (
+        ("compile_gpu", "rollouts", "gpu", "branches"),
+        ("compile_tpu", "topologies", "tpu", "branches_per_chip"),
+    ):
+        found = json.loads((BENCHMARKS / f"{file}.json").read_text())
+        for row in found[rows]:
+            yield {"variant": found.get("variant"), **row}, platform, row[branches]
+
+
+@pytest.mark.parametrize(("row", "platform", "branches"), list(compiled()))
+def test_memory_of_a_call_is_what_compilers_plan(row, platform, branches):
+    config = ModelConfig(variant=row["variant"])
+    planned = row["bytes"]["temporaries"] + row["bytes"]["outputs"]
+    foretold = branches * bytes_per_branch(config, platform, row["kernel"])
+    assert foretold == pytest.approx(planned, rel=0.15)
+
+
+def test_a_device_simulates_as_many_branches_as_it_holds():
+    small, wide = ModelConfig(), ModelConfig(hidden=1024)
+    sizes = partial(branches_per_device, platform="gpu", kernel="xla")
+    assert sizes(small, memory=80 * 2**30) == BRANCHES_PER_DEVICE["gpu"]
+    assert sizes(small, memory=2**29) == 65_536  # 0.43 GB of it hold 68,000
+    assert sizes(wide, memory=2**29) == 8_192
+    assert sizes(small, memory=None) == BRANCHES_PER_DEVICE["gpu"]
+    assert branches_per_device(wide, "cpu", "xla", 2**20) == BRANCHES_PER_DEVICE["cpu"]
