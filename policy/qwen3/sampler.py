@@ -151,7 +151,8 @@ def _on_all(rows: int, mesh: Mesh | None) -> int:
 def _on_cpu(model: Qwen3) -> bool:
     """Whether layers are best apart, since CPUs copy what they read out of arrays of all layers."""
     leaf = jax.tree.leaves(nnx.state(model))[0]
-    return all(device.platform == "cpu" for device in leaf.devices())
+    devices = leaf.devices() if isinstance(leaf, jax.Array) else jax.local_devices()
+    return all(device.platform == "cpu" for device in devices)
 
 
 def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
