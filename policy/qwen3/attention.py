@@ -86,9 +86,10 @@ def attend(
     def attended(*arrays: jax.Array) -> jax.Array:
         if block is not None:
             return _attend(block, *arrays)
+        batch, _, heads, _ = arrays[0].shape  # a device's own share
         found: jax.Array = jax.lax.platform_dependent(
             *arrays,
-            cpu=partial(_attend, _cpu_block(*q.shape[:3:2])),
+            cpu=partial(_attend, _cpu_block(batch, heads)),
             default=partial(_attend, BLOCK),
         )
         return found
@@ -220,7 +221,13 @@ def _backward(
         given = change[i]
         dot = jnp.sum(given.astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1)
 
-        # Scores stand as [keys, queries], so that no product has to turn them around.
+        # Scores stand as [keys, queries], so that no product has to turn them around. In bfloat16
+        # XLA's CPU backend lacks the product that reads keys turned around instead.
+        def of_q(k: jax.Array, of_scores: jax.Array) -> Float[Array, "B K G S D"]:
+            if k.dtype == jnp.float32:
+                return jnp.moveaxis(product("bksd,bksgt->bkdgt", k, of_scores), 2, 4)
+            return product("bksgt,bksd->bkgtd", of_scores, k)
+
         def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = now
             scores = product("bksd,bkgtd->bksgt", k[j], q[i]) * q.shape[-1] ** -0.5
@@ -231,12 +238,11 @@ def _backward(
             of_scores = weights * (of_weights - dot[:, :, None]) * q.shape[-1] ** -0.5
             of_scores = of_scores.astype(q.dtype)
             dk = dk.at[j].add(product("bksgt,bkgtd->bksd", of_scores, q[i]))
-            return dq + product("bksd,bksgt->bkdgt", k[j], of_scores), dk, dv
+            return dq + of_q(k[j], of_scores), dk, dv
 
-        batch, heads, groups, size, width = q.shape[1:]
-        start = (jnp.zeros((batch, heads, width, groups, size), jnp.float32), *of_all)
+        start = (jnp.zeros(q.shape[1:], jnp.float32), *of_all)
         dq, *of_all_new = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
-        return tuple(of_all_new), jnp.moveaxis(dq, 2, 4).astype(q.dtype)
+        return tuple(of_all_new), dq.astype(q.dtype)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, (nothing, nothing), jnp.arange(q.shape[0]))

@@ -137,3 +137,22 @@ def test_pieces_are_as_equal_as_can_be():
     x = jnp.arange(66.0).reshape(2, 33)
     np.testing.assert_array_equal(map_chunks(f, x, 16), 2 * x)
     assert set(widths) == {11}  # three pieces of 16 would compute 48 columns
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "keys"), [(1, 2), (2, 8), (4, 4)])
+def test_gradients_over_several_blocks_in_both_types(dtype, rows, keys):
+    shapes = [(rows, 96, heads, 16) for heads in (2 * keys, keys, keys)]
+    q, k, v = (jax.random.normal(jax.random.key(i), s, dtype) for i, s in enumerate(shapes))
+    segments = jnp.ones((rows, 96), jnp.int32)
+
+    def gradients(block, *arrays):
+        def loss(*arrays):
+            return jnp.sum(jnp.sin(attend(*arrays, segments, block=block).astype(jnp.float32)))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*arrays)
+
+    wanted = gradients(96, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for found, exact in zip(gradients(32, q, k, v), wanted, strict=True):
+        error = jnp.max(jnp.abs(found.astype(jnp.float32) - exact))
+        assert error < (1e-5 if dtype == "float32" else 0.05) * jnp.max(jnp.abs(exact))

@@ -118,9 +118,9 @@ def test_new_weights_answer_with_their_version(folder, model):
 
 def test_turns_go_on_from_the_cache_until_the_weights_change(folder, model, monkeypatch):
     widths = []
-    real = sampler._generate
+    real = sampler.read_prompts
     monkeypatch.setattr(
-        sampler, "_generate", lambda *a, **k: widths.append(a[2].shape[1]) or real(*a, **k)
+        sampler, "read_prompts", lambda *a, **k: widths.append(a[3].shape[1]) or real(*a, **k)
     )
     found = {}
     for rows in (0, 16):
