@@ -30,11 +30,14 @@ BLOCK = 512
 CPU_SCORES = 2**21
 """Scores of a block at most on CPUs, whose caches should hold them: 8 MiB of float32."""
 
-KEPT = "attention"
-"""Name of what attention hands to its backward pass, for policies of `jax.checkpoint`."""
+CHECKPOINT_NAME = "attention"
+"""Of what attention hands to its backward pass, for policies of `jax.checkpoint`."""
 
 CPU_SLOTS = 256
 """Slots per block of a cache on CPUs."""
+
+CPU_SLOTS_PER_USED = 2
+"""Slots per one that is seen up to which CPUs read all of them, rather than copy blocks."""
 
 SCORES_AT_ONCE = 2**28
 """Scores of queries with the keys of a cache in memory at once; 1 GiB of float32."""
@@ -168,9 +171,9 @@ class _Running(NamedTuple):
 
 
 def _scores(
-    q: Float[Array, "B K G T D"], turned: Float[Array, "B K D S"], seen: jax.Array
+    q: Float[Array, "B K G T D"], k: Float[Array, "B K D S"], seen: jax.Array
 ) -> Float[Array, "B K G T S"]:
-    scores = jnp.einsum("bkgtd,bkds->bkgts", q, turned, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgtd,bkds->bkgts", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen, scores * q.shape[-1] ** -0.5, _UNSEEN)
 
 
@@ -201,19 +204,22 @@ def _forward(
     return found
 
 
-def _kept(
+def _forward_for_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: _Mask
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array, _Mask, jax.Array, jax.Array]]:
-    out, total = (checkpoint_name(x, KEPT) for x in _forward(q, k, v, mask))
+    out, total = (checkpoint_name(x, CHECKPOINT_NAME) for x in _forward(q, k, v, mask))
     return out, (q, k, v, mask, out, total)
 
 
 def _backward(
     kept: tuple[jax.Array, jax.Array, jax.Array, _Mask, jax.Array, jax.Array], change: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    """Gradients by the weights of each block, computed again (arXiv 2205.14135, algorithm 4)."""
+    """Gradients by the weights of each block, computed again (arXiv 2205.14135, algorithm 4).
+
+    Scores beyond some hundreds lose digits in the difference to the logarithm of the sum.
+    """
     q, k, v, mask, out, total = kept
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def of_queries(
         of_all: tuple[jax.Array, jax.Array], i: jax.Array
@@ -225,19 +231,19 @@ def _backward(
         # XLA's CPU backend lacks the product that reads keys turned around instead.
         def of_q(k: jax.Array, of_scores: jax.Array) -> Float[Array, "B K G S D"]:
             if k.dtype == jnp.float32:
-                return jnp.moveaxis(product("bksd,bksgt->bkdgt", k, of_scores), 2, 4)
-            return product("bksgt,bksd->bkgtd", of_scores, k)
+                return jnp.moveaxis(einsum("bksd,bksgt->bkdgt", k, of_scores), 2, 4)
+            return einsum("bksgt,bksd->bkgtd", of_scores, k)
 
         def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = now
-            scores = product("bksd,bkgtd->bksgt", k[j], q[i]) * q.shape[-1] ** -0.5
+            scores = einsum("bksd,bkgtd->bksgt", k[j], q[i]) * q.shape[-1] ** -0.5
             seen = jnp.moveaxis(mask.of(i, j), 4, 2)
             weights = jnp.where(seen, jnp.exp(scores - total[i][:, :, None]), 0.0)
-            dv = dv.at[j].add(product("bksgt,bkgtd->bksd", weights.astype(v.dtype), given))
-            of_weights = product("bksd,bkgtd->bksgt", v[j], given)
+            dv = dv.at[j].add(einsum("bksgt,bkgtd->bksd", weights.astype(v.dtype), given))
+            of_weights = einsum("bksd,bkgtd->bksgt", v[j], given)
             of_scores = weights * (of_weights - dot[:, :, None]) * q.shape[-1] ** -0.5
             of_scores = of_scores.astype(q.dtype)
-            dk = dk.at[j].add(product("bksgt,bkgtd->bksd", of_scores, q[i]))
+            dk = dk.at[j].add(einsum("bksgt,bkgtd->bksd", of_scores, q[i]))
             return dq + of_q(k[j], of_scores), dk, dv
 
         start = (jnp.zeros(q.shape[1:], jnp.float32), *of_all)
@@ -249,7 +255,7 @@ def _backward(
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
-_blocks.defvjp(_kept, _backward)
+_blocks.defvjp(_forward_for_backward, _backward)
 
 
 def attend_cache(
@@ -265,7 +271,8 @@ def attend_cache(
 
     Slots are read block by block, with a running softmax, up to the block of the last that any
     query sees: a whole layer is never copied out of a cache of several, and empty blocks cost
-    nothing.
+    nothing. On CPUs a single token reads a cache of one layer where it lies, without copies, as
+    soon as 1 of `CPU_SLOTS_PER_USED` slots is seen.
 
     Args:
       q: [B, T, H, D] queries.
@@ -275,22 +282,37 @@ def attend_cache(
       layer: whose keys and values are read.
       position: [B, T] of the queries; each sees the slots up to its own.
       block: slots per block; if not given, `CPU_SLOTS`, or on accelerators as many as
-        `SCORES_AT_ONCE` allows; all for a single token with a cache of one layer, which is read
-        where it lies.
+        `SCORES_AT_ONCE` allows.
 
     Returns:
       [B, T, H, D] in the type of `v`.
     """
-    if block is None and len(k) == 1 and q.shape[1] == 1:
-        block = k.shape[-1]
     if block is not None:
         return _attend_cache(block, q, k, v, layer, position)
     most = max(SCORES_AT_ONCE // math.prod(q.shape[:3]), 16)
     found: jax.Array = jax.lax.platform_dependent(
         q, k, v, layer, position,
-        cpu=partial(_attend_cache, min(most, CPU_SLOTS)),
+        cpu=partial(_attend_cache_on_cpu, min(most, CPU_SLOTS)),
         default=partial(_attend_cache, most),
     )  # fmt: skip
+    return found
+
+
+def _attend_cache_on_cpu(
+    block: int,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    layer: int | jax.Array,
+    position: jax.Array,
+) -> Float[Array, "B T H D"]:
+    slots = k.shape[-1]
+    blocks = partial(_attend_cache, block)
+    if len(k) > 1 or q.shape[1] > 1 or slots <= block:
+        return blocks(q, k, v, layer, position)
+    whole = partial(_attend_cache, slots)
+    much_seen = CPU_SLOTS_PER_USED * jnp.max(position) >= slots
+    found: jax.Array = jax.lax.cond(much_seen, whole, blocks, q, k, v, layer, position)
     return found
 
 

@@ -101,9 +101,9 @@ def merge_adapters(model: Qwen3) -> Qwen3:
     merged = nnx.clone(model)
     for linear in adapted(merged).values():
         adapter = linear.adapter
-        product = jnp.matmul(adapter.a[...], adapter.b[...], preferred_element_type=jnp.float32)
+        added = jnp.matmul(adapter.a[...], adapter.b[...], preferred_element_type=jnp.float32)
         kernel = linear.kernel[...]
-        summed = kernel.astype(jnp.float32) + adapter.scale * product
+        summed = kernel.astype(jnp.float32) + adapter.scale * added
         linear.kernel[...] = summed.astype(kernel.dtype)
         linear.adapter = None
     return merged

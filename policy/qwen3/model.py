@@ -18,7 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from policy.qwen3.attention import KEPT, attend, attend_cache, map_chunks
+from policy.qwen3.attention import CHECKPOINT_NAME, attend, attend_cache, map_chunks
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.sharding import constrain, on_own_share
 from worldmodel import struct
@@ -31,7 +31,7 @@ _dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 # policies of `jax.checkpoint`, which have no exact type
 REMAT: dict[str, Any] = {
     "none": jax.checkpoint_policies.save_from_both_policies(
-        _dots, jax.checkpoint_policies.save_only_these_names(KEPT)
+        _dots, jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
     ),
     "dots": _dots,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -59,7 +59,10 @@ class Cache:
         v: Float[Array, "B T K D"],
         start: Int[Array, " B"],
     ) -> Cache:
-        """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ..."""
+        """Puts k, v [B, T, K, D] of a layer into slots `start[b]`, `start[b] + 1`, ...
+
+        All must exist: of tokens beyond the last slot JAX would shift the whole row to the left.
+        """
 
         def put(kept: jax.Array, new: jax.Array, start: jax.Array, axis: int) -> jax.Array:
             at = [layer, 0, 0, 0]  # of [L, K, ...], one row
@@ -75,7 +78,7 @@ class Cache:
         )
 
 
-Kept = Cache | tuple[Cache, ...]
+Caches = Cache | tuple[Cache, ...]
 """A cache of all layers, or one for each."""
 
 
@@ -270,7 +273,8 @@ class Qwen3(nnx.Module):
             stand side by side, and 0 marks padding. One segment per row if not given.
           shared: [B, T] bool; marks tokens that later ones of every segment see, such as one
             prompt before several continuations.
-          remat: what the backward pass keeps, one of `REMAT`.
+          remat: what the backward pass keeps, one of `REMAT`: "none" computes elementwise values
+            again, "dots" attention too, "full" all of a layer.
           attention_block: tokens per block, as for `attention.attend`.
         """
         ids = jnp.asarray(ids)
@@ -302,17 +306,18 @@ class Qwen3(nnx.Module):
         self,
         ids: Int[Array, "B T"],
         start: Int[Array, " B"],
-        cache: Kept,
+        cache: Caches,
         layers: Sequence[object] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Kept]:
+    ) -> tuple[Float[Array, "B T D"], Caches]:
         """Reads further tokens after what a cache holds.
 
         Args:
           ids: [B, T] int. Padding at the end of a row does no harm: what it leaves in the cache
             is seen by no earlier position, and the row's next tokens take its slots.
           start: [B] int; position of each row's first token, so tokens already read.
-          cache: of at least `start + T` slots; one of all layers, or as many of one layer each.
-          layers: parameters as of `apart`, where the cache is apart.
+          cache: of at least `start + T` slots, padding included; one of all layers, or as many
+            of one layer each.
+          layers: parameters as of `apart`, for a cache that is apart; made if not given.
 
         Returns:
           Final normed hidden states [B, T, D], and the cache with the new tokens.
@@ -406,7 +411,7 @@ def product(
     return jnp.matmul(x, kernel, preferred_element_type=dtype)
 
 
-def _product_kept(
+def _product_forward(
     x: jax.Array, kernel: jax.Array, dtype: DTypeLike | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return jnp.matmul(x, kernel, preferred_element_type=dtype), (x, kernel)
@@ -423,7 +428,7 @@ def _product_backward(
     return of_x.astype(x.dtype), of_kernel.astype(kernel.dtype)
 
 
-product.defvjp(_product_kept, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def logits(model: Qwen3, ids: Int[Array, "B T"], **where: Any) -> Float[Array, "B T V"]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from policy.qwen3.model import Kept
+from policy.qwen3.model import Caches
 from worldmodel.resources import bucket
 
 
@@ -25,7 +25,7 @@ def rows_kept(dialogues: int) -> int:
 class Continued(NamedTuple):
     """Where the beginnings of B prompts lie in the cache of one batch."""
 
-    cache: Kept
+    cache: Caches
     rows: np.ndarray  # [B] int32
     lengths: np.ndarray  # [B] int32, tokens of each prompt that were read
 
@@ -35,7 +35,7 @@ class _Batch:
     number: int
     rows: dict[tuple[int, ...], int]  # by the tokens read
     lengths: tuple[int, ...]  # of these, the longest first
-    cache: Kept
+    cache: Caches
 
     def find(self, prompt: Sequence[int]) -> tuple[int, int] | None:
         """Row and length of the longest beginning; at least one token of the prompt is new."""
@@ -75,7 +75,7 @@ class PrefixCache:
                 return Continued(batch.cache, rows, lengths)
         return None
 
-    def keep(self, read: Sequence[tuple[int, ...]], cache: Kept) -> None:
+    def keep(self, read: Sequence[tuple[int, ...]], cache: Caches) -> None:
         """Keeps the cache of a batch.
 
         Args:

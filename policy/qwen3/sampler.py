@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from policy.qwen3.logprobs import chunked_logprobs
-from policy.qwen3.model import Cache, Kept, Qwen3
+from policy.qwen3.model import Cache, Caches, Qwen3
 from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sharding import constrain
 from worldmodel.errors import InputError
@@ -63,13 +63,14 @@ def generate(
     min_rows: int = 1,
     mesh: Mesh | None = None,
     prefixes: PrefixCache | None = None,
+    layers: Layers | None = None,
 ) -> list[Drawn]:
     """Draws tokens after each prompt until a stop token or the limit.
 
     One program that reads and one that draws are compiled per number of rows and most new tokens,
-    rounded up to powers of two, per longest prompt, of which there are two sizes per power of two,
-    and per whether any row has a `top_p` below 1. A limit beyond the model's positions is lowered
-    to what they allow.
+    rounded up to powers of two, per what is read and the slots of the cache, of which there are two
+    sizes each per power of two, and per whether any row has a `top_p` below 1. A limit beyond the
+    model's positions is lowered to what they allow.
 
     Args:
       model: the model.
@@ -80,6 +81,7 @@ def generate(
         them the cache.
       prefixes: where it has the beginnings of all prompts in one batch, only what is new is read,
         and it keeps what this batch reads and draws; of the same model and mesh.
+      layers: of the model, as `layers_apart` gives them, for several calls; made if not given.
 
     Raises:
       InputError: a prompt is empty, holds unknown ids, or leaves no room in the model's
@@ -96,16 +98,15 @@ def generate(
         min(draw.max_completion_length, context - len(draw.prompt_ids)) for draw in draws
     ]
     most = bucket(int(limit.max()), SMALLEST_BUCKET)
-    known = None if prefixes is None else prefixes.find([draw.prompt_ids for draw in draws])
-    start = np.zeros(rows, np.int32)
-    begun: Kept | None = None
-    longest = int(length.max())
-    width = min(bucket(longest, SMALLEST_BUCKET, digits=2), context)
+    width = _slots(int(length.max()), context)
     slots = most + width
+    start = np.zeros(rows, np.int32)
+    begun: Caches | None = None
+    known = None if prefixes is None else prefixes.find([draw.prompt_ids for draw in draws])
     if known is not None:
-        start[: len(draws)] = known.lengths
-        width = bucket(int((length - start).max()), SMALLEST_BUCKET, digits=2)
-        slots = max(slots, bucket(int(start.max()) + width, SMALLEST_BUCKET, digits=3))
+        width = _slots(int((length[: len(draws)] - known.lengths).max()), context)
+        # Where another row has more to read, some tokens are read again instead of padding.
+        start[: len(draws)] = np.minimum(known.lengths, slots - width)
         source = np.zeros(rows, np.int32)
         source[: len(draws)] = known.rows
         with _within(mesh):
@@ -131,7 +132,7 @@ def generate(
     )
     with _within(mesh):
         graphdef, state = nnx.split(model)
-        layers = _apart(graphdef, state) if _on_cpu(model) else None
+        layers = layers_apart(model) if layers is None else layers
         last, cache = read_prompts(graphdef, state, layers, ids, start, length, begun, slots=slots)
         now = draw_replies(graphdef, state, layers, settings, last, cache, most=most)
         out = jax.device_get(now._replace(cache=()))
@@ -148,11 +149,26 @@ def _on_all(rows: int, mesh: Mesh | None) -> int:
     return -(-rows // share) * share
 
 
-def _on_cpu(model: Qwen3) -> bool:
-    """Whether layers are best apart, since CPUs copy what they read out of arrays of all layers."""
-    leaf = jax.tree.leaves(nnx.state(model))[0]
+def _slots(tokens: int, context: int) -> int:
+    return min(bucket(tokens, SMALLEST_BUCKET, digits=2), context)
+
+
+Layers = list[object]
+"""Parameters as of `Qwen3.apart`."""
+
+
+def layers_apart(model: Qwen3) -> Layers | None:
+    """Parameters of each layer in arrays of their own, a second copy; None but on CPUs.
+
+    CPUs would copy what they read out of arrays of all layers, for every token.
+    """
+    graphdef, state = nnx.split(model)
+    leaf = jax.tree.leaves(state)[0]
     devices = leaf.devices() if isinstance(leaf, jax.Array) else jax.local_devices()
-    return all(device.platform == "cpu" for device in devices)
+    if any(device.platform != "cpu" for device in devices):
+        return None
+    apart: Layers = _apart(graphdef, state)
+    return apart
 
 
 def _within(mesh: Mesh | None) -> AbstractContextManager[object]:
@@ -170,22 +186,18 @@ class Settings(NamedTuple, Generic[ArrayT]):
     stop_ids: ArrayT  # [K], filled up with -1
 
 
-Layers = list[object]
-"""Parameters as of `Qwen3.apart`."""
-
-
 class _State(NamedTuple):
     token: jax.Array  # [B] last drawn
     drawn: jax.Array  # [B] how many so far
     stopped: jax.Array  # [B]
-    cache: Kept
+    cache: Caches
     tokens: jax.Array  # [B, N]
     logprobs: jax.Array  # [B, N]
     model_logprobs: jax.Array  # [B, N]
 
 
 @partial(jax.jit, static_argnames="slots")
-def _taken(kept: Kept, rows: jax.Array, *, slots: int) -> Kept:
+def _taken(kept: Caches, rows: jax.Array, *, slots: int) -> Caches:
     """The cache of some rows [B], with as many slots as are needed now."""
 
     def one(x: jax.Array, axis: int) -> jax.Array:  # [L, B, K, ...], slots along the axis
@@ -213,7 +225,7 @@ def draw_replies(
     layers: Layers | None,
     settings: Settings[jax.Array],
     last: jax.Array,
-    cache: Kept,
+    cache: Caches,
     *,
     most: int,
 ) -> _State:
@@ -275,10 +287,10 @@ def read_prompts(
     ids: jax.Array,
     begin: jax.Array,
     length: jax.Array,
-    begun: Kept | None = None,
+    begun: Caches | None = None,
     *,
     slots: int,
-) -> tuple[jax.Array, Kept]:
+) -> tuple[jax.Array, Caches]:
     """Reads what is new of prompts, [B, T], part by part.
 
     Returns:
@@ -288,7 +300,7 @@ def read_prompts(
     batch, width = ids.shape
     part = prefill_width(batch, width)
 
-    def more(number: jax.Array, carry: tuple[jax.Array, Kept]) -> tuple[jax.Array, Kept]:
+    def more(number: jax.Array, carry: tuple[jax.Array, Caches]) -> tuple[jax.Array, Caches]:
         last, cache = carry
         start = number * part
         columns = jax.lax.dynamic_slice_in_dim(ids, start, part, axis=1)
@@ -300,10 +312,10 @@ def read_prompts(
 
     empty = model.empty_cache if layers is None else model.empty_caches
     none = jnp.zeros((batch, model.config.hidden_size), model.dtype)
-    carry: tuple[jax.Array, Kept] = (none, empty(batch, slots) if begun is None else begun)
+    carry: tuple[jax.Array, Caches] = (none, empty(batch, slots) if begun is None else begun)
     if part == width:
         return more(jnp.int32(0), carry)
-    result: tuple[jax.Array, Kept] = jax.lax.fori_loop(0, width // part, more, carry)
+    result: tuple[jax.Array, Caches] = jax.lax.fori_loop(0, width // part, more, carry)
     return result
 
 

@@ -20,7 +20,15 @@ from jax.typing import DTypeLike
 from policy.qwen3.config import load_stop_ids
 from policy.qwen3.model import Qwen3
 from policy.qwen3.prefix_cache import PrefixCache
-from policy.qwen3.sampler import SMALLEST_BUCKET, Draw, Question, generate, score
+from policy.qwen3.sampler import (
+    SMALLEST_BUCKET,
+    Draw,
+    Layers,
+    Question,
+    generate,
+    layers_apart,
+    score,
+)
 from policy.qwen3.sharding import shard
 from policy.qwen3.weights import load
 from policy.serving.backend import (
@@ -42,6 +50,7 @@ T = TypeVar("T")
 class _Weights(NamedTuple):
     model: Qwen3 | None  # None between two versions
     version: str | None
+    layers: Layers | None  # of this version, apart
     prefixes: PrefixCache | None  # of this version
 
 
@@ -130,14 +139,17 @@ class EmbeddedGenerator:
         return cls(load(folder, dtype=dtype, param_dtype=param_dtype), **settings)
 
     def set_weights(self, model: Qwen3, version: str | None) -> None:
-        """Sets the weights of all later batches; a running batch keeps the old ones."""
+        """Sets the weights of all later batches; a running batch keeps the old ones.
+
+        On CPUs those of the layers are held twice, see `layers_apart`.
+        """
         graphdef, state = nnx.split(model)
         state = jax.device_put(state) if self._mesh is None else shard(state, self._mesh)
         self._weights = self._with_prefixes(nnx.merge(graphdef, state), version)
 
     def release_weights(self) -> None:
         """Lets go of the weights, so that new ones take their memory; asked before, it fails."""
-        self._weights = _Weights(None, None, None)
+        self._weights = _Weights(None, None, None, None)
 
     async def generate(
         self, prompt_ids: Sequence[int], *, sampling: Sampling, seed: int
@@ -184,9 +196,10 @@ class EmbeddedGenerator:
         await asyncio.to_thread(self._thread.shutdown)
 
     def _draw(self, draws: Sequence[Draw]) -> list[Completion]:
-        model, version, prefixes = self._served()
+        model, weights = self._served()
         found = generate(
-            model, draws, stop_ids=self.stop_ids, mesh=self._mesh, prefixes=prefixes,
+            model, draws, stop_ids=self.stop_ids, mesh=self._mesh,
+            prefixes=weights.prefixes, layers=weights.layers,
             min_rows=min(self.min_batch, self._rows(self._kind(draws[0]))),
         )  # fmt: skip
         return [
@@ -194,7 +207,7 @@ class EmbeddedGenerator:
                 token_ids=drawn.token_ids,
                 logprobs=drawn.logprobs,
                 finish_reason=STOP if drawn.stopped else LENGTH,
-                weight_version=version,
+                weight_version=weights.version,
             )
             for drawn in found
         ]
@@ -216,15 +229,14 @@ class EmbeddedGenerator:
         return min(self._max_batch, 1 << (max(fitting, 1).bit_length() - 1))
 
     def _with_prefixes(self, model: Qwen3, version: str | None) -> _Weights:
-        return _Weights(
-            model, version, PrefixCache(self._prefix_rows) if self._prefix_rows else None
-        )
+        prefixes = PrefixCache(self._prefix_rows) if self._prefix_rows else None
+        return _Weights(model, version, layers_apart(model), prefixes)
 
-    def _served(self) -> tuple[Qwen3, str | None, PrefixCache | None]:
-        model, version, prefixes = self._weights
-        if model is None:
+    def _served(self) -> tuple[Qwen3, _Weights]:
+        weights = self._weights
+        if weights.model is None:
             raise BackendError("the generator has no weights: the next ones are not there yet")
-        return model, version, prefixes
+        return weights.model, weights
 
 
 def _as_backend_error(answer: Callable[[S], T]) -> Callable[[S], T]:

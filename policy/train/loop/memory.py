@@ -18,14 +18,15 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from jax.typing import DTypeLike
 
-from policy.qwen3.attention import SCORES_AT_ONCE
+from policy.qwen3.attention import CPU_SLOTS, SCORES_AT_ONCE
 from policy.qwen3.config import Qwen3Config
 from policy.qwen3.logprobs import LOGITS_AT_ONCE
 from policy.qwen3.lora import add_adapters
 from policy.qwen3.model import MLP_TOKENS, Qwen3
-from policy.qwen3.sampler import prefill_width
+from policy.qwen3.sampler import SMALLEST_BUCKET, prefill_width
 from policy.qwen3.sharding import AXES, abstract, bytes_per_device, check_divisible
 from policy.train.loop.optimizer import LearnerConfig, Params, State, initial_state
+from worldmodel.resources import bucket
 
 RESERVE = 2**30
 """Bytes for world model, patients, programs and fragments."""
@@ -95,6 +96,10 @@ class Model:
     def copies(self, mesh: tuple[int, int, int], dtype: DTypeLike) -> int:
         """Bytes per device of a copy of the trained parameters in a type."""
         return _bytes(abstract(self.trained, self.on(mesh)), dtype)
+
+    def layers(self, mesh: tuple[int, int, int]) -> int:
+        """Bytes per device of all parameters of the layers."""
+        return _bytes(abstract(lambda: nnx.state(self.make().layers), self.on(mesh)), None)
 
 
 def _bytes(shapes: object, dtype: DTypeLike | None) -> int:
@@ -205,7 +210,7 @@ def sampling(
     new: int,
     cache_tokens: int,
     prefix_rows: int = 0,
-    block: int | None = None,
+    on_cpu: bool = False,
 ) -> dict[str, int]:
     """Bytes per device that a batch of the embedded sampler takes beside its weights, by part.
 
@@ -215,8 +220,8 @@ def sampling(
       rows: of a batch at most.
       prompt, new: slots of the cache per row, for the longest prompt and for new tokens.
       cache_tokens, prefix_rows: as for `EmbeddedGenerator`.
-      block: slots of the cache that are read at once, as on CPUs, which hold the layers'
-        weights once more; if not given, as many as `SCORES_AT_ONCE` allows, as on accelerators.
+      on_cpu: slots of the cache are read `CPU_SLOTS` at a time; accelerators read as many as
+        `SCORES_AT_ONCE` allows.
     """
     figures = model.config
     data, fsdp, tensor = mesh
@@ -224,17 +229,15 @@ def sampling(
     slots = min(rows * (prompt + new), cache_tokens or rows * (prompt + new))
     slots += prefix_rows * (prompt + new)
     per_layer = 2 * slots * figures.num_key_value_heads * figures.head_dim * size / share
-    read = rows * prefill_width(rows, prompt)
+    # Shorter prompts may be read in larger parts.
+    widths = {bucket(width, digits=2) for width in range(SMALLEST_BUCKET, prompt, SMALLEST_BUCKET)}
+    read = rows * max(prefill_width(rows, width) for width in {*widths, prompt})
     through = 3 * figures.hidden_size + 2 * figures.num_attention_heads * figures.head_dim
     mlp = read * size * 3 * figures.intermediate_size
-    at_once = min(prompt + new, block or prompt + new)
+    at_once = min(prompt + new, CPU_SLOTS if on_cpu else prompt + new)
     scores = min(read * figures.num_attention_heads * at_once, SCORES_AT_ONCE)
-    attention = (2 if block else 3) * 4 * scores
-    found = {}
-    if block is not None:
-        layers = abstract(lambda: nnx.state(model.make().layers), model.on(mesh))
-        found["layers apart"] = _bytes(layers, None)
-    return found | {
+    attention = (2 if on_cpu else 3) * 4 * scores
+    return {
         "key-value cache": int(figures.num_hidden_layers * per_layer),
         "reading prompts": int((read * size * through + max(mlp, attention)) / share),
         "drawing": int(6 * 4 * rows * figures.vocab_size / share),

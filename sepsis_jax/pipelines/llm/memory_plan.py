@@ -46,12 +46,14 @@ class Hardware:
       processes: that share them out.
       memory: bytes of a device that JAX may take; None if unknown, as on CPUs.
       name: for messages.
+      on_cpu: whether they are CPUs.
     """
 
     devices: int
     processes: int
     memory: int | None
     name: str
+    on_cpu: bool = False
 
     @classmethod
     def of(
@@ -74,7 +76,8 @@ class Hardware:
         if memory is None:
             first = jax.local_devices()[0]
             stats = first.memory_stats() or {}
-            return cls(count, hosts, stats.get("bytes_limit"), first.device_kind)
+            limit = stats.get("bytes_limit")
+            return cls(count, hosts, limit, first.device_kind, first.platform == "cpu")
         if memory in CARDS:
             size, shared = CARDS[memory]
             share = float(os.environ.get(FRACTION, _FRACTION)) if shared else 1.0
@@ -179,7 +182,10 @@ def rl_budget(
         model, mesh, rows=bucket(runner.concurrency),
         prompt=min(bucket(config.row_length), start.config.max_position_embeddings),
         new=new, cache_tokens=runner.cache_tokens, prefix_rows=runner.prefix_rows,
+        on_cpu=hardware.on_cpu,
     )  # fmt: skip
+    if hardware.on_cpu:
+        kept["sampler's layers apart"] = model.layers(mesh)
     return Budget(kept, phases, together=config.staleness > 0)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from policy.qwen3 import attention
 from policy.qwen3.attention import attend, attend_cache, map_chunks
 
 B, T, H, K, D = 2, 44, 4, 2, 8
@@ -99,6 +100,19 @@ def test_a_cache_is_read_up_to_the_own_position(block):
     last = jnp.full((B, 1), T - 1)
     found = attend_cache(q[:, -1:], *as_kept(k[None], v[None]), 0, last, block=block)
     np.testing.assert_allclose(found, whole[:, -1:], atol=2e-6)
+
+
+@pytest.mark.parametrize(("seen", "untouched"), [(5, T - 16), (21, T - 32), (22, 0), (T - 1, 0)])
+def test_a_token_that_sees_few_slots_of_a_cache_reads_few(monkeypatch, seen, untouched):
+    """Blocks of 16 that nobody sees may hold anything, until half of the cache is seen."""
+    monkeypatch.setattr(attention, "CPU_SLOTS", 16)
+    q, k, v, _ = drawn(4)
+    whole = plain(q, k, v, jnp.ones((B, T), jnp.int32))
+    end = T - untouched
+    cached = as_kept(*(x.at[:, end:].set(jnp.nan)[None] for x in (k, v)))
+    position = jnp.full((B, 1), seen)
+    found = attend_cache(q[:, seen : seen + 1], *cached, 0, position)
+    np.testing.assert_allclose(found, whole[:, seen : seen + 1], atol=2e-6)
 
 
 def test_nothing_of_length_by_length_is_in_memory():

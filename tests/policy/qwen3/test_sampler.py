@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from policy import qwen3
 from policy.qwen3 import sampler
-from policy.qwen3.model import Cache
+from policy.qwen3.config import Qwen3Config
+from policy.qwen3.lora import add_adapters
+from policy.qwen3.model import Cache, Qwen3
 from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sampler import Draw, draw_token, generate, nucleus, score
 from worldmodel.errors import InputError
@@ -142,6 +145,52 @@ def test_the_next_turn_reads_only_what_is_new(model, drawn):
         assert a.token_ids == b.token_ids
 
 
+@pytest.mark.parametrize("reading", [(2, 90), (90, 2)])
+def test_a_row_with_much_to_read_takes_no_slots_of_the_others(model, reading):
+    """Padding of what is read would reach beyond the cache of the row that was read to its end."""
+    prefixes = PrefixCache(rows=16)
+    begun = [Draw(tuple(RNG.integers(0, 640, 120).tolist())), Draw((7, 8, 9))]
+    begun = [Draw(draw.prompt_ids, max_completion_length=4) for draw in begun]
+    replies = generate(model, begun, prefixes=prefixes)
+    asked = [
+        Draw((*draw.prompt_ids, *reply.token_ids, *RNG.integers(0, 640, new).tolist()),
+             max_completion_length=4)
+        for draw, reply, new in zip(begun, replies, reading, strict=True)
+    ]  # fmt: skip
+    whole = generate(model, asked)
+    part = generate(model, asked, prefixes=prefixes)
+    for a, b in zip(whole, part, strict=True):
+        assert a.token_ids == b.token_ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+    cache = prefixes.find([(*asked[0].prompt_ids, *part[0].token_ids, 1)]).cache
+    longest = max(len(draw.prompt_ids) for draw in asked)
+    slots = jax.tree.leaves(cache)[0].shape[-1]
+    assert slots <= bucket(longest) + sampler.SMALLEST_BUCKET  # which the generator counts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_adapters_and_biases_are_those_of_the_whole_model(bias):
+    config = Qwen3Config(
+        vocab_size=640, hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, rope_theta=1e4,
+        tie_word_embeddings=False, attention_bias=bias,
+    )  # fmt: skip
+    model = add_adapters(Qwen3(config, rngs=nnx.Rngs(0)), rank=2, alpha=2.0, rngs=nnx.Rngs(1))
+    state = nnx.state(model)
+    keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(state))))
+    nnx.update(
+        model, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), state)
+    )
+    asked = [Draw(ids, temperature=0, max_completion_length=4) for ids in PROMPTS]
+    apart = sampler.layers_apart(model)
+    replies = generate(model, asked)
+    assert generate(model, asked, layers=apart) == replies
+    for ids, reply in zip(PROMPTS, replies, strict=True):
+        every = np.array([ids + reply.token_ids])
+        best = np.asarray(qwen3.logits(model, every).argmax(-1))[0]
+        assert tuple(best[len(ids) - 1 : -1].tolist()) == reply.token_ids
+
+
 def test_a_prefix_is_all_that_a_row_read_and_drew():
     def cache(rows):
         return Cache(jnp.zeros((1, rows, 8, 1, 2)), jnp.zeros((1, rows, 8, 1, 2)))
@@ -165,6 +214,10 @@ def test_stop_tokens_end_rows(model, drawn):
     assert reply.stopped
     assert reply.token_ids == drawn[0].token_ids[: first + 1]
     assert len(reply.logprobs) == len(reply.model_logprobs) == first + 1
+    # A limit far beyond makes a larger cache, of which little is read.
+    far = generate(model, draws(limits=(700,) * 3)[:1], stop_ids=[stop])[0]
+    assert far.token_ids == reply.token_ids and far.stopped
+    np.testing.assert_allclose(far.logprobs, reply.logprobs, atol=1e-4)
 
 
 def test_limits_are_per_row(model, drawn):

@@ -16,6 +16,7 @@ from flax import nnx
 from policy import qwen3
 from policy.qwen3 import lora, sharding
 from policy.qwen3.logprobs import token_logprobs
+from policy.qwen3.prefix_cache import PrefixCache
 from policy.qwen3.sampler import Draw, generate
 
 assert jax.device_count() == 8
@@ -62,6 +63,16 @@ for shape in ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
 with jax.set_mesh(mesh):  # of all three axes
     found, sharded = step(*nnx.split(model), rows)
     assert [d.token_ids for d in generate(model, draws)] == [d.token_ids for d in drawn]
+
+prefixes = PrefixCache(rows=16)
+generate(model, draws, mesh=mesh, prefixes=prefixes)
+turns = [
+    Draw((*a.prompt_ids, *b.token_ids, 9), seed=a.seed, max_completion_length=4)
+    for a, b in zip(draws, drawn)
+]
+assert prefixes.find([draw.prompt_ids for draw in turns]) is not None
+second = generate(model, turns, mesh=mesh, prefixes=prefixes)
+assert [d.token_ids for d in second] == [d.token_ids for d in generate(one, turns)]
 
 np.testing.assert_allclose(found, value, atol=1e-5)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharded, gradient)
