@@ -220,6 +220,7 @@ def _backward(
     """
     q, k, v, mask, out, total = kept
     einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    turned_k = jnp.swapaxes(k, -1, -2)
 
     def of_queries(
         of_all: tuple[jax.Array, jax.Array], i: jax.Array
@@ -227,28 +228,25 @@ def _backward(
         given = change[i]
         dot = jnp.sum(given.astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1)
 
-        # Scores stand as [keys, queries], so that no product has to turn them around. In bfloat16
-        # XLA's CPU backend lacks the product that reads keys turned around instead.
-        def of_q(k: jax.Array, of_scores: jax.Array) -> Float[Array, "B K G S D"]:
-            if k.dtype == jnp.float32:
-                return jnp.moveaxis(einsum("bksd,bksgt->bkdgt", k, of_scores), 2, 4)
-            return einsum("bksgt,bksd->bkgtd", of_scores, k)
+        # Scores stand as [keys, queries], and no product contracts the rows of its first operand:
+        # XLA's CPU backend turns these around first, and lacks them in bfloat16.
+        turned_q, turned_given = (jnp.moveaxis(x, 4, 2) for x in (q[i], given))
 
         def of_keys(j: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             dq, dk, dv = now
-            scores = einsum("bksd,bkgtd->bksgt", k[j], q[i]) * q.shape[-1] ** -0.5
-            seen = jnp.moveaxis(mask.of(i, j), 4, 2)
-            weights = jnp.where(seen, jnp.exp(scores - total[i][:, :, None]), 0.0)
+            scores = einsum("bksd,bkdgt->bksgt", k[j], turned_q) * q.shape[-1] ** -0.5
+            scores = jnp.where(jnp.moveaxis(mask.of(i, j), 4, 2), scores, _UNSEEN)
+            weights = jnp.exp(scores - total[i][:, :, None])
             dv = dv.at[j].add(einsum("bksgt,bkgtd->bksd", weights.astype(v.dtype), given))
-            of_weights = einsum("bksd,bkgtd->bksgt", v[j], given)
+            of_weights = einsum("bksd,bkdgt->bksgt", v[j], turned_given)
             of_scores = weights * (of_weights - dot[:, :, None]) * q.shape[-1] ** -0.5
             of_scores = of_scores.astype(q.dtype)
             dk = dk.at[j].add(einsum("bksgt,bkgtd->bksd", of_scores, q[i]))
-            return dq + of_q(k[j], of_scores), dk, dv
+            return dq + einsum("bkds,bksgt->bkdgt", turned_k[j], of_scores), dk, dv
 
-        start = (jnp.zeros(q.shape[1:], jnp.float32), *of_all)
+        start = (jnp.zeros(turned_q.shape, jnp.float32), *of_all)
         dq, *of_all_new = jax.lax.fori_loop(mask.first[i], i + 1, of_keys, start)
-        return tuple(of_all_new), dq.astype(q.dtype)
+        return tuple(of_all_new), jnp.moveaxis(dq, 2, 4).astype(q.dtype)
 
     nothing = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(of_queries, (nothing, nothing), jnp.arange(q.shape[0]))

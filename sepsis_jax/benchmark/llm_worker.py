@@ -44,9 +44,10 @@ def embedded(folder: str, task: Task) -> Sampler:
     """The sampler of this package."""
     from policy.qwen3 import load
     from policy.qwen3.prefix_cache import PrefixCache, rows_kept
-    from policy.qwen3.sampler import Draw, generate
+    from policy.qwen3.sampler import Draw, generate, layers_apart
 
     model = load(folder)
+    layers = layers_apart(model)
     prefixes = PrefixCache(rows_kept(task["rows"])) if task["turns"] > 1 else None
 
     def sample(prompts: list[Ids], new: int) -> list[Ids]:
@@ -54,7 +55,8 @@ def embedded(folder: str, task: Task) -> Sampler:
             Draw(tuple(prompt), seed=row, max_completion_length=new)
             for row, prompt in enumerate(prompts)
         ]
-        return [list(found.token_ids) for found in generate(model, draws, prefixes=prefixes)]
+        found = generate(model, draws, prefixes=prefixes, layers=layers)
+        return [list(one.token_ids) for one in found]
 
     return sample
 
