@@ -58,6 +58,15 @@ def cache_folder() -> Path:
     return (named if named.is_absolute() else Path.home() / ".cache") / "sepsis-jax"
 
 
+def unsafe_place() -> Path | None:
+    """What keeps the folder from being used: a part of it that others can write; None if nothing.
+
+    Raises:
+      RuntimeError: the user has no home.
+    """
+    return next((place for place in _places() if place.exists() and not _is_private(place)), None)
+
+
 def machine() -> str:
     """Names the version of JAX and the instructions of the processor, which programs depend on.
 
@@ -71,10 +80,9 @@ def machine() -> str:
 
 def _private_folder() -> Path | None:
     """The folder of this machine's programs, tidied; None where others can write to it."""
-    above = cache_folder()
+    above, _, folder = _places()
     above.parent.mkdir(parents=True, exist_ok=True)
-    folder = above / "compiled" / machine()
-    for place in (above, folder.parent, folder):
+    for place in _places():
         place.mkdir(mode=0o700, exist_ok=True)
         if not _is_private(place):
             return None
@@ -83,6 +91,11 @@ def _private_folder() -> Path | None:
     os.utime(folder)
     _drop_unused(folder.parent)
     return folder
+
+
+def _places() -> tuple[Path, Path, Path]:
+    above = cache_folder()
+    return above, above / "compiled", above / "compiled" / machine()
 
 
 def _is_private(place: Path) -> bool:

@@ -24,6 +24,7 @@ from sepsis_jax.benchmark.ahead_of_time import CARDS, CHIPS
 from sepsis_jax.benchmark.hardware import Shape, hardware, jax_products
 from sepsis_jax.benchmark.setup import patient_pool, workload
 from sepsis_jax.benchmark.timing import Contender, best, take_turns
+from sepsis_jax.compiled_programs import FOLDER, unsafe_place
 from sepsis_jax.runs import Progress, silent
 from worldmodel import schema
 from worldmodel.errors import InputError
@@ -72,6 +73,7 @@ def examine(progress: Progress = silent) -> list[Finding]:
         ("train step", _train_step),
         ("attention", _attention),
         ("vLLM", _vllm),
+        ("compiled programs", _compiled_programs),
     )
     found = []
     for number, (what, check) in enumerate(checks):
@@ -226,6 +228,19 @@ def _compared(what: str, run: Callable[[], np.ndarray], values: str) -> Finding:
     if apart < _TOLERANCE:
         return Finding(what, GOOD, found)
     return Finding(what, BAD, found, "update the driver and JAX, or report this")
+
+
+def _compiled_programs() -> Finding:
+    what, folder = "compiled programs", jax.config.jax_compilation_cache_dir
+    if not jax.config.jax_enable_compilation_cache:
+        return Finding(what, GOOD, "not kept, as JAX_ENABLE_COMPILATION_CACHE says")
+    if folder:
+        return Finding(what, GOOD, f"kept in {folder}")
+    unsafe = unsafe_place()
+    if unsafe is None:
+        return Finding(what, WEAK, "not kept: every command compiles anew", f"set {FOLDER}")
+    found = f"not kept: {unsafe} is not a folder that you alone can write"
+    return Finding(what, WEAK, found, f"see what is in it, then chmod 700 {unsafe}")
 
 
 def _vllm() -> Finding:

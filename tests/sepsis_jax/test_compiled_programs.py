@@ -9,7 +9,12 @@ import warnings
 import pytest
 
 from sepsis_jax import compiled_programs
-from sepsis_jax.compiled_programs import FOLDER, keep_compiled_programs, machine
+from sepsis_jax.compiled_programs import (
+    FOLDER,
+    keep_compiled_programs,
+    machine,
+    unsafe_place,
+)
 
 SETTINGS = (
     FOLDER,
@@ -54,8 +59,10 @@ def test_what_the_environment_says_is_left_alone(home, monkeypatch, named):
 def test_a_folder_that_others_can_write_is_not_used(home, place, monkeypatch):
     monkeypatch.setattr(compiled_programs, "machine", lambda: "own")
     (home / "compiled" / "own").mkdir(parents=True)
+    assert unsafe_place() is None
     (home / place).chmod(0o770)
     assert kept() is None
+    assert unsafe_place() == home / place
 
 
 def test_neither_is_a_link_nor_anothers_folder(home, tmp_path, monkeypatch):

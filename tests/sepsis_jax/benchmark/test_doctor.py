@@ -1,5 +1,6 @@
 """`sepsis-jax doctor`: every line on this machine, and what each kind of fault looks like."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ def test_this_machine(capsys):
     found = {one["what"]: one for one in result.last_json["findings"]}
     assert set(found) == {
         "software", "devices", "matrix products", "memory bandwidth", "rollout", "train step",
-        "attention", "vLLM",
+        "attention", "vLLM", "compiled programs",
     }  # fmt: skip
     assert {one["verdict"] for one in found.values()} <= {GOOD, WEAK}
     assert "TFLOP/s in bfloat16" in found["matrix products"]["found"]
@@ -27,7 +28,7 @@ def one_check(monkeypatch):
 
     def only(name):
         for other in ("software", "devices", "products", "bandwidth", "rollout", "train_step",
-                      "attention", "vllm"):  # fmt: skip
+                      "attention", "vllm", "compiled_programs"):  # fmt: skip
             if other != name:
                 monkeypatch.setattr(doctor, f"_{other}", lambda: Finding("other", GOOD, ""))
         return lambda: [one for one in doctor.examine() if one.what != "other"]
@@ -49,6 +50,22 @@ def test_a_gpu_that_jax_does_not_see(one_check, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     (line,) = found()
     assert line.verdict == BAD and "jax[cuda13]" in line.mend
+
+
+def test_compiled_programs_that_are_not_kept(one_check, monkeypatch, tmp_path):
+    found = one_check("compiled_programs")
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        monkeypatch.setattr(doctor, "unsafe_place", lambda: tmp_path)
+        (unsafe,) = found()
+        monkeypatch.setattr(doctor, "unsafe_place", lambda: None)
+        (without,) = found()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert unsafe.verdict == without.verdict == WEAK
+    assert unsafe.mend.endswith(f"chmod 700 {tmp_path}")
+    assert without.mend == "set JAX_COMPILATION_CACHE_DIR"
 
 
 def test_wheels_that_do_not_fit(one_check, monkeypatch):
