@@ -33,6 +33,15 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 OPTIONAL = {"mlcroissant", "stable_baselines3", "torch", "trl"}  # `parity` and `croissant`
 
 
+RESULTS = sorted((ROOT / "benchmarks").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_committed_results_name_no_folder_of_a_machine(path):
+    found = re.findall(r"""(?<=[\s"'=])/(?:[\w.~-]+/)+[\w.~-]*""", path.read_text())
+    assert not found
+
+
 # Docstrings
 
 

@@ -29,7 +29,8 @@ from worldmodel.simulate.sharded import AXIS, branch_mesh
 
 
 def hardware() -> JsonDict:
-    """Devices, processor, cores and memory."""
+    """Devices, processor, cores, memory, and XLA's flags but for those that name files."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "/" not in flag]
     device = jax.devices()[0]
     return {
         "backend": jax.default_backend(),
@@ -40,7 +41,7 @@ def hardware() -> JsonDict:
         "cores": usable_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "driver": getattr(device.client, "platform_version", None),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "xla_flags": " ".join(flags),
     }
 
 

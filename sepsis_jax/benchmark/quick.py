@@ -146,7 +146,7 @@ def run_quick(
             "config": language.config.to_hf(dtype=jnp.dtype(dtype).name),
         },
         "options": vars(options),
-        "hardware": _without_paths(hardware()),
+        "hardware": hardware(),
         **provenance(command="sepsis-jax bench --quick", torch=torch_version()),
     }
 
@@ -245,9 +245,3 @@ def _language_model(
 
 def _figure(name: str, unit: str, values: np.ndarray | Sequence[float]) -> Figure:
     return Figure(name, unit, **summary(values))
-
-
-def _without_paths(found: JsonDict) -> JsonDict:
-    """The hardware without XLA's flags that name files, such as where it dumps programs."""
-    flags = [flag for flag in found["xla_flags"].split() if "/" not in flag]
-    return {**found, "xla_flags": " ".join(flags)}

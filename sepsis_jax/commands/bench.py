@@ -209,7 +209,7 @@ def _bench_llm(
     with claimed(out), phases("bench llm") as progress:
         result = run_llm_bench(options, progress)
         result |= {"options": vars(options), "hardware": hardware(), "load_before": busy}
-        result |= provenance()
+        result |= provenance(command="sepsis-jax bench llm")
         write_result(out, RESULT, result)
     print_table(
         f"Qwen3 of {result['parameters'] / 1e6:.0f} million parameters, float32",

@@ -15,7 +15,6 @@ from policy.qwen3.config import Qwen3Config
 from policy.train.loop.metrics import flops_per_token
 from sepsis_jax.benchmark import quick
 from sepsis_jax.benchmark.bench import BenchOptions, run_bench
-from sepsis_jax.benchmark.hardware import hardware
 from sepsis_jax.benchmark.timing import Contender, Timed
 from tests.sepsis_jax.command_line import call, leftovers, refuse
 from tests.toy import toy_episodes
@@ -100,8 +99,8 @@ def test_quick(small_model, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(quick, "synthetic_stays", lambda seed: toy_episodes(8))
     monkeypatch.setattr(quick, "torch_wanted", lambda _: False)
     monkeypatch.setattr("sepsis_jax.benchmark.bench.torch_installed", lambda: False)
-    named = {**hardware(), "xla_flags": f"--xla_dump_to={tmp_path} --xla_of=1"}
-    monkeypatch.setattr(quick, "hardware", lambda: named)
+    # Nothing reads the flags any more, as the backend has begun.
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_dump_to={tmp_path} --xla_of=1")
     out = tmp_path / "quick"
     small = ("--quick", "--model", small_model, *TINY, "--question-samples", 4, "--repeats", 2)
     result = call(capfd, "bench", *small, "--out", out)

@@ -32,7 +32,9 @@ def test_llm_beside_transformers_and_torch(small, tmp_path, capfd):
     result = call(capfd, "bench", "llm", *only, "--repeats", 1, "--out", out, "--json")
     assert result.status == 0, result.err
     assert leftovers(out) == [llm.RESULT]
-    found = json.loads((out / llm.RESULT).read_text())
+    text = (out / llm.RESULT).read_text()
+    assert str(tmp_path) not in text
+    found = json.loads(text)
     rows = {(row["task"], row["contender"]): row for row in found["table"]}
     assert len(rows) == 6
     assert all(row["seconds"]["min"] > 0 and row["memory_bytes"] > 2**26 for row in rows.values())
