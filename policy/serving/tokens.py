@@ -158,21 +158,20 @@ def _thoughts(text: str, in_thought: bool) -> tuple[list[str], list[str]]:
 
 
 def _call(body: str) -> tuple[str, str]:
-    """Name and arguments; an empty name and the body itself where it is no call."""
-    body = body.strip()
+    """Name and arguments; an empty name and the body, without blanks around, if it is no call."""
     try:
         call = json.loads(body, object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
-        return "", body
+        return "", body.strip()
     if not isinstance(call, dict) or set(call) != {"name", "arguments"}:
-        return "", body
+        return "", body.strip()
     name, arguments = call["name"], call["arguments"]
     if not isinstance(name, str) or not isinstance(arguments, dict):
-        return "", body
+        return "", body.strip()
     try:
         return name, json.dumps(arguments)
     except RecursionError:
-        return "", body
+        return "", body.strip()
 
 
 def tools_as_text(

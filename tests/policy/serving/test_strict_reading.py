@@ -239,6 +239,19 @@ def test_no_treatment_that_was_not_written(tokens, monkeypatch, path, count):
     assert lenient > count / 20, lenient  # replies that a lenient reader takes
 
 
+@pytest.mark.parametrize("path", [embedded, vllm, openai])
+@pytest.mark.parametrize(("blank", "action"), [(" \t\r\n", 24), ("\u00a0", None), ("\u2003", None)])
+def test_only_blanks_of_json_stand_around_a_call(tokens, monkeypatch, path, blank, action):
+    server = FakeVLLM(tokens, f"{CALL}{blank}{GOOD}{blank}{CALL_END}", "\n")
+
+    async def once(self, method, path, body, query):
+        return json.dumps(server(path, body))
+
+    monkeypatch.setattr(Client, "_once", once)
+    heard = asyncio.run(path(tokens, server).open(SCHEMAS).ask(ASKED, sampling=Sampling(), seed=0))
+    assert treatment(heard) == action
+
+
 GOOD = '{"name": "prescription", "arguments": {"vasopressor": 4, "iv_fluid": 4}}'
 WHOLE = f"{CALL}\n{GOOD}\n{CALL_END}"
 
