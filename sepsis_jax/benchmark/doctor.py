@@ -231,8 +231,10 @@ def _compared(what: str, run: Callable[[], np.ndarray], values: str) -> Finding:
 
 
 def _compiled_programs() -> Finding:
-    what, folder = "compiled programs", jax.config.jax_compilation_cache_dir
-    if not jax.config.jax_enable_compilation_cache:
+    what = "compiled programs"
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    folder, enabled = (getattr(jax.config, name) for name in names)  # unknown to type checkers
+    if not enabled:
         return Finding(what, GOOD, "not kept, as JAX_ENABLE_COMPILATION_CACHE says")
     if folder:
         return Finding(what, GOOD, f"kept in {folder}")
